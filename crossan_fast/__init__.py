@@ -1,0 +1,1 @@
+"""Side networks over frozen foundation models for sequential recommendation."""

@@ -1,0 +1,1 @@
+"""Frozen encoders' hidden states on disk: format, reading by id, building from raw items."""

@@ -1,0 +1,1 @@
+"""The `crossan-fast` command line, one file a command."""

@@ -1,0 +1,1 @@
+"""Readers of users' files, splits, and the synthetic shop."""

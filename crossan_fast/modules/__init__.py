@@ -1,0 +1,1 @@
+"""torch.nn modules that CrossanModel is composed of."""

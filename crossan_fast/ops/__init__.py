@@ -1,0 +1,1 @@
+"""One file an op: plain-torch reference, registered op, gradient, dispatch."""

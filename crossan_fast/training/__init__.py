@@ -1,0 +1,1 @@
+"""Loop, checkpoints, evaluation."""
