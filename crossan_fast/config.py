@@ -1,0 +1,266 @@
+"""What a model is: the modalities it reads and every choice the papers leave open.
+
+Fields marked ◊ are this project's own reading of CROSSAN (arXiv 2504.10307), whose method section is not
+public; IISAN's (arXiv 2404.02059) values come from its public code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from crossan_fast._checks import nearest
+
+Architecture = Literal["crossan", "iisan"]
+Cross = Literal["backbone", "side", "none"]
+Activation = Literal["gelu", "relu"]
+Head = Literal["one", "two"]
+Fusion = Literal["momef", "concat"]
+Loss = Literal["in_batch", "full"]
+Attention = Literal["auto", "sdpa", "xformers"]
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One frozen encoder as the cache holds it.
+
+    Attributes:
+        name: letters, digits, `_` and `-`; the key in `states` and in the state dict.
+        width: D_m, the encoder's hidden width.
+        levels: L, how many pooled states of it are kept; the same for every modality of a model.
+    """
+
+    name: str
+    width: int
+    levels: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(f"Modality.name: expected letters, digits, '_' or '-', got {self.name!r}")
+        _at_least("Modality.width", self.width, 1)
+        _at_least("Modality.levels", self.levels, 1)
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """One side-network tower: the modality it adapts, or the pair of modalities it joins (IISAN).
+
+    Attributes:
+        name: `text`, or `image+text` for a pair.
+        sources: indices into `CrossanConfig.modalities`; one, or two for a pair.
+        width: D of the tower: its modality's, or the narrower of a pair's.
+    """
+
+    name: str
+    sources: tuple[int, ...]
+    width: int
+
+
+@dataclass(frozen=True)
+class CrossanConfig:
+    """A validated, immutable description of a `CrossanModel`; round-trips through JSON.
+
+    Attributes:
+        modalities: the frozen encoders, in the order used everywhere (`present`, router, concatenation).
+        embedding_dim: d, width of item and user embeddings.
+        bottleneck: r, rank of the side adapters.
+        architecture: `crossan`, or `iisan` (intra towers plus one inter tower for each pair).
+        cross: ◊ where a tower's cross terms come from: the other `backbone`s' states of the same level,
+            the other `side` towers' outputs of the level before, or `none`.
+        activation: of the adapters; `gelu` is the exact (erf) form.
+        gate_temperature: τ in `sigmoid(θ / τ)`.
+        head: ◊ `one` Linear D→d, or `two`, D→D then D→d with nothing between (IISAN's code).
+        fusion: ◊ `momef` (router over modality experts), or `concat` (IISAN).
+        top_k: ◊ experts per item, renormalised; None runs every present expert.
+        load_balance: ◊ weight of the Switch Transformers load-balance loss (arXiv 2101.03961, eq. 4).
+        expert_expansion: ◊ hidden width of an expert over d.
+        modality_dropout: ◊ probability that a present modality is dropped in training, never an item's last.
+        window: S, history length.
+        blocks: SASRec blocks.
+        attention_heads: heads of each block; divides `embedding_dim`.
+        dropout: of the sequence encoder.
+        attention: `sdpa`, `xformers` (packed sequences, CUDA only), or `auto` (sdpa).
+        loss: `in_batch` or `full`.
+        deduplicate: run side network, fusion and loss on the batch's distinct ids; exact either way.
+        adapter_std: standard deviation of the adapters' initial weights.
+    """
+
+    modalities: tuple[Modality, ...]
+    embedding_dim: int = 64
+    bottleneck: int = 64
+    architecture: Architecture = "crossan"
+    cross: Cross = "backbone"
+    activation: Activation = "gelu"
+    gate_temperature: float = 0.1
+    head: Head = "one"
+    fusion: Fusion = "momef"
+    top_k: int | None = None
+    load_balance: float = 0.0
+    expert_expansion: int = 4
+    modality_dropout: float = 0.0
+    window: int = 10
+    blocks: int = 2
+    attention_heads: int = 2
+    dropout: float = 0.1
+    attention: Attention = "auto"
+    loss: Loss = "in_batch"
+    deduplicate: bool = True
+    adapter_std: float = 0.01
+    # Derived, so that every consumer agrees on the order of towers.
+    towers: tuple[TowerSpec, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.modalities, (str, bytes)) or not isinstance(self.modalities, Sequence):
+            raise TypeError(
+                f"modalities: expected a sequence of Modality, got {type(self.modalities).__name__}"
+            )
+        object.__setattr__(self, "modalities", tuple(_as_modality(m) for m in self.modalities))
+        self._check()
+        object.__setattr__(self, "towers", self._towers())
+
+    @classmethod
+    def iisan(cls, modalities: Sequence[Modality], **overrides: Any) -> CrossanConfig:
+        """The ancestor: ReLU adapters, no cross terms, two-layer heads, concatenation."""
+        defaults: dict[str, Any] = {
+            "architecture": "iisan",
+            "cross": "none",
+            "activation": "relu",
+            "head": "two",
+            "fusion": "concat",
+        }
+        return cls.from_dict({"modalities": tuple(modalities), **defaults, **overrides})
+
+    @property
+    def num_levels(self) -> int:
+        return self.modalities[0].levels
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        return tuple(m.name for m in self.modalities)
+
+    def to_dict(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        plain["modalities"] = [asdict(m) for m in self.modalities]
+        return plain
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CrossanConfig:
+        """Build from plain values; an unknown key is an error that names the nearest known one."""
+        known = {f.name for f in fields(cls) if f.init}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"unknown config key {key!r}{nearest(key, known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> CrossanConfig:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"config: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def _check(self) -> None:
+        if not self.modalities:
+            raise ValueError("modalities: expected at least one Modality, got none")
+        names = [m.name for m in self.modalities]
+        if repeated := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"modalities: names must be distinct, {repeated} occur more than once")
+        levels = {m.name: m.levels for m in self.modalities}
+        if len(set(levels.values())) > 1:
+            raise ValueError(f"modalities: every modality needs the same number of levels, got {levels}")
+        for name, options in (
+            ("architecture", Architecture),
+            ("cross", Cross),
+            ("activation", Activation),
+            ("head", Head),
+            ("fusion", Fusion),
+            ("attention", Attention),
+            ("loss", Loss),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(options):
+                raise ValueError(f"{name}: expected one of {list(get_args(options))}, got {value!r}")
+        for name in (
+            "embedding_dim",
+            "bottleneck",
+            "expert_expansion",
+            "window",
+            "blocks",
+            "attention_heads",
+        ):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("dropout", "modality_dropout"):
+            value = _number(name, getattr(self, name))
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+        if _number("load_balance", self.load_balance) < 0:
+            raise ValueError(f"load_balance: expected a weight of at least 0, got {self.load_balance!r}")
+        for name in ("gate_temperature", "adapter_std"):
+            if not _number(name, getattr(self, name)) > 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        if not isinstance(self.deduplicate, bool):
+            raise TypeError(f"deduplicate: expected true or false, got {self.deduplicate!r}")
+        if self.embedding_dim % self.attention_heads:
+            raise ValueError(
+                f"attention_heads: expected a divisor of embedding_dim={self.embedding_dim}, "
+                f"got {self.attention_heads}"
+            )
+        if self.top_k is not None:
+            _at_least("top_k", self.top_k, 1)
+            if self.top_k > len(self.modalities):
+                raise ValueError(
+                    f"top_k: expected at most the number of modalities, {len(self.modalities)}, "
+                    f"got {self.top_k}"
+                )
+        if self.architecture == "iisan" and self.cross != "none":
+            raise ValueError(
+                f"cross: architecture='iisan' has no cross terms, expected 'none', got {self.cross!r}"
+            )
+        if self.fusion == "concat" and (self.top_k is not None or self.load_balance):
+            raise ValueError("fusion: top_k and load_balance belong to fusion='momef', got fusion='concat'")
+        if self.architecture == "iisan" and self.fusion == "momef":
+            raise ValueError("fusion: architecture='iisan' fuses by 'concat', got 'momef'")
+
+    def _towers(self) -> tuple[TowerSpec, ...]:
+        towers = [TowerSpec(m.name, (i,), m.width) for i, m in enumerate(self.modalities)]
+        if self.architecture == "iisan":
+            for a, first in enumerate(self.modalities):
+                for b, second in enumerate(self.modalities[a + 1 :], start=a + 1):
+                    width = min(first.width, second.width)
+                    towers.append(TowerSpec(f"{first.name}+{second.name}", (a, b), width))
+        return tuple(towers)
+
+
+def _as_modality(value: object) -> Modality:
+    if isinstance(value, Modality):
+        return value
+    if isinstance(value, Mapping):
+        known = {f.name for f in fields(Modality)}
+        for key in value:
+            if key not in known:
+                raise ValueError(f"unknown modality key {key!r}{nearest(str(key), known)}")
+        if missing := known - set(value):
+            raise ValueError(f"modality: missing {sorted(missing)}, got {dict(value)!r}")
+        return Modality(**value)
+    raise TypeError(f"modalities: expected Modality or a mapping of its fields, got {value!r}")
+
+
+def _at_least(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name}: expected at least {low}, got {value}")
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)
