@@ -1,4 +1,4 @@
-"""Only the ahead-of-time build of the compiled extension will live here; pyproject.toml says everything else."""
+"""Only the ahead-of-time build of the extension will live here; pyproject.toml says the rest."""
 
 from setuptools import setup
 

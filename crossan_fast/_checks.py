@@ -1,4 +1,4 @@
-"""Checks of arguments, shared by every layer: each message names the argument, what came and what was expected."""
+"""Checks of arguments, shared by every layer: a message names the argument, what came, what was expected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_tensor(
     dtypes: Iterable[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Raise unless `tensor` has `shape` (a string or None stands for any size), one of `dtypes`, and `device`."""
+    """Raise unless `tensor` has `shape` (a string or None: any size), one of `dtypes`, and `device`."""
     wanted = "[" + ", ".join("?" if s is None else str(s) for s in shape) + "]"
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor {wanted}, got {describe(tensor)}")

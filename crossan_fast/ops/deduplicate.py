@@ -1,0 +1,46 @@
+"""deduplicate: the distinct ids of a batch, their counts, and where each place finds its id.
+
+An item's embedding depends on its id alone, so the side network, fusion and loss run once per distinct id.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Deduplicated(NamedTuple):
+    """Attributes:
+    ids: int64 `[U]`: slot 0 holds padding (id 0), then the distinct ids in ascending order; with a
+        `capacity`, unused slots at the end hold id 0 again.
+    index: int64, the shape of the input: the slot of each place; 0 exactly at padding.
+    counts: int64 `[U]`: how many places hold the slot's id; 0 for padding and unused slots.
+    """
+
+    ids: Tensor
+    index: Tensor
+    counts: Tensor
+
+
+def deduplicate_reference(item_ids: Tensor, capacity: int | None = None) -> Deduplicated:
+    """The definition, in plain torch.
+
+    Args:
+        item_ids: int64 or int32 of any shape, 0 at padding.
+        capacity: the number of slots to pad to; None: as many as there are.
+
+    Raises:
+        ValueError: more distinct ids than `capacity` − 1.
+    """
+    flat = item_ids.reshape(-1).to(torch.int64)
+    padded = torch.cat([flat.new_zeros(1), flat])
+    ids, inverse, counts = torch.unique(padded, sorted=True, return_inverse=True, return_counts=True)
+    counts[0] = 0
+    if capacity is not None:
+        if ids.numel() > capacity:
+            raise ValueError(f"capacity: {ids.numel()} slots needed (padding included), got {capacity}")
+        ids = torch.nn.functional.pad(ids, (0, capacity - ids.numel()))
+        counts = torch.nn.functional.pad(counts, (0, capacity - counts.numel()))
+    return Deduplicated(ids, inverse[1:].reshape(item_ids.shape), counts)

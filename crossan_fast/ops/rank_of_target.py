@@ -1,0 +1,40 @@
+"""rank_of_target: where a user's target stands in the full ranking (SPEC, "Evaluation").
+
+rank = 1 + #{j ≠ t : score_j ≥ score_t}: ties count against the target, so a constant scorer gets nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossan_fast.ops._score_tiles import score_tiles
+
+
+def rank_of_target_reference(
+    users: Tensor, items: Tensor, targets: Tensor, exclude: Tensor | None = None
+) -> Tensor:
+    """The definition, in plain torch; memory is B × tile, never B × I.
+
+    Args:
+        users: `[B, d]`.
+        items: `[I + 1, d]`; row 0 is padding and never ranked.
+        targets: int64 `[B]`, 1 … I.
+        exclude: int64 `[B, H]`, ids whose score is −inf for the row; 0 stands for none. A target among them
+            has score −inf itself, and so the last rank, I.
+
+    Returns:
+        int64 `[B]`, 1 … I.
+    """
+    batch = users.shape[0]
+    # Both passes read scores of the same matrix products, so that an item with the target's embedding ties
+    # with it exactly; a separate dot product may round differently.
+    target_score = users.new_zeros(batch)
+    for start, scores in score_tiles(users, items, exclude):
+        inside = (targets >= start) & (targets < start + scores.shape[1])
+        column = torch.where(inside, targets - start, 0)
+        target_score = torch.where(inside, scores.gather(1, column[:, None])[:, 0], target_score)
+    ahead = torch.zeros(batch, dtype=torch.int64, device=users.device)
+    for _, scores in score_tiles(users, items, exclude):
+        ahead += (scores >= target_score[:, None]).sum(dim=1)
+    return ahead  # the target itself is among the counted: that is the 1

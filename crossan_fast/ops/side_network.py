@@ -1,0 +1,215 @@
+"""side_network: every tower's last hidden state from cached backbone states, in one op.
+
+With c[m] the states of modality m, μ = sigmoid(θ / τ) and A the side adapter (SPEC, "Side network")
+`A(x) = x + W_up · act(W_down x + b_down) + b_up`, a tower of modality m starts at h = 0 and walks the levels l:
+
+    x = μ[l]·c[m][:, l] + (1 − μ[l])·h + Σ_{n≠m} tanh(ν[n, l])·T_{n→m}(s[n, l]),    h ← A[l](x)
+
+◊ s[n, l] is c[n][:, l] (`cross="backbone"`), the other tower's h of the level before (`"side"`) or absent
+(`"none"`); T is the identity where widths agree and a rank-r pair of matrices shared by the levels elsewhere.
+A pair tower (IISAN, arXiv 2404.02059) of modalities (a, b) walks x = h + μ·c[a] + (1 − μ)·c[b], the wider of
+the two brought to the narrower's width by a Linear of its level.
+
+◊ Missing modalities: where `present[i, m]` is false, modality m of item i adds nothing to any sum, and a
+tower without a present source gives zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossan_fast.config import CrossanConfig
+
+
+class SideNetworkWeights(NamedTuple):
+    """The trainable tensors of a side network, each field a list; T towers, L levels, rank r.
+
+    Attributes:
+        down_weight: per tower `[L, r, D]`.
+        down_bias: per tower `[L, r]`.
+        up_weight: per tower `[L, D, r]`.
+        up_bias: per tower `[L, D]`.
+        gate: per tower θ `[L]`.
+        cross_gate: ν `[L]` per ordered pair (m, n), in the order of `SideNetworkStructure.cross_pairs`.
+        cross_down: `[r, D_n]` per ordered pair of unequal widths (`projected_pairs`).
+        cross_up: `[D_m, r]`, likewise.
+        pair_weight: `[L, D_narrow, D_wide]` per pair tower of unequal widths (`narrowed_towers`).
+        pair_bias: `[L, D_narrow]`, likewise.
+    """
+
+    down_weight: Sequence[Tensor]
+    down_bias: Sequence[Tensor]
+    up_weight: Sequence[Tensor]
+    up_bias: Sequence[Tensor]
+    gate: Sequence[Tensor]
+    cross_gate: Sequence[Tensor] = ()
+    cross_down: Sequence[Tensor] = ()
+    cross_up: Sequence[Tensor] = ()
+    pair_weight: Sequence[Tensor] = ()
+    pair_bias: Sequence[Tensor] = ()
+
+    def flatten(self) -> list[Tensor]:
+        """All tensors in field order: how they travel through the registered op."""
+        return [tensor for group in self for tensor in group]
+
+
+@dataclass(frozen=True)
+class SideNetworkStructure:
+    """What is not a tensor: which towers there are and how they are joined.
+
+    Attributes:
+        widths: D_m of each modality.
+        sources: per tower its modality `(m,)` or pair `(a, b)`; the first M towers are the modalities'.
+        cross: `backbone`, `side` or `none`.
+        activation: `gelu` (erf) or `relu`.
+        temperature: τ of the gates.
+    """
+
+    widths: tuple[int, ...]
+    sources: tuple[tuple[int, ...], ...]
+    cross: str = "backbone"
+    activation: str = "gelu"
+    temperature: float = 0.1
+
+    @classmethod
+    def of(cls, config: CrossanConfig) -> SideNetworkStructure:
+        return cls(
+            widths=tuple(m.width for m in config.modalities),
+            sources=tuple(t.sources for t in config.towers),
+            cross=config.cross if len(config.modalities) > 1 else "none",
+            activation=config.activation,
+            temperature=config.gate_temperature,
+        )
+
+    @cached_property
+    def tower_widths(self) -> tuple[int, ...]:
+        return tuple(min(self.widths[m] for m in source) for source in self.sources)
+
+    @cached_property
+    def cross_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Ordered pairs (m, n): tower m receives from modality n."""
+        if self.cross == "none":
+            return ()
+        count = len(self.widths)
+        return tuple((m, n) for m in range(count) for n in range(count) if n != m)
+
+    @cached_property
+    def projected_pairs(self) -> tuple[tuple[int, int], ...]:
+        """The cross pairs of unequal widths, which need T as a pair of matrices."""
+        return tuple((m, n) for m, n in self.cross_pairs if self.widths[m] != self.widths[n])
+
+    @cached_property
+    def narrowed_towers(self) -> tuple[int, ...]:
+        """Pair towers of unequal widths, which need a Linear from the wider to the narrower."""
+        return tuple(
+            t
+            for t, source in enumerate(self.sources)
+            if len(source) == 2 and self.widths[source[0]] != self.widths[source[1]]
+        )
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> SideNetworkWeights:
+        towers, crosses = len(self.sources), len(self.cross_pairs)
+        projected, narrowed = len(self.projected_pairs), len(self.narrowed_towers)
+        sizes = [towers] * 5 + [crosses, projected, projected, narrowed, narrowed]
+        if len(tensors) != sum(sizes):
+            raise ValueError(f"weights: expected {sum(sizes)} tensors, got {len(tensors)}")
+        groups, start = [], 0
+        for size in sizes:
+            groups.append(list(tensors[start : start + size]))
+            start += size
+        return SideNetworkWeights(*groups)
+
+
+def side_network_reference(
+    states: Sequence[Tensor],
+    weights: SideNetworkWeights,
+    structure: SideNetworkStructure,
+    *,
+    ids: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
+    present: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The definition, in plain torch; the oracle of every other backend, usable in float64.
+
+    Args:
+        states: per modality `[R, L, D_m]`, any floating type, or int8 / float8_e4m3fn with `scales`.
+        weights: see `SideNetworkWeights`.
+        structure: see `SideNetworkStructure`.
+        ids: rows to read, int64 or int32 `[N]`; None reads all R.
+        scales: per modality fp32 `[R, L]`; a state is its stored value times its scale.
+        present: bool `[N, M]`, aligned with `ids`; None: all present.
+        dtype: the type to compute in; None: the weights'.
+
+    Returns:
+        Per tower its last h, `[N, D_t]` in `dtype`.
+    """
+    dtype = dtype or weights.gate[0].dtype
+    modalities, levels = range(len(states)), states[0].shape[1]
+    act = F.gelu if structure.activation == "gelu" else F.relu
+    w = SideNetworkWeights(*([t.to(dtype) for t in group] for group in weights))
+    gate = [torch.sigmoid(theta / structure.temperature) for theta in w.gate]
+    crosses = dict(zip(structure.cross_pairs, (torch.tanh(nu) for nu in w.cross_gate), strict=True))
+    projections = dict(
+        zip(structure.projected_pairs, zip(w.cross_down, w.cross_up, strict=True), strict=True)
+    )
+    narrowings = dict(
+        zip(structure.narrowed_towers, zip(w.pair_weight, w.pair_bias, strict=True), strict=True)
+    )
+    count = states[0].shape[0] if ids is None else ids.shape[0]
+    here = [None if present is None else present[:, m, None] for m in modalities]
+
+    def read(m: int, level: int) -> Tensor:
+        state = states[m][:, level] if ids is None else states[m][ids, level]
+        state = state.to(dtype)
+        if scales is not None:
+            scale = scales[m][:, level] if ids is None else scales[m][ids, level]
+            state = state * scale[:, None].to(dtype)
+        return _where(here[m], state)
+
+    def project(m: int, n: int, state: Tensor) -> Tensor:
+        if (m, n) not in projections:
+            return state
+        down, up = projections[m, n]
+        return (state @ down.T) @ up.T
+
+    h = [states[0].new_zeros((count, width), dtype=dtype) for width in structure.tower_widths]
+    for level in range(levels):
+        c = [read(m, level) for m in modalities]
+        before = list(h)
+        for t, source in enumerate(structure.sources):
+            mu = gate[t][level]
+            if len(source) == 1:
+                m = source[0]
+                x = mu * c[m] + (1 - mu) * before[t]
+                for n in modalities:
+                    if (m, n) in crosses:
+                        s = c[n] if structure.cross == "backbone" else before[n]
+                        x = x + crosses[m, n][level] * project(m, n, s)
+                exists = here[m]
+            else:
+                a, b = source
+                ca, cb = c[a], c[b]
+                if t in narrowings:
+                    weight, bias = (p[level] for p in narrowings[t])
+                    if structure.widths[a] > structure.widths[b]:
+                        ca = _where(here[a], F.linear(ca, weight, bias))
+                    else:
+                        cb = _where(here[b], F.linear(cb, weight, bias))
+                x = before[t] + mu * ca + (1 - mu) * cb
+                exists = None if present is None else present[:, [a, b]].any(dim=1, keepdim=True)
+            bottleneck = act(F.linear(x, w.down_weight[t][level], w.down_bias[t][level]))
+            adapted = x + F.linear(bottleneck, w.up_weight[t][level], w.up_bias[t][level])
+            h[t] = _where(exists, adapted)
+    return h
+
+
+def _where(mask: Tensor | None, value: Tensor) -> Tensor:
+    return value if mask is None else torch.where(mask, value, 0)

@@ -1,0 +1,46 @@
+"""topk_scores: the k best items of each user by inner product, over tiles of the catalogue."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from crossan_fast.ops._score_tiles import score_tiles
+
+
+class TopK(NamedTuple):
+    """Attributes:
+    scores: `[B, k]`, descending; −inf where fewer than k candidates are left.
+    ids: int64 `[B, k]`; of equal scores the lower id comes first; 0 where the score is −inf.
+    """
+
+    scores: Tensor
+    ids: Tensor
+
+
+def topk_scores_reference(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None) -> TopK:
+    """The definition, in plain torch; memory is B × (k + tile), never B × I.
+
+    Args:
+        users: `[B, d]`.
+        items: `[I + 1, d]`; row 0 is padding and no candidate.
+        k: at least 1.
+        exclude: int64 `[B, H]`, ids that are no candidates for the row; 0 stands for none.
+    """
+    batch = users.shape[0]
+    scores = users.new_full((batch, 0), float("-inf"))
+    ids = torch.zeros(batch, 0, dtype=torch.int64, device=users.device)
+    for start, tile in score_tiles(users, items, exclude):
+        scores = torch.cat([scores, tile], dim=1)
+        ids = torch.cat(
+            [ids, torch.arange(start, start + tile.shape[1], device=ids.device).expand(batch, -1)], 1
+        )
+        # Earlier tiles come first and the sort is stable, so equal scores stay in the order of ids.
+        scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
+        scores, ids = scores[:, :k], ids.gather(1, order[:, :k])
+    missing = k - scores.shape[1]
+    scores = torch.nn.functional.pad(scores, (0, missing), value=float("-inf"))
+    ids = torch.nn.functional.pad(ids, (0, missing))
+    return TopK(scores, ids.masked_fill(scores == float("-inf"), 0))
