@@ -1,0 +1,106 @@
+"""Items files: the three layouts, and a message for each way in which a file can be wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from crossan_fast.data import ItemTable, read_items
+
+Write = Callable[..., Path]
+
+
+def test_iisan_layout_has_no_header_and_no_quoting(write: Write) -> None:
+    table = read_items(write('B1\t1/4" NPT &amp; seal\nB2\tsay "hi"\n'))
+    assert table.names == ["B1", "B2"]
+    assert table.columns == {"title": ['1/4" NPT & seal', 'say "hi"']}
+    assert table.title_of("B2") == 'say "hi"'
+    assert table.index_of("B2") == 1
+
+
+def test_microlens_layout_is_csv_with_a_header(write: Write) -> None:
+    table = read_items(write('id,title\n7,"Snow, ""at last"""\n3,&quot;x&quot;\n'))
+    assert table.names == ["7", "3"]
+    assert table.columns["title"] == ['Snow, "at last"', '"x"']
+
+
+def test_microlens_layout_without_header(write: Write) -> None:
+    assert read_items(write('1,"a, b"\n2,c\n')).columns == {"title": ["a, b", "c"]}
+
+
+@pytest.mark.parametrize("separator", ["\t", ","])
+def test_header_names_columns_in_any_order(tmp_path: Path, write: Write, separator: str) -> None:
+    rows = [
+        ["Image_Path", "item", "title"],
+        ["img/a.png", "a", "one"],
+        ["", "b", ""],
+        ["/abs/c.png", "c", " "],
+    ]
+    table = read_items(write("\n".join(separator.join(row) for row in rows) + "\n"))
+    assert table.names == ["a", "b", "c"]
+    assert table.columns == {"image_path": ["img/a.png", None, "/abs/c.png"], "title": ["one", None, None]}
+    assert table.paths("image_path") == [tmp_path / "img/a.png", None, Path("/abs/c.png")]
+    assert table.title_of("b") is None
+
+
+def test_windows_line_ends_byte_order_mark_blank_lines_and_unicode_line_breaks(write: Write) -> None:
+    data = "\ufeffa\tfirst\r\n\r\nb\tsecond\u2028still second\x85and here\r\n\n".encode()
+    table = read_items(write(data))
+    assert table.names == ["a", "b"]
+    assert table.columns["title"] == ["first", "second\u2028still second\x85and here"]
+
+
+def test_repeated_lines_are_dropped_with_a_count_or_an_error_with_strict(write: Write) -> None:
+    path = write("a\tx\nb\ty\na\tx\na\tx\n")
+    with pytest.warns(UserWarning, match=r"items: .*items\.tsv: 2 repeated lines dropped"):
+        assert read_items(path).names == ["a", "b"]
+    with pytest.raises(ValueError, match=r"line 3: item 'a' is already on line 1"):
+        read_items(path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\tx\na\ty\n", r"line 2: item 'a' is already on line 1"),
+        (b"a\tx\nb\tcaf\xe9\n", r"line 2: byte 0xe9 is not UTF-8"),
+        ("", r"items: .*items\.tsv is empty"),
+        (" \n\n", r"items\.tsv is empty"),
+        ("item\ttitle\n", r"has a header but no items"),
+        ("a\tx\nb\n", r"line 2: expected 2 tab-separated columns, got 1"),
+        ("a\tx\n\nb\ty\tz\n", r"line 3: expected 2 tab-separated columns, got 3"),
+        ('id,title\n1,"a\nb"\n2,c,d\n', r"line 4: expected 2 comma-separated columns, got 3"),
+        ('id,title\n1,"a"b\n', r"line 2: not valid CSV"),
+        ("a\tx\n \ty\n", r"line 2: the item's name is empty"),
+        ("a\tx\timg.png\n", r"without a header expected 2 columns \(item, title\), got 3"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(write: Write, content: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_items(write(content))
+
+
+def test_missing_path_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"items: no such file: .*nowhere\.tsv"):
+        read_items(tmp_path / "nowhere.tsv")
+    with pytest.raises(IsADirectoryError, match=r"items: expected a file, .* is a folder"):
+        read_items(tmp_path)
+
+
+def test_item_table_checks_what_it_is_made_of() -> None:
+    with pytest.raises(ValueError, match=r"names: item 'a' occurs more than once"):
+        ItemTable(["b", "a", "a"], {})
+    with pytest.raises(ValueError, match=r"columns\['title'\]: expected 2 cells, one an item, got 1"):
+        ItemTable(["a", "b"], {"title": ["x"]})
+    with pytest.raises(KeyError, match=r"'c' is none of the 2 items"):
+        ItemTable(["a", "b"], {}).index_of("c")
+    with pytest.raises(KeyError, match=r"column: 'image_path' is not among \['title'\]"):
+        ItemTable(["a"], {"title": ["x"]}).paths("image_path")
+
+
+def test_scientific_items(scientific: Path) -> None:
+    table = read_items(scientific / "items.tsv")
+    assert len(table) == 20825
+    assert table.title_of("B003GXF5XA") == (
+        'Stainless Steel 316 Cast Pipe Fitting, 90 Degree Elbow, MSS SP-114, 1" NPT Female'
+    )
+    assert not any("&amp;" in (title or "") for title in table.columns["title"])
