@@ -15,12 +15,12 @@ class Deduplicated(NamedTuple):
     """Attributes:
     ids: int64 `[U]`: slot 0 holds padding (id 0), then the distinct ids in ascending order; with a
         `capacity`, unused slots at the end hold id 0 again.
-    index: int64, the shape of the input: the slot of each place; 0 exactly at padding.
+    slots: int64, the shape of the input: the slot of each place; 0 exactly at padding.
     counts: int64 `[U]`: how many places hold the slot's id; 0 for padding and unused slots.
     """
 
     ids: Tensor
-    index: Tensor
+    slots: Tensor
     counts: Tensor
 
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 def in_batch_loss_reference(
-    users: Tensor, items: Tensor, index: Tensor, counts: Tensor, log_popularity: Tensor
+    users: Tensor, items: Tensor, slots: Tensor, counts: Tensor, log_popularity: Tensor
 ) -> Tensor:
     """The definition over distinct ids, in plain torch, usable in float64.
 
     Args:
         users: `[B, S, d]`.
         items: `[U, d]`, row 0 padding.
-        index: int64 `[B, S+1]`, the row of `items` at each place, 0 at padding.
+        slots: int64 `[B, S+1]`, the row of `items` at each place, 0 at padding.
         counts: int64 `[U]`; 0 takes a row out of every sum.
         log_popularity: `[U]`, log of each item's share of the training interactions.
 
@@ -31,10 +31,10 @@ def in_batch_loss_reference(
         The mean over rows with a target, a scalar; 0 where there is none.
     """
     logits = users @ items.T - log_popularity.to(users.dtype)
-    target = index[:, 1:]
-    rows = (index[:, :-1] != 0) & (target != 0)
-    own = torch.zeros(index.shape[0], items.shape[0], dtype=torch.bool, device=index.device)
-    own.scatter_(1, index, True)
+    target = slots[:, 1:]
+    rows = (slots[:, :-1] != 0) & (target != 0)
+    own = torch.zeros(slots.shape[0], items.shape[0], dtype=torch.bool, device=slots.device)
+    own.scatter_(1, slots, True)
     negative = (logits + torch.log(counts.to(logits.dtype))).masked_fill(own[:, None, :], float("-inf"))
     positive = logits.gather(2, target[:, :, None])
     loss = torch.logsumexp(torch.cat([positive, negative], dim=2), dim=2) - positive[:, :, 0]

@@ -1,7 +1,7 @@
 """side_network: every tower's last hidden state from cached backbone states, in one op.
 
 With c[m] the states of modality m, μ = sigmoid(θ / τ) and A the side adapter (SPEC, "Side network")
-`A(x) = x + W_up · act(W_down x + b_down) + b_up`, a tower of modality m starts at h = 0 and walks the levels l:
+`A(x) = x + W_up · act(W_down x + b_down) + b_up`, a tower of modality m starts at h = 0 and walks levels l:
 
     x = μ[l]·c[m][:, l] + (1 − μ[l])·h + Σ_{n≠m} tanh(ν[n, l])·T_{n→m}(s[n, l]),    h ← A[l](x)
 
