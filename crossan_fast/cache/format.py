@@ -1,0 +1,315 @@
+"""The cache on disk: what each file of a folder holds, and the one small file that makes the others count.
+
+    meta.json            format, dtype, items, modalities; of each other file committed bytes and checksums
+    items.txt            UTF-8, one item name a line; line k names row k (row 0, the padding, has none)
+    present.bin          uint8 [I + 1, M], 1 where row i has modality m
+    <name>.states.bin    [I + 1, L, D] in the storage dtype, little-endian, row 0 all zeros; rows of absent
+                         modalities are zeros too
+    <name>.scales.bin    float32 [I + 1, L], for int8 and fp8 alone: value = stored · scale
+    report.tsv           which items lack which modality, and why; for people, not checksummed
+    building.json        only while a build is under way (see `crossan_fast.cache.build`)
+
+Every data file only ever grows. `meta.json`, replaced in one rename, says how many bytes of each count: bytes
+behind them belong to an append that has not been committed, so a crash or a full disk leaves the old cache as
+it was. No file is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crossan_fast._checks import nearest
+from crossan_fast.config import Modality
+
+FORMAT = "crossan_fast.hidden_states"
+VERSION = 1
+
+META = "meta.json"
+NAMES = "items.txt"
+PRESENT = "present.bin"
+REPORT = "report.tsv"
+BUILDING = "building.json"
+
+# Small enough that a damaged segment names few rows, large enough that meta.json stays small (4 TB: 65k
+# segments).
+SEGMENT_BYTES = 64 << 20
+
+_DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+_ALIASES = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float8_e4m3fn": "fp8",
+    "e4m3": "fp8",
+}
+
+
+class CacheError(ValueError):
+    """A folder that is no usable cache; the message says what is wrong and what to do."""
+
+
+class IncompleteCacheError(CacheError):
+    """A build was stopped before its end."""
+
+
+class CorruptCacheError(CacheError):
+    """Bytes are missing or differ from what was written."""
+
+
+def storage_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The storage dtype of a name (`fp32`, `fp16`, `bf16`, `fp8` (e4m3), `int8`, or torch's own) or dtype."""
+    if isinstance(dtype, torch.dtype):
+        if dtype in _DTYPES.values():
+            return dtype
+        raise TypeError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype}")
+    known = _ALIASES.get(dtype, dtype)
+    if known not in _DTYPES:
+        raise ValueError(
+            f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}{nearest(known, _DTYPES)}"
+        )
+    return _DTYPES[known]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bf16` of `torch.bfloat16`: the name used in meta.json and on the command line."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)
+
+
+def is_quantized(dtype: torch.dtype) -> bool:
+    """Whether rows of this storage dtype carry scales."""
+    return dtype in (torch.float8_e4m3fn, torch.int8)
+
+
+def states_file(modality: Modality) -> str:
+    return f"{modality.name}.states.bin"
+
+
+def scales_file(modality: Modality) -> str:
+    return f"{modality.name}.scales.bin"
+
+
+def row_bytes(modality: Modality, dtype: torch.dtype) -> int:
+    """Bytes of one row of `<name>.states.bin`."""
+    return modality.levels * modality.width * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of bytes of a file and their SHA-256; a file is the concatenation of its segments."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CacheMeta:
+    """What meta.json says.
+
+    Attributes:
+        dtype: of the states on disk.
+        num_items: I, without the padding row.
+        modalities: in the order of `present`'s columns.
+        sources: by modality name, how its states were made (encoder, pooling, layers, …); JSON values.
+        segments: by file name, the committed bytes.
+        written_by: library versions, for people.
+    """
+
+    dtype: torch.dtype
+    num_items: int
+    modalities: tuple[Modality, ...]
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
+    written_by: Mapping[str, str] = field(default_factory=dict)
+
+    def expected_bytes(self) -> dict[str, int | None]:
+        """Bytes of every data file; None where the content decides (item names)."""
+        rows = self.num_items + 1
+        sizes: dict[str, int | None] = {NAMES: None, PRESENT: rows * len(self.modalities)}
+        for modality in self.modalities:
+            sizes[states_file(modality)] = rows * row_bytes(modality, self.dtype)
+            if is_quantized(self.dtype):
+                sizes[scales_file(modality)] = rows * modality.levels * 4
+        return sizes
+
+    def committed(self, name: str) -> int:
+        """Bytes of file `name` that count."""
+        return sum(segment.size for segment in self.segments.get(name, ()))
+
+    def to_json(self) -> str:
+        """Canonical JSON, with a checksum of itself."""
+        body: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": dtype_name(self.dtype),
+            "num_items": self.num_items,
+            "modalities": [
+                {
+                    "name": m.name,
+                    "width": m.width,
+                    "levels": m.levels,
+                    "source": dict(self.sources.get(m.name, {})),
+                }
+                for m in self.modalities
+            ],
+            "files": {
+                name: [[segment.size, segment.sha256] for segment in segments]
+                for name, segments in self.segments.items()
+            },
+            "written_by": dict(self.written_by),
+        }
+        body["sha256"] = _digest(body)
+        return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> CacheMeta:
+        """Parse and validate; `where` is named in errors."""
+        try:
+            body = json.loads(text)
+            if body["format"] != FORMAT:
+                raise CacheError(f"{where}: expected format {FORMAT!r}, got {body['format']!r}")
+            if body["version"] != VERSION:
+                raise CacheError(
+                    f"{where}: expected format version {VERSION}, got {body['version']!r}; "
+                    "this cache was written by another version of crossan_fast"
+                )
+            if body.pop("sha256") != _digest(body):
+                raise CorruptCacheError(
+                    f"{where}: its checksum does not fit its content; it was changed or damaged"
+                )
+            return cls(
+                dtype=storage_dtype(body["dtype"]),
+                num_items=int(body["num_items"]),
+                modalities=tuple(Modality(m["name"], m["width"], m["levels"]) for m in body["modalities"]),
+                sources={m["name"]: m["source"] for m in body["modalities"]},
+                segments={
+                    name: tuple(Segment(int(size), sha256) for size, sha256 in segments)
+                    for name, segments in body["files"].items()
+                },
+                written_by=body["written_by"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptCacheError(
+                f"{where}: not a cache's meta.json ({type(error).__name__}: {error})"
+            ) from error
+
+
+def read_meta(folder: Path) -> CacheMeta:
+    """The validated meta.json of `folder`, after checking that every file holds the bytes it promises.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        IncompleteCacheError: a build was stopped; the message says how to go on.
+        CorruptCacheError: a file is missing, short, or meta.json is damaged.
+        CacheError: not a cache, or one of another version.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: no such cache folder: {folder}")
+    path = folder / META
+    if not path.is_file():
+        if (folder / BUILDING).exists():
+            raise IncompleteCacheError(
+                f"folder: {folder} holds a half-built cache ({_progress(folder)}); run the same "
+                "`crossan-fast cache build` command again to go on where it stopped"
+            )
+        raise CacheError(f"folder: {folder} is not a cache: it has no {META}")
+    meta = CacheMeta.from_json(path.read_text(encoding="utf-8", errors="replace"), path)
+    for name, size in meta.expected_bytes().items():
+        committed = meta.committed(name)
+        if size is not None and size != committed:
+            raise CorruptCacheError(
+                f"{path}: expected {size} bytes of {name} for {meta.num_items} items, got {committed}"
+            )
+        have = (folder / name).stat().st_size if (folder / name).is_file() else -1
+        if have < committed:
+            found = "no such file" if have < 0 else f"{have} bytes"
+            raise CorruptCacheError(f"{folder / name}: expected {committed} bytes, got {found}")
+    return meta
+
+
+def hash_range(path: Path, start: int, stop: int) -> str:
+    """SHA-256 of bytes [start, stop) of a file; short files raise."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(start)
+        left = stop - start
+        while left:
+            block = file.read(min(left, 1 << 20))
+            if not block:
+                raise CorruptCacheError(f"{path}: expected {stop} bytes, got {stop - left}")
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def segment_ranges(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) cut into runs of at most `SEGMENT_BYTES`."""
+    for index in range(math.ceil((stop - start) / SEGMENT_BYTES)):
+        first = start + index * SEGMENT_BYTES
+        yield first, min(first + SEGMENT_BYTES, stop)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put `text` at `path` whole or not at all: written beside it, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_item_names(names: Sequence[str], known: Mapping[str, int] | None = None) -> None:
+    """Raise unless every name is a non-empty single line and none occurs twice, here or in `known`."""
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name or any(c in name for c in "\t\n\r"):
+            raise ValueError(
+                f"item_names[{index}]: expected a non-empty string without tabs or line breaks, got {name!r}"
+            )
+        if name in seen or (known is not None and name in known):
+            raise ValueError(f"item_names[{index}]: item {name!r} occurs more than once")
+        seen[name] = index
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _progress(folder: Path) -> str:
+    try:
+        journal = json.loads((folder / BUILDING).read_text(encoding="utf-8"))
+        return f"{journal['encoded']} of {journal['to_encode']} encodings done"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its journal cannot be read"

@@ -1,0 +1,121 @@
+"""Where a cache's states live: on the device, in page-locked host memory, or in a memory-mapped file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from crossan_fast._checks import nearest
+
+Tier = Literal["resident", "pinned", "mmap"]
+
+# A training step, its optimizer and the allocator's slack need the other half.
+_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The tier a cache is on for a device, and why."""
+
+    device: torch.device
+    tier: Tier
+    reason: str
+
+
+def choose_tier(
+    size: int,
+    device: torch.device,
+    *,
+    device_free: int,
+    host_free: int,
+    asked: str = "auto",
+    on_disk: bool = True,
+) -> Placement:
+    """Pick the fastest tier that `size` bytes of states fit, or check the one asked for.
+
+    `resident` where they fit half of the free memory of `device`; else, for a GPU, `pinned` where they fit
+    half of the host's; else `mmap`, which a cache that is not on disk cannot use.
+
+    Raises:
+        ValueError: `asked` is no tier, or cannot serve this device or this cache.
+    """
+    if asked != "auto" and asked not in get_args(Tier):
+        raise ValueError(
+            f"tier: expected auto, {', '.join(get_args(Tier))}, got {asked!r}{nearest(asked, get_args(Tier))}"
+        )
+    if asked == "pinned" and device.type != "cuda":
+        raise ValueError(
+            f"tier: pinned host memory serves CUDA devices only, got device {device}; use resident or mmap"
+        )
+    if asked == "mmap" and not on_disk:
+        raise ValueError("tier: mmap needs a cache opened from a folder; this one is in memory")
+    if asked != "auto":
+        return Placement(device, cast(Tier, asked), "asked for")
+    need = f"{_gigabytes(size)} of states"
+    fits = f"{need}, {_gigabytes(device_free)} free on {device}"
+    if size <= _SHARE * device_free:
+        return Placement(device, "resident", fits)
+    if device.type == "cuda" and size <= _SHARE * host_free:
+        return Placement(device, "pinned", f"{fits} and {_gigabytes(host_free)} on the host")
+    if not on_disk:
+        return Placement(device, "resident", f"{fits}; more than half, but the cache is not on disk")
+    return Placement(
+        device, "mmap", f"{fits}; more than half" + (" of either" if device.type == "cuda" else "")
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that new tensors on `device` may take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + reserved)
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of host memory available without swapping, within the control group's limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit, used = (_read_int(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))
+    if limit is not None and used is not None:
+        available = min(available, max(limit - used, 0))
+    return available
+
+
+def map_file(path: Path, size: int) -> Tensor:
+    """The first `size` bytes of a file as a uint8 tensor, read from disk page by page as they are touched.
+
+    The mapping is private: writing to the tensor changes neither the file nor what another process sees.
+    """
+    with open(path, "rb") as file:
+        if hasattr(mmap, "MAP_PRIVATE"):
+            # Without MAP_NORESERVE (0x4000 on Linux; named in mmap from Python 3.13 on) the kernel refuses
+            # private writable mappings larger than memory and swap together.
+            noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
+            mapping = mmap.mmap(
+                file.fileno(), size, flags=mmap.MAP_PRIVATE | noreserve, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        else:
+            mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=size)
+
+
+def _read_int(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

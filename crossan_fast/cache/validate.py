@@ -1,0 +1,85 @@
+"""Checks of states that are in memory: shared by `write_cache` and `HiddenStateCache.from_tensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from crossan_fast._checks import check_tensor, describe
+from crossan_fast.cache.format import check_item_names, is_quantized
+from crossan_fast.config import Modality
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def nonfinite_rows(block: Tensor) -> Tensor:
+    """bool `[n]`: which rows of `[n, ...]` hold NaN or inf. int8 has neither."""
+    if block.dtype == torch.int8:
+        return torch.zeros(len(block), dtype=torch.bool)
+    if is_quantized(block.dtype):
+        block = block.float()  # isfinite is not implemented for float8
+    return ~block.flatten(1).isfinite().all(dim=1)
+
+
+def reject_nonfinite(
+    block: Tensor, name: str, names: Sequence[str], first_row: int = 0, kept_as: str = ""
+) -> None:
+    """Raise if a row of `block` `[n, L, D]` has NaN or inf; row k of it is row `first_row + k` of the cache.
+
+    `names` are those of rows 1..I. `kept_as` says after which conversion, where the input itself was finite.
+    """
+    bad = nonfinite_rows(block).nonzero().flatten()
+    if len(bad):
+        row = first_row + int(bad[0])
+        item = f"item {names[row - 1]!r}" if row else "the padding row"
+        raise ValueError(
+            f"states[{name!r}]: expected finite values, got NaN or inf{kept_as} in {len(bad)} "
+            f"row{'s' if len(bad) > 1 else ''}, first in row {row} ({item})"
+        )
+
+
+def checked_states(
+    states: Mapping[str, Tensor], item_names: Sequence[str] | None
+) -> tuple[tuple[Modality, ...], list[str]]:
+    """Modalities of `{name: [I + 1, L, D_m]}` and the I names, after checking shapes, row 0 and names."""
+    if not isinstance(states, Mapping) or not states:
+        raise ValueError(
+            f"states: expected at least one modality as {{name: [I + 1, L, D]}}, got {states!r}"[:300]
+        )
+    rows: int | None = None
+    modalities = []
+    for name, tensor in states.items():
+        checked = check_tensor(
+            f"states[{name!r}]", tensor, (rows if rows is not None else "I + 1", "L", f"D_{name}")
+        )
+        if len(checked) < 1:
+            raise ValueError(f"states[{name!r}]: expected at least the padding row, got {describe(tensor)}")
+        rows = len(checked)
+        modalities.append(Modality(name, width=checked.shape[2], levels=checked.shape[1]))
+        if bool((checked[0].float() != 0).any()):
+            raise ValueError(f"states[{name!r}]: row 0 is padding and must be all zeros")
+    assert rows is not None
+    if item_names is None:
+        return tuple(modalities), [str(row) for row in range(1, rows)]
+    names = list(item_names)
+    if len(names) == rows and names[0] == "":
+        names = names[1:]
+    if len(names) != rows - 1:
+        raise ValueError(f"item_names: expected {rows - 1} names (of rows 1 to {rows - 1}), got {len(names)}")
+    check_item_names(names)
+    return tuple(modalities), names
+
+
+def checked_present(present: Tensor | None, modalities: Sequence[Modality], num_items: int) -> Tensor:
+    """`present` bool `[I + 1, M]` with row 0 all False; all True from row 1 on where None is given."""
+    shape = (num_items + 1, len(modalities))
+    if present is None:
+        flags = torch.ones(shape, dtype=torch.bool)
+        flags[0] = False
+        return flags
+    flags = check_tensor("present", present, shape, dtypes=(torch.bool,)).cpu()
+    if bool(flags[0].any()):
+        raise ValueError("present: row 0 is padding and must be all False")
+    return flags

@@ -1,0 +1,330 @@
+"""Writing a cache: rows in any order, one commit at the end, and nothing seen by readers before it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crossan_fast.cache.format import (
+    BUILDING,
+    META,
+    NAMES,
+    PRESENT,
+    CacheMeta,
+    Segment,
+    dtype_name,
+    hash_range,
+    is_quantized,
+    row_bytes,
+    scales_file,
+    segment_ranges,
+    states_file,
+    storage_dtype,
+    sync_folder,
+    write_atomically,
+)
+from crossan_fast.cache.quantize import quantize
+from crossan_fast.cache.validate import checked_present, checked_states, reject_nonfinite
+from crossan_fast.config import Modality
+
+_CHUNK_BYTES = 64 << 20
+
+
+def to_storage(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Floats `[n, L, D]` in the storage dtype, with scales `[n, L]` where it has them."""
+    if is_quantized(dtype):
+        return quantize(states, dtype)
+    return states.to(dtype), None
+
+
+class CacheWriter:
+    """Writes one cache folder's data files in place, behind the bytes that its meta.json commits.
+
+    All room is taken at the start, so that a full disk shows before hours of encoding; one writer at a time
+    holds the folder. Until `commit` returns, readers see the cache as it was (or none).
+
+    Args:
+        folder: made where missing.
+        modalities, dtype, num_items: of the cache after the commit; `num_items` counts what `base` holds too.
+        base: the cache being appended to; its rows are never touched.
+
+    Raises:
+        BlockingIOError: another process is writing to this folder.
+        OSError: no room; files are as they were.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        modalities: Sequence[Modality],
+        dtype: torch.dtype,
+        num_items: int,
+        base: CacheMeta | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self._target = CacheMeta(storage_dtype(dtype), num_items, tuple(modalities))
+        self._base = base
+        self._descriptors: dict[str, int] = {}
+        created = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock_folder(self.folder)
+        try:
+            self._reserve()
+        except BaseException:
+            self.close()
+            if created:
+                shutil.rmtree(self.folder)
+            raise
+
+    @property
+    def first_new_row(self) -> int:
+        """The first row that this writer may write; 1 for a new cache."""
+        return 1 + (self._base.num_items if self._base else 0)
+
+    def write(self, modality: Modality, rows: Sequence[int], stored: Tensor, scales: Tensor | None) -> None:
+        """Put `stored` `[n, L, D]` (storage dtype) and its scales at `rows`; any order, again is fine."""
+        self._write_rows(states_file(modality), rows, stored)
+        if scales is not None:
+            self._write_rows(scales_file(modality), rows, scales)
+
+    def write_absent(self, modality: Modality, rows: Sequence[int]) -> None:
+        """Zeros at `rows`: what absent modalities and the padding row hold."""
+        shape = (len(rows), modality.levels, modality.width)
+        self.write(modality, rows, *to_storage(torch.zeros(shape), self._target.dtype))
+
+    def flush(self) -> None:
+        """Return when what was written would survive a power cut."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+
+    def commit(
+        self, names: Sequence[str], present: Tensor, sources: Mapping[str, Mapping[str, Any]]
+    ) -> CacheMeta:
+        """Make every row count: names `[n]` and present `[n, M]` of the new rows, in row order."""
+        new = self._target.num_items + 1 - self.first_new_row
+        if len(names) != new or present.shape != (new, len(self._target.modalities)):
+            raise ValueError(
+                f"names, present: expected {new} new items of {len(self._target.modalities)} modalities, "
+                f"got {len(names)} names and present {list(present.shape)}"
+            )
+        text = "".join(f"{name}\n" for name in names).encode()
+        names_start = self._base.committed(NAMES) if self._base else 0
+        _write_at(self._descriptors[NAMES], text, names_start)
+        self._write_rows(
+            PRESENT, range(self.first_new_row, self._target.num_items + 1), present.to(torch.uint8)
+        )
+        if self._base is None:
+            self._write_rows(PRESENT, [0], torch.zeros(1, len(self._target.modalities), dtype=torch.uint8))
+            for modality in self._target.modalities:
+                self.write_absent(modality, [0])
+        sizes = {
+            name: names_start + len(text) if size is None else size
+            for name, size in self._target.expected_bytes().items()
+        }
+        for name, size in sizes.items():
+            os.ftruncate(self._descriptors[name], size)
+        self.flush()
+        meta = CacheMeta(
+            dtype=self._target.dtype,
+            num_items=self._target.num_items,
+            modalities=self._target.modalities,
+            sources=sources,
+            segments={name: self._segments(name, size) for name, size in sizes.items()},
+            written_by={"python": platform.python_version(), "torch": torch.__version__},
+        )
+        write_atomically(self.folder / META, meta.to_json())
+        return meta
+
+    def close(self) -> None:
+        """Let go of the files and of the folder; uncommitted bytes stay behind the committed ones."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _reserve(self) -> None:
+        fresh = []
+        try:
+            for name, size in self._target.expected_bytes().items():
+                path = self.folder / name
+                if not path.exists():
+                    fresh.append(path)
+                self._descriptors[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                if size is not None:
+                    _allocate(self._descriptors[name], size)
+        except OSError as error:
+            for name, descriptor in self._descriptors.items():
+                if self._base is not None:
+                    os.ftruncate(descriptor, self._base.committed(name))
+            for path in fresh:
+                path.unlink(missing_ok=True)
+            if error.errno != errno.ENOSPC:
+                raise
+            total = sum(size or 0 for size in self._target.expected_bytes().values())
+            raise OSError(
+                errno.ENOSPC,
+                f"folder: no room in {self.folder} for {total / 1e9:.2f} GB; what was there is unchanged",
+            ) from error
+
+    def _write_rows(self, name: str, rows: Sequence[int], block: Tensor) -> None:
+        if not len(rows):
+            return
+        if (
+            min(rows) < (0 if self._base is None else self.first_new_row)
+            or max(rows) > self._target.num_items
+        ):
+            raise IndexError(f"rows: expected rows of this write, got {min(rows)} to {max(rows)}")
+        size = block[0].numel() * block.element_size()
+        data = block.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
+        if isinstance(rows, range) and rows.step == 1:
+            _write_at(self._descriptors[name], data, rows.start * size)
+            return
+        for index, row in enumerate(rows):
+            _write_at(self._descriptors[name], data[index * size : (index + 1) * size], row * size)
+
+    def _segments(self, name: str, size: int) -> tuple[Segment, ...]:
+        old = tuple(self._base.segments[name]) if self._base else ()
+        ranges = list(segment_ranges(sum(s.size for s in old), size))
+        with ThreadPoolExecutor() as pool:  # hashing large blocks releases the interpreter's lock
+            digests = list(pool.map(lambda r: hash_range(self.folder / name, *r), ranges))
+        return old + tuple(Segment(stop - start, d) for (start, stop), d in zip(ranges, digests, strict=True))
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """A sibling folder to write to, which takes the place of `folder` when the block ends without an error.
+
+    Raises:
+        FileExistsError: `folder` has something in it and `overwrite` is off, or it is no cache.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise FileExistsError(f"folder: {folder} is not empty; pass overwrite=True to replace a cache")
+        if not (folder / META).exists() and not (folder / BUILDING).exists():
+            raise FileExistsError(f"folder: {folder} is not a cache; it will not be replaced")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        yield temporary
+        if folder.exists():
+            os.rename(folder, retired)
+        os.rename(temporary, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_cache(
+    folder: str | os.PathLike[str],
+    states: Mapping[str, Tensor],
+    *,
+    present: Tensor | None = None,
+    item_names: Sequence[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write states that are already computed as a cache folder, whole or not at all.
+
+    Args:
+        folder: made; with `overwrite`, an existing cache is replaced once the new one is complete.
+        states: `{name: [I + 1, L, D_m]}` floats; row 0 is the padding, all zeros.
+        present: bool `[I + 1, M]`; default: every item has every modality. States of absent ones are not
+            kept.
+        item_names: names of rows 1..I (or of 0..I, the first ''); default '1', '2', ….
+        dtype: storage dtype (`fp32`, `fp16`, `bf16`, `fp8`, `int8`); default: that of the first tensor.
+        sources: by name, how the states were made; JSON values, for people.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or names do not fit, or a value of a present modality is NaN or
+            inf (also if it overflows `dtype`); the item is named.
+        FileExistsError: `folder` is not empty.
+    """
+    modalities, names = checked_states(states, item_names)
+    flags = checked_present(present, modalities, len(names))
+    storage = storage_dtype(dtype if dtype is not None else next(iter(states.values())).dtype)
+    with (
+        whole_folder(folder, overwrite) as temporary,
+        CacheWriter(temporary, modalities, storage, len(names)) as writer,
+    ):
+        for column, modality in enumerate(modalities):
+            write_in_chunks(writer, modality, states[modality.name], flags[:, column], storage, names)
+        writer.commit(names, flags[1:], dict(sources or {}))
+
+
+def write_in_chunks(
+    writer: CacheWriter,
+    modality: Modality,
+    states: Tensor,
+    present: Tensor,
+    dtype: torch.dtype,
+    names: Sequence[str],
+) -> None:
+    """Convert and write `[I + 1, L, D]` states a chunk of rows at a time; absent rows become zeros."""
+    step = max(1, _CHUNK_BYTES // row_bytes(modality, torch.float32))
+    for start in range(1, len(names) + 1, step):
+        stop = min(start + step, len(names) + 1)
+        here = present[start:stop]
+        block = torch.where(here[:, None, None], states[start:stop].cpu(), 0)
+        reject_nonfinite(block, modality.name, names, start)
+        stored, scales = to_storage(block, dtype)
+        reject_nonfinite(stored, modality.name, names, start, f" (once stored as {dtype_name(dtype)})")
+        writer.write(modality, range(start, stop), stored, scales)
+
+
+def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Grow a file to at least `size` bytes of zeros with room really taken, where the file system can."""
+    if os.fstat(descriptor).st_size >= size:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """An exclusive lock that ends with the process, however it ends; None where the system has none."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        raise BlockingIOError(errno.EWOULDBLOCK, f"folder: another process is writing to {folder}") from error
+    return descriptor
