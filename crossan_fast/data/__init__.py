@@ -2,15 +2,18 @@
 
 from crossan_fast.data.interactions import Dropped, Interactions, build_interactions, read_interactions
 from crossan_fast.data.items import ItemTable, read_items
+from crossan_fast.data.shop import Shop, make_shop
 from crossan_fast.data.splits import Split, leave_one_out
 
 __all__ = [
     "Dropped",
     "Interactions",
     "ItemTable",
+    "Shop",
     "Split",
     "build_interactions",
     "leave_one_out",
+    "make_shop",
     "read_interactions",
     "read_items",
 ]
