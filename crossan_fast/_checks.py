@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,24 +21,28 @@ def check_tensor(
     tensor: object,
     shape: Sequence[int | str | None],
     *,
-    dtypes: Iterable[torch.dtype] | None = None,
+    dtypes: Collection[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Raise unless `tensor` has `shape` (a string or None: any size), one of `dtypes`, and `device`."""
-    wanted = "[" + ", ".join("?" if s is None else str(s) for s in shape) + "]"
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor {wanted}, got {describe(tensor)}")
+        raise TypeError(f"{name}: expected a tensor {_shape(shape)}, got {describe(tensor)}")
     fits = tensor.dim() == len(shape) and all(
-        not isinstance(want, int) or have == want for have, want in zip(tensor.shape, shape, strict=True)
+        want is None or isinstance(want, str) or have == want
+        for have, want in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
-        raise ValueError(f"{name}: expected shape {wanted}, got {describe(tensor)}")
-    if dtypes is not None and tensor.dtype not in (allowed := tuple(dtypes)):
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"{name}: expected shape {_shape(shape)}, got {describe(tensor)}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected dtype {names}, got {describe(tensor)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {describe(tensor)}")
     return tensor
+
+
+def _shape(shape: Sequence[int | str | None]) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -25,7 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossan_fast._checks import check_tensor, describe
 from crossan_fast.config import CrossanConfig
+from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+
+SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *SCALED_DTYPES)
 
 
 class SideNetworkWeights(NamedTuple):
@@ -213,3 +218,195 @@ def side_network_reference(
 
 def _where(mask: Tensor | None, value: Tensor) -> Tensor:
     return value if mask is None else torch.where(mask, value, 0)
+
+
+def side_network(
+    states: Sequence[Tensor],
+    weights: SideNetworkWeights,
+    structure: SideNetworkStructure,
+    *,
+    ids: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
+    present: Tensor | None = None,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """Every tower's last hidden state, differentiable in all weights; arguments as `side_network_reference`.
+
+    Under autocast the op computes in, and returns, autocast's type. The fused backends keep only the
+    bottlenecks' pre-activations for the backward and give the states no gradient: states that require one
+    run eager.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        BackendUnavailable: `backend` was asked for by name and can't serve.
+    """
+    _check(states, weights, structure, ids, scales, present)
+    device, default = states[0].device.type, weights.gate[0].dtype
+    dtype = compute_dtype(device, default)
+    features = ("states_grad",) if any(s.requires_grad for s in states) else ()
+    choice = choose("side_network", device, dtype, features, backend)
+    if choice.backend == "eager":
+        hidden = side_network_reference(
+            states, weights, structure, ids=ids, scales=scales, present=present, dtype=default
+        )
+        return [h.to(dtype) for h in hidden]
+    outputs = torch.ops.crossan_fast.side_network(
+        list(states),
+        list(scales or ()),
+        ids,
+        present,
+        weights.flatten(),
+        list(structure.widths),
+        _encode(structure.sources),
+        structure.cross,
+        structure.activation,
+        structure.temperature,
+        dtype,
+        choice.backend,
+    )
+    return outputs[: len(structure.sources)]
+
+
+def _check(
+    states: Sequence[Tensor],
+    weights: SideNetworkWeights,
+    structure: SideNetworkStructure,
+    ids: Tensor | None,
+    scales: Sequence[Tensor] | None,
+    present: Tensor | None,
+) -> None:
+    if len(states) != len(structure.widths):
+        raise ValueError(f"states: expected {len(structure.widths)} tensors, got {len(states)}")
+    device = weights.gate[0].device
+    rows, levels = states[0].shape[0], weights.gate[0].shape[0]
+    for m, (state, width) in enumerate(zip(states, structure.widths, strict=True)):
+        check_tensor(f"states[{m}]", state, (None, levels, width), dtypes=STATE_DTYPES, device=device)
+        if state.shape[0] != rows:
+            raise ValueError(f"states[{m}]: expected {rows} rows as in states[0], got {describe(state)}")
+        if scales is None and state.dtype in SCALED_DTYPES:
+            raise ValueError(f"scales: {describe(state)} in states[{m}] needs a scale per row and level")
+    if scales is not None:
+        if len(scales) != len(states):
+            raise ValueError(f"scales: expected {len(states)} tensors, got {len(scales)}")
+        for m, scale in enumerate(scales):
+            check_tensor(f"scales[{m}]", scale, (None, levels), dtypes=(torch.float32,), device=device)
+            if scale.shape[0] != rows:
+                raise ValueError(f"scales[{m}]: expected {rows} rows as in states, got {describe(scale)}")
+    if ids is not None:
+        check_tensor("ids", ids, (None,), dtypes=(torch.int64, torch.int32), device=device)
+    if present is not None:
+        check_tensor("present", present, (None, len(states)), dtypes=(torch.bool,), device=device)
+        count = rows if ids is None else ids.shape[0]
+        if present.shape[0] != count:
+            raise ValueError(f"present: expected a row for each of {count} items, got {describe(present)}")
+
+
+def _encode(sources: tuple[tuple[int, ...], ...]) -> list[int]:
+    """Towers' sources as the flat list of an op schema: (a, b) each, b = −1 for a modality's own tower."""
+    return [index for source in sources for index in (*source, -1)[:2]]
+
+
+def _decode(
+    widths: Sequence[int], sources: Sequence[int], cross: str, activation: str, temperature: float
+) -> SideNetworkStructure:
+    pairs = zip(sources[::2], sources[1::2], strict=True)
+    decoded = tuple((a,) if b < 0 else (a, b) for a, b in pairs)
+    return SideNetworkStructure(tuple(widths), decoded, cross, activation, temperature)
+
+
+_STATIC = (
+    "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, str backend"
+)
+
+
+@torch.library.custom_op(
+    "crossan_fast::side_network",
+    mutates_args=(),
+    schema="(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, "
+    f"{_STATIC}) -> Tensor[]",
+)
+def _side_network(states, scales, ids, present, weights, widths, sources, *static):
+    """Outputs of the towers, then their bottlenecks' pre-activations z `[N, L, r]`, kept for the backward."""
+    *joined, dtype, backend = static
+    structure = _decode(widths, sources, *joined)
+    outputs, saved = implementation("side_network", backend).forward(
+        states, scales or None, ids, present, structure.unflatten(weights), structure, dtype
+    )
+    return [*outputs, *saved]
+
+
+@torch.library.custom_op(
+    "crossan_fast::side_network_backward",
+    mutates_args=(),
+    schema="(Tensor[] grad_outputs, Tensor[] saved, Tensor[] states, Tensor[] scales, Tensor? ids, "
+    f"Tensor? present, Tensor[] weights, {_STATIC}) -> Tensor[]",
+)
+def _side_network_backward(
+    grad_outputs, saved, states, scales, ids, present, weights, widths, sources, *static
+):
+    *joined, dtype, backend = static
+    structure = _decode(widths, sources, *joined)
+    backward = implementation("side_network", backend).backward
+    assert backward is not None
+    return backward(
+        grad_outputs,
+        saved,
+        states,
+        scales or None,
+        ids,
+        present,
+        structure.unflatten(weights),
+        structure,
+        dtype,
+    )
+
+
+@_side_network.register_fake
+def _(states, scales, ids, present, weights, widths, sources, *static):
+    dtype = static[-2]
+    structure = _decode(widths, sources, *static[:-2])
+    count = states[0].shape[0] if ids is None else ids.shape[0]
+    outputs = [states[0].new_empty((count, width), dtype=dtype) for width in structure.tower_widths]
+    bottlenecks = [
+        states[0].new_empty((count, *bias.shape), dtype=dtype)
+        for bias in structure.unflatten(weights).down_bias
+    ]
+    return outputs + bottlenecks
+
+
+@_side_network_backward.register_fake
+def _(grad_outputs, saved, states, scales, ids, present, weights, *static):
+    return [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+
+
+def _setup_context(ctx, inputs, output):
+    states, scales, ids, present, weights, *ctx.static = inputs
+    ctx.set_materialize_grads(False)
+    ctx.optional = (ids is not None, present is not None)
+    ctx.counts = (len(states), len(scales), len(weights))
+    optional = [t for t in (ids, present) if t is not None]
+    saved = output[len(output) // 2 :]
+    ctx.save_for_backward(*states, *scales, *weights, *saved, *optional)
+    ctx.outputs = [(tuple(o.shape), o.dtype) for o in output[: len(output) // 2]]
+
+
+def _backward(ctx, grads):
+    tensors = list(ctx.saved_tensors)
+    present = tensors.pop() if ctx.optional[1] else None
+    ids = tensors.pop() if ctx.optional[0] else None
+    num_states, num_scales, num_weights = ctx.counts
+    states, scales = tensors[:num_states], tensors[num_states : num_states + num_scales]
+    rest = tensors[num_states + num_scales :]
+    weights, saved = rest[:num_weights], rest[num_weights:]
+    grad_outputs = [
+        weights[0].new_zeros(shape, dtype=dtype) if grad is None else grad
+        for grad, (shape, dtype) in zip(grads[: len(ctx.outputs)], ctx.outputs, strict=True)
+    ]
+    grad_weights = torch.ops.crossan_fast.side_network_backward(
+        grad_outputs, saved, states, scales, ids, present, weights, *ctx.static
+    )
+    # A list of tensors takes a list of gradients back, even where none exists.
+    return [None] * num_states, [None] * num_scales, None, None, grad_weights, *[None] * len(ctx.static)
+
+
+_side_network.register_autograd(_backward, setup_context=_setup_context)
