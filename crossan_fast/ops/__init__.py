@@ -1,1 +1,41 @@
-"""One file an op: plain-torch reference, registered op, gradient, dispatch."""
+"""One file an op: plain-torch reference (`*_reference`), registered op with fake and gradient, dispatch."""
+
+from crossan_fast.ops._dispatch import BackendUnavailable, FallbackWarning
+from crossan_fast.ops.deduplicate import Deduplicated, deduplicate, deduplicate_reference
+from crossan_fast.ops.full_loss import full_loss, full_loss_reference
+from crossan_fast.ops.fusion import FusionOutput, FusionWeights, fusion, fusion_reference
+from crossan_fast.ops.in_batch_loss import in_batch_loss, in_batch_loss_by_place, in_batch_loss_reference
+from crossan_fast.ops.rank_of_target import rank_of_target, rank_of_target_reference
+from crossan_fast.ops.side_network import (
+    SideNetworkStructure,
+    SideNetworkWeights,
+    side_network,
+    side_network_reference,
+)
+from crossan_fast.ops.topk_scores import TopK, topk_scores, topk_scores_reference
+
+__all__ = [
+    "BackendUnavailable",
+    "Deduplicated",
+    "FallbackWarning",
+    "FusionOutput",
+    "FusionWeights",
+    "SideNetworkStructure",
+    "SideNetworkWeights",
+    "TopK",
+    "deduplicate",
+    "deduplicate_reference",
+    "full_loss",
+    "full_loss_reference",
+    "fusion",
+    "fusion_reference",
+    "in_batch_loss",
+    "in_batch_loss_by_place",
+    "in_batch_loss_reference",
+    "rank_of_target",
+    "rank_of_target_reference",
+    "side_network",
+    "side_network_reference",
+    "topk_scores",
+    "topk_scores_reference",
+]

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crossan_fast._checks import describe
+from crossan_fast.ops._dispatch import choose, implementation
+
 
 class Deduplicated(NamedTuple):
     """Attributes:
@@ -44,3 +47,39 @@ def deduplicate_reference(item_ids: Tensor, capacity: int | None = None) -> Dedu
         ids = torch.nn.functional.pad(ids, (0, capacity - ids.numel()))
         counts = torch.nn.functional.pad(counts, (0, capacity - counts.numel()))
     return Deduplicated(ids, inverse[1:].reshape(item_ids.shape), counts)
+
+
+def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str = "auto") -> Deduplicated:
+    """The distinct ids of a batch; arguments as `deduplicate_reference`.
+
+    With a `capacity` the result's shape is known, and backends on a GPU do not wait for the device; more
+    distinct ids than fit are then an error only where the ids are on the CPU. A capacity of
+    `item_ids.numel() + 1` always fits.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, named.
+        BackendUnavailable: `backend` was asked for by name and can't serve.
+    """
+    if item_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"item_ids: expected int64 or int32, got {describe(item_ids)}")
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity: expected at least 1, got {capacity}")
+    choice = choose("deduplicate", item_ids.device.type, torch.int64, (), backend)
+    if choice.backend == "eager" or capacity is None:
+        return deduplicate_reference(item_ids, capacity)
+    return Deduplicated(*torch.ops.crossan_fast.deduplicate(item_ids, capacity, choice.backend))
+
+
+@torch.library.custom_op(
+    "crossan_fast::deduplicate",
+    mutates_args=(),
+    schema="(Tensor item_ids, int capacity, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _deduplicate(item_ids, capacity, backend):
+    return implementation("deduplicate", backend).forward(item_ids, capacity)
+
+
+@_deduplicate.register_fake
+def _(item_ids, capacity, backend):
+    ids = item_ids.new_empty((capacity,), dtype=torch.int64)
+    return ids, item_ids.new_empty(item_ids.shape, dtype=torch.int64), torch.empty_like(ids)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crossan_fast._checks import check_tensor, describe
+from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+
 
 def full_loss_reference(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     """The definition, in plain torch, usable in float64.
@@ -23,3 +26,77 @@ def full_loss_reference(users: Tensor, items: Tensor, targets: Tensor) -> Tensor
     positive = logits.gather(1, (targets - 1).clamp_min(0)[:, None])[:, 0]
     loss = torch.logsumexp(logits, dim=1) - positive
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
+
+
+def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
+    """Softmax cross entropy over the catalogue; arguments as `full_loss_reference`.
+
+    Differentiable in `users` and `items`. Under autocast both are read in autocast's type; sums are fp32
+    (float64 for float64 inputs) on every backend, and so is the result.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        BackendUnavailable: `backend` was asked for by name and can't serve.
+    """
+    device = users.device
+    check_tensor("items", items, (None, users.shape[-1]), device=device)
+    check_tensor("targets", targets, (None,) * (users.dim() - 1), dtypes=(torch.int64,), device=device)
+    if targets.shape != users.shape[:-1]:
+        raise ValueError(f"targets: expected the shape of users without d, got {describe(targets)}")
+    dtype = compute_dtype(device.type, torch.promote_types(users.dtype, items.dtype))
+    users, items = users.to(dtype).reshape(-1, users.shape[-1]), items.to(dtype)
+    choice = choose("full_loss", device.type, dtype, (), backend)
+    if choice.backend == "eager":
+        wide = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(device.type, enabled=False):
+            return full_loss_reference(users.to(wide), items.to(wide), targets)
+    return torch.ops.crossan_fast.full_loss(users, items, targets.reshape(-1), choice.backend)[0]
+
+
+@torch.library.custom_op(
+    "crossan_fast::full_loss",
+    mutates_args=(),
+    schema="(Tensor users, Tensor items, Tensor targets, str backend) -> (Tensor, Tensor)",
+)
+def _full_loss(users, items, targets, backend):
+    """The loss, and each row's log-sum-exp `[R]` for the backward."""
+    return implementation("full_loss", backend).forward(users, items, targets)
+
+
+@torch.library.custom_op(
+    "crossan_fast::full_loss_backward",
+    mutates_args=(),
+    schema="(Tensor grad_loss, Tensor lse, Tensor users, Tensor items, Tensor targets, str backend) "
+    "-> (Tensor, Tensor)",
+)
+def _full_loss_backward(grad_loss, lse, users, items, targets, backend):
+    backward = implementation("full_loss", backend).backward
+    assert backward is not None
+    return backward(grad_loss, lse, users, items, targets)
+
+
+@_full_loss.register_fake
+def _(users, items, targets, backend):
+    wide = torch.promote_types(users.dtype, torch.float32)
+    return users.new_empty((), dtype=wide), users.new_empty(users.shape[:1], dtype=wide)
+
+
+@_full_loss_backward.register_fake
+def _(grad_loss, lse, users, items, targets, backend):
+    return users.new_empty(users.shape), items.new_empty(items.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _backward(ctx, grad_loss, grad_lse):
+    if grad_loss is None:
+        return None, None, None, None
+    users, items = torch.ops.crossan_fast.full_loss_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
+    return users, items, None, None
+
+
+_full_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crossan_fast._checks import check_tensor, describe
+from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+
 
 class FusionWeights(NamedTuple):
     """The trainable tensors of MOMEF; M modalities, item width d, expert hidden width f (4d).
@@ -121,3 +124,171 @@ def _balance(probability: Tensor, exists: Tensor, k: int, counts: Tensor | None)
     fraction = assignments / assignments.sum().clamp_min(torch.finfo(probability.dtype).tiny)
     mean = (weight[:, None] * probability).sum(0) / total
     return probability.shape[1] * (fraction.detach() * mean).sum()
+
+
+def fusion(
+    hidden: Sequence[Tensor],
+    weights: FusionWeights,
+    *,
+    present: Tensor | None = None,
+    top_k: int | None = None,
+    counts: Tensor | None = None,
+    backend: str = "auto",
+) -> FusionOutput:
+    """MOMEF, differentiable in `hidden` and all weights; arguments as `fusion_reference`.
+
+    Under autocast the op computes in, and `items` has, autocast's type.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        BackendUnavailable: `backend` was asked for by name and can't serve.
+    """
+    _check(hidden, weights, present, top_k, counts)
+    device, default = hidden[0].device.type, weights.w1.dtype
+    dtype = compute_dtype(device, default)
+    choice = choose("fusion", device, dtype, (), backend)
+    if choice.backend == "eager":
+        output = fusion_reference(hidden, weights, present=present, top_k=top_k, counts=counts, dtype=default)
+        return FusionOutput(output.items.to(dtype), output.balance)
+    flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
+    items, assigned, probability, *_ = torch.ops.crossan_fast.fusion(
+        list(hidden), flat, present, top_k, counts, dtype, choice.backend
+    )
+    return FusionOutput(items, len(hidden) * (assigned * probability).sum())
+
+
+def _check(
+    hidden: Sequence[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+) -> None:
+    modalities, expansion, width = weights.w1.shape
+    device = weights.w1.device
+    for name, group in (
+        ("hidden", hidden),
+        ("head_weight", weights.head_weight),
+        ("head_bias", weights.head_bias),
+    ):
+        if len(group) != modalities:
+            raise ValueError(f"{name}: expected {modalities} tensors, got {len(group)}")
+    count = hidden[0].shape[0]
+    for m, (h, weight) in enumerate(zip(hidden, weights.head_weight, strict=True)):
+        check_tensor(f"head_weight[{m}]", weight, (width, None), device=device)
+        check_tensor(f"head_bias[{m}]", weights.head_bias[m], (width,), device=device)
+        check_tensor(f"hidden[{m}]", h, (None, weight.shape[1]), device=device)
+        if h.shape[0] != count:
+            raise ValueError(f"hidden[{m}]: expected {count} rows as in hidden[0], got {describe(h)}")
+    check_tensor("router_weight", weights.router_weight, (modalities, modalities * width), device=device)
+    check_tensor("router_bias", weights.router_bias, (modalities,), device=device)
+    check_tensor("b1", weights.b1, (modalities, expansion), device=device)
+    check_tensor("w2", weights.w2, (modalities, width, expansion), device=device)
+    check_tensor("b2", weights.b2, (modalities, width), device=device)
+    if top_k is not None and not 1 <= top_k <= modalities:
+        raise ValueError(f"top_k: expected 1 to {modalities}, got {top_k}")
+    for name, rows, shape, dtype in (
+        ("present", present, (None, modalities), torch.bool),
+        ("counts", counts, (None,), torch.int64),
+    ):
+        if rows is not None:
+            check_tensor(name, rows, shape, dtypes=(dtype,), device=device)
+            if rows.shape[0] != count:
+                raise ValueError(f"{name}: expected {count} rows as in hidden, got {describe(rows)}")
+
+
+def _unflatten(tensors: Sequence[Tensor], modalities: int) -> FusionWeights:
+    heads, biases = tensors[:modalities], tensors[modalities : 2 * modalities]
+    return FusionWeights(heads, biases, *tensors[2 * modalities :])
+
+
+@torch.library.custom_op(
+    "crossan_fast::fusion",
+    mutates_args=(),
+    schema="(Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, "
+    "ScalarType dtype, str backend) -> Tensor[]",
+)
+def _fusion(hidden, weights, present, top_k, counts, dtype, backend):
+    """Items, f `[M]`, P `[M]`; for the backward e `[N, M·d]` and the router's logits `[N, M]`."""
+    items, assigned, probability, saved = implementation("fusion", backend).forward(
+        hidden, _unflatten(weights, len(hidden)), present, top_k, counts, dtype
+    )
+    return [items, assigned, probability, *saved]
+
+
+@torch.library.custom_op(
+    "crossan_fast::fusion_backward",
+    mutates_args=(),
+    schema="(Tensor grad_items, Tensor grad_probability, Tensor[] saved, Tensor[] hidden, Tensor[] weights, "
+    "Tensor? present, int? top_k, Tensor? counts, ScalarType dtype, str backend) -> Tensor[]",
+)
+def _fusion_backward(
+    grad_items, grad_probability, saved, hidden, weights, present, top_k, counts, dtype, backend
+):
+    """Gradients of `hidden`, then of `weights`."""
+    backward = implementation("fusion", backend).backward
+    assert backward is not None
+    grad_hidden, grad_weights = backward(
+        grad_items,
+        grad_probability,
+        saved,
+        hidden,
+        _unflatten(weights, len(hidden)),
+        present,
+        top_k,
+        counts,
+        dtype,
+    )
+    return [*grad_hidden, *grad_weights]
+
+
+@_fusion.register_fake
+def _(hidden, weights, present, top_k, counts, dtype, backend):
+    modalities, count = len(hidden), hidden[0].shape[0]
+    width, wide = weights[0].shape[0], torch.promote_types(dtype, torch.float32)
+    empty = hidden[0].new_empty
+    return [
+        empty((count, width), dtype=dtype),
+        empty((modalities,), dtype=wide),
+        empty((modalities,), dtype=wide),
+        empty((count, modalities * width), dtype=dtype),
+        empty((count, modalities), dtype=wide),
+    ]
+
+
+@_fusion_backward.register_fake
+def _(grad_items, grad_probability, saved, hidden, weights, *rest):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*hidden, *weights)]
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weights, present, ctx.top_k, counts, ctx.dtype, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.num_hidden = len(hidden)
+    ctx.optional = (present is not None, counts is not None)
+    ctx.save_for_backward(*output, *hidden, *weights, *(t for t in (present, counts) if t is not None))
+
+
+def _backward(ctx, grads):
+    items, _, probability, *rest = ctx.saved_tensors
+    counts = rest.pop() if ctx.optional[1] else None
+    present = rest.pop() if ctx.optional[0] else None
+    saved, hidden, weights = rest[:2], rest[2 : 2 + ctx.num_hidden], rest[2 + ctx.num_hidden :]
+    grad_items = torch.zeros_like(items) if grads[0] is None else grads[0]
+    grad_probability = torch.zeros_like(probability) if grads[2] is None else grads[2]
+    gradients = torch.ops.crossan_fast.fusion_backward(
+        grad_items,
+        grad_probability,
+        saved,
+        hidden,
+        weights,
+        present,
+        ctx.top_k,
+        counts,
+        ctx.dtype,
+        ctx.backend,
+    )
+    return gradients[: ctx.num_hidden], gradients[ctx.num_hidden :], None, None, None, None, None
+
+
+_fusion.register_autograd(_backward, setup_context=_setup_context)

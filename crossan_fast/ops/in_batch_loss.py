@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crossan_fast._checks import check_tensor, describe
+from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+
 
 def in_batch_loss_reference(
     users: Tensor, items: Tensor, slots: Tensor, counts: Tensor, log_popularity: Tensor
@@ -61,3 +64,94 @@ def in_batch_loss_by_place(users: Tensor, items: Tensor, item_ids: Tensor, log_p
     logits = logits.masked_fill(blocked, float("-inf"))
     loss = torch.logsumexp(logits, dim=2) - logits.gather(2, place[:, :, None])[:, :, 0]
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
+
+
+def in_batch_loss(
+    users: Tensor,
+    items: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    log_popularity: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The debiased in-batch softmax over distinct ids; arguments as `in_batch_loss_reference`.
+
+    Differentiable in `users` and `items`. Under autocast both are read in autocast's type; sums are fp32
+    (float64 for float64 inputs) on every backend, and so is the result.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        BackendUnavailable: `backend` was asked for by name and can't serve.
+    """
+    check_tensor("users", users, (None, None, None))
+    device = users.device
+    check_tensor("items", items, (None, users.shape[2]), device=device)
+    check_tensor("slots", slots, (None, None), dtypes=(torch.int64,), device=device)
+    if slots.shape[0] != users.shape[0] or slots.shape[1] != users.shape[1] + 1:
+        raise ValueError(f"slots: expected [B, S + 1] to users' [B, S, d], got {describe(slots)}")
+    check_tensor("counts", counts, (None,), dtypes=(torch.int64,), device=device)
+    check_tensor("log_popularity", log_popularity, (None,), device=device)
+    for name, column in (("counts", counts), ("log_popularity", log_popularity)):
+        if column.shape[0] != items.shape[0]:
+            raise ValueError(f"{name}: expected an entry for each row of items, got {describe(column)}")
+    dtype = compute_dtype(device.type, torch.promote_types(users.dtype, items.dtype))
+    users, items = users.to(dtype), items.to(dtype)
+    choice = choose("in_batch_loss", device.type, dtype, (), backend)
+    wide = torch.promote_types(dtype, torch.float32)
+    if choice.backend == "eager":
+        with torch.autocast(device.type, enabled=False):
+            return in_batch_loss_reference(users.to(wide), items.to(wide), slots, counts, log_popularity)
+    return torch.ops.crossan_fast.in_batch_loss(
+        users, items, slots, counts, log_popularity.to(wide), choice.backend
+    )[0]
+
+
+@torch.library.custom_op(
+    "crossan_fast::in_batch_loss",
+    mutates_args=(),
+    schema="(Tensor users, Tensor items, Tensor slots, Tensor counts, Tensor log_popularity, str backend) "
+    "-> (Tensor, Tensor)",
+)
+def _in_batch_loss(users, items, slots, counts, log_popularity, backend):
+    """The loss, and each row's log-sum-exp `[B, S]` for the backward."""
+    return implementation("in_batch_loss", backend).forward(users, items, slots, counts, log_popularity)
+
+
+@torch.library.custom_op(
+    "crossan_fast::in_batch_loss_backward",
+    mutates_args=(),
+    schema="(Tensor grad_loss, Tensor lse, Tensor users, Tensor items, Tensor slots, Tensor counts, "
+    "Tensor log_popularity, str backend) -> (Tensor, Tensor)",
+)
+def _in_batch_loss_backward(grad_loss, lse, users, items, slots, counts, log_popularity, backend):
+    backward = implementation("in_batch_loss", backend).backward
+    assert backward is not None
+    return backward(grad_loss, lse, users, items, slots, counts, log_popularity)
+
+
+@_in_batch_loss.register_fake
+def _(users, items, slots, counts, log_popularity, backend):
+    wide = torch.promote_types(users.dtype, torch.float32)
+    return users.new_empty((), dtype=wide), users.new_empty(users.shape[:2], dtype=wide)
+
+
+@_in_batch_loss_backward.register_fake
+def _(grad_loss, lse, users, items, *rest):
+    return users.new_empty(users.shape), items.new_empty(items.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _backward(ctx, grad_loss, grad_lse):
+    if grad_loss is None:
+        return None, None, None, None, None, None
+    users, items = torch.ops.crossan_fast.in_batch_loss_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
+    return users, items, None, None, None, None
+
+
+_in_batch_loss.register_autograd(_backward, setup_context=_setup_context)

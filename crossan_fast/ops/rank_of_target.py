@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossan_fast.ops._score_tiles import score_tiles
+from crossan_fast._checks import check_tensor, describe
+from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
 
 def rank_of_target_reference(
@@ -38,3 +40,42 @@ def rank_of_target_reference(
     for _, scores in score_tiles(users, items, exclude):
         ahead += (scores >= target_score[:, None]).sum(dim=1)
     return ahead  # the target itself is among the counted: that is the 1
+
+
+def rank_of_target(
+    users: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    exclude: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Full-catalogue ranks; arguments as `rank_of_target_reference`. No gradient.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, named.
+        BackendUnavailable: `backend` was asked for by name and can't serve.
+    """
+    check_ranking(users, items, exclude)
+    check_tensor("targets", targets, (None,), dtypes=(torch.int64,), device=users.device)
+    if targets.shape[0] != users.shape[0]:
+        raise ValueError(f"targets: expected an id for each row of users, got {describe(targets)}")
+    users, items = users.detach(), items.detach()
+    choice = choose("rank_of_target", users.device.type, users.dtype, (), backend)
+    if choice.backend == "eager":
+        return rank_of_target_reference(users, items, targets, exclude)
+    return torch.ops.crossan_fast.rank_of_target(users, items, targets, exclude, choice.backend)
+
+
+@torch.library.custom_op(
+    "crossan_fast::rank_of_target",
+    mutates_args=(),
+    schema="(Tensor users, Tensor items, Tensor targets, Tensor? exclude, str backend) -> Tensor",
+)
+def _rank_of_target(users, items, targets, exclude, backend):
+    return implementation("rank_of_target", backend).forward(users, items, targets, exclude)
+
+
+@_rank_of_target.register_fake
+def _(users, items, targets, exclude, backend):
+    return users.new_empty(users.shape[:1], dtype=torch.int64)

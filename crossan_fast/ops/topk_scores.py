@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crossan_fast.ops._score_tiles import score_tiles
+from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
 
 class TopK(NamedTuple):
@@ -44,3 +45,37 @@ def topk_scores_reference(users: Tensor, items: Tensor, k: int, exclude: Tensor 
     scores = torch.nn.functional.pad(scores, (0, missing), value=float("-inf"))
     ids = torch.nn.functional.pad(ids, (0, missing))
     return TopK(scores, ids.masked_fill(scores == float("-inf"), 0))
+
+
+def topk_scores(
+    users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None, *, backend: str = "auto"
+) -> TopK:
+    """The k best items of each user; arguments as `topk_scores_reference`. No gradient.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, named.
+        BackendUnavailable: `backend` was asked for by name and can't serve.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
+    check_ranking(users, items, exclude)
+    users, items = users.detach(), items.detach()
+    choice = choose("topk_scores", users.device.type, users.dtype, (), backend)
+    if choice.backend == "eager":
+        return topk_scores_reference(users, items, k, exclude)
+    return TopK(*torch.ops.crossan_fast.topk_scores(users, items, k, exclude, choice.backend))
+
+
+@torch.library.custom_op(
+    "crossan_fast::topk_scores",
+    mutates_args=(),
+    schema="(Tensor users, Tensor items, int k, Tensor? exclude, str backend) -> (Tensor, Tensor)",
+)
+def _topk_scores(users, items, k, exclude, backend):
+    return implementation("topk_scores", backend).forward(users, items, k, exclude)
+
+
+@_topk_scores.register_fake
+def _(users, items, k, exclude, backend):
+    shape = (users.shape[0], k)
+    return users.new_empty(shape), users.new_empty(shape, dtype=torch.int64)
