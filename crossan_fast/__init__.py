@@ -1,1 +1,11 @@
-"""Side networks over frozen foundation models for sequential recommendation."""
+"""CROSSAN and IISAN: sequential recommendation from frozen multimodal foundation models.
+
+The names here are the public API; see README.md for the formulas and `crossan-fast --help` for the commands.
+"""
+
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.config import CrossanConfig, Modality
+from crossan_fast.model import CrossanModel, CrossanOutput
+
+__version__ = "0.1.0"
+__all__ = ["CrossanConfig", "CrossanModel", "CrossanOutput", "HiddenStateCache", "Modality"]

@@ -20,7 +20,7 @@ Activation = Literal["gelu", "relu"]
 Head = Literal["one", "two"]
 Fusion = Literal["momef", "concat"]
 Loss = Literal["in_batch", "full"]
-Attention = Literal["auto", "sdpa", "xformers"]
+Attention = Literal["sdpa", "xformers"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -84,7 +84,7 @@ class CrossanConfig:
         blocks: SASRec blocks.
         attention_heads: heads of each block; divides `embedding_dim`.
         dropout: of the sequence encoder.
-        attention: `sdpa`, `xformers` (packed sequences, CUDA only), or `auto` (sdpa).
+        attention: `sdpa`, or `xformers` (packed sequences, CUDA only).
         loss: `in_batch` or `full`.
         deduplicate: run side network, fusion and loss on the batch's distinct ids; exact either way.
         adapter_std: standard deviation of the adapters' initial weights.
@@ -107,7 +107,7 @@ class CrossanConfig:
     blocks: int = 2
     attention_heads: int = 2
     dropout: float = 0.1
-    attention: Attention = "auto"
+    attention: Attention = "sdpa"
     loss: Loss = "in_batch"
     deduplicate: bool = True
     adapter_std: float = 0.01

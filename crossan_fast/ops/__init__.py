@@ -1,6 +1,6 @@
 """One file an op: plain-torch reference (`*_reference`), registered op with fake and gradient, dispatch."""
 
-from crossan_fast.ops._dispatch import BackendUnavailable, FallbackWarning
+from crossan_fast.ops._dispatch import BackendUnavailable, FallbackWarning, check_backend, has_kernel
 from crossan_fast.ops.deduplicate import Deduplicated, deduplicate, deduplicate_reference
 from crossan_fast.ops.full_loss import full_loss, full_loss_reference
 from crossan_fast.ops.fusion import FusionOutput, FusionWeights, fusion, fusion_reference
@@ -23,12 +23,14 @@ __all__ = [
     "SideNetworkStructure",
     "SideNetworkWeights",
     "TopK",
+    "check_backend",
     "deduplicate",
     "deduplicate_reference",
     "full_loss",
     "full_loss_reference",
     "fusion",
     "fusion_reference",
+    "has_kernel",
     "in_batch_loss",
     "in_batch_loss_by_place",
     "in_batch_loss_reference",

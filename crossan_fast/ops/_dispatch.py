@@ -130,6 +130,19 @@ def refusal(request: Request, backend: str) -> str | None:
     return _table[request.op, backend].refuses(request)
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is `auto` or one of `BACKENDS`."""
+    _wanted(backend)
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(op: str, backend: str) -> bool:
+    """Whether a backend's registration module offers `op` at all; `auto` and `eager` offer every op."""
+    if backend in ("auto", "eager"):
+        return True
+    return _load(backend) is not None or (op, backend) in _table
+
+
 @torch.compiler.assume_constant_result
 def choose(
     op: str, device: str, dtype: torch.dtype, features: tuple[str, ...] = (), backend: str = "auto"

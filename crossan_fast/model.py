@@ -1,0 +1,418 @@
+"""CrossanModel: side network -> fusion -> sequence encoder -> loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from crossan_fast import iisan, ops, serialization
+from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast.config import CrossanConfig
+from crossan_fast.modules.fusion import Concat, Head, Momef
+from crossan_fast.modules.sequence_encoder import SequenceEncoder
+from crossan_fast.modules.side_network import SideNetwork
+from crossan_fast.recommend import Recommendation, recommend
+
+if TYPE_CHECKING:
+    from crossan_fast.cache import HiddenStateCache
+
+_ID_DTYPES = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class CrossanOutput:
+    """Attributes:
+    loss: scalar: the configured loss plus `load_balance` times the router's.
+    user_embeddings: `[B, S, d]`; the last place is the user's vector.
+    item_embeddings: `[B, S + 1, d]`, by place of `item_ids`; what stands at padding has no meaning.
+    """
+
+    loss: Tensor
+    user_embeddings: Tensor
+    item_embeddings: Tensor
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the op reads states: tensors with a row an item (or place), and the rows it wants."""
+
+    states: Sequence[Tensor]
+    scales: Sequence[Tensor] | None
+    present: Tensor | None
+
+
+class CrossanModel(nn.Module):
+    """CROSSAN (arXiv 2504.10307) or IISAN (arXiv 2404.02059) over cached hidden states.
+
+    Args:
+        config: what the model is.
+        backend: `auto` picks per op and device (`crossan-fast doctor` shows what and why); `eager`, `cpp`,
+            `triton` or `cuda` asks for one and raises where it can't serve.
+
+    Attributes:
+        item_popularity: buffer `[I + 1]`, each item's share of the training interactions; empty until
+            `set_popularity`.
+    """
+
+    item_popularity: Tensor
+
+    def __init__(self, config: CrossanConfig, backend: str = "auto") -> None:
+        super().__init__()
+        if not isinstance(config, CrossanConfig):
+            raise TypeError(f"config: expected CrossanConfig, got {type(config).__name__}")
+        ops.check_backend(backend)
+        self.config = config
+        self.backend = backend
+        self.towers = SideNetwork(config)
+        two_layers = config.head == "two"
+        self.heads = nn.ModuleDict(
+            {tower.name: Head(tower.width, config.embedding_dim, two_layers) for tower in config.towers}
+        )
+        self.fusion = Momef(config) if config.fusion == "momef" else Concat(config)
+        self.sequence_encoder = SequenceEncoder(config)
+        self.register_buffer("item_popularity", torch.empty(0))
+
+    # -- items and users -------------------------------------------------------------------------------
+
+    def encode_items(self, states: Mapping[str, Tensor], present: Tensor | None = None) -> Tensor:
+        """Item embeddings from dense states.
+
+        Args:
+            states: per modality name `[N, L, D_m]`, any floating type.
+            present: bool `[N, M]` in the config's order of modalities; None: all present.
+
+        Returns:
+            `[N, d]`.
+
+        Raises:
+            ValueError, TypeError: names, shapes, dtypes or devices that do not fit; an item with no
+                modality at all, by its row.
+        """
+        source = self._dense_source(states, present, leading=1)
+        if present is not None:
+            _refuse_empty_items(present, "present: item at row {}")
+        return self._encode(source, None, source.present, None)[0]
+
+    def encode_users(self, items: Tensor, mask: Tensor) -> Tensor:
+        """User vectors from item embeddings.
+
+        Args:
+            items: `[B, S, d]`, S at most the window.
+            mask: bool `[B, S]`, True at real items, which stand at the end of each row.
+
+        Returns:
+            `[B, S, d]`, a vector for each prefix.
+        """
+        check_tensor("items", items, (None, None, self.config.embedding_dim))
+        check_tensor("mask", mask, (None, None), dtypes=(torch.bool,), device=items.device)
+        if items.shape[:2] != mask.shape:
+            raise ValueError(f"mask: expected {list(items.shape[:2])} as in items, got {describe(mask)}")
+        if items.shape[1] > self.config.window:
+            raise ValueError(
+                f"items: expected at most window={self.config.window} places, got {describe(items)}"
+            )
+        return self.sequence_encoder(items, mask)
+
+    def encode_catalogue(
+        self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = 2048
+    ) -> Tensor:
+        """Embeddings of the cache's items without gradient, `[I + 1, d]` (or of `ids`); row 0 is zeros."""
+        device = self._device()
+        if ids is None:
+            ids = torch.arange(cache.num_items + 1, device=device)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                chunks = [self._encode_ids(cache, part) for part in ids.split(batch_size)]
+        finally:
+            self.train(training)
+        if not chunks:
+            return torch.zeros(0, self.config.embedding_dim, device=device)
+        return torch.where((ids == 0)[:, None], 0, torch.cat(chunks))
+
+    # -- training --------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        item_ids: Tensor,
+        states: Mapping[str, Tensor] | None = None,
+        *,
+        cache: HiddenStateCache | None = None,
+        present: Tensor | None = None,
+    ) -> CrossanOutput:
+        """One training step's loss.
+
+        Args:
+            item_ids: int64 or int32 `[B, S + 1]`, left-padded with 0.
+            states: per modality `[B, S + 1, L, D_m]`; places of one id hold the same states.
+            cache: in place of `states`: rows are read by id.
+            present: with `states`, bool `[B, S + 1, M]`; None: all present.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit, named; no row with a target; ids out of range.
+        """
+        self._check_ids(item_ids)
+        if (states is None) == (cache is None):
+            given = "both" if states is not None else "neither"
+            raise ValueError(f"states, cache: expected one of the two, got {given}")
+        if present is not None and states is None:
+            raise ValueError("present: goes with states; a cache holds its own")
+        item_ids = item_ids.to(torch.int64)
+        if cache is not None:
+            self._check_range(item_ids, cache.num_items)
+        unique = ops.deduplicate(item_ids, self._capacity(item_ids), backend=self._backend("deduplicate"))
+        if self.config.loss == "full":
+            return self._full(item_ids, cache)
+        if cache is not None:
+            source, rows = self._cache_source(cache), unique.ids
+            exists = None if source.present is None else source.present[rows]
+        else:
+            assert states is not None
+            source = self._dense_source(states, present, leading=2)
+            rows = _first_places(unique)
+            exists = None if source.present is None else source.present[rows]
+            if exists is not None:
+                _refuse_empty_items(exists | (unique.ids == 0)[:, None], "item_ids: item {}", unique.ids)
+        return self._in_batch(item_ids, unique, source, rows, self._drop(exists, unique.ids))
+
+    def _in_batch(
+        self,
+        item_ids: Tensor,
+        unique: ops.Deduplicated,
+        source: _Source,
+        rows: Tensor,
+        exists: Tensor | None,
+    ) -> CrossanOutput:
+        deduplicate, slots = self.config.deduplicate, unique.slots
+        counts = unique.counts
+        if not deduplicate:
+            flat = slots.reshape(-1)
+            rows, exists = rows[flat], None if exists is None else exists[flat]
+            counts = (flat != 0).to(torch.int64)
+        embeddings, balance = self._encode(source, rows, exists, counts)
+        by_place = (embeddings[slots] if deduplicate else embeddings).reshape(*item_ids.shape, -1)
+        mask = item_ids[:, :-1] != 0
+        users = self.encode_users(by_place[:, :-1], mask)
+        log_popularity = self._log_popularity(unique.ids)
+        if deduplicate:
+            loss = ops.in_batch_loss(
+                users, embeddings, slots, counts, log_popularity, backend=self._backend("in_batch_loss")
+            )
+        else:
+            loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
+        return CrossanOutput(self._with_balance(loss, balance), users, by_place)
+
+    def _full(self, item_ids: Tensor, cache: HiddenStateCache | None) -> CrossanOutput:
+        if cache is None:
+            raise ValueError("cache: loss='full' scores the whole catalogue, expected a cache, got states")
+        catalogue = torch.arange(cache.num_items + 1, device=item_ids.device)
+        source = self._cache_source(cache)
+        exists = self._drop(source.present, catalogue)
+        counts = (catalogue != 0).to(torch.int64)
+        embeddings, balance = self._encode(source, None, exists, counts)
+        if self.config.deduplicate:
+            by_place = embeddings[item_ids]
+        else:
+            flat = item_ids.reshape(-1)
+            placed = self._encode(source, flat, None if exists is None else exists[flat], None)[0]
+            by_place = placed.reshape(*item_ids.shape, -1)
+        users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
+        targets = torch.where(item_ids[:, :-1] != 0, item_ids[:, 1:], 0)
+        loss = ops.full_loss(users, embeddings, targets, backend=self._backend("full_loss"))
+        return CrossanOutput(self._with_balance(loss, balance), users, by_place)
+
+    # -- popularity ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_popularity(self, counts: Tensor | Sequence[int]) -> None:
+        """Set `item_popularity` from the training interactions of each item.
+
+        Args:
+            counts: `[I + 1]`, not negative; entry 0 (padding) is ignored. ◊ An item without an interaction
+                counts as if it had one, so that its logit stays finite.
+        """
+        tensor = torch.as_tensor(counts, dtype=torch.float64)
+        check_tensor("counts", tensor, (None,))
+        if tensor.numel() < 2 or not torch.isfinite(tensor).all() or (tensor < 0).any():
+            raise ValueError(f"counts: expected [I + 1] finite counts of at least 0, got {describe(tensor)}")
+        total = tensor[1:].sum()
+        if total == 0:
+            raise ValueError("counts: expected at least one interaction, got none")
+        share = tensor.clamp_min(1) / total
+        share[0] = 1
+        self.item_popularity = share.to(self._device(), torch.float32)
+
+    def _log_popularity(self, ids: Tensor) -> Tensor:
+        if self.item_popularity.numel() == 0:
+            raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
+        return torch.log(self.item_popularity[ids])
+
+    # -- saving and recommending -----------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`; each file appears whole or not at all."""
+        serialization.save_model(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, backend: str = "auto") -> CrossanModel:
+        """Read what `save_pretrained` wrote."""
+        return serialization.load_model(cls, Path(folder), backend)
+
+    @classmethod
+    def from_iisan(cls, state_dict: Mapping[str, Tensor], *, backend: str = "auto") -> CrossanModel:
+        """A model with the weights of IISAN's public code; see `crossan_fast.iisan`."""
+        return iisan.load_iisan(cls, state_dict, backend)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str | int]],
+        cache: HiddenStateCache,
+        *,
+        k: int = 10,
+        filter_history: bool = True,
+    ) -> list[list[Recommendation]]:
+        """The k best items for each history; see `crossan_fast.recommend`."""
+        return recommend(self, histories, cache, k=k, filter_history=filter_history)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _encode(
+        self, source: _Source, rows: Tensor | None, present: Tensor | None, counts: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden = self.towers(
+            source.states,
+            ids=rows,
+            scales=source.scales,
+            present=present,
+            backend=self._backend("side_network"),
+        )
+        if isinstance(self.fusion, Concat):
+            return self.fusion(hidden, self.heads, present=present), None
+        fused = self.fusion(
+            hidden, self.heads, present=present, counts=counts, backend=self._backend("fusion")
+        )
+        return fused.items, fused.balance
+
+    def _encode_ids(self, cache: HiddenStateCache, ids: Tensor) -> Tensor:
+        source = self._cache_source(cache)
+        present = None if source.present is None else source.present[ids]
+        return self._encode(source, ids, present, None)[0]
+
+    def _with_balance(self, loss: Tensor, balance: Tensor | None) -> Tensor:
+        if balance is None or not self.config.load_balance:
+            return loss
+        return loss + self.config.load_balance * balance
+
+    def _drop(self, exists: Tensor | None, ids: Tensor) -> Tensor | None:
+        """Modality dropout ◊: one draw an item and step, so that places of one id agree."""
+        p = self.config.modality_dropout
+        if not (self.training and p):
+            return exists
+        if exists is None:
+            exists = (ids != 0)[:, None].expand(-1, len(self.config.modalities))
+        draw = torch.rand(exists.shape, device=exists.device).masked_fill(~exists, -1)
+        best = draw == draw.amax(dim=1, keepdim=True)
+        return exists & ((draw >= p) | best)
+
+    def _dense_source(self, states: Mapping[str, Tensor], present: Tensor | None, leading: int) -> _Source:
+        names = self.config.modality_names
+        for name in states:
+            if name not in names:
+                raise ValueError(f"states: unknown modality {name!r}{nearest(name, names)}")
+        if missing := [name for name in names if name not in states]:
+            raise ValueError(f"states: expected {list(names)}, {missing} missing")
+        first = states[names[0]]
+        for modality in self.config.modalities:
+            shape = (*[None] * leading, modality.levels, modality.width)
+            state = check_tensor(f"states[{modality.name!r}]", states[modality.name], shape)
+            if not state.is_floating_point():
+                raise TypeError(f"states[{modality.name!r}]: expected a floating type, got {describe(state)}")
+            if state.shape[:leading] != first.shape[:leading]:
+                raise ValueError(
+                    f"states[{modality.name!r}]: expected {list(first.shape[:leading])} first as in "
+                    f"states[{names[0]!r}], got {describe(state)}"
+                )
+        if present is not None:
+            shape = (*first.shape[:leading], len(names))
+            check_tensor("present", present, shape, dtypes=(torch.bool,), device=first.device)
+            present = present.reshape(-1, len(names))
+        return _Source([states[name].flatten(0, leading - 1) for name in names], None, present)
+
+    def _cache_source(self, cache: HiddenStateCache) -> _Source:
+        wanted, held = self.config.modalities, {m.name: m for m in cache.modalities}
+        for modality in wanted:
+            other = held.get(modality.name)
+            if other is None:
+                hint = nearest(modality.name, held)
+                raise ValueError(f"cache: holds {list(held)}, expected modality {modality.name!r}{hint}")
+            if (other.width, other.levels) != (modality.width, modality.levels):
+                raise ValueError(f"cache: expected {modality}, got {other}")
+        device = self._device()
+        order = [list(held).index(modality.name) for modality in wanted]
+        states, scales, present = cache.states(device), cache.scales(device), cache.present_mask(device)
+        return _Source(
+            [states[i] for i in order],
+            None if scales is None else [scales[i] for i in order],
+            None if present is None else present[:, order],
+        )
+
+    def _check_ids(self, item_ids: Tensor) -> None:
+        check_tensor("item_ids", item_ids, (None, None), dtypes=_ID_DTYPES, device=self._device())
+        places = item_ids.shape[1]
+        if not 2 <= places <= self.config.window + 1:
+            raise ValueError(
+                f"item_ids: expected 2 to window + 1 = {self.config.window + 1} places, "
+                f"got {describe(item_ids)}"
+            )
+        # On a GPU these checks would wait for the device at every step; the loss is 0 there instead.
+        if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not ((item_ids[:, :-1] != 0) & (item_ids[:, 1:] != 0)).any():
+                raise ValueError(f"item_ids: expected a row with a target, got none in {describe(item_ids)}")
+            if (item_ids[:, :-1].ne(0) & item_ids[:, 1:].eq(0)).any():
+                raise ValueError("item_ids: expected padding (0) on the left only, got it after an item")
+
+    def _check_range(self, item_ids: Tensor, num_items: int) -> None:
+        if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = item_ids.aminmax()
+            if low < 0 or high > num_items:
+                raise ValueError(f"item_ids: expected ids in 0 to {num_items}, got {int(low)} to {int(high)}")
+
+    def _capacity(self, item_ids: Tensor) -> int | None:
+        """On a GPU every place may be distinct: a known shape costs less than asking the device."""
+        return None if item_ids.device.type == "cpu" else item_ids.numel() + 1
+
+    def _backend(self, op: str) -> str:
+        """A backend asked for by name holds for every op that it has; the others stay automatic."""
+        return self.backend if ops.has_kernel(op, self.backend) else "auto"
+
+    def _device(self) -> torch.device:
+        return self.sequence_encoder.position.weight.device
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The catalogue's size is not part of the config: the buffer takes the size that was saved.
+        saved = state_dict.get(prefix + "item_popularity")
+        if saved is not None and saved.shape != self.item_popularity.shape:
+            self.item_popularity = torch.empty(saved.shape, device=self.item_popularity.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _first_places(unique: ops.Deduplicated) -> Tensor:
+    """For each slot a place of the batch that holds its id, `[U]`; 0 for slots that no place has."""
+    flat = unique.slots.reshape(-1)
+    places = torch.arange(flat.numel(), device=flat.device)
+    first = flat.new_full(unique.ids.shape, flat.numel()).scatter_reduce(0, flat, places, "amin")
+    return torch.where(first == flat.numel(), 0, first)
+
+
+def _refuse_empty_items(present: Tensor, what: str, names: Tensor | None = None) -> None:
+    empty = ~present.any(dim=1)
+    if not torch.compiler.is_compiling() and bool(empty.any()):
+        row = int(empty.nonzero()[0])
+        name = row if names is None else int(names[row])
+        raise ValueError(f"{what.format(name)} has no modality at all, expected at least one")

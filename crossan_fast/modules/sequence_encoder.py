@@ -1,0 +1,120 @@
+"""SASRec (arXiv 1808.09781) as IISAN's public code has it: post-norm blocks over item embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossan_fast.config import CrossanConfig
+
+EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without biases."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor, packed: bool) -> Tensor:
+        """x `[B, S, d]`; mask bool `[B, S]`, True at real items, which stand at the end of each row."""
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        p = self.dropout if self.training else 0.0
+        mixed = _packed(q, k, v, mask, p) if packed else _dense(q, k, v, mask, p)
+        return self.out(mixed.flatten(-2))
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """q, k, v `[B, S, heads, d / heads]`."""
+    places = mask.shape[1]
+    causal = torch.ones(places, places, dtype=torch.bool, device=mask.device).tril()
+    # A padding place sees itself, so that its softmax is not over nothing; nobody reads its output.
+    itself = torch.eye(places, dtype=torch.bool, device=mask.device)
+    seen = (causal & mask[:, None, :]) | itself
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], dropout_p=dropout)
+    return mixed.transpose(1, 2)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """The same over the real items alone, one causal block a sequence; the lengths pass through the host."""
+    from xformers.ops import fmha
+
+    lengths = mask.sum(dim=1)
+    lengths = lengths[lengths > 0].tolist()
+    mixed = torch.zeros_like(v)
+    if lengths:
+        bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths)
+        real = fmha.memory_efficient_attention(
+            q[mask][None], k[mask][None], v[mask][None], attn_bias=bias, p=dropout
+        )
+        mixed[mask] = real[0].to(mixed.dtype)
+    return mixed
+
+
+class Block(nn.Module):
+    """Attention, then a ReLU feed-forward of width 4d, each with dropout, residual and LayerNorm after."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, eps=EPS)
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
+        self.forward_norm = nn.LayerNorm(width, eps=EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, packed: bool) -> Tensor:
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask, packed)))
+        return self.forward_norm(x + self.dropout(self.narrow(F.relu(self.widen(x)))))
+
+
+class SequenceEncoder(nn.Module):
+    """Learned positions, LayerNorm, dropout, then the blocks.
+
+    Raises:
+        ImportError: `attention="xformers"` where xformers is not installed.
+    """
+
+    def __init__(self, config: CrossanConfig) -> None:
+        super().__init__()
+        width = config.embedding_dim
+        self.position = nn.Embedding(config.window, width)
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            Block(width, config.attention_heads, config.dropout) for _ in range(config.blocks)
+        )
+        self.packed = config.attention == "xformers"
+        if self.packed:
+            import xformers.ops  # noqa: F401  (fail at construction, not at the first step)
+        self.apply(_initialise)
+
+    def forward(self, items: Tensor, mask: Tensor) -> Tensor:
+        """items `[B, S, d]`, mask bool `[B, S]` → users `[B, S, d]`; the last place is the user's vector.
+
+        Sequences shorter than the window stand at its end, as left padding puts them.
+        """
+        if self.packed and items.device.type != "cuda":
+            raise ValueError(
+                f"attention: 'xformers' runs on CUDA, expected a CUDA device, got {items.device}"
+            )
+        places = self.position.weight[-items.shape[1] :]
+        x = self.dropout(self.norm(items + places))
+        for block in self.blocks:
+            x = block(x, mask, self.packed)
+        return x
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.xavier_normal_(module.weight)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,64 @@
+"""A model on disk: `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save
+
+from crossan_fast.config import CrossanConfig
+
+if TYPE_CHECKING:
+    from crossan_fast.model import CrossanModel
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Write a file so that it appears complete or, on any failure, the old one stays.
+
+    Args:
+        path: where it is to stand.
+        content: its bytes, or a function that writes them to the path it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a saved model is as readable as any other file of the user's.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_model(model: CrossanModel, folder: Path) -> None:
+    """The config first: weights without their config are of no use to anyone."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder: expected a folder, got the file {folder}")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_whole(folder / CONFIG, model.config.to_json().encode())
+    write_whole(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+
+
+def load_model(cls: type[CrossanModel], folder: Path, backend: str) -> CrossanModel:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"folder: expected {name} in {folder}, found none")
+    model = cls(CrossanConfig.from_json((folder / CONFIG).read_text()), backend=backend)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model
