@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from crossan_fast import ops
 
@@ -59,11 +60,8 @@ def recommend(
         recent[b, window - len(last) :] = last
     exclude = None
     if filter_history:
-        exclude = (
-            torch.nested.nested_tensor([torch.tensor(history) for history in rows])
-            .to_padded_tensor(0)
-            .to(device)
-        )
+        padded = pad_sequence([torch.tensor(history) for history in rows], batch_first=True)
+        exclude = padded.to(device)
     items = model.encode_catalogue(cache)
     training = model.training
     model.eval()

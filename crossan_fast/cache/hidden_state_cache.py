@@ -76,6 +76,7 @@ class HiddenStateCache:
         self._states = list(states)
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
+        self._present_on: dict[torch.device, Tensor | None] = {}
         self._names_size = names_size
         if names is not None:
             self.item_names = ["", *names]
@@ -275,6 +276,25 @@ class HiddenStateCache:
     def scales(self, device: str | torch.device) -> list[Tensor] | None:
         """fp32 `[I + 1, L]` for each modality of an int8 or fp8 cache, placed as `states`; else None."""
         return self._at(_device(device))[1]
+
+    def present_mask(self, device: str | torch.device) -> Tensor | None:
+        """`present` on `device`, or None where every item has every modality; made once and kept.
+
+        Raises:
+            ValueError: an item with no modality at all, by name.
+        """
+        key = _device(device)
+        if key not in self._present_on:
+            rows = self.present[1:]
+            empty = ~rows.any(dim=1)
+            if bool(empty.any()):
+                row = int(empty.nonzero()[0]) + 1
+                raise ValueError(
+                    f"cache: item {self.item_names[row]!r} (row {row}) has no modality at all, expected at "
+                    "least one"
+                )
+            self._present_on[key] = None if bool(rows.all()) else self.present.to(key)
+        return self._present_on[key]
 
     def _at(self, device: torch.device) -> tuple[list[Tensor], list[Tensor] | None]:
         if device not in self._loaded:

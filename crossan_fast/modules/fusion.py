@@ -88,8 +88,9 @@ class Concat(nn.Linear):
         self, hidden: Sequence[Tensor], heads: nn.ModuleDict, *, present: Tensor | None = None
     ) -> Tensor:
         embeddings = []
-        for head, h, source in zip(heads.values(), hidden, self.sources, strict=True):
-            e = F.linear(cast(Head, head).enter(h).to(head.weight.dtype), head.weight, head.bias)
+        layers = [cast(Head, head) for head in heads.values()]
+        for head, h, source in zip(layers, hidden, self.sources, strict=True):
+            e = F.linear(head.enter(h).to(head.weight.dtype), head.weight, head.bias)
             if present is not None:
                 e = torch.where(present[:, source].any(dim=1, keepdim=True), e, 0)
             embeddings.append(e)

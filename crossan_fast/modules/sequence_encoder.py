@@ -47,8 +47,7 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Te
     """The same over the real items alone, one causal block a sequence; the lengths pass through the host."""
     from xformers.ops import fmha
 
-    lengths = mask.sum(dim=1)
-    lengths = lengths[lengths > 0].tolist()
+    lengths = [length for length in mask.sum(dim=1).tolist() if length]
     mixed = torch.zeros_like(v)
     if lengths:
         bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths)
