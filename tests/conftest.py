@@ -1,0 +1,29 @@
+"""Shared fixtures: every test starts from one seed and computes on one thread."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data, from CROSSAN_FAST_DATA or beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("CROSSAN_FAST_DATA", beside))
+    if not (folder / "scientific" / "users.tsv").is_file():
+        pytest.skip(f"real data not found in {folder}; set CROSSAN_FAST_DATA to its folder")
+    return folder
