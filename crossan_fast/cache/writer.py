@@ -50,8 +50,9 @@ def to_storage(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
 class CacheWriter:
     """Writes one cache folder's data files in place, behind the bytes that its meta.json commits.
 
-    All room is taken at the start, so that a full disk shows before hours of encoding; one writer at a time
-    holds the folder. Until `commit` returns, readers see the cache as it was (or none).
+    All room is taken at the start, so that a full disk shows before hours of encoding. Callers see to it
+    that there is one writer at a time (`locked`). Until `commit` returns, readers see the cache as it was, or
+    none.
 
     Args:
         folder: made where missing.
@@ -59,7 +60,6 @@ class CacheWriter:
         base: the cache being appended to; its rows are never touched.
 
     Raises:
-        BlockingIOError: another process is writing to this folder.
         OSError: no room; files are as they were.
     """
 
@@ -77,7 +77,6 @@ class CacheWriter:
         self._descriptors: dict[str, int] = {}
         created = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock_folder(self.folder)
         try:
             self._reserve()
         except BaseException:
@@ -150,9 +149,6 @@ class CacheWriter:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -206,6 +202,30 @@ class CacheWriter:
         with ThreadPoolExecutor() as pool:  # hashing large blocks releases the interpreter's lock
             digests = list(pool.map(lambda r: hash_range(self.folder / name, *r), ranges))
         return old + tuple(Segment(stop - start, d) for (start, stop), d in zip(ranges, digests, strict=True))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold it alone for writing; the lock ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: another process is writing to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, f"folder: another process is writing to {folder}") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -311,20 +331,3 @@ def _allocate(descriptor: int, size: int) -> None:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, size)
-
-
-def _lock_folder(folder: Path) -> int | None:
-    """An exclusive lock that ends with the process, however it ends; None where the system has none."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise BlockingIOError(errno.EWOULDBLOCK, f"folder: another process is writing to {folder}") from error
-    return descriptor

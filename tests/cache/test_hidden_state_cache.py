@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -328,6 +330,12 @@ def test_a_nan_that_reached_the_file_is_found_when_it_is_loaded(tmp_path: Path) 
         file.write(torch.tensor([float("nan")]).numpy().tobytes())
     with pytest.raises(ValueError, match=r"states\['image'\]: .*row 6 \(item 'item-6'\)"):
         HiddenStateCache.open(tmp_path / "c").to("cpu", "resident")
+
+
+def test_reading_a_cache_needs_no_encoder_library() -> None:
+    script = "import sys, crossan_fast.cache as c; print({'transformers', 'PIL', 'scipy'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "set()"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,232 @@
+"""One pass over the items: an encoder, or an array of states, that serves one or more modalities at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossan_fast._checks import nearest
+from crossan_fast.cache.inputs import BrokenInput
+from crossan_fast.cache.levels import choose_levels, pool
+from crossan_fast.cache.specs import DEFAULT_COLUMNS, ModalitySpec
+from crossan_fast.config import Modality
+
+if TYPE_CHECKING:
+    from crossan_fast.cache.encoders import FrozenEncoder
+
+DEFAULT_LEVELS = 7
+
+
+class Items(Protocol):
+    """What a build reads of an items file; `crossan_fast.data.items.ItemTable` is one.
+
+    `names[i]` has `columns[c][i]`, None where the cell is empty; relative paths in cells start from `folder`.
+    """
+
+    names: list[str]
+    columns: dict[str, list[str | None]]
+    folder: Path
+
+
+class Pass(Protocol):
+    """Runs once over the items and yields states of each of its modalities."""
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """In the order of what `encode` returns."""
+
+    @property
+    def records(self) -> Mapping[str, Mapping[str, Any]]:
+        """By modality name, how its states are made: JSON values that go to meta.json."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights, '' where there are none or they are not loaded yet."""
+
+    @property
+    def threads(self) -> int:
+        """How many threads may call `read` at once."""
+
+    @property
+    def mixes_sizes(self) -> bool:
+        """Whether inputs of different `sizes` may share a batch."""
+
+    def missing(self, index: int) -> str | None:
+        """Why item `index` of the items file has no input at all, or None."""
+
+    def sizes(self, indices: Sequence[int]) -> list[int]:
+        """What batches are sorted by."""
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Get ready to encode."""
+
+    def unload(self) -> None:
+        """Let go of what `load` took."""
+
+    def read(self, index: int) -> Tensor:
+        """The input of an item. Raises `BrokenInput`."""
+
+    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """fp32 `[B, L, D]` on the CPU for each modality."""
+
+
+class EncoderPass:
+    """All modalities of one encoder and column: pooled or levelled differently, encoded once."""
+
+    def __init__(self, encoder: FrozenEncoder, specs: Sequence[ModalitySpec], items: Items) -> None:
+        self.encoder = encoder
+        self.threads, self.mixes_sizes = encoder.threads, encoder.mixes_sizes
+        self._specs = tuple(specs)
+        self._folder = Path(items.folder)
+        column = specs[0].column or DEFAULT_COLUMNS[encoder.kind]
+        if column not in items.columns:
+            raise ValueError(
+                f"modality {specs[0].name!r}: column: expected one of {sorted(items.columns)}, got {column!r}"
+                f"{nearest(column, items.columns)}"
+            )
+        self._cells = items.columns[column]
+        self.column = column
+        self._layers = [self._chosen(spec) for spec in specs]
+        self.modalities = tuple(
+            Modality(spec.name, encoder.width, len(layers))
+            for spec, layers in zip(specs, self._layers, strict=True)
+        )
+        self.records = {
+            spec.name: self._record(spec, layers) for spec, layers in zip(specs, self._layers, strict=True)
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return self.encoder.fingerprint
+
+    def missing(self, index: int) -> str | None:
+        """Why this item has no input at all, or None."""
+        return None if self._cells[index] else f"empty {self.column}"
+
+    def sizes(self, indices: Sequence[int]) -> list[int]:
+        return self.encoder.sizes([self._cell(index) for index in indices])
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.encoder.load(device, dtype)
+        for spec in self._specs:
+            self.encoder.check_pooling(spec.pool)
+
+    def unload(self) -> None:
+        self.encoder.unload()
+
+    def read(self, index: int) -> Tensor:
+        return self.encoder.read(self._cell(index))
+
+    @torch.inference_mode()
+    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """fp32 `[B, L, D]` on the CPU for each modality."""
+        hidden, mask = self.encoder.states(inputs)
+        result = []
+        for spec, layers in zip(self._specs, self._layers, strict=True):
+            pooled = [pool(hidden[layer], mask, spec.pool) for layer in layers]
+            result.append(torch.stack(pooled, dim=1).cpu())
+        return result
+
+    def _cell(self, index: int) -> str | Path:
+        cell = self._cells[index] or ""
+        return cell if self.encoder.kind == "text" else self._folder / cell
+
+    def _chosen(self, spec: ModalitySpec) -> tuple[int, ...]:
+        try:
+            return choose_levels(DEFAULT_LEVELS if spec.levels is None else spec.levels, self.encoder.layers)
+        except ValueError as error:
+            raise ValueError(f"modality {spec.name!r}: {error}; say which with levels=...") from error
+
+    def _record(self, spec: ModalitySpec, layers: tuple[int, ...]) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "encoder": self.encoder.source,
+            "model_type": self.encoder.model_type,
+            "kind": self.encoder.kind,
+            "column": self.column,
+            "encoder_layers": self.encoder.layers,
+            "layers": list(layers),
+            "pool": spec.pool,
+        }
+        if self.encoder.kind == "text":
+            record |= {"max_length": self.encoder.max_length, "lowercase": self.encoder.lowercase}
+        return record
+
+
+class ArrayPass:
+    """A modality whose states were computed elsewhere: rows of a `.npy`, in the order of the items file."""
+
+    threads, mixes_sizes, fingerprint = 1, True, ""
+
+    def __init__(self, spec: ModalitySpec, items: Items) -> None:
+        where = f"modality {spec.name!r}: source"
+        path = Path(spec.source)
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: no such file: {path}")
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{where}: expected a .npy of floats, got {path}: {error}") from error
+        if array.ndim == 2:
+            array = array[:, None, :]
+        if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating) or len(array) != len(items.names):
+            raise ValueError(
+                f"{where}: expected floats [{len(items.names)}, L, D], a row for each item of the items "
+                f"file, got {array.dtype} {list(array.shape)} in {path}"
+            )
+        self._array = array
+        levels = spec.levels if spec.levels is not None else array.shape[1]
+        self._levels = choose_levels(levels, array.shape[1] - 1)
+        self.modalities = (Modality(spec.name, array.shape[2], len(self._levels)),)
+        self.records = {spec.name: {"precomputed": str(path.resolve()), "layers": list(self._levels)}}
+
+    def missing(self, index: int) -> str | None:
+        return None
+
+    def sizes(self, indices: Sequence[int]) -> list[int]:
+        return [0] * len(indices)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Nothing to load: the array is mapped."""
+
+    def unload(self) -> None:
+        """Nothing to let go of."""
+
+    def read(self, index: int) -> Tensor:
+        states = torch.from_numpy(np.array(self._array[index, list(self._levels)], dtype=np.float32))
+        if not states.isfinite().all():
+            raise BrokenInput("NaN or inf in the precomputed states")
+        return states
+
+    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.stack(list(inputs))]
+
+
+def plan_passes(specs: Sequence[ModalitySpec], items: Items, max_length: int, lowercase: bool) -> list[Pass]:
+    """Passes that serve all `specs`: those that read the same column with the same encoder share one."""
+    groups: dict[tuple[object, ...], list[ModalitySpec]] = {}
+    passes: list[Pass] = []
+    for spec in specs:
+        if spec.precomputed:
+            passes.append(ArrayPass(spec, items))
+            continue
+        key = (spec.source, spec.kind, spec.column, spec.max_length, spec.lowercase)
+        groups.setdefault(key, []).append(spec)
+    if groups:
+        # Here, because reading a cache and precomputed states need no transformers.
+        from crossan_fast.cache.encoders import FrozenEncoder
+
+    for group in groups.values():
+        first = group[0]
+        encoder = FrozenEncoder(
+            first.source,
+            kind=first.kind,
+            max_length=max_length if first.max_length is None else first.max_length,
+            lowercase=lowercase if first.lowercase is None else first.lowercase,
+        )
+        passes.append(EncoderPass(encoder, group, items))
+    return passes

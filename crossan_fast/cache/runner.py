@@ -1,0 +1,201 @@
+"""Carrying out a build's passes: batches, reading ahead, broken inputs, the journal."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from crossan_fast.cache.format import CacheError, dtype_name
+from crossan_fast.cache.inputs import BrokenInput
+from crossan_fast.cache.journal import Journal
+from crossan_fast.cache.passes import Items, Pass
+from crossan_fast.cache.plan import BuildPlan
+from crossan_fast.cache.validate import nonfinite_rows
+from crossan_fast.cache.writer import CacheWriter, to_storage
+from crossan_fast.config import Modality
+
+
+class BrokenItemError(ValueError):
+    """With `strict`: an item's input cannot be used."""
+
+
+class Runner:
+    """Carries out the passes of a plan, keeping the journal."""
+
+    def __init__(
+        self,
+        plan: BuildPlan,
+        items: Items,
+        writer: CacheWriter,
+        journal: Journal,
+        batch_size: int,
+        strict: bool,
+        journal_every: float,
+        bar: tqdm[Any],
+    ) -> None:
+        self._plan, self._items, self._writer, self._journal = plan, items, writer, journal
+        self._batch_size, self._strict, self._every, self._bar = batch_size, strict, journal_every, bar
+        self._saved = time.monotonic()
+
+    def run(self, number: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Encode what the journal does not call done; journalled on the way out, however this ends."""
+        work, done = self._plan.passes[number], self._journal.done[number]
+        names = [m.name for m in work.modalities]
+        present = [k for k, index in enumerate(self._plan.indices) if work.missing(index) is None]
+        if done.all():
+            return
+        self._bar.set_description(", ".join(names))
+        work.load(device, dtype)
+        self._check_weights(number, work)
+        absent = [k for k, index in enumerate(self._plan.indices) if work.missing(index) is not None]
+        self._write_absent(work, absent)
+        done[absent] = True
+        batches = _batches(present, work, self._plan.indices, self._batch_size)
+        # Batches are planned over all items and skipped whole, so that a build that goes on makes the same
+        # ones.
+        todo = [batch for batch in batches if not done[batch].all()]
+        try:
+            for batch, inputs in _read_ahead(todo, work, self._plan.indices):
+                self._encode(work, batch, inputs)
+                fresh = int((~done[batch]).sum())
+                done[batch] = True
+                self._bar.update(fresh)
+                if time.monotonic() - self._saved >= self._every:
+                    self._save()
+        finally:
+            self._save()
+        work.unload()
+        self._refuse_all_broken(number, names, len(present))
+
+    def _encode(self, work: Pass, batch: list[int], inputs: list[Tensor | BrokenInput]) -> None:
+        good = [(k, tensor) for k, tensor in zip(batch, inputs, strict=True) if isinstance(tensor, Tensor)]
+        for k, problem in zip(batch, inputs, strict=True):
+            if isinstance(problem, BrokenInput):
+                for modality in work.modalities:
+                    self._break(modality, k, str(problem))
+        self._write_absent(
+            work, [k for k, i in zip(batch, inputs, strict=True) if isinstance(i, BrokenInput)]
+        )
+        if not good:
+            return
+        positions = [k for k, _ in good]
+        for modality, states in zip(work.modalities, work.encode([t for _, t in good]), strict=True):
+            bad = nonfinite_rows(states)
+            stored, scales = to_storage(torch.where(bad[:, None, None], 0, states), self._plan.dtype)
+            overflowed = nonfinite_rows(stored)
+            for k, is_bad, is_over in zip(positions, bad.tolist(), overflowed.tolist(), strict=True):
+                if is_bad:
+                    self._break(modality, k, "NaN or inf in the encoder's output")
+                elif is_over:
+                    self._break(modality, k, f"the encoder's output overflows {dtype_name(self._plan.dtype)}")
+            if overflowed.any():  # never of int8 and fp8, whose scales fit every row
+                stored = torch.where(overflowed[:, None, None], 0, stored)
+            self._writer.write(modality, [self._row(k) for k in positions], stored, scales)
+
+    def _break(self, modality: Modality, k: int, reason: str) -> None:
+        if self._strict:
+            name = self._items.names[self._plan.indices[k]]
+            raise BrokenItemError(f"item {name!r}: modality {modality.name!r}: {reason}")
+        self._journal.broken.setdefault(modality.name, {})[k] = reason
+
+    def _write_absent(self, work: Pass, positions: list[int]) -> None:
+        for modality in work.modalities:
+            for start in range(0, len(positions), self._batch_size):
+                rows = [self._row(k) for k in positions[start : start + self._batch_size]]
+                self._writer.write_absent(modality, rows)
+
+    def _row(self, k: int) -> int:
+        return self._plan.base_items + 1 + k
+
+    def _save(self) -> None:
+        self._writer.flush()  # rows first: a journal may lag behind them, never run ahead
+        self._journal.write(self._writer.folder)
+        self._saved = time.monotonic()
+
+    def _check_weights(self, number: int, work: Pass) -> None:
+        expected = {self._journal.fingerprints[number]} - {""}
+        if self._plan.base is not None:
+            expected |= {
+                str(self._plan.base.sources[m.name].get("fingerprint", work.fingerprint))
+                for m in work.modalities
+            }
+        if expected - {work.fingerprint}:
+            raise CacheError(
+                f"modality {work.modalities[0].name!r}: the encoder's weights differ from those that made "
+                f"the rows in {self._writer.folder}; use the same checkpoint, or build a new cache"
+            )
+        self._journal.fingerprints[number] = work.fingerprint
+
+    def _refuse_all_broken(self, number: int, names: list[str], inputs: int) -> None:
+        """A wrong path or encoder, not broken inputs: nothing of this pass counts as done."""
+        for name in names:
+            broken = self._journal.broken.get(name, {})
+            if self._plan.base is None and inputs and len(broken) == inputs:
+                k, reason = next(iter(broken.items()))
+                self._journal.done[number][:] = False
+                for forgotten in names:
+                    self._journal.broken.pop(forgotten, None)
+                self._save()
+                raise BrokenItemError(
+                    f"modality {name!r}: none of {inputs} inputs can be used; item "
+                    f"{self._items.names[self._plan.indices[k]]!r}: {reason}"
+                )
+
+
+def refuse_missing(plan: BuildPlan, items: Items, strict: bool) -> None:
+    """Raise for items without any input where that is strict, or where a new cache's items all are."""
+    for work in plan.passes:
+        empty = [index for index in plan.indices if work.missing(index) is not None]
+        name = work.modalities[0].name
+        if empty and (strict or (plan.base is None and len(empty) == len(plan.indices))):
+            raise BrokenItemError(
+                f"item {items.names[empty[0]]!r}: modality {name!r}: {work.missing(empty[0])} "
+                f"({len(empty)} of {len(plan.indices)} items)"
+            )
+
+
+def _batches(positions: list[int], work: Pass, indices: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Positions in batches, longest first: running out of memory shows at once, and padding is least."""
+    sizes = work.sizes([indices[k] for k in positions])
+    order = sorted(zip(sizes, positions, strict=True), key=lambda pair: (-pair[0], pair[1]))
+    batches: list[list[int]] = []
+    last = None
+    for size, k in order:
+        if not batches or len(batches[-1]) == batch_size or (size != last and not work.mixes_sizes):
+            batches.append([])
+        batches[-1].append(k)
+        last = size
+    return batches
+
+
+def _read_ahead(
+    batches: Sequence[list[int]], work: Pass, indices: Sequence[int], depth: int = 2
+) -> Iterator[tuple[list[int], list[Tensor | BrokenInput]]]:
+    """Inputs of each batch, the next `depth` batches being read by threads meanwhile."""
+
+    def read(k: int) -> Tensor | BrokenInput:
+        try:
+            return work.read(indices[k])
+        except BrokenInput as problem:
+            return problem
+
+    waiting: deque[tuple[list[int], list[Future[Tensor | BrokenInput]]]] = deque()
+    pool = ThreadPoolExecutor(max_workers=work.threads, thread_name_prefix="crossan_fast-read")
+    try:
+        for batch in batches:
+            waiting.append((batch, [pool.submit(read, k) for k in batch]))
+            if len(waiting) > depth:
+                first, futures = waiting.popleft()
+                yield first, [future.result() for future in futures]
+        while waiting:
+            first, futures = waiting.popleft()
+            yield first, [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

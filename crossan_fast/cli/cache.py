@@ -1,0 +1,177 @@
+"""`crossan-fast cache build|info|verify|convert`: hidden-state caches from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+
+from crossan_fast.cache.build import build_cache
+from crossan_fast.cache.convert import convert_cache
+from crossan_fast.cache.format import REPORT, dtype_name
+from crossan_fast.cache.hidden_state_cache import HiddenStateCache
+from crossan_fast.cache.verify import total_bytes, verify_cache
+from crossan_fast.data.items import read_items
+
+DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8")
+
+_BUILD = """\
+Run frozen encoders over raw items once and keep the states of chosen layers, pooled.
+
+Each --modality is NAME=SOURCE[:option=value]...: SOURCE is a folder or hub name of a transformers text,
+image, video or audio encoder. Options:
+  pool=mean|cls            mean over all tokens (default), or the class token
+  levels=7                 how many evenly spaced layers to keep, first and last included (default 7)
+  levels=0,2,4             or which ones; 0 is the embedding output
+  column=NAME              column of the items file (default title, image_path, video_path or audio_path)
+  kind=text|image|...      which half of a model that reads two kinds (CLIP)
+  max_length=N, lowercase  of texts, instead of --max-length and --lowercase
+  precomputed              SOURCE is a .npy of states [items, L, D], in the order of the items file
+
+Modalities that read the same column with the same encoder share one pass. A build that is stopped goes on
+where it was when the same command is given again; with more items in the items file, the new ones are
+appended.
+"""
+
+_EXAMPLE = """\
+example:
+  crossan-fast cache build --items items.tsv --out cache --lowercase \\
+    --modality text=sentence-transformers/all-MiniLM-L6-v2:pool=mean:levels=7 \\
+    --modality image=google/vit-base-patch16-224:pool=cls:column=image_path
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `cache` and its commands."""
+    parser = subparsers.add_parser(
+        "cache", help="build, describe, verify or convert a cache of hidden states"
+    )
+    commands = parser.add_subparsers(dest="cache_command", required=True, metavar="COMMAND")
+
+    build = commands.add_parser(
+        "build",
+        help="run encoders over items, or go on with a stopped build, or append new items",
+        description=_BUILD,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    build.add_argument(
+        "--items", required=True, type=Path, help="item<TAB>title lines, or a TSV or CSV with a header"
+    )
+    build.add_argument("--out", required=True, type=Path, help="folder of the cache")
+    build.add_argument(
+        "--modality",
+        action="append",
+        metavar="NAME=SOURCE[:...]",
+        help="once for each; for appending, none is needed",
+    )
+    build.add_argument("--dtype", choices=DTYPES, help="storage (default bf16; in appending the cache's own)")
+    build.add_argument("--batch-size", type=int, default=64, help="inputs encoded at once (default 64)")
+    build.add_argument("--device", default="auto", help="of the encoders (default: cuda where there is one)")
+    build.add_argument(
+        "--compute-dtype", choices=DTYPES[:3], default="fp32", help="of the encoders (default fp32)"
+    )
+    build.add_argument("--max-length", type=int, default=30, help="tokens kept of a text (default 30)")
+    build.add_argument("--lowercase", action="store_true", help="lower-case texts first")
+    build.add_argument("--strict", action="store_true", help="stop at an input that cannot be used")
+    build.add_argument("--restart", action="store_true", help="forget what a stopped build did")
+    build.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+    info = commands.add_parser("info", help="say what a cache holds")
+    info.add_argument("folder", type=Path)
+
+    verify = commands.add_parser("verify", help="compare every byte of a cache with its checksums")
+    verify.add_argument("folder", type=Path)
+    verify.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+    convert = commands.add_parser(
+        "convert", help="rewrite a cache in another storage dtype, such as fp8 or int8"
+    )
+    convert.add_argument("folder", type=Path)
+    convert.add_argument("--out", required=True, type=Path, help="folder of the new cache")
+    convert.add_argument("--dtype", required=True, choices=DTYPES)
+    convert.add_argument("--overwrite", action="store_true", help="replace a cache in --out")
+    convert.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out a parsed `cache` command; 0, or 1 where `verify` found damage. Bad input raises."""
+    commands = {"build": _build, "info": _info, "verify": _verify, "convert": _convert}
+    return commands[args.cache_command](args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    items = read_items(args.items, strict=args.strict)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        report = build_cache(
+            items,
+            args.modality,
+            args.out,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            device=args.device,
+            compute_dtype=args.compute_dtype,
+            max_length=args.max_length,
+            lowercase=args.lowercase,
+            strict=args.strict,
+            restart=args.restart,
+            progress=not args.no_progress,
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if report.not_listed:
+        print(f"{report.not_listed} items of the cache are not in {args.items}; they are kept")
+    if not report.added:
+        print(f"{report.folder}: complete, all {report.num_items} items are there already")
+        return 0
+    print(f"{report.folder}: {report.added} items added in {report.seconds:.1f} s, {report.num_items} in all")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    cache = HiddenStateCache.open(args.folder)
+    size = f"{dtype_name(cache.dtype)}, {cache.nbytes / 1e6:.1f} MB of states"
+    print(f"{args.folder}: {cache.num_items} items, {size}")
+    for column, modality in enumerate(cache.modalities):
+        present = int(cache.present[:, column].sum())
+        print(
+            f"  {modality.name}: {modality.levels} levels of width {modality.width}, "
+            f"present for {present} of {cache.num_items} items"
+        )
+        for key, value in cache.sources.get(modality.name, {}).items():
+            print(f"    {key}: {value}")
+    if not cache.present[1:].all() and (args.folder / REPORT).is_file():
+        print(f"  what is absent, and why: {args.folder / REPORT}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    size = total_bytes(args.folder)
+    with tqdm(total=size, unit="B", unit_scale=True, disable=args.no_progress) as bar:
+        problems = verify_cache(args.folder, bar.update)
+    for problem in problems:
+        print(f"{args.folder}{os.sep}{problem}", file=sys.stderr)
+    if problems:
+        return 1
+    print(f"{args.folder}: sound, {size / 1e6:.1f} MB compared with their checksums")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    cache = HiddenStateCache.open(args.folder)
+    rows = (cache.num_items + 1) * len(cache.modalities)
+    with tqdm(total=rows, unit="row", disable=args.no_progress) as bar:
+        errors = convert_cache(
+            args.folder, args.out, args.dtype, overwrite=args.overwrite, progress=bar.update
+        )
+    after = HiddenStateCache.open(args.out)
+    sizes = [f"{dtype_name(c.dtype)} {c.nbytes / 1e6:.1f} MB" for c in (cache, after)]
+    print(f"{args.out}: {' -> '.join(sizes)}")
+    for name, error in errors.items():
+        print(f"  {name}: relative error {error:.2e}")
+    return 0

@@ -1,0 +1,111 @@
+"""The `cache` commands, through their parser."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.cli import cache as command
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    return command.run(parser.parse_args(["cache", *map(str, arguments)]))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "items.tsv").write_text("lamp\tA lamp\nchair\tA chair\nbed\tA bed\n")
+    states = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
+    states[1, 0, 0] = np.nan
+    np.save(tmp_path / "states.npy", states)
+    np.save(tmp_path / "more.npy", np.random.default_rng(1).normal(size=(4, 2, 4)).astype(np.float32))
+    return tmp_path
+
+
+def build(files: Path, *more: object) -> int:
+    modality = f"audio={files / 'states.npy'}:precomputed"
+    out = files / "c"
+    return run(
+        "build", "--items", files / "items.tsv", "--out", out, "--modality", modality, "--no-progress", *more
+    )
+
+
+def test_build_info_verify_convert(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(files, "--dtype", "fp32") == 0
+    output = capsys.readouterr()
+    assert "3 items added in" in output.out
+    assert (
+        f"of 3 items 1 lack 'audio'; 1 have no modality at all, which a model refuses; see {files / 'c'}"
+        in output.err
+    )
+    assert build(files) == 0
+    assert "complete, all 3 items are there already" in capsys.readouterr().out
+    assert run("info", files / "c") == 0
+    described = capsys.readouterr().out
+    assert "3 items, fp32, 0.0 MB of states" in described
+    assert "audio: 2 levels of width 4, present for 2 of 3 items" in described
+    assert "precomputed: " in described and "report.tsv" in described
+    assert run("verify", files / "c", "--no-progress") == 0
+    assert "sound" in capsys.readouterr().out
+    assert run("convert", files / "c", "--out", files / "q", "--dtype", "int8", "--no-progress") == 0
+    assert "int8" in (printed := capsys.readouterr().out) and "audio: relative error" in printed
+    assert HiddenStateCache.open(files / "q").dtype == torch.int8
+
+
+def test_more_items_are_appended(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(files)
+    (files / "items.tsv").write_text("rug\tA rug\nlamp\tA lamp\nchair\tA chair\nsofa\tA sofa\n")
+    modality = f"audio={files / 'more.npy'}:precomputed"
+    arguments = [
+        "--items",
+        files / "items.tsv",
+        "--out",
+        files / "c",
+        "--modality",
+        modality,
+        "--no-progress",
+    ]
+    assert run("build", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "1 items of the cache are not in" in printed and "2 items added in" in printed
+    cache = HiddenStateCache.open(files / "c", verify=True)
+    assert list(cache.item_names) == ["", "lamp", "chair", "bed", "rug", "sofa"]
+    expected = torch.from_numpy(np.load(files / "more.npy"))[[0, 3]].bfloat16()
+    assert torch.equal(cache.gather(torch.tensor([4, 5]))["audio"], expected)
+
+
+def test_strict_raises(files: Path) -> None:
+    with pytest.raises(
+        ValueError, match="item 'chair': modality 'audio': NaN or inf in the precomputed states"
+    ):
+        build(files, "--strict")
+
+
+def test_verify_fails_on_a_flipped_byte(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(files)
+    path = files / "c" / "audio.states.bin"
+    damaged = bytearray(path.read_bytes())
+    damaged[20] ^= 1
+    path.write_bytes(damaged)
+    assert run("verify", files / "c", "--no-progress") == 1
+    assert (
+        "audio.states.bin: bytes 0 to 63 (rows 0 to 3) differ from what was written"
+        in capsys.readouterr().err
+    )
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("build", "--help")
+    assert stopped.value.code == 0
+    assert "crossan-fast cache build --items items.tsv" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 2
