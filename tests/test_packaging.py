@@ -1,0 +1,76 @@
+"""The wheel and the sdist hold the whole package, kernels/ and csrc/ included, and import elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("crossan_fast", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+
+def run(*command: str, cwd: Path, **options) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(source: Path, out: Path, what: str) -> Path:
+    hook = f"from setuptools import build_meta; print(build_meta.build_{what}({str(out)!r}))"
+    return out / run(sys.executable, "-c", hook, cwd=source).splitlines()[-1]
+
+
+def expected() -> set[str]:
+    """Every file of the three source folders, by its place in the package."""
+    found = set()
+    for folder, package in (("crossan_fast", ""), ("kernels", "kernels/"), ("csrc", "csrc/")):
+        for path in (ROOT / folder).rglob("*"):
+            hidden = any(part.startswith((".", "__pycache__")) for part in path.parts[len(ROOT.parts) :])
+            if path.is_file() and not hidden and path.suffix not in {".pyc", ".md", ".so", ".o"}:
+                found.add(f"crossan_fast/{package}{path.relative_to(ROOT / folder).as_posix()}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> dict[str, Path]:
+    """One built from the tree, one from the sdist that was built from the tree."""
+    base = tmp_path_factory.mktemp("packaging")
+    tree = base / "tree"
+    tree.mkdir()
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, tree / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        else:
+            shutil.copy(source, tree / part)
+    sdist = build(tree, base, "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(base / "unpacked", filter="data")
+    (unpacked,) = (base / "unpacked").iterdir()
+    (base / "again").mkdir()
+    return {"tree": build(tree, base, "wheel"), "sdist": build(unpacked, base / "again", "wheel")}
+
+
+@pytest.mark.parametrize("origin", ["tree", "sdist"])
+def test_wheel_holds_every_source_file(wheels, origin):
+    with zipfile.ZipFile(wheels[origin]) as wheel:
+        inside = {name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")}
+    assert inside == expected()
+
+
+def test_wheel_imports_away_from_the_tree(wheels, tmp_path):
+    with zipfile.ZipFile(wheels["tree"]) as wheel:
+        wheel.extractall(tmp_path / "site")
+    script = (
+        "import sys; sys.path.insert(0, 'site'); import crossan_fast, crossan_fast.kernels, crossan_fast.csrc;"
+        "print(crossan_fast.__file__); print(sorted(m for m in sys.modules if m == 'transformers'))"
+    )
+    out = run(sys.executable, "-I", "-c", script, cwd=tmp_path).splitlines()
+    assert (tmp_path / out[0]).is_relative_to(tmp_path / "site")
+    assert out[1] == "[]"  # importing the package needs no transformers
