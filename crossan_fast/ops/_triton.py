@@ -1,0 +1,31 @@
+"""Registers the Triton kernels; imported when the Triton backend is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from crossan_fast.kernels import _common, full_loss, in_batch_loss
+from crossan_fast.ops._dispatch import Implementation, Request, register
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _refuses(request: Request) -> str | None:
+    """What every kernel here refuses: other devices than CUDA, float64."""
+    if reason := _common.refuses_device(request.device):
+        return reason
+    if request.dtype not in _FLOATS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        return f"computes in {names}, not in {str(request.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _register(op: str, module: Any, refuses: Callable[[Request], str | None] = _refuses) -> None:
+    register(op, "triton", Implementation(module.forward, getattr(module, "backward", None), refuses))
+
+
+_register("in_batch_loss", in_batch_loss)
+_register("full_loss", full_loss)

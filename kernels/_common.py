@@ -1,0 +1,195 @@
+"""What every Triton kernel here shares: products, activations, launches, and what the device is.
+
+`launch` is the only place where kernels start, so that one switch (`record_launches`) can instead compile
+what would have run, for a device that is not there: benchmarks/aot.py and its test read the machine code's
+figures from it, with the very arguments, tile sizes and specialisations the host functions choose.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32."""
+    if _INTERPRETED:
+        # The interpreter keeps bf16 as bit patterns and its dot multiplies those; fp32 holds them exactly.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def activate(x, GELU: tl.constexpr):
+    """gelu (erf) or relu of fp32 x; NaN stays NaN, as in torch."""
+    if GELU:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def activate_grad(x, GELU: tl.constexpr):
+    """The derivative of `activate` at fp32 x."""
+    if GELU:
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        return tl.where(x > 0, 1.0, 0.0)
+
+
+@triton.jit
+def pick(pointers, index):
+    """pointers[index] of a tuple whose members share a dtype, for an index known at run time."""
+    chosen = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        if index == i:
+            chosen = pointers[i]
+    return chosen
+
+
+@triton.jit
+def pick_constant(values: tl.constexpr, index):
+    """values[index] of a tuple of compile-time integers."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(values)):
+        chosen = tl.where(index == i, values[i], chosen)
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------- launches
+
+
+@dataclass
+class Launch:
+    """One kernel compiled by `record_launches`: its name and Triton's CompiledKernel."""
+
+    name: str
+    compiled: Any
+
+
+@dataclass
+class _Recorder:
+    capability: int
+    launches: list[Launch] = field(default_factory=list)
+
+
+_recorder: _Recorder | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Start `kernel` on `grid`; inside `record_launches`, compile it instead."""
+    if _recorder is not None:
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        _recorder.launches.append(Launch(kernel.__name__, compiled))
+    else:
+        kernel[grid](*args, **options)
+
+
+class _TargetOnly:
+    """As much of a Triton driver as compiling needs; there is no device behind it."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return -self.target.arch  # a key of Triton's per-device caches that no real device has
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def record_launches(capability: int) -> Iterator[list[Launch]]:
+    """Compile for sm_`capability` what the host functions would launch; call them on meta tensors.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET=1, where nothing is compiled.
+    """
+    global _recorder
+    if INTERPRETED:
+        raise RuntimeError("record_launches: kernels were loaded with TRITON_INTERPRET=1; nothing compiles")
+    from triton.runtime import driver
+
+    before, _recorder = _recorder, _Recorder(capability)
+    driver.set_active(_TargetOnly(capability))
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = before
+        driver.reset_active()
+
+
+def device_class(device: torch.device) -> str:
+    """`sm_90`, `sm_80`, …, or `interpreter`: the first key of every table of launch configs."""
+    if _recorder is not None:
+        return f"sm_{_recorder.capability}"
+    if INTERPRETED:
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at one a multiprocessor; 132 (H100) where no device is there."""
+    if _recorder is not None or INTERPRETED:
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`tf32` only for fp32 operands and only where torch's own switch allows it."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "ieee"
+
+
+def refuses_device(device_type: str) -> str | None:
+    """Why no Triton kernel can run on tensors of this device type, or None."""
+    if INTERPRETED:
+        return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs Triton kernels on CPU tensors only"
+    return None if device_type == "cuda" else f"Triton needs CUDA tensors, got {device_type}"
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that is ≥ n and ≥ `least` (16: a matrix instruction's shortest side)."""
+    return max(least, 1 << (max(n, 1) - 1).bit_length())
+
+
+def bucket(n: int) -> str:
+    """The size bucket of n rows: configs, and tuned results, are kept per bucket, not per size."""
+    return "small" if n <= 4096 else "large"
+
+
+def as_storage(tensor: Tensor) -> Tensor:
+    """fp8 codes as the bytes that kernels decode themselves (sm_80 has no fp8 type); others unchanged."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def uniform(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The tensors contiguous and of one dtype (`dtype`, or theirs, or fp32 where they differ)."""
+    if dtype is None:
+        kinds = {t.dtype for t in tensors}
+        dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+    return [t.detach().to(dtype).contiguous() for t in tensors]
+
+
+Grid = Callable[[], tuple[int, ...]]

@@ -1,0 +1,32 @@
+"""What the host functions share: device guard, block sizes, how far a loop is split over programs."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+# Programs that fill a large GPU about twice over (an H100 has 132 multiprocessors). A constant rather than a
+# device query: a loop is split the same way, and so rounds the same way, on every card.
+PROGRAMS = 264
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on the tensor's own GPU, whichever is current; nothing to do for the interpreter on the CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def split(fixed_blocks: int, loop_blocks: int) -> tuple[int, int]:
+    """(parts, blocks per part) of a loop that every one of `fixed_blocks` programs would walk alone.
+
+    Few fixed blocks leave multiprocessors idle, so their loop is cut into parts whose results are summed
+    after; partial results never take more than `PROGRAMS` blocks of memory.
+    """
+    parts = max(1, min(loop_blocks, PROGRAMS // max(fixed_blocks, 1)))
+    length = cdiv(loop_blocks, parts)
+    return max(1, cdiv(loop_blocks, max(length, 1))), length

@@ -1,0 +1,217 @@
+"""Launches of the streaming softmax kernels, shared by in_batch_loss and full_loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crossan_fast.kernels import _streaming_softmax as kernels
+from crossan_fast.kernels._common import device_class, dot_precision, launch, power_of_two
+from crossan_fast.kernels._launch import cdiv, on_device, split
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Rows per program of the cheap per-row kernels, and programs that count rows.
+_ROWS, _COUNTERS = 1024, 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows and columns of a tile, warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def config(device: str, dtype: torch.dtype, tf32: bool, width: int, backward: bool) -> Config:
+    """The default tile: the widest whose kernels compile without a spill (benchmarks/results/aot.csv)."""
+    if dtype == torch.float32 and not tf32:
+        # Without matrix units a product keeps both operands in registers as well.
+        return Config(32, 32, 4, 2) if width <= 64 else Config(16, 16, 4, 1)
+    if width > 256:
+        return Config(16, 16, 8, 1)
+    if width > 128:
+        return Config(32, 32, 8, 2)
+    if width > 64 or dtype == torch.float32:
+        return Config(64, 32, 4, 2)
+    if not backward:
+        return Config(64, 128, 4, 3)
+    return Config(64, 64, 4, 3) if device == "sm_90" else Config(64, 32, 4, 3)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One loss: rows `[R, d]`, columns `[C, d]`, and what says which column a row predicts.
+
+    Attributes:
+        users: `[R, d]`, contiguous.
+        items: `[C, d]`, contiguous, of the users' dtype.
+        slots: int64, `[R]` targets, or `[B, places]` with R = B · (places − 1) where `counts` is given.
+        counts: int64 `[C]`, or None for the full softmax.
+        log_popularity: fp32 `[C]`, or None.
+    """
+
+    users: Tensor
+    items: Tensor
+    slots: Tensor
+    counts: Tensor | None = None
+    log_popularity: Tensor | None = None
+
+    @property
+    def in_batch(self) -> bool:
+        return self.counts is not None
+
+    @property
+    def places(self) -> int:
+        return self.slots.shape[1] if self.in_batch else 0
+
+    def config(self, backward: bool) -> Config:
+        dtype = self.users.dtype
+        tf32 = dot_precision(dtype) == "tf32"
+        return config(device_class(self.users.device), dtype, tf32, self.users.shape[1], backward)
+
+    def constants(self, tile: Config) -> dict[str, object]:
+        # A block of rows starts anywhere in a sequence, so it may touch one more than it could fill.
+        touched = cdiv(tile.rows - 1, self.places - 1) + 1 if self.in_batch else 1
+        return {
+            "IN_BATCH": self.in_batch,
+            "BLOCK_R": tile.rows,
+            "BLOCK_C": tile.columns,
+            "BLOCK_D": power_of_two(self.users.shape[1]),
+            "BLOCK_Q": power_of_two(touched),
+            "BLOCK_S": power_of_two(self.places),
+            "PRECISION": dot_precision(self.users.dtype),
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """rows, columns, sequences, places, width: as the kernels take them."""
+        return (
+            self.users.shape[0],
+            self.items.shape[0],
+            self.slots.shape[0] if self.in_batch else 0,
+            self.places,
+            self.users.shape[1],
+        )
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(loss, a scalar; log-sum-exp `[R]`, +inf where a row has no target), both fp32."""
+    users, tile = problem.users, problem.config(backward=False)
+    rows, columns, _, places, _ = problem.sizes()
+    lse = users.new_empty(rows, dtype=torch.float32)
+    if rows == 0:
+        return users.new_zeros((), dtype=torch.float32), lse
+    blocks, programs = cdiv(rows, tile.rows), cdiv(rows, _ROWS)
+    parts, length = split(blocks, cdiv(columns, tile.columns))
+    maximum, total = users.new_empty((2, parts, rows), dtype=torch.float32)
+    positive = users.new_empty(rows, dtype=torch.float32)
+    partial = users.new_empty((programs, 2), dtype=torch.float32)
+    loss = users.new_empty((), dtype=torch.float32)
+    with on_device(users):
+        launch(
+            kernels.forward_kernel,
+            (blocks, parts),
+            users,
+            problem.items,
+            problem.slots,
+            problem.counts,
+            problem.log_popularity,
+            maximum,
+            total,
+            positive,
+            *problem.sizes(),
+            length,
+            **problem.constants(tile),
+        )
+        launch(
+            kernels.combine_kernel,
+            (programs,),
+            maximum,
+            total,
+            positive,
+            problem.slots,
+            lse,
+            partial,
+            rows,
+            places,
+            parts,
+            IN_BATCH=problem.in_batch,
+            BLOCK_R=_ROWS,
+        )
+        launch(kernels.mean_kernel, (1,), partial, loss, programs, BLOCK=_ROWS)
+    return loss, lse
+
+
+def backward(grad_loss: Tensor, lse: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Gradients of users and items, in their dtype."""
+    users, items, tile = problem.users, problem.items, problem.config(backward=True)
+    rows, columns, _, places, _ = problem.sizes()
+    if rows == 0:
+        return torch.zeros_like(users), torch.zeros_like(items)
+    counted = users.new_empty(_COUNTERS, dtype=torch.int32)
+    coefficient = users.new_empty(rows, dtype=torch.float32)
+    row_blocks, column_blocks = cdiv(rows, tile.rows), cdiv(columns, tile.columns)
+    # A share of 1/2^20 is a subnormal number in fp16; times 2^14 it is not, and a share of 1 still fits.
+    scale = 2.0**14 if users.dtype == torch.float16 else 1.0
+    walks = (
+        (kernels.backward_rows_kernel, users, row_blocks, column_blocks),
+        (kernels.backward_columns_kernel, items, column_blocks, row_blocks),
+    )
+    gradients = []
+    with on_device(users):
+        launch(
+            kernels.count_kernel,
+            (_COUNTERS,),
+            problem.slots,
+            counted,
+            rows,
+            places,
+            IN_BATCH=problem.in_batch,
+            BLOCK_R=_ROWS,
+        )
+        for kernel, like, blocks, loop_blocks in walks:
+            parts, length = split(blocks, loop_blocks)
+            gradient = torch.empty_like(like)
+            partial = like.new_empty((parts, *like.shape), dtype=torch.float32) if parts > 1 else gradient
+            launch(
+                kernel,
+                (blocks, parts),
+                grad_loss,
+                counted,
+                users,
+                items,
+                problem.slots,
+                problem.counts,
+                problem.log_popularity,
+                lse,
+                coefficient,
+                partial,
+                *problem.sizes(),
+                length,
+                SPLIT=parts > 1,
+                SCALE=scale,
+                COUNTERS=_COUNTERS,
+                **problem.constants(tile),
+            )
+            if parts > 1:
+                size = like.numel()
+                launch(
+                    kernels.sum_parts_kernel,
+                    (cdiv(size, _ROWS),),
+                    partial,
+                    grad_loss,
+                    counted,
+                    gradient,
+                    size,
+                    parts,
+                    COUNTERS=_COUNTERS,
+                    BLOCK=_ROWS,
+                )
+            gradients.append(gradient)
+    return gradients[0], gradients[1]

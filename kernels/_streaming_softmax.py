@@ -1,0 +1,411 @@
+"""Cross entropy of rows against columns that are never held as a matrix: what both losses share.
+
+A row is a user vector, a column an item vector. Each kernel keeps one block of one side on chip and walks
+the other side in blocks: the forward keeps a running maximum and sum per row, the backward recomputes the
+logits from the saved log-sum-exp, once by rows (gradient of the users) and once by columns (gradient of the
+items), so that every gradient has one owner and no atomics are needed. Long walks are split over programs
+whose partial results are summed in a fixed order.
+
+Two sets of columns and targets, told apart by `IN_BATCH`:
+  * full: `slots` holds a target per row; every column but 0 counts once.
+  * in batch: `slots [B, places]` holds the columns of each sequence; row b·(places−1)+s predicts
+    slots[b, s+1]. Column u weighs counts[u] / exp(log_popularity[u]); columns of the row's own sequence are
+    left out of the sum, to which the target is added back alone.
+
+The own-sequence mask costs one comparison per place and logit if done per row. But the rows of a block
+belong to few sequences: the comparisons are made per *sequence* and column, `[sequences, columns]`, and a
+matrix product with the 0/1 membership `[rows, sequences]` carries −1e30 to the logits, as the accumulator
+that ⟨user, item⟩ is added to. Blocks of columns that hold no own column skip the comparisons.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossan_fast.kernels._common import dot
+
+# Not −inf: 0 · −inf in the membership product is NaN. Exact as "no weight": exp(−1e30 − finite) is 0.
+BLOCKED = tl.constexpr(-1e30)
+
+# Sizes that vary from batch to batch must not each compile a kernel of their own: `do_not_specialize` below.
+# `width` stays specialised, as its divisibility decides how wide the loads are.
+
+
+@triton.jit
+def row_targets(slots, row, rows, places, IN_BATCH: tl.constexpr):
+    """The column each row predicts, and whether there is one."""
+    inside = row < rows
+    if IN_BATCH:
+        offset = (row // (places - 1)).to(tl.int64) * places + row % (places - 1)
+        now = tl.load(slots + offset, mask=inside, other=0)
+        target = tl.load(slots + offset + 1, mask=inside, other=0)
+        return target, (now != 0) & (target != 0)
+    target = tl.load(slots + row, mask=inside, other=0)
+    return target, target != 0
+
+
+@triton.jit
+def load_block(matrix, index, size, width, BLOCK_D: tl.constexpr):
+    """Rows `index` of a contiguous matrix, `[index, BLOCK_D]`; int64 offsets, as 2^20 · d may pass 2^31."""
+    column = tl.arange(0, BLOCK_D)
+    offset = index.to(tl.int64)[:, None] * width + column[None, :]
+    return tl.load(matrix + offset, mask=(index < size)[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def column_bias(counts, log_popularity, column, columns, IN_BATCH: tl.constexpr):
+    """What a column adds to its logits; −inf takes it out."""
+    inside = column < columns
+    if IN_BATCH:
+        count = tl.load(counts + column, mask=inside, other=0).to(tl.float32)
+        popularity = tl.load(log_popularity + column, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.log(tl.maximum(count, 1.0)) - popularity
+        return tl.where(count > 0, bias, float("-inf"))
+    return tl.where(inside & (column > 0), 0.0, float("-inf"))
+
+
+@triton.jit
+def sequence_slots(slots, first, sequences, places, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The slots of `BLOCK_Q` sequences from `first` on, `[BLOCK_Q, BLOCK_S]`, −1 where there is none."""
+    sequence = first + tl.arange(0, BLOCK_Q)
+    place = tl.arange(0, BLOCK_S)
+    mask = (sequence < sequences)[:, None] & (place < places)[None, :]
+    offset = sequence.to(tl.int64)[:, None] * places + place[None, :]
+    return tl.load(slots + offset, mask=mask, other=-1).to(tl.int32)
+
+
+@triton.jit
+def own_columns(slots, own, first, sequences, places, start, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):
+    """−1e30 where a column from `start` on occurs in a sequence, else 0: bf16 `[BLOCK_Q, BLOCK_C]`."""
+    # Carried as numbers: a mask of single bits cannot change its layout through shared memory.
+    blocked = tl.zeros([BLOCK_Q, BLOCK_C], dtype=tl.float32)
+    hits = tl.sum(tl.sum(((own >= start) & (own < start + BLOCK_C)).to(tl.int32), axis=1), axis=0)
+    if hits > 0:
+        column = start + tl.arange(0, BLOCK_C)
+        sequence = first + tl.arange(0, BLOCK_Q)
+        pointer = slots + sequence.to(tl.int64) * places
+        for place in range(places):
+            slot = tl.load(pointer + place, mask=sequence < sequences, other=-1).to(tl.int32)
+            blocked = tl.where(slot[:, None] == column[None, :], BLOCKED, blocked)
+    return blocked.to(tl.bfloat16)
+
+
+@triton.jit
+def membership(row, first, places, BLOCK_Q: tl.constexpr):
+    """1 where a row belongs to a sequence, `[rows, BLOCK_Q]`."""
+    sequence = first + tl.arange(0, BLOCK_Q)
+    belongs = (row // (places - 1))[:, None] == sequence[None, :]
+    return tl.where(belongs, 1.0, 0.0).to(tl.bfloat16)
+
+
+@triton.jit
+def target_logits(
+    users, items, log_popularity, target, valid, columns, width, IN_BATCH: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """(logits of the targets, their items); 0 where a row has no target."""
+    item = load_block(items, tl.where(valid, target, columns), columns, width, BLOCK_D)
+    logit = tl.sum(users.to(tl.float32) * item.to(tl.float32), axis=1)
+    if IN_BATCH:
+        logit -= tl.load(log_popularity + target, mask=valid, other=0.0).to(tl.float32)
+    return tl.where(valid, logit, 0.0), item
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "sequences", "places", "part_length"])
+def forward_kernel(
+    users,
+    items,
+    slots,
+    counts,
+    log_popularity,
+    maximum,
+    total,
+    positive,
+    rows,
+    columns,
+    sequences,
+    places,
+    width,
+    part_length,
+    IN_BATCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Running maximum and sum of one block of rows over one part of the columns."""
+    part = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    user = load_block(users, row, rows, width, BLOCK_D)  # [BR, d]
+    target, valid = row_targets(slots, row, rows, places, IN_BATCH)
+    own_logit, _ = target_logits(
+        user, items, log_popularity, target, valid, columns, width, IN_BATCH, BLOCK_D
+    )
+    # The maximum starts at the target's logit, so it is finite in parts that hold no column of the row.
+    top = own_logit
+    sum_ = tl.zeros([BLOCK_R], dtype=tl.float32)
+    if IN_BATCH:
+        first = tl.program_id(0) * BLOCK_R // (places - 1)
+        own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)
+        member = membership(row, first, places, BLOCK_Q)
+    start = part * part_length * BLOCK_C
+    stop = tl.minimum(start + part_length * BLOCK_C, columns)
+    if tl.sum(valid.to(tl.int32), axis=0) == 0:
+        stop = start
+    for begin in range(start, stop, BLOCK_C):
+        column = begin + tl.arange(0, BLOCK_C)
+        item = load_block(items, column, columns, width, BLOCK_D)  # [BC, d]
+        logit = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+        if IN_BATCH:
+            blocked = own_columns(slots, own, first, sequences, places, begin, BLOCK_Q, BLOCK_C)
+            logit = dot(member, blocked, logit, PRECISION)
+        logit = dot(user, tl.trans(item), logit, PRECISION)
+        logit = logit + column_bias(counts, log_popularity, column, columns, IN_BATCH)[None, :]
+        higher = tl.maximum(top, tl.max(logit, axis=1))
+        sum_ = sum_ * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), axis=1)
+        top = higher
+    offset = part.to(tl.int64) * rows + row
+    tl.store(maximum + offset, top, mask=row < rows)
+    tl.store(total + offset, sum_, mask=row < rows)
+    if part == 0:
+        tl.store(positive + row, own_logit, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "places", "parts"])
+def combine_kernel(
+    maximum,
+    total,
+    positive,
+    slots,
+    lse,
+    partial,
+    rows,
+    places,
+    parts,
+    IN_BATCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Join the parts of each row: log-sum-exp, +inf without a target; sums of loss and rows a program."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < rows
+    _, valid = row_targets(slots, row, rows, places, IN_BATCH)
+    logit = tl.load(positive + row, mask=inside, other=0.0)
+    top = logit
+    for part in range(parts):
+        top = tl.maximum(top, tl.load(maximum + tl.cast(part, tl.int64) * rows + row, mask=inside, other=0.0))
+    sum_ = tl.exp(logit - top) if IN_BATCH else tl.zeros([BLOCK_R], dtype=tl.float32)
+    for part in range(parts):
+        offset = tl.cast(part, tl.int64) * rows + row
+        here = tl.load(total + offset, mask=inside, other=0.0)
+        sum_ += here * tl.exp(tl.load(maximum + offset, mask=inside, other=0.0) - top)
+    log_sum = tl.log(tl.where(valid, sum_, 1.0))
+    tl.store(lse + row, tl.where(valid, top + log_sum, float("inf")), mask=inside)
+    loss = tl.where(valid, (top - logit) + log_sum, 0.0)
+    tl.store(partial + 2 * tl.program_id(0), tl.sum(loss, axis=0))
+    tl.store(partial + 2 * tl.program_id(0) + 1, tl.sum(valid.to(tl.float32), axis=0))
+
+
+@triton.jit(do_not_specialize=["programs"])
+def mean_kernel(partial, loss, programs, BLOCK: tl.constexpr):
+    """The mean over rows with a target from every program's sums; 0 where there is none."""
+    index = tl.arange(0, BLOCK)
+    sum_ = tl.zeros([BLOCK], dtype=tl.float32)
+    count = tl.zeros([BLOCK], dtype=tl.float32)
+    for begin in range(0, programs, BLOCK):
+        inside = begin + index < programs
+        sum_ += tl.load(partial + 2 * (begin + index), mask=inside, other=0.0)
+        count += tl.load(partial + 2 * (begin + index) + 1, mask=inside, other=0.0)
+    tl.store(loss, tl.sum(sum_, axis=0) / tl.maximum(tl.sum(count, axis=0), 1.0))
+
+
+@triton.jit(do_not_specialize=["rows", "places"])
+def count_kernel(slots, counted, rows, places, IN_BATCH: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Rows with a target in each program's share of the rows."""
+    count = tl.zeros([BLOCK_R], dtype=tl.int32)
+    for begin in range(tl.program_id(0) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
+        _, valid = row_targets(slots, begin + tl.arange(0, BLOCK_R), rows, places, IN_BATCH)
+        count += valid.to(tl.int32)
+    tl.store(counted + tl.program_id(0), tl.sum(count, axis=0))
+
+
+@triton.jit
+def row_gradient(grad_loss, counted, COUNTERS: tl.constexpr):
+    """d loss / d (one row's loss)."""
+    count = tl.sum(tl.load(counted + tl.arange(0, COUNTERS)), axis=0)
+    return tl.load(grad_loss).to(tl.float32) / tl.maximum(count, 1).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "sequences", "places", "part_length"])
+def backward_rows_kernel(
+    grad_loss,
+    counted,
+    users,
+    items,
+    slots,
+    counts,
+    log_popularity,
+    lse,
+    coefficient,
+    grad_users,
+    rows,
+    columns,
+    sequences,
+    places,
+    width,
+    part_length,
+    IN_BATCH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    COUNTERS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradient of one block of users over one part of the columns: Σ p·item − item[target].
+
+    `coefficient` takes what the target's own place adds to d logit, for the walk by columns.
+    """
+    part = tl.program_id(1)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    user = load_block(users, row, rows, width, BLOCK_D)  # [BR, d]
+    target, valid = row_targets(slots, row, rows, places, IN_BATCH)
+    log_sum = tl.load(lse + row, mask=row < rows, other=float("inf"))
+    gradient = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+    if IN_BATCH:
+        first = tl.program_id(0) * BLOCK_R // (places - 1)
+        own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)
+        member = membership(row, first, places, BLOCK_Q)
+    start = part * part_length * BLOCK_C
+    stop = tl.minimum(start + part_length * BLOCK_C, columns)
+    if tl.sum(valid.to(tl.int32), axis=0) == 0:
+        stop = start
+    for begin in range(start, stop, BLOCK_C):
+        column = begin + tl.arange(0, BLOCK_C)
+        item = load_block(items, column, columns, width, BLOCK_D)  # [BC, d]
+        logit = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+        if IN_BATCH:
+            blocked = own_columns(slots, own, first, sequences, places, begin, BLOCK_Q, BLOCK_C)
+            logit = dot(member, blocked, logit, PRECISION)
+        logit = dot(user, tl.trans(item), logit, PRECISION)
+        bias = column_bias(counts, log_popularity, column, columns, IN_BATCH)
+        share = tl.exp((logit + bias[None, :]) - log_sum[:, None]) * SCALE  # [BR, BC]
+        gradient = dot(share.to(item.dtype), item, gradient, PRECISION)
+    gradient = gradient * (1.0 / SCALE)
+    if part == 0:
+        logit_of_target, item_of_target = target_logits(
+            user, items, log_popularity, target, valid, columns, width, IN_BATCH, BLOCK_D
+        )
+        if IN_BATCH:
+            missing = tl.where(valid, tl.exp(logit_of_target - log_sum) - 1.0, 0.0)
+        else:
+            missing = tl.where(valid, -1.0, 0.0)
+        gradient += missing[:, None] * item_of_target.to(tl.float32)
+        tl.store(coefficient + row, missing, mask=row < rows)
+    store_block(grad_users, gradient, row, rows, width, part, grad_loss, counted, SPLIT, COUNTERS, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "sequences", "places", "part_length"])
+def backward_columns_kernel(
+    grad_loss,
+    counted,
+    users,
+    items,
+    slots,
+    counts,
+    log_popularity,
+    lse,
+    coefficient,
+    grad_items,
+    rows,
+    columns,
+    sequences,
+    places,
+    width,
+    part_length,
+    IN_BATCH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SCALE: tl.constexpr,
+    COUNTERS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradient of one block of items over one part of the rows: Σ d logit · user.
+
+    Logits are computed transposed, so that they feed the second product from registers.
+    """
+    part = tl.program_id(1)
+    begin_column = tl.program_id(0) * BLOCK_C
+    column = begin_column + tl.arange(0, BLOCK_C)
+    item = load_block(items, column, columns, width, BLOCK_D)  # [BC, d]
+    bias = column_bias(counts, log_popularity, column, columns, IN_BATCH)
+    gradient = tl.zeros([BLOCK_C, BLOCK_D], dtype=tl.float32)
+    start = part * part_length * BLOCK_R
+    stop = tl.minimum(start + part_length * BLOCK_R, rows)
+    for begin in range(start, stop, BLOCK_R):
+        row = begin + tl.arange(0, BLOCK_R)
+        user = load_block(users, row, rows, width, BLOCK_D)  # [BR, d]
+        target, _ = row_targets(slots, row, rows, places, IN_BATCH)
+        log_sum = tl.load(lse + row, mask=row < rows, other=float("inf"))
+        missing = tl.load(coefficient + row, mask=row < rows, other=0.0) * SCALE
+        logit = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
+        if IN_BATCH:
+            first = begin // (places - 1)
+            own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)
+            member = membership(row, first, places, BLOCK_Q)
+            blocked = own_columns(slots, own, first, sequences, places, begin_column, BLOCK_Q, BLOCK_C)
+            logit = dot(tl.trans(blocked), tl.trans(member), logit, PRECISION)
+        logit = dot(item, tl.trans(user), logit, PRECISION)
+        share = tl.exp((logit + bias[:, None]) - log_sum[None, :]) * SCALE
+        share += tl.where(column[:, None] == target[None, :], missing[None, :], 0.0)
+        gradient = dot(share.to(user.dtype), user, gradient, PRECISION)
+    gradient = gradient * (1.0 / SCALE)
+    store_block(
+        grad_items, gradient, column, columns, width, part, grad_loss, counted, SPLIT, COUNTERS, BLOCK_D
+    )
+
+
+@triton.jit
+def store_block(
+    out,
+    gradient,
+    index,
+    size,
+    width,
+    part,
+    grad_loss,
+    counted,
+    SPLIT: tl.constexpr,
+    COUNTERS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write a finished gradient, or the part of one that `sum_parts_kernel` finishes."""
+    feature = tl.arange(0, BLOCK_D)
+    offset = index.to(tl.int64)[:, None] * width + feature[None, :]
+    if SPLIT:
+        offset += tl.cast(part, tl.int64) * size * width
+    else:
+        gradient = gradient * row_gradient(grad_loss, counted, COUNTERS)
+    mask = (index < size)[:, None] & (feature < width)[None, :]
+    tl.store(out + offset, gradient.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def sum_parts_kernel(
+    partial, grad_loss, counted, out, size, parts, COUNTERS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sum the parts of a gradient in their order, and scale."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sum_ = tl.zeros([BLOCK], dtype=tl.float32)
+    for part in range(parts):
+        sum_ += tl.load(partial + tl.cast(part, tl.int64) * size + index, mask=index < size, other=0.0)
+    sum_ = sum_ * row_gradient(grad_loss, counted, COUNTERS)
+    tl.store(out + index, sum_.to(out.dtype.element_ty), mask=index < size)

@@ -1,0 +1,158 @@
+"""The in-batch loss kernel against the reference in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from crossan_fast.kernels import in_batch_loss
+from crossan_fast.ops.deduplicate import deduplicate_reference
+from crossan_fast.ops.in_batch_loss import in_batch_loss as in_batch_loss_op
+from crossan_fast.ops.in_batch_loss import in_batch_loss_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(batch, length, width, items, dtype, seed=0, capacity=None):
+    """Sequences with left padding, repeated items and one user without any."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, items + 1, (batch, length + 1), generator=generator)
+    for b in range(batch):
+        ids[b, : b % (length + 1)] = 0
+    if batch > 2:
+        ids[2] = 0
+    ids, slots, counts = deduplicate_reference(ids, capacity)
+    users = torch.randn(batch, length, width, generator=generator).to(dtype)
+    embeddings = torch.randn(len(ids), width, generator=generator).to(dtype)
+    log_popularity = -5 * torch.rand(len(ids), generator=generator)
+    return users, embeddings, slots, counts, log_popularity
+
+
+def reference(users, items, *rest, dtype):
+    users, items = users.to(dtype).requires_grad_(), items.to(dtype).requires_grad_()
+    loss = in_batch_loss_reference(users, items, *rest)
+    return loss.detach(), *torch.autograd.grad(loss, (users, items), 0.7 * torch.ones_like(loss))
+
+
+def kernel(*inputs):
+    loss, lse = in_batch_loss.forward(*inputs)
+    return loss, *in_batch_loss.backward(torch.tensor(0.7), lse, *inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        # Several blocks of rows and of columns; nearly every column someone's own; one row a sequence; a
+        # sequence longer than its block's share of rows.
+        {"batch": 13, "length": 7, "width": 20, "items": 150, "capacity": 160},
+        {"batch": 5, "length": 10, "width": 64, "items": 23},
+        {"batch": 3, "length": 1, "width": 3, "items": 300},
+        {"batch": 2, "length": 50, "width": 33, "items": 40},
+    ],
+    ids=str,
+)
+def test_matches_float64(shape, dtype, judge):
+    inputs = make(**shape, dtype=dtype)
+    actual = kernel(*inputs)
+    eager, truth = reference(*inputs, dtype=dtype), reference(*inputs, dtype=torch.float64)
+    assert actual[0].dtype == torch.float32
+    for name, *results in zip(("loss", "grad_users", "grad_items"), actual, eager, truth, strict=True):
+        judge(name, *results)
+    assert actual[1].dtype == actual[2].dtype == dtype
+
+
+def test_log_sum_exp_is_infinite_exactly_where_a_row_has_no_target():
+    inputs = make(6, 5, 16, 30, torch.float32)
+    _, lse = in_batch_loss.forward(*inputs)
+    slots = inputs[2]
+    torch.testing.assert_close(lse == float("inf"), (slots[:, :-1] == 0) | (slots[:, 1:] == 0))
+
+
+def test_a_column_of_count_zero_weighs_nothing_and_gets_no_gradient():
+    users, items, slots, counts, log_popularity = make(6, 5, 16, 30, torch.float32, capacity=50)
+    unused = counts == 0
+    loud = items.clone()
+    loud[unused] = 1e4
+    quiet = kernel(users, items.masked_fill(unused[:, None], 0), slots, counts, log_popularity)
+    for a, b in zip(kernel(users, loud, slots, counts, log_popularity), quiet, strict=True):
+        assert torch.equal(a, b)
+    assert not quiet[2][unused].any()
+
+
+def test_two_users_by_hand():
+    # Users 0 and 1 each saw two items of their own: one negative column of count 2 and one of count 1 each.
+    slots = torch.tensor([[1, 2], [3, 3]])
+    counts = torch.tensor([0, 1, 1, 2])
+    items = torch.tensor([[9.0], [1.0], [2.0], [3.0]])
+    users = torch.tensor([[[1.0]], [[0.5]]])
+    log_popularity = torch.log(torch.tensor([1.0, 0.25, 0.25, 0.5]))
+    s = users.double().reshape(2, 1) * items.double().reshape(1, 4) - log_popularity.double()
+    first = -s[0, 2] + torch.log(s[0, 2].exp() + 2 * s[0, 3].exp())
+    second = -s[1, 3] + torch.log(s[1, 3].exp() + s[1, 1].exp() + s[1, 2].exp())
+    loss, _ = in_batch_loss.forward(users, items, slots, counts, log_popularity)
+    torch.testing.assert_close(loss.double(), (first + second) / 2, rtol=1e-6, atol=0)
+
+
+def test_large_logits_do_not_overflow(judge):
+    users, *rest = make(5, 6, 8, 60, torch.float32)
+    inputs = 200 * users, *rest
+    eager, truth = (reference(*inputs, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    for name, *results in zip(
+        ("loss", "grad_users", "grad_items"), kernel(*inputs), eager, truth, strict=True
+    ):
+        judge(name, *results)
+
+
+@pytest.mark.parametrize("batch", [0, 4])
+def test_no_row_with_a_target(batch):
+    users, items = torch.randn(batch, 3, 8), torch.randn(5, 8)
+    slots = torch.zeros(batch, 4, dtype=torch.int64)
+    loss, grad_users, grad_items = kernel(
+        users, items, slots, torch.zeros(5, dtype=torch.int64), torch.zeros(5)
+    )
+    assert loss == 0 and not grad_users.any() and not grad_items.any()
+    assert grad_users.shape == users.shape and grad_items.shape == items.shape
+
+
+def test_strides_do_not_matter_and_runs_repeat_bit_for_bit():
+    users, items, slots, counts, log_popularity = make(9, 6, 24, 90, torch.bfloat16)
+    expected = kernel(users, items, slots, counts, log_popularity)
+    wide_users = torch.full((9, 12, 48), float("nan"), dtype=users.dtype)
+    wide_users[:, ::2, ::2] = users
+    strided = (
+        wide_users[:, ::2, ::2],
+        items.T.contiguous().T,
+        torch.stack([slots, slots], -1)[..., 0],
+        counts,
+        log_popularity,
+    )
+    assert not any(t.is_contiguous() for t in strided[:3])
+    for repeat in (kernel(*strided), kernel(users, items, slots, counts, log_popularity)):
+        for a, b in zip(repeat, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_registered_op_passes_opcheck_and_compiles_with_dynamic_sizes():
+    op = torch.ops.crossan_fast.in_batch_loss.default
+    users, items, *rest = make(4, 3, 8, 20, torch.float32)
+    torch.library.opcheck(op, (users.requires_grad_(), items.requires_grad_(), *rest, "triton"))
+
+    op = functools.partial(in_batch_loss_op, backend="triton")
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (3, 5):
+        inputs = make(batch, 3, 8, 20, torch.float32)
+        torch.testing.assert_close(compiled(*inputs), in_batch_loss_reference(*inputs))
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_either_gradient_alone(wanted):
+    inputs = list(make(4, 3, 8, 20, torch.float32))
+    inputs[wanted].requires_grad_()
+    gradients = [
+        torch.autograd.grad(loss, inputs[wanted])[0]
+        for loss in (in_batch_loss_op(*inputs, backend="triton"), in_batch_loss_reference(*inputs))
+    ]
+    torch.testing.assert_close(*gradients)
