@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from crossan_fast import iisan, ops, serialization
+from crossan_fast import distributed, iisan, ops, serialization
 from crossan_fast._checks import check_tensor, describe, nearest
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
@@ -57,6 +57,9 @@ class CrossanModel(nn.Module):
     Attributes:
         item_popularity: buffer `[I + 1]`, each item's share of the training interactions; empty until
             `set_popularity`.
+        process_group: set it to share in-batch negatives with the other processes of the group
+            (`crossan_fast.distributed`); None keeps to the process's own batch. ◊ The load-balance term
+            stays each process's own.
     """
 
     item_popularity: Tensor
@@ -76,6 +79,7 @@ class CrossanModel(nn.Module):
         self.fusion = Momef(config) if config.fusion == "momef" else Concat(config)
         self.sequence_encoder = SequenceEncoder(config)
         self.register_buffer("item_popularity", torch.empty(0))
+        self.process_group: torch.distributed.ProcessGroup | None = None
 
     # -- items and users -------------------------------------------------------------------------------
 
@@ -199,14 +203,23 @@ class CrossanModel(nn.Module):
         by_place = (embeddings[slots] if deduplicate else embeddings).reshape(*item_ids.shape, -1)
         mask = item_ids[:, :-1] != 0
         users = self.encode_users(by_place[:, :-1], mask)
+        if self.process_group is not None:
+            if not deduplicate:
+                raise ValueError("deduplicate: process_group shares distinct items, expected true, got false")
+            unique, embeddings = distributed.gather_negatives(unique, embeddings, self.process_group)
         log_popularity = self._log_popularity(unique.ids)
         if deduplicate:
             loss = ops.in_batch_loss(
-                users, embeddings, slots, counts, log_popularity, backend=self._backend("in_batch_loss")
+                users,
+                embeddings,
+                unique.slots,
+                unique.counts,
+                log_popularity,
+                backend=self._backend("in_batch_loss"),
             )
         else:
             loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
-        return CrossanOutput(self._with_balance(loss, balance), users, by_place)
+        return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
     def _full(self, item_ids: Tensor, cache: HiddenStateCache | None) -> CrossanOutput:
         if cache is None:
@@ -225,7 +238,7 @@ class CrossanModel(nn.Module):
         users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
         targets = torch.where(item_ids[:, :-1] != 0, item_ids[:, 1:], 0)
         loss = ops.full_loss(users, embeddings, targets, backend=self._backend("full_loss"))
-        return CrossanOutput(self._with_balance(loss, balance), users, by_place)
+        return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
     # -- popularity ------------------------------------------------------------------------------------
 
@@ -304,7 +317,9 @@ class CrossanModel(nn.Module):
         present = None if source.present is None else source.present[ids]
         return self._encode(source, ids, present, None)[0]
 
-    def _with_balance(self, loss: Tensor, balance: Tensor | None) -> Tensor:
+    def _total(self, loss: Tensor, item_ids: Tensor, balance: Tensor | None) -> Tensor:
+        if self.process_group is not None:
+            loss = loss * distributed.row_share(item_ids, self.process_group)
         if balance is None or not self.config.load_balance:
             return loss
         return loss + self.config.load_balance * balance

@@ -68,7 +68,8 @@ def test_wheel_imports_away_from_the_tree(wheels, tmp_path):
     with zipfile.ZipFile(wheels["tree"]) as wheel:
         wheel.extractall(tmp_path / "site")
     script = (
-        "import sys; sys.path.insert(0, 'site'); import crossan_fast, crossan_fast.kernels, crossan_fast.csrc;"
+        "import sys; sys.path.insert(0, 'site');"
+        "import crossan_fast, crossan_fast.kernels, crossan_fast.csrc;"
         "print(crossan_fast.__file__); print(sorted(m for m in sys.modules if m == 'transformers'))"
     )
     out = run(sys.executable, "-I", "-c", script, cwd=tmp_path).splitlines()

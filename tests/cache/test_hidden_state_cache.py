@@ -334,7 +334,9 @@ def test_a_nan_that_reached_the_file_is_found_when_it_is_loaded(tmp_path: Path) 
 
 def test_reading_a_cache_needs_no_encoder_library() -> None:
     script = "import sys, crossan_fast.cache as c; print({'transformers', 'PIL', 'scipy'} & set(sys.modules))"
-    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     assert printed.strip() == "set()"
 
 
