@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast.cache.ahead import gather_ahead
 from crossan_fast.cache.format import (
     NAMES,
     PRESENT,
@@ -25,7 +24,17 @@ from crossan_fast.cache.format import (
     states_file,
 )
 from crossan_fast.cache.quantize import dequantize
-from crossan_fast.cache.tiers import Placement, Tier, choose_tier, free_memory, host_memory, map_file
+from crossan_fast.cache.tiers import (
+    PageToucher,
+    Placement,
+    Tier,
+    choose_tier,
+    exact_device,
+    free_memory,
+    host_memory,
+    map_file,
+    pick_rows,
+)
 from crossan_fast.cache.validate import FLOATS, checked_present, checked_states, reject_nonfinite
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
@@ -232,6 +241,18 @@ class HiddenStateCache:
         """Why this tier: sizes in words, or 'asked for'."""
         return self._placement.reason
 
+    def placement(self, device: str | torch.device, tier: Tier | str = "auto") -> Placement:
+        """The tier that `to(device, tier)` would choose now, and why; nothing is loaded."""
+        target = exact_device(device)
+        return choose_tier(
+            self.nbytes,
+            target,
+            device_free=free_memory(target),
+            host_free=host_memory(),
+            asked=tier,
+            on_disk=self.folder is not None,
+        )
+
     def to(self, device: str | torch.device, tier: Tier | str = "auto") -> HiddenStateCache:
         """Choose where the states live from now on, load them there, and return self.
 
@@ -244,15 +265,8 @@ class HiddenStateCache:
             ValueError: the tier cannot serve this device or this cache, or loading met a NaN or inf.
             RuntimeError: the device is not there.
         """
-        target = _device(device)
-        self._placement = choose_tier(
-            self.nbytes,
-            target,
-            device_free=free_memory(target),
-            host_free=host_memory(),
-            asked=tier,
-            on_disk=self.folder is not None,
-        )
+        self._placement = self.placement(device, tier)
+        target = self.device
         if self.tier == "resident":
             self._load(target, target)
         elif self.tier == "pinned":
@@ -271,11 +285,11 @@ class HiddenStateCache:
         Raises:
             RuntimeError: the states are too large for this GPU; `gather` and `prefetch` serve it instead.
         """
-        return self._at(_device(device))[0]
+        return self._at(exact_device(device))[0]
 
     def scales(self, device: str | torch.device) -> list[Tensor] | None:
         """fp32 `[I + 1, L]` for each modality of an int8 or fp8 cache, placed as `states`; else None."""
-        return self._at(_device(device))[1]
+        return self._at(exact_device(device))[1]
 
     def present_mask(self, device: str | torch.device) -> Tensor | None:
         """`present` on `device`, or None where every item has every modality; made once and kept.
@@ -283,7 +297,7 @@ class HiddenStateCache:
         Raises:
             ValueError: an item with no modality at all, by name.
         """
-        key = _device(device)
+        key = exact_device(device)
         if key not in self._present_on:
             rows = self.present[1:]
             empty = ~rows.any(dim=1)
@@ -312,15 +326,13 @@ class HiddenStateCache:
     def _load(self, key: torch.device, where: torch.device, pin: bool = False) -> None:
         if key in self._loaded and self._loaded[key][0][0].device == where:
             return
-        states = [
-            self._copied(t, where, pin, m.name) for t, m in zip(self._states, self.modalities, strict=True)
-        ]
-        scales = self._scales
-        if scales is not None:
-            scales = [
-                self._copied(t, where, pin, m.name) for t, m in zip(scales, self.modalities, strict=True)
+
+        def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [
+                self._copied(t, where, pin, m.name) for t, m in zip(tensors, self.modalities, strict=True)
             ]
-        self._loaded[key] = (states, scales)
+
+        self._loaded[key] = copies(self._states), None if self._scales is None else copies(self._scales)
 
     def _copied(self, source: Tensor, where: torch.device, pin: bool, name: str) -> Tensor:
         """A copy made a chunk at a time: a mapped file is read once, in order, and checked on the way."""
@@ -349,7 +361,7 @@ class HiddenStateCache:
             TypeError: ids of another dtype. ValueError: ids of another shape. IndexError: ids out of range.
         """
         checked = self._checked_ids(ids)
-        target = self.device if device is None else _device(device)
+        target = self.device if device is None else exact_device(device)
         return self._gather(checked, target, dtype)
 
     def prefetch(
@@ -369,50 +381,38 @@ class HiddenStateCache:
         """
         if depth < 1:
             raise ValueError(f"depth: expected at least 1, got {depth}")
-        target = self.device if device is None else _device(device)
+        target = self.device if device is None else exact_device(device)
         if target in self._loaded and self._loaded[target][0][0].device == target:
             for ids in batches:
                 yield ids, self._gather(self._checked_ids(ids), target, dtype)
             return
-        stream = torch.cuda.Stream(target) if target.type == "cuda" else None
+        checked = (self._checked_ids(ids).cpu() for ids in batches)
+        yield from gather_ahead(checked, lambda ids: self._gather(ids, target, dtype), target, depth)
 
-        def read(ids: Tensor) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-            if stream is None:
-                return self._gather(ids, target, dtype), None
-            with torch.cuda.stream(stream):
-                return self._gather(ids, target, dtype), stream.record_event()
+    def touch(self, ids: Tensor) -> None:
+        """Start reading the files' pages of rows `ids` `[n]` in the background, and return at once.
 
-        waiting: deque[tuple[Tensor, Future[tuple[dict[str, Tensor], torch.cuda.Event | None]]]] = deque()
+        For kernels that gather from `states("cpu")` on tier `mmap`: say the next batch's ids before computing
+        this one's, and its rows are in memory when their turn comes. Does nothing on other tiers, nor while
+        the two calls before this one are still being served.
+        """
+        ids = self._checked_ids(ids).cpu()
+        if self.folder is None or torch.device("cpu") in self._loaded:
+            return
+        self._toucher.submit(ids)
 
-        def ready() -> tuple[Tensor, dict[str, Tensor]]:
-            ids, future = waiting.popleft()
-            rows, event = future.result()
-            if event is not None:
-                current = torch.cuda.current_stream(target)
-                current.wait_event(event)
-                for tensor in rows.values():
-                    tensor.record_stream(current)
-            return ids, rows
-
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="crossan_fast-prefetch")
-        try:
-            for ids in batches:
-                waiting.append((ids, pool.submit(read, self._checked_ids(ids).cpu())))
-                if len(waiting) > depth:
-                    yield ready()
-            while waiting:
-                yield ready()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    @cached_property
+    def _toucher(self) -> PageToucher:
+        return PageToucher([*self._states, *(self._scales or ())])
 
     def _gather(self, ids: Tensor, target: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
         states, scales = self._loaded.get(target, (self._states, self._scales))
         rows = ids.to(states[0].device)
         result = {}
         for index, modality in enumerate(self.modalities):
-            picked = _pick(states[index], rows, target)
+            picked = pick_rows(states[index], rows, target)
             if scales is not None:
-                picked = dequantize(picked, _pick(scales[index], rows, target), dtype or torch.float32)
+                picked = dequantize(picked, pick_rows(scales[index], rows, target), dtype or torch.float32)
             result[modality.name] = picked if dtype is None else picked.to(dtype)
         return result
 
@@ -442,26 +442,6 @@ class _Lazy(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._cache.item_names[index + 1]
-
-
-def _pick(source: Tensor, rows: Tensor, target: torch.device) -> Tensor:
-    # One-byte floats are moved as bytes: not every device gathers them.
-    raw = source.view(torch.uint8) if source.dtype == torch.float8_e4m3fn else source
-    if source.device.type == "cpu" and target.type == "cuda":
-        shape = (len(rows), *source.shape[1:])
-        staged = torch.empty(shape, dtype=raw.dtype, pin_memory=True)
-        picked = torch.index_select(raw, 0, rows, out=staged).to(target, non_blocking=True)
-    else:
-        picked = raw.index_select(0, rows).to(target)
-    return picked.view(source.dtype)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    """With its index, so that `cuda` and `cuda:0` are one."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise RuntimeError(f"device: {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _known_names(what: str, given: Iterable[str], modalities: Sequence[Modality]) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from crossan_fast.cache.ahead import read_ahead
 from crossan_fast.cache.format import CacheError, dtype_name
 from crossan_fast.cache.inputs import BrokenInput
 from crossan_fast.cache.journal import Journal
@@ -61,18 +61,29 @@ class Runner:
         # Batches are planned over all items and skipped whole, so that a build that goes on makes the same
         # ones.
         todo = [batch for batch in batches if not done[batch].all()]
+        positions = (k for batch in todo for k in batch)
+        inputs = read_ahead(
+            positions, lambda k: self._read(work, k), depth=2 * self._batch_size, threads=work.threads
+        )
         try:
-            for batch, inputs in _read_ahead(todo, work, self._plan.indices):
-                self._encode(work, batch, inputs)
+            for batch in todo:
+                self._encode(work, batch, [result for _, result in islice(inputs, len(batch))])
                 fresh = int((~done[batch]).sum())
                 done[batch] = True
                 self._bar.update(fresh)
                 if time.monotonic() - self._saved >= self._every:
                     self._save()
         finally:
+            inputs.close()
             self._save()
         work.unload()
         self._refuse_all_broken(number, names, len(present))
+
+    def _read(self, work: Pass, k: int) -> Tensor | BrokenInput:
+        try:
+            return work.read(self._plan.indices[k])
+        except BrokenInput as problem:
+            return problem
 
     def _encode(self, work: Pass, batch: list[int], inputs: list[Tensor | BrokenInput]) -> None:
         good = [(k, tensor) for k, tensor in zip(batch, inputs, strict=True) if isinstance(tensor, Tensor)]
@@ -173,29 +184,3 @@ def _batches(positions: list[int], work: Pass, indices: Sequence[int], batch_siz
         batches[-1].append(k)
         last = size
     return batches
-
-
-def _read_ahead(
-    batches: Sequence[list[int]], work: Pass, indices: Sequence[int], depth: int = 2
-) -> Iterator[tuple[list[int], list[Tensor | BrokenInput]]]:
-    """Inputs of each batch, the next `depth` batches being read by threads meanwhile."""
-
-    def read(k: int) -> Tensor | BrokenInput:
-        try:
-            return work.read(indices[k])
-        except BrokenInput as problem:
-            return problem
-
-    waiting: deque[tuple[list[int], list[Future[Tensor | BrokenInput]]]] = deque()
-    pool = ThreadPoolExecutor(max_workers=work.threads, thread_name_prefix="crossan_fast-read")
-    try:
-        for batch in batches:
-            waiting.append((batch, [pool.submit(read, k) for k in batch]))
-            if len(waiting) > depth:
-                first, futures = waiting.popleft()
-                yield first, [future.result() for future in futures]
-        while waiting:
-            first, futures = waiting.popleft()
-            yield first, [future.result() for future in futures]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from crossan_fast.cache.build import build_cache
@@ -145,6 +146,9 @@ def _info(args: argparse.Namespace) -> int:
         )
         for key, value in cache.sources.get(modality.name, {}).items():
             print(f"    {key}: {value}")
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        placement = cache.placement(device)
+        print(f"  on {placement.device} it would be {placement.tier}: {placement.reason}")
     if not cache.present[1:].all() and (args.folder / REPORT).is_file():
         print(f"  what is absent, and why: {args.folder / REPORT}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 import time
@@ -233,6 +234,41 @@ def test_prefetch_raises_an_error_where_it_happened_and_can_be_left_early(
         list(failing)
     with pytest.raises(ValueError, match="depth: expected at least 1, got 0"):
         next(cache.prefetch([], depth=0))
+
+
+def test_touching_reads_rows_and_changes_nothing(tmp_path: Path) -> None:
+    modality = Modality("text", 4096, 3)  # 24 kB a row: several pages
+    sparse_cache(tmp_path / "c", modality, 50)
+    cache = HiddenStateCache.open(tmp_path / "c")
+    for _ in range(5):
+        cache.touch(torch.tensor([50, 0, 7, 7], dtype=torch.int32))
+    cache._toucher.wait()
+    assert not cache.gather(torch.arange(51))["text"].any()
+    with pytest.raises(IndexError, match="ids: expected rows 0 to 50, got 51"):
+        cache.touch(torch.tensor([51]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts page faults through /proc")
+def test_touched_rows_cause_no_page_fault_later(tmp_path: Path) -> None:
+    modality = Modality("text", 4096, 3)
+    sparse_cache(tmp_path / "c", modality, 400)
+    ids = torch.arange(1, 400, 40)
+
+    def faults_of_gathering(touch: bool) -> int:
+        cache = HiddenStateCache.open(tmp_path / "c")
+        if touch:
+            cache.touch(ids)
+            cache._toucher.wait()
+        rows, before = (
+            cache.states("cpu")[0].view(torch.uint8).flatten(1),
+            resource.getrusage(resource.RUSAGE_SELF),
+        )
+        for row in ids.tolist():
+            assert not rows[row].any()
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        return after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
+
+    assert faults_of_gathering(touch=True) < 0.5 * faults_of_gathering(touch=False)
 
 
 def test_tier_is_chosen_by_size_and_says_why() -> None:

@@ -51,6 +51,7 @@ def test_build_info_verify_convert(files: Path, capsys: pytest.CaptureFixture[st
     described = capsys.readouterr().out
     assert "3 items, fp32, 0.0 MB of states" in described
     assert "audio: 2 levels of width 4, present for 2 of 3 items" in described
+    assert "on cpu it would be resident: 0.00 GB of states" in described
     assert "precomputed: " in described and "report.tsv" in described
     assert run("verify", files / "c", "--no-progress") == 0
     assert "sound" in capsys.readouterr().out
