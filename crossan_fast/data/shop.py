@@ -2,16 +2,16 @@ r"""A synthetic shop whose items can be seen, read, watched and heard, and whose
 
 Each item has four hidden traits of four kinds each, and each trait shows in one modality alone:
 
-    text    what the title says it is and is for      "Brass kitchen kettle", "Oak garden rake"
+    text    what the title says it is and is for      "Arlo brass kitchen kettle", "Vika oak garden rake"
     image   the colour of a textured square           [32, 32, 3] uint8, PNG
     video   which way a grey texture drifts           [4, 32, 32, 3] uint8, npy
     audio   the kind of sound in a mel spectrogram    [32, 32] float32 (frames, mels), npy
 
-Everything else in them (materials, gratings, tints, loudness, noise) tells nothing. A user's next item
-follows, trait by trait and independently: most often the shop's own transition of the trait's kind in the
-item before (a cycle through the four kinds), now and then the user's favourite kind, else any. Among the
-items of these four kinds, popularity (a mild Zipf law) decides. So a recommender that sees k modalities can
-narrow the catalogue down to its 4^-k share, and popularity alone to nothing.
+Everything else in them (makers, materials, gratings, tints, loudness, noise) tells nothing. A user's next
+item follows, trait by trait and independently: most often the shop's own transition of the trait's kind in
+the item before (two kinds lead to themselves, two to each other), now and then the user's favourite kind,
+else any. Among the items of these four kinds, popularity (a mild Zipf law) decides. So a recommender that
+sees k modalities can narrow the catalogue down to a 4^-k share of it; popularity alone hardly helps.
 
 Written to a folder, a shop is what the readers read and encoders take:
 
@@ -40,7 +40,7 @@ NUM_CELLS = NUM_KINDS ** len(MODALITIES)
 
 FOLLOW, FAVOURITE = 0.85, 0.1
 """Chances that a trait of the next item follows the transition, or is the user's favourite kind."""
-ZIPF_EXPONENT = 0.4
+ZIPF_EXPONENT = 0.25
 MIN_LENGTH, MAX_LENGTH = 6, 13
 
 IMAGE_SIZE = 32
@@ -49,12 +49,20 @@ SOUND_FRAMES = SOUND_MELS = 32
 
 _PLACES = ("bedroom", "kitchen", "winter", "garden")
 _NOUNS = (
-    ("lamp", "lantern", "candle"),
-    ("kettle", "teapot", "jug"),
-    ("scarf", "shawl", "cap"),
-    ("spade", "rake", "hoe"),
+    ("lamp", "lantern", "candle", "mirror"),
+    ("kettle", "teapot", "jug", "bowl"),
+    ("scarf", "shawl", "cap", "mitten"),
+    ("spade", "rake", "hoe", "bench"),
 )
-_MATERIALS = ("oak", "brass", "wool", "steel", "clay", "bamboo", "copper", "linen")
+# fmt: off
+_MATERIALS = (
+    "oak", "brass", "wool", "steel", "clay", "bamboo", "copper", "linen", "glass", "cork", "felt", "pine",
+)
+_MAKERS = (
+    "Arlo", "Bexa", "Corin", "Dova", "Elgo", "Fenn", "Garo", "Hild", "Ivar", "Jute", "Kelda", "Lomo",
+    "Mirk", "Nelo", "Orsa", "Pell", "Quin", "Rova", "Sven", "Tindra", "Ulmo", "Vika", "Wexel", "Yarn",
+)
+# fmt: on
 _COLOURS = np.array([[215, 50, 40], [50, 180, 60], [50, 80, 215], [225, 200, 50]], dtype=np.float64)
 # A period of 8 divides the patch sizes in use, so that a pattern looks alike in every patch.
 _PERIOD = 8
@@ -125,7 +133,7 @@ def make_shop(
     cells = latent.permutation(np.arange(num_items) % NUM_CELLS)
     traits = np.stack(np.unravel_index(cells, (NUM_KINDS,) * len(MODALITIES)), axis=1).astype(np.int64)
     appeal = np.power(1.0 + latent.permutation(num_items), -ZIPF_EXPONENT, dtype=np.float64)
-    next_kind = np.stack([_cycle(latent) for _ in MODALITIES])
+    next_kind = np.stack([_transition(latent) for _ in MODALITIES])
 
     item_names = [f"item-{i:0{len(str(num_items))}d}" for i in range(1, num_items + 1)]
     user_names = [f"user-{u:0{len(str(num_users))}d}" for u in range(1, num_users + 1)]
@@ -152,11 +160,15 @@ def make_shop(
     return shop
 
 
-def _cycle(rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """[kinds]: a random cycle through all kinds, so that no kind leads to itself."""
-    order = rng.permutation(NUM_KINDS)
-    following = np.empty(NUM_KINDS, dtype=np.int64)
-    following[order] = np.roll(order, -1)
+def _transition(rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """[kinds]: two random kinds lead to themselves, the other two to each other.
+
+    Likes that lead to likes are learned at once and show a model which direction a trait has in embeddings;
+    with a cycle through all four kinds training stands still for dozens of epochs before it finds each trait.
+    """
+    following = np.arange(NUM_KINDS)
+    one, other = rng.permutation(NUM_KINDS)[:2]
+    following[[one, other]] = other, one
     return following
 
 
@@ -192,11 +204,15 @@ def _behaviour(
 
 
 def _titles(rng: np.random.Generator, kinds: npt.NDArray[np.int64]) -> list[str]:
-    picks = rng.integers(0, [len(_MATERIALS), len(_NOUNS[0])], size=(len(kinds), 2))
-    return [
-        f"{_MATERIALS[material].capitalize()} {_PLACES[kind]} {_NOUNS[kind][noun]}"
-        for kind, (material, noun) in zip(kinds.tolist(), picks.tolist(), strict=True)
-    ]
+    """Distinct while a kind has no more items than the 1,152 ways to name them."""
+    ways = (len(_MAKERS), len(_MATERIALS), len(_NOUNS[0]))
+    titles = [""] * len(kinds)
+    for kind in range(NUM_KINDS):
+        of_kind = np.flatnonzero(kinds == kind)
+        picks = np.resize(rng.permutation(np.prod(ways)), len(of_kind))
+        for i, maker, material, noun in zip(of_kind, *np.unravel_index(picks, ways), strict=True):
+            titles[i] = f"{_MAKERS[maker]} {_MATERIALS[material]} {_PLACES[kind]} {_NOUNS[kind][noun]}"
+    return titles
 
 
 def _noisy_bytes(rng: np.random.Generator, values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
