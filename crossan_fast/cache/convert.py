@@ -12,9 +12,7 @@ from crossan_fast.cache.format import dtype_name, row_bytes, storage_dtype
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.quantize import dequantize
 from crossan_fast.cache.validate import reject_nonfinite
-from crossan_fast.cache.writer import CacheWriter, to_storage, whole_folder
-
-_CHUNK_BYTES = 64 << 20
+from crossan_fast.cache.writer import CHUNK_BYTES, CacheWriter, to_storage, whole_folder
 
 
 def convert_cache(
@@ -61,18 +59,18 @@ def convert_cache(
         for index, modality in enumerate(cache.modalities):
             lost = kept = 0.0
             states, scales = cache.states("cpu")[index], cache.scales("cpu")
-            step = max(1, _CHUNK_BYTES // row_bytes(modality, torch.float32))
+            step = max(1, CHUNK_BYTES // row_bytes(modality, torch.float32))
             for start in range(0, cache.num_items + 1, step):
                 old = states[start : start + step]
                 old = old.float() if scales is None else dequantize(old, scales[index][start : start + step])
                 reject_nonfinite(old, modality.name, names, start)
                 stored, new_scales = to_storage(old, storage)
-                reject_nonfinite(
-                    stored, modality.name, names, start, f" (once stored as {dtype_name(storage)})"
-                )
+                if new_scales is None:  # scales fit every finite row
+                    kept_as = f" (once stored as {dtype_name(storage)})"
+                    reject_nonfinite(stored, modality.name, names, start, kept_as)
                 new = stored.float() if new_scales is None else dequantize(stored, new_scales)
-                lost += float((new - old).double().square().sum())
-                kept += float(old.double().square().sum())
+                lost += float(torch.linalg.vector_norm(new - old, dtype=torch.float64)) ** 2
+                kept += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
                 writer.write(modality, range(start, start + len(old)), stored, new_scales)
                 if progress is not None:
                     progress(len(old))

@@ -31,7 +31,7 @@ try:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 except ImportError as error:
     raise ImportError(
-        "building a cache runs encoders of the transformers library; "
+        f"building a cache runs encoders of the transformers library, which cannot be imported ({error}); "
         "install it with `pip install crossan-fast[encoders]`"
     ) from error
 
@@ -94,7 +94,7 @@ class FrozenEncoder:
         self._waveforms = self.kind == "audio" and not hasattr(config, "num_mel_bins")
         self.mixes_sizes = not self._waveforms
         self._model: Any = None
-        self._device = torch.device("cpu")
+        self._device, self._dtype = torch.device("cpu"), torch.float32
 
     def load(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Read the weights onto `device`, frozen, in evaluation mode, and compute in `dtype`."""
@@ -121,7 +121,7 @@ class FrozenEncoder:
         if self._part:
             model = getattr(model, self._part)
         self._model = model.eval().requires_grad_(False).to(device)
-        self._device = device
+        self._device, self._dtype = device, dtype
         self.fingerprint = _fingerprint(model)
 
     def unload(self) -> None:
@@ -183,7 +183,7 @@ class FrozenEncoder:
                     f"encoder {self.source!r}: its preprocessor gives inputs of different sizes, {shapes[0]} "
                     f"and {shapes[-1]}; set a fixed size or crop in its preprocessor_config.json"
                 )
-            batch = torch.stack(list(inputs)).to(self._device, self._model.dtype)
+            batch = torch.stack(list(inputs)).to(self._device, self._dtype)
         output = self._model(**{self._input_name: batch}, **arguments, output_hidden_states=True)
         hidden = output.hidden_states
         if hidden is None or len(hidden) != self.layers + 1 or hidden[-1].shape[-1] != self.width:

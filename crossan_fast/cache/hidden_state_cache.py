@@ -39,7 +39,7 @@ from crossan_fast.cache.validate import FLOATS, checked_present, checked_states,
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
 
-_CHUNK_BYTES = 64 << 20
+_CHUNK_BYTES = 4 << 20
 _NAMES_COMPARED = 50_000
 
 
