@@ -20,6 +20,7 @@ from crossan_fast.cache.passes import Items, plan_passes
 from crossan_fast.cache.plan import BuildPlan, existing_cache, specs_for
 from crossan_fast.cache.runner import Runner, refuse_missing
 from crossan_fast.cache.specs import ModalitySpec
+from crossan_fast.cache.tiers import exact_device
 from crossan_fast.cache.writer import CacheWriter, locked
 
 _COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -56,7 +57,7 @@ def build_cache(
     dtype: str | torch.dtype | None = None,
     batch_size: int = 64,
     device: str | torch.device = "auto",
-    compute_dtype: str = "fp32",
+    compute_dtype: str | None = None,
     max_length: int = 30,
     lowercase: bool = False,
     strict: bool = False,
@@ -79,7 +80,8 @@ def build_cache(
         dtype: storage: `fp32`, `fp16`, `bf16` (default), `fp8` or `int8`; in appending the cache's own.
         batch_size: inputs encoded at once.
         device: of the encoders; `auto` is CUDA where there is one.
-        compute_dtype: of the encoders' weights and arithmetic.
+        compute_dtype: of the encoders' weights and arithmetic: `fp32` (default), `fp16` or `bf16`; in
+            appending the cache's own.
         max_length, lowercase: of texts, where a modality does not say.
         strict: raise at the first input that cannot be used; otherwise the item goes without the modality.
         restart: forget what a stopped build did.
@@ -98,27 +100,23 @@ def build_cache(
     folder = Path(out)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if compute_dtype not in _COMPUTE:
+    if compute_dtype is not None and compute_dtype not in _COMPUTE:
         raise ValueError(f"compute_dtype: expected one of {', '.join(_COMPUTE)}, got {compute_dtype!r}")
     check_item_names(items.names)
     base = existing_cache(folder)
+    if compute_dtype is None:
+        own = [source.get("compute_dtype") for source in base.sources.values()] if base else []
+        compute_dtype = next((dtype for dtype in own if dtype in _COMPUTE), "fp32")
     specs = specs_for(modalities, base)
     passes = plan_passes(specs, items, max_length, lowercase)
     plan = BuildPlan.make(specs, passes, items, base, folder, dtype, compute_dtype)
     if not plan.indices:
-        (folder / BUILDING).unlink(missing_ok=True)
-        return BuildReport(
-            folder,
-            plan.base_items,
-            0,
-            plan.not_listed,
-            dict.fromkeys(plan.records, 0),
-            0,
-            time.monotonic() - begun,
-        )
+        nothing = dict.fromkeys(plan.records, 0)
+        return BuildReport(folder, plan.base_items, 0, plan.not_listed, nothing, 0, time.monotonic() - begun)
     refuse_missing(plan, items, strict)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = exact_device(device)
     with locked(folder):
         if existing_cache(folder) != base:
             raise BlockingIOError(f"folder: another process has just written to {folder}; run again")
@@ -135,14 +133,15 @@ def build_cache(
         with writer, _bar(plan, journal, progress) as bar:
             runner = Runner(plan, items, writer, journal, batch_size, strict, journal_every, bar)
             for number in range(len(plan.passes)):
-                runner.run(number, torch.device(device), _COMPUTE[compute_dtype])
+                runner.run(number, device, _COMPUTE[compute_dtype])
             return _commit(folder, plan, items, writer, journal, begun)
 
 
 def _journal(folder: Path, plan: BuildPlan, restart: bool) -> Journal:
     found = None if restart else Journal.read(folder)
-    # A journal of another base is of a build that was committed and stopped just before removing it.
-    if found is not None and found.base_items == plan.base_items:
+    # A journal of another base is of a build that was committed and stopped just before removing it; one with
+    # nothing done binds nobody.
+    if found is not None and found.base_items == plan.base_items and any(done.any() for done in found.done):
         found.check_plan(plan.digest, folder)
         return found
     journal = Journal.fresh(plan.digest, plan.base_items, len(plan.passes), len(plan.indices))

@@ -74,7 +74,7 @@ class FrozenEncoder:
         self.max_length = max_length
         self.lowercase = lowercase
         self.fingerprint = ""
-        config = self._pretrained(AutoConfig)
+        config = self._whole_config = self._pretrained(AutoConfig)
         if type(config) not in MODEL_MAPPING:
             raise ValueError(f"encoder {source!r}: transformers has no model for {type(config).__name__}")
         model_class: Any = MODEL_MAPPING[type(config)]
@@ -129,10 +129,13 @@ class FrozenEncoder:
         self._model = None
 
     def check_pooling(self, pooling: Pooling) -> None:
-        """Raise where `cls` is asked of a loaded encoder without a class token (VideoMAE, wav2vec 2)."""
+        """Raise where `cls` is asked of an encoder without a class token (VideoMAE, wav2vec 2)."""
         if pooling != "cls" or self.kind == "text":
             return
-        names = (name.rsplit(".", 1)[-1] for name, _ in self._model.named_parameters())
+        with torch.device("meta"):  # its shape alone: no weights are read or made
+            model: Any = AutoModel.from_config(self._whole_config)
+        model = getattr(model, self._part) if self._part else model
+        names = (name.rsplit(".", 1)[-1] for name, _ in model.named_parameters())
         if not any(name in ("cls_token", "class_embedding", "class_token") for name in names):
             raise ValueError(
                 f"pool: encoder {self.source!r} ({self.model_type}) has no class token; expected pool=mean"

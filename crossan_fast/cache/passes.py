@@ -91,6 +91,8 @@ class EncoderPass:
             )
         self._cells = items.columns[column]
         self.column = column
+        for spec in specs:
+            encoder.check_pooling(spec.pool)
         self._layers = [self._chosen(spec) for spec in specs]
         self.modalities = tuple(
             Modality(spec.name, encoder.width, len(layers))
@@ -113,8 +115,6 @@ class EncoderPass:
 
     def load(self, device: torch.device, dtype: torch.dtype) -> None:
         self.encoder.load(device, dtype)
-        for spec in self._specs:
-            self.encoder.check_pooling(spec.pool)
 
     def unload(self) -> None:
         self.encoder.unload()

@@ -32,7 +32,18 @@ _PLACES = ("encoder", "fingerprint", "column", "precomputed", "converted_from")
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What is to be encoded: `indices[k]` of the items file is to become row `base_items + 1 + k`."""
+    """What is to be encoded, and what it is to be appended to.
+
+    Attributes:
+        passes: over the items; together they serve all `modalities`.
+        modalities: in the order that was asked for, the cache's.
+        records: by modality name, how its states are made.
+        dtype: storage.
+        indices: of the items file's items to encode; `indices[k]` is to become row `base_items + 1 + k`.
+        base: the cache to append to, or None.
+        not_listed: items of `base` that the items file does not name.
+        digest: of what must stay the same for a stopped build to go on, by what to call it.
+    """
 
     passes: Sequence[Pass]
     modalities: tuple[Modality, ...]
@@ -105,6 +116,7 @@ def existing_cache(folder: Path) -> CacheMeta | None:
 
 
 def specs_for(modalities: Sequence[ModalitySpec | str] | None, base: CacheMeta | None) -> list[ModalitySpec]:
+    """Modalities parsed and checked; where none are given, those that `base` was built with."""
     if not modalities:
         if base is None:
             raise ValueError(

@@ -58,8 +58,7 @@ class Runner:
         self._write_absent(work, absent)
         done[absent] = True
         batches = _batches(present, work, self._plan.indices, self._batch_size)
-        # Batches are planned over all items and skipped whole, so that a build that goes on makes the same
-        # ones.
+        # Planned over all items and skipped whole, so that a build that goes on makes the same batches.
         todo = [batch for batch in batches if not done[batch].all()]
         positions = (k for batch in todo for k in batch)
         inputs = read_ahead(
@@ -86,18 +85,22 @@ class Runner:
             return problem
 
     def _encode(self, work: Pass, batch: list[int], inputs: list[Tensor | BrokenInput]) -> None:
-        good = [(k, tensor) for k, tensor in zip(batch, inputs, strict=True) if isinstance(tensor, Tensor)]
-        for k, problem in zip(batch, inputs, strict=True):
-            if isinstance(problem, BrokenInput):
-                for modality in work.modalities:
-                    self._break(modality, k, str(problem))
-        self._write_absent(
-            work, [k for k, i in zip(batch, inputs, strict=True) if isinstance(i, BrokenInput)]
-        )
-        if not good:
+        positions, tensors, unusable = [], [], []
+        for k, read in zip(batch, inputs, strict=True):
+            for modality in work.modalities:
+                # What was said of it before a stop: the file may have been mended since.
+                self._journal.broken.get(modality.name, {}).pop(k, None)
+                if isinstance(read, BrokenInput):
+                    self._break(modality, k, str(read))
+            if isinstance(read, BrokenInput):
+                unusable.append(k)
+            else:
+                positions.append(k)
+                tensors.append(read)
+        self._write_absent(work, unusable)
+        if not positions:
             return
-        positions = [k for k, _ in good]
-        for modality, states in zip(work.modalities, work.encode([t for _, t in good]), strict=True):
+        for modality, states in zip(work.modalities, work.encode(tensors), strict=True):
             bad = nonfinite_rows(states)
             stored, scales = to_storage(torch.where(bad[:, None, None], 0, states), self._plan.dtype)
             overflowed = nonfinite_rows(stored)

@@ -16,7 +16,7 @@ from crossan_fast.cache.convert import convert_cache
 from crossan_fast.cache.format import REPORT, dtype_name
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache
-from crossan_fast.data.items import read_items
+from crossan_fast.data.items import ItemTable, read_items
 
 DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8")
 
@@ -73,9 +73,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     build.add_argument("--dtype", choices=DTYPES, help="storage (default bf16; in appending the cache's own)")
     build.add_argument("--batch-size", type=int, default=64, help="inputs encoded at once (default 64)")
     build.add_argument("--device", default="auto", help="of the encoders (default: cuda where there is one)")
-    build.add_argument(
-        "--compute-dtype", choices=DTYPES[:3], default="fp32", help="of the encoders (default fp32)"
-    )
+    build.add_argument("--compute-dtype", choices=DTYPES[:3], help="of the encoders (default fp32)")
     build.add_argument("--max-length", type=int, default=30, help="tokens kept of a text (default 30)")
     build.add_argument("--lowercase", action="store_true", help="lower-case texts first")
     build.add_argument("--strict", action="store_true", help="stop at an input that cannot be used")
@@ -100,13 +98,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed `cache` command; 0, or 1 where `verify` found damage. Bad input raises."""
+    """Carry out a parsed `cache` command; 0, 1 where `verify` found damage, 130 stopped. Bad input raises."""
     commands = {"build": _build, "info": _info, "verify": _verify, "convert": _convert}
     return commands[args.cache_command](args)
 
 
 def _build(args: argparse.Namespace) -> int:
     items = read_items(args.items, strict=args.strict)
+    try:
+        return _build_from(items, args)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with {args.out} where it was", file=sys.stderr)
+        return 130
+
+
+def _build_from(items: ItemTable, args: argparse.Namespace) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         report = build_cache(

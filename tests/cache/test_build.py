@@ -413,6 +413,28 @@ def test_broken_inputs_become_missing_modalities(
     assert int((~cache.present[1:]).sum()) == 15
 
 
+def test_an_input_mended_before_a_build_goes_on_is_used(
+    encoders: dict[str, Path], items: ItemTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = specs_of(encoders)[1:2]
+    table = subset(items, list(range(14)), image_path={5: str(tmp_path / "late.png")})
+    states = FrozenEncoder.states
+
+    def stopped(self: FrozenEncoder, inputs: list[Tensor]) -> Any:
+        if len(inputs) < 4:  # the batch of the broken input, found broken by now
+            raise KeyboardInterrupt
+        return states(self, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenEncoder, "states", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build(table, image, tmp_path / "c")
+    (tmp_path / "late.png").write_bytes((items.folder / "0.png").read_bytes())
+    assert build(table, image, tmp_path / "c").broken == {"image": 0}
+    rows = HiddenStateCache.open(tmp_path / "c").gather(torch.tensor([1, 6]))["image"]
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-5, atol=2e-6)
+
+
 def test_strict_stops_at_a_broken_input(encoders: dict[str, Path], items: ItemTable, tmp_path: Path) -> None:
     image = specs_of(encoders)[1:2]
     with pytest.raises(BrokenItemError, match="item 'item4': modality 'image': no such file"):
@@ -435,6 +457,20 @@ def test_all_inputs_broken_is_an_error_that_can_be_mended(
         build(lost, image, tmp_path / "c")
     (tmp_path / "elsewhere").symlink_to(items.folder)
     assert build(lost, image, tmp_path / "c").broken == {"image": 0}
+
+
+def test_a_stopped_build_with_nothing_done_binds_nobody(
+    encoders: dict[str, Path], items: ItemTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: FrozenEncoder, inputs: list[Tensor]) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenEncoder, "states", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build(items, specs_of(encoders)[:1], tmp_path / "c")
+    assert build(items, specs_of(encoders)[1:2], tmp_path / "c").added == 14
+    assert [m.name for m in HiddenStateCache.open(tmp_path / "c", verify=True).modalities] == ["image"]
 
 
 @pytest.mark.parametrize(("bad", "dtype"), [(float("nan"), "fp32"), (1e5, "fp16"), (float("inf"), "fp8")])
@@ -521,6 +557,7 @@ def test_bad_requests_change_nothing(encoders: dict[str, Path], items: ItemTable
         (["a=./nowhere"], FileNotFoundError, "encoder: no such folder: ./nowhere"),
         ([f"a={tmp_path}"], ValueError, "encoder .*: AutoConfig cannot load it"),
         ([f"a={bert}:kind=smell"], ValueError, "kind: expected one of"),
+        ([f"a={mae}:levels=3:pool=cls"], ValueError, r"pool: encoder .* \(videomae\) has no class token"),
     ):
         with pytest.raises(error, match=message):
             build(items, modalities, out)
@@ -533,10 +570,9 @@ def test_bad_requests_change_nothing(encoders: dict[str, Path], items: ItemTable
         with pytest.raises(ValueError, match=message):
             build(items, [f"a={bert}:levels=3"], out, **options)  # type: ignore[arg-type]
         assert not out.exists()
-    with pytest.raises(
-        ValueError, match=r"pool: encoder .* \(videomae\) has no class token; expected pool=mean"
-    ):
-        build(items, [f"a={mae}:levels=3:pool=cls"], tmp_path / "d")
+    with pytest.raises(RuntimeError, match="device: gpu9 cannot be used"):
+        build(items, [f"a={bert}:levels=3"], out, device="gpu9")
+    assert not out.exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(FileExistsError, match="is not empty and is no cache"):

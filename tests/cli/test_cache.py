@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from crossan_fast.cache import HiddenStateCache
+from crossan_fast.cache.passes import ArrayPass
 from crossan_fast.cli import cache as command
 
 
@@ -87,6 +88,19 @@ def test_strict_raises(files: Path) -> None:
         ValueError, match="item 'chair': modality 'audio': NaN or inf in the precomputed states"
     ):
         build(files, "--strict")
+
+
+def test_a_stopped_build_says_how_to_go_on(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(self: ArrayPass, inputs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrayPass, "encode", stopped)
+        assert build(files) == 130
+    assert f"stopped; the same command goes on with {files / 'c'} where it was" in capsys.readouterr().err
+    assert build(files) == 0
 
 
 def test_verify_fails_on_a_flipped_byte(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
