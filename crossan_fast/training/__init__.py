@@ -1,1 +1,28 @@
-"""Loop, checkpoints, evaluation."""
+"""Loop, checkpoints, evaluation: `train(load_config("config.yaml"))`."""
+
+from crossan_fast.training.batches import Batches
+from crossan_fast.training.config import EvaluationConfig, OptimizerConfig, TrainConfig, load_config
+from crossan_fast.training.evaluation import Result, evaluate
+from crossan_fast.training.optimizer import make_optimizer
+from crossan_fast.training.run_folder import RunFolder
+from crossan_fast.training.step import TrainStep
+from crossan_fast.training.task import Task, open_task
+from crossan_fast.training.trainer import Trainer, TrainingError, train
+
+__all__ = [
+    "Batches",
+    "EvaluationConfig",
+    "OptimizerConfig",
+    "Result",
+    "RunFolder",
+    "Task",
+    "TrainConfig",
+    "TrainStep",
+    "Trainer",
+    "TrainingError",
+    "evaluate",
+    "load_config",
+    "make_optimizer",
+    "open_task",
+    "train",
+]

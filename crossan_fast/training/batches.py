@@ -1,0 +1,60 @@
+"""Batches drawn on the device: sequences stay there, a step picks its rows by index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossan_fast._checks import check_tensor
+
+
+class Batches:
+    """Seeded epochs over sequences `[U, S + 1]` that live on one device.
+
+    Every batch has the shape `[batch_size, S + 1]`, so that a step can be captured once: the last batch of an
+    epoch is filled up with rows of padding, which predict nothing and stand in no sum. The order of an epoch
+    depends on the seed and the epoch's number alone: to resume is to ask for the next epoch.
+
+    Args:
+        sequences: int64, left-padded with 0; rows with fewer than two items have no target and are left out.
+        batch_size: rows a batch; one epoch visits every row once.
+        seed: of the permutations.
+
+    Raises:
+        ValueError: no row with a target.
+    """
+
+    def __init__(self, sequences: Tensor, batch_size: int, seed: int) -> None:
+        check_tensor("sequences", sequences, (None, None), dtypes=(torch.int64,))
+        if sequences.shape[1] < 2:
+            raise ValueError(f"sequences: expected at least 2 places, got {list(sequences.shape)}")
+        kept = sequences[sequences[:, -2] != 0]
+        if not kept.shape[0]:
+            raise ValueError(
+                f"sequences: expected a row with two items or more (a target), got none in {len(sequences)}"
+            )
+        self.rows = kept.shape[0]
+        # The extra row, all padding, is what fills up the last batch.
+        self._sequences = torch.cat([kept, kept.new_zeros(1, kept.shape[1])])
+        self.batch_size = batch_size
+        self._seed = seed
+        self._generator = torch.Generator(device=sequences.device)
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[Tensor]:
+        """The batches `[batch_size, S + 1]` of an epoch, drawn without waiting for the device."""
+        device = self._sequences.device
+        # Hashed together, since the CPU's generator reads 32 bits of its seed, and epoch e of one seed should
+        # not be epoch e - 1 of the next.
+        mixed = np.random.SeedSequence([self._seed, number]).generate_state(1)
+        self._generator.manual_seed(int(mixed[0]))
+        order = torch.randperm(self.rows, generator=self._generator, device=device)
+        filling = len(self) * self.batch_size - self.rows
+        order = torch.cat([order, order.new_full((filling,), self.rows)])
+        for index in order.split(self.batch_size):
+            yield self._sequences[index]

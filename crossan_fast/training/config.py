@@ -1,0 +1,310 @@
+"""What a training run is: a YAML file, any field of which can be overridden as `key=value`.
+
+    cache: caches/scientific
+    users: ${data}/scientific/users.tsv
+    run: runs/scientific
+    epochs: 32
+    model: {dropout: 0.2, loss: in_batch}
+    optimizer: {learning_rate: 2e-3}
+
+`${data}` in a path stands for the setting `data`, or for the environment variable CROSSAN_FAST_DATA.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, cast, get_args, get_origin
+
+import yaml
+
+from crossan_fast._checks import nearest
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.config import CrossanConfig, Modality
+
+DATA_VARIABLE = "CROSSAN_FAST_DATA"
+
+FilterHistory = Literal["all", "all_except_target", "none"]
+Candidates = Literal["used", "all"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) in three parameter groups.
+
+    Attributes:
+        learning_rate: after the warm-up.
+        side_network, fusion, sequence_encoder: factors on `learning_rate` for the towers, for heads and
+            fusion, and for the sequence encoder.
+        weight_decay: decoupled; of matrices alone: biases, gates, norms and positions have none.
+        betas, eps: Adam's.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        clip_norm: bound on the norm of all gradients together; None: no bound.
+    """
+
+    learning_rate: float = 1e-3
+    side_network: float = 1.0
+    fusion: float = 1.0
+    sequence_encoder: float = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    clip_norm: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps"):
+            _check(getattr(self, name) > 0, f"optimizer.{name}", "a positive number", getattr(self, name))
+        for name in ("side_network", "fusion", "sequence_encoder", "weight_decay", "warmup_steps"):
+            _check(getattr(self, name) >= 0, f"optimizer.{name}", "at least 0", getattr(self, name))
+        for beta in self.betas:
+            _check(0 <= beta < 1, "optimizer.betas", "two numbers in [0, 1)", self.betas)
+        if self.clip_norm is not None:
+            _check(self.clip_norm > 0, "optimizer.clip_norm", "a positive number or null", self.clip_norm)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Full ranking; see `crossan_fast.training.evaluation`.
+
+    Attributes:
+        k: cut-offs of HR and NDCG; 10 is added where it is missing, since NDCG@10 picks the best epoch.
+        filter_history: `all` (IISAN's protocol), `all_except_target` or `none`.
+        candidates: rank the items that the users file names (`used`, so that items appended to the cache
+            later do not move the numbers), or `all` of the cache.
+        batch_size: users ranked at once.
+    """
+
+    k: tuple[int, ...] = (5, 10, 20)
+    filter_history: FilterHistory = "all_except_target"
+    candidates: Candidates = "used"
+    batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        _check(len(self.k) > 0 and min(self.k) >= 1, "evaluation.k", "integers of at least 1", self.k)
+        object.__setattr__(self, "k", tuple(sorted({*self.k, 10})))
+        _check(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run, resolved and checked; made by `load_config` or `TrainConfig.from_dict`.
+
+    Attributes:
+        cache: folder of the hidden-state cache; its rows are the catalogue.
+        users: users file, see `crossan_fast.data.read_interactions`.
+        run: the run's folder.
+        items: items file for titles in recommendations; None: names alone.
+        data: what `${data}` in `cache`, `users` and `items` stands for; None: CROSSAN_FAST_DATA.
+        modalities: names of the cache's modalities to use, in this order; None: all.
+        model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults.
+        optimizer, evaluation: see there.
+        min_items, max_items, strict: of `read_interactions`; max_items None: the window, the item that the
+            last prefix of the window predicts in training counted in it, and both held-out targets.
+        batch_size: users a step.
+        epochs: at most so many.
+        patience: evaluations without a better validation NDCG@10 before training stops; None: never.
+        evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        seed: of weights, batches and dropout.
+        device: `auto` is CUDA where there is one.
+        backend: of every op; see `CrossanModel`.
+        precision: `bf16` computes under autocast; weights and optimizer stay fp32.
+        tensorboard: also write TensorBoard's event files (needs the extra `tensorboard`).
+    """
+
+    cache: str
+    users: str
+    run: str
+    items: str | None = None
+    data: str | None = None
+    modalities: tuple[str, ...] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    min_items: int = 5
+    max_items: int | None = None
+    strict: bool = False
+    batch_size: int = 64
+    epochs: int = 50
+    patience: int | None = 5
+    evaluate_every: int = 1
+    seed: int = 0
+    device: str = "auto"
+    backend: str = "auto"
+    precision: Precision = "fp32"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "evaluate_every"):
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)
+        _check(self.patience is None or self.patience >= 1, "patience", "at least 1 or null", self.patience)
+        _check(0 <= self.seed < 2**31, "seed", "0 to 2^31 - 1", self.seed)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from plain nested values; an unknown key is an error that names the nearest known one."""
+        return cast(TrainConfig, _build(cls, values, ""))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, as `from_dict` and YAML take them."""
+        return cast("dict[str, Any]", _plain(self))
+
+    def path(self, name: Literal["cache", "users", "items"]) -> Path:
+        """A path setting with `${data}` filled in; ValueError naming the setting where it can't be."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{name}: expected a path, the config has none")
+        if "${data}" in value:
+            data = self.data or os.environ.get(DATA_VARIABLE)
+            if not data:
+                raise ValueError(
+                    f"{name}: {value} needs the setting data=FOLDER or the environment variable "
+                    f"{DATA_VARIABLE}, got neither"
+                )
+            value = value.replace("${data}", data)
+        return Path(value).expanduser()
+
+    def crossan_config(self, cache: HiddenStateCache) -> CrossanConfig:
+        """The model's config over the cache's modalities."""
+        held = {modality.name: modality for modality in cache.modalities}
+        chosen: list[Modality] = []
+        for name in self.modalities if self.modalities is not None else held:
+            if name not in held:
+                raise ValueError(
+                    f"modalities: the cache holds {list(held)}, got {name!r}{nearest(name, held)}"
+                )
+            chosen.append(held[name])
+        make = CrossanConfig.iisan if self.model.get("architecture") == "iisan" else CrossanConfig
+        return make(modalities=tuple(chosen), **self.model)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and lay `key=value` overrides over it, nested ones as `model.dropout=0.2`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError, TypeError: no YAML mapping, an unknown key (with the nearest known one), or a value that
+            does not fit; the key is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: no file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} is not UTF-8: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: expected a mapping in {path}, got {type(values).__name__}")
+    return TrainConfig.from_dict(apply_overrides(values, overrides))
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested `values` with each `a.b=value` set; values are read as YAML."""
+    result = dict(values)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override: expected key=value, got {override!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override: the value of {override!r} is no YAML") from error
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            inner = place.get(parent)
+            if inner is not None and not isinstance(inner, Mapping):
+                raise ValueError(f"override: {parent!r} in {override!r} has no fields")
+            place[parent] = dict(inner or {})
+            place = place[parent]
+        place[last] = value
+    return result
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _build(cls: type, values: object, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{prefix.removesuffix('.') or 'config'}: expected fields, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in fields(cls) if f.init}
+    _refuse_unknown(values, known, prefix)
+    required = [f.name for f in fields(cls) if f.init and f.name in ("cache", "users", "run")]
+    if missing := [name for name in required if values.get(name) is None]:
+        raise ValueError(f"config: expected {', '.join(missing)} to be set")
+    built = {key: _fit(known[key], value, f"{prefix}{key}") for key, value in values.items()}
+    if cls is TrainConfig and "model" in built:
+        hints = typing.get_type_hints(CrossanConfig)
+        allowed = {f.name: hints[f.name] for f in fields(CrossanConfig) if f.init and f.name != "modalities"}
+        _refuse_unknown(built["model"], allowed, "model.")
+        built["model"] = {k: _fit(allowed[k], v, f"model.{k}") for k, v in built["model"].items()}
+    return cls(**built)
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> None:
+    for key in values:
+        if key not in known:
+            hint = nearest(str(key), known).replace("mean '", f"mean '{prefix}")
+            raise ValueError(f"unknown config key '{prefix}{key}'{hint}")
+
+
+def _fit(hint: Any, value: Any, name: str) -> Any:
+    """`value` in the type of a field, or an error that names it; YAML reads `1e-3` as text."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        if value is None and type(None) in inner:
+            return None
+        return _fit(next(a for a in inner if a is not type(None)), value, name)
+    if origin is Literal:
+        _check(value in inner, name, f"one of {list(inner)}", value, nearest(str(value), inner))
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            value = [value]
+        if inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise ValueError(f"{name}: expected {len(inner)} values, got {value!r}")
+        return tuple(_fit(inner[0], entry, name) for entry in value)
+    if is_dataclass(hint):
+        return value if isinstance(value, cast(type, hint)) else _build(cast(type, hint), value, f"{name}.")
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    expected = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    if hint in expected:
+        right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        if not right:
+            raise TypeError(f"{name}: expected {expected[hint]}, got {value!r}")
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected fields, got {value!r}")
+    return dict(value)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _check(right: bool, name: str, expected: str, value: object, hint: str = "") -> None:
+    if not right:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}{hint}")

@@ -1,0 +1,212 @@
+"""Full-catalogue ranking of held-out targets (SPEC, "Evaluation"): HR@k, NDCG@k and MRR.
+
+rank = 1 + #{j ≠ t : score_j ≥ score_t}: ties count against the target. Scores are made a tile at a time by
+`crossan_fast.ops.rank_of_target`; no users × items matrix exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from crossan_fast import ops
+from crossan_fast._checks import check_tensor, nearest
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.data import Split
+from crossan_fast.model import CrossanModel
+from crossan_fast.training.config import FilterHistory
+
+Part = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Metrics and the protocol that they were taken with.
+
+    Attributes:
+        metrics: `hr@k`, `ndcg@k` for each k, and `mrr`; shares, not percent.
+        split: which target was held out.
+        filter_history: which items of a user's own history were no candidates.
+        users: how many were ranked.
+        candidates: how many items each target was ranked among, itself included.
+    """
+
+    metrics: dict[str, float]
+    split: Part
+    filter_history: FilterHistory
+    users: int
+    candidates: int
+
+    @property
+    def protocol(self) -> str:
+        """The protocol in words; goes wherever the numbers go."""
+        return (
+            f"{self.split} targets of {self.users:,} users, full ranking of {self.candidates:,} items, "
+            f"filter_history={self.filter_history}, ties against the target"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "protocol": self.protocol}
+
+    def __str__(self) -> str:
+        cutoffs = [name.removeprefix("hr@") for name in self.metrics if name.startswith("hr@")]
+        lines = [self.protocol, f"{'k':>6} {'HR@k %':>8} {'NDCG@k %':>9}"]
+        for k in cutoffs:
+            hr, ndcg = self.metrics[f"hr@{k}"], self.metrics[f"ndcg@{k}"]
+            lines.append(f"{k:>6} {100 * hr:8.2f} {100 * ndcg:9.2f}")
+        return "\n".join([*lines, f"MRR {100 * self.metrics['mrr']:.2f} %"])
+
+
+def evaluate(
+    model: CrossanModel,
+    cache: HiddenStateCache,
+    split: Split,
+    part: Part = "test",
+    *,
+    k: Sequence[int] = (5, 10, 20),
+    filter_history: FilterHistory = "all_except_target",
+    candidates: Tensor | None = None,
+    batch_size: int = 1024,
+) -> Result:
+    """Rank every user's held-out target in the whole catalogue.
+
+    Args:
+        model: put in evaluation mode for the call.
+        cache: holds the items; its rows are the split's ids.
+        split: on the model's device.
+        part: `validation` or `test`.
+        k: cut-offs, each below the number of candidates, so that the last rank never is a hit.
+        filter_history: `all` removes every item of the user's history, as IISAN does: a target that repeats
+            one can never be hit; `all_except_target` keeps the target; `none` removes nothing.
+        candidates: int64 `[C]`, distinct ids to rank among, the targets included; None: all of the cache.
+        batch_size: users ranked at once.
+
+    Raises:
+        ValueError: a wrong option; an item's or a user's embedding that is not finite.
+    """
+    if part not in get_args(Part):
+        raise ValueError(
+            f"part: expected one of {list(get_args(Part))}, got {part!r}{nearest(part, get_args(Part))}"
+        )
+    inputs, targets = split.test_input, split.test_target
+    history = split.history_test
+    if part == "validation":
+        inputs, targets, history = split.validation_input, split.validation_target, split.history_validation
+    total = cache.num_items if candidates is None else candidates.numel()
+    _check_cutoffs(k, total)
+    items = model.encode_catalogue(cache)
+    _refuse_nonfinite(items, cache)
+    training = model.training
+    model.eval()
+    try:
+        ranks = rank_targets(
+            model,
+            items,
+            inputs,
+            targets,
+            excluded(history, targets, filter_history),
+            candidates=candidates,
+            batch_size=batch_size,
+        )
+    finally:
+        model.train(training)
+    return Result(metrics_of(ranks, k), part, filter_history, ranks.numel(), total)
+
+
+@torch.no_grad()
+def rank_targets(
+    model: CrossanModel,
+    items: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    exclude: Tensor | None,
+    *,
+    candidates: Tensor | None = None,
+    batch_size: int = 1024,
+) -> Tensor:
+    """The rank of each user's target.
+
+    Args:
+        model: in evaluation mode; encodes users alone.
+        items: `[I + 1, d]`, embeddings of the catalogue.
+        inputs: int64 `[U, S]`, left-padded with 0.
+        targets: int64 `[U]`.
+        exclude: int64 `[U, H]`, ids that are no candidates, 0 for none; or None.
+        candidates, batch_size: see `evaluate`.
+
+    Returns:
+        int64 `[U]`.
+    """
+    ranked, place = items, None
+    if candidates is not None:
+        place = torch.zeros(items.shape[0], dtype=torch.int64, device=items.device)
+        place[candidates] = torch.arange(1, candidates.numel() + 1, device=items.device)
+        ranked = torch.cat([items[:1], items[candidates]])
+        if bool((place[targets] == 0).any()):
+            wrong = int(targets[place[targets] == 0][0])
+            raise ValueError(f"candidates: expected every target among them, item {wrong} is not")
+    ranks = torch.empty_like(targets)
+    for start in range(0, targets.numel(), batch_size):
+        rows = slice(start, start + batch_size)
+        history = inputs[rows]
+        users = model.encode_users(items[history], history != 0)[:, -1].contiguous()
+        if not bool(torch.isfinite(users).all()):
+            user = start + int((~torch.isfinite(users).all(dim=1)).nonzero()[0])
+            raise ValueError(f"model: the embedding of user {user} is not finite")
+        wanted, banned = targets[rows], None if exclude is None else exclude[rows]
+        if place is not None:
+            wanted, banned = place[wanted], None if banned is None else place[banned]
+        backend = model.backend if ops.has_kernel("rank_of_target", model.backend) else "auto"
+        ranks[rows] = ops.rank_of_target(users, ranked.to(users.dtype), wanted, banned, backend=backend)
+    return ranks
+
+
+def excluded(history: Tensor, targets: Tensor, filter_history: FilterHistory) -> Tensor | None:
+    """Ids that are no candidates `[U, H]`, 0 for none, under a history filter; None where there are none."""
+    options = get_args(FilterHistory)
+    if filter_history not in options:
+        raise ValueError(
+            f"filter_history: expected one of {list(options)}, got {filter_history!r}"
+            f"{nearest(str(filter_history), options)}"
+        )
+    if filter_history == "none":
+        return None
+    if filter_history == "all":
+        return history
+    return torch.where(history == targets[:, None], 0, history)
+
+
+def metrics_of(ranks: Tensor, k: Sequence[int]) -> dict[str, float]:
+    """HR@k, NDCG@k = 1/log2(rank + 1) and MRR of ranks `[U]` (1 is best), as means over users."""
+    check_tensor("ranks", ranks, (None,), dtypes=(torch.int64,))
+    if not ranks.numel():
+        raise ValueError("ranks: expected at least one user, got none")
+    exact = ranks.cpu().double()
+    gain = 1 / torch.log2(exact + 1)
+    metrics: dict[str, float] = {}
+    for cutoff in k:
+        hit = exact <= cutoff
+        metrics[f"hr@{cutoff}"] = float(hit.double().mean())
+        metrics[f"ndcg@{cutoff}"] = float(torch.where(hit, gain, 0).mean())
+    metrics["mrr"] = float((1 / exact).mean())
+    return metrics
+
+
+def _check_cutoffs(k: Sequence[int], candidates: int) -> None:
+    for cutoff in k:
+        if not 1 <= cutoff < candidates:
+            raise ValueError(
+                f"k: expected 1 to {candidates - 1}, below the number of candidates, got {cutoff}"
+            )
+
+
+def _refuse_nonfinite(items: Tensor, cache: HiddenStateCache) -> None:
+    finite = torch.isfinite(items).all(dim=1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"model: the embedding of item {cache.item_names[row]!r} (row {row}) is not finite")

@@ -1,0 +1,108 @@
+"""AdamW over the model's three parts, with warm-up and clipping that never wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crossan_fast.model import CrossanModel
+from crossan_fast.training.config import OptimizerConfig
+
+PARTS = ("side_network", "fusion", "sequence_encoder")
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a parameter of `CrossanModel` belongs to."""
+    first = name.split(".", 1)[0]
+    return {"towers": "side_network", "sequence_encoder": "sequence_encoder"}.get(first, "fusion")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies: to matrices, not to biases, gates, norms and positions."""
+    steps = name.split(".")
+    if steps[0] == "towers":  # towers.<m>.<kind>...; a modality may have any name
+        return steps[2] not in ("gate", "cross") and steps[-1] != "bias"
+    if steps[-1] in ("bias", "b1", "b2"):
+        return False
+    return not any(step.endswith("norm") or step == "position" for step in steps)
+
+
+def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups for an optimizer: part × decay, each with `names` beside `params` and its `base_lr`."""
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decay = part_of(name), decays(name)
+        group = groups.setdefault(
+            (part, decay),
+            {
+                "params": [],
+                "names": [],
+                "part": part,
+                "base_lr": config.learning_rate * getattr(config, part),
+                "weight_decay": config.weight_decay if decay else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def make_optimizer(model: CrossanModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW, fused; on CUDA the learning rates are tensors, so that a captured step can change them."""
+    groups = parameter_groups(model, config)
+    device = next(model.parameters()).device
+    for group in groups:
+        rate = group["base_lr"]
+        group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps: int) -> None:
+    """The learning rates of step 0, 1, …: linear from base / warmup_steps to base, then constant."""
+    share = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["base_lr"] * share)
+        else:
+            group["lr"] = group["base_lr"] * share
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float | None) -> None:
+    """Scale all gradients together to at most `norm`."""
+    if norm is not None:
+        nn.utils.clip_grad_norm_(parameters, norm, foreach=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state as named tensors, `<parameter>:<entry>`, for a checkpoint without pickle."""
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for entry, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}:{entry}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        ValueError: tensors of parameters that the model lacks.
+    """
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition(":")
+        if name not in parameters:
+            raise ValueError(f"checkpoint: optimizer state of {name!r}, which the model lacks")
+        parameter = parameters[name]
+        optimizer.state[parameter][entry] = value.to(parameter.device)

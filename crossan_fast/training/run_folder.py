@@ -1,0 +1,89 @@
+"""A run on disk.
+
+config.yaml        the resolved config
+log.jsonl          one line an epoch: losses, seconds, validation metrics
+last.safetensors   everything that `--resume` needs, replaced whole after each epoch
+best/              config.json and model.safetensors of the best epoch, for `CrossanModel.from_pretrained`
+results.json       metrics with their protocols, and versions; written at the end
+tensorboard/       event files, where asked for
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+import yaml
+
+from crossan_fast.model import CrossanModel
+from crossan_fast.serialization import write_whole
+from crossan_fast.training.checkpoint import load_weights
+from crossan_fast.training.config import TrainConfig, load_config
+
+
+class RunFolder:
+    """Names and formats of a run's files."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.log = self.path / "log.jsonl"
+        self.last = self.path / "last.safetensors"
+        self.best = self.path / "best"
+        self.results = self.path / "results.json"
+        self.tensorboard = self.path / "tensorboard"
+
+    def write_config(self, config: TrainConfig) -> None:
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        write_whole(self.config, text.encode())
+
+    def read_config(self) -> TrainConfig:
+        """Raises FileNotFoundError where the folder is no run."""
+        if not self.config.is_file():
+            raise FileNotFoundError(f"run: expected {self.config.name} in {self.path}, found none")
+        return load_config(self.config)
+
+    def write_log(self, history: list[dict[str, Any]]) -> None:
+        """The whole log: a resumed run drops lines of an epoch that was cut off."""
+        write_whole(self.log, "".join(json.dumps(entry) + "\n" for entry in history).encode())
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        write_whole(self.results, (json.dumps(results, indent=2) + "\n").encode())
+
+    def load_model(self, which: Literal["best", "last"] = "best", *, backend: str = "auto") -> CrossanModel:
+        """The run's model, on the CPU.
+
+        Raises:
+            FileNotFoundError: no epoch has ended yet, or the folder is no run.
+        """
+        if which == "last":
+            return load_weights(self.last, backend=backend)
+        if not self.best.is_dir():
+            raise FileNotFoundError(f"run: expected a folder best/ in {self.path}, found none")
+        return CrossanModel.from_pretrained(self.best, backend=backend)
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What a result was made with."""
+    from crossan_fast import __version__
+
+    try:
+        import triton
+
+        triton_version: str | None = triton.__version__
+    except ImportError:
+        triton_version = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "crossan_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "numpy": numpy.__version__,
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,60 @@
+"""One optimizer step: loss, gradients, clipping, AdamW. It reads nothing back from the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.model import CrossanModel
+from crossan_fast.training.config import OptimizerConfig, Precision
+from crossan_fast.training.optimizer import clip_gradients, set_learning_rate
+
+
+class TrainStep:
+    """Callable on item ids `[B, S + 1]`; gives the loss, detached, on the device.
+
+    Args:
+        model: in training mode.
+        cache: the model's states, read by id.
+        optimizer: of `make_optimizer`.
+        config: warm-up and clipping.
+        precision: `bf16` runs forward and backward under autocast.
+    """
+
+    def __init__(
+        self,
+        model: CrossanModel,
+        cache: HiddenStateCache,
+        optimizer: torch.optim.Optimizer,
+        config: OptimizerConfig,
+        precision: Precision = "fp32",
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.optimizer = optimizer
+        self.steps = 0
+        self._config = config
+        self._autocast = precision == "bf16"
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device = next(model.parameters()).device.type
+
+    def __call__(self, item_ids: Tensor) -> Tensor:
+        set_learning_rate(self.optimizer, self.steps, self._config.warmup_steps)
+        loss = self.forward_backward(item_ids)
+        self.update()
+        self.steps += 1
+        return loss
+
+    def forward_backward(self, item_ids: Tensor) -> Tensor:
+        """Fresh gradients of one batch, and its loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):
+            loss = self.model(item_ids, cache=self.cache).loss
+        loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Clip what `forward_backward` left and apply it."""
+        clip_gradients(self._parameters, self._config.clip_norm)
+        self.optimizer.step()

@@ -1,0 +1,88 @@
+"""What a run trains on: the cache, the users' sequences as rows of it, and their split, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.data import Dropped, Split, leave_one_out, read_interactions
+from crossan_fast.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """Attributes:
+    cache: its rows are the catalogue.
+    split: leave-one-out, on `device`.
+    used: int64 `[C]`, ascending: the rows that some user's kept interactions name.
+    dropped: what the reader left out.
+    """
+
+    cache: HiddenStateCache
+    split: Split
+    used: Tensor
+    dropped: Dropped
+
+    @property
+    def device(self) -> torch.device:
+        return self.used.device
+
+    def candidates(self, config: TrainConfig) -> Tensor | None:
+        """What a target is ranked among, for `evaluate`."""
+        return self.used if config.evaluation.candidates == "used" else None
+
+    def describe(self) -> str:
+        """Sizes in words, for logs."""
+        return (
+            f"{self.split.num_users:,} users, {self.used.numel():,} items of the cache's "
+            f"{self.cache.num_items:,}; left out: {self.dropped}; "
+            f"cache {self.cache.tier} on {self.device} ({self.cache.tier_reason})"
+        )
+
+
+def open_task(config: TrainConfig) -> Task:
+    """Open the cache and read the users of a config.
+
+    Raises:
+        FileNotFoundError, ValueError: see `HiddenStateCache.open`, `read_interactions`, `leave_one_out`.
+    """
+    device = resolve_device(config.device)
+    cache = HiddenStateCache.open(config.path("cache"))
+    window = config.crossan_config(cache).window
+    interactions = read_interactions(
+        config.path("users"),
+        cache.item_names,
+        min_items=config.min_items,
+        # The last training row holds window + 1 items, and two more are held out.
+        max_items=config.max_items if config.max_items is not None else window + 3,
+        catalogue="all",
+        strict=config.strict,
+    )
+    split = leave_one_out(interactions, window)
+    used = torch.from_numpy(np.unique(interactions.ids))
+    cache.to(device)
+    return Task(cache, split.to(device), used.to(device), interactions.dropped)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; ValueError for a device that cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def item_titles(path: Path) -> dict[str, str]:
+    """Titles by item name; items without one are left out."""
+    from crossan_fast.data import read_items
+
+    table = read_items(path)
+    titles = table.columns.get("title", [None] * len(table))
+    return {name: title for name, title in zip(table.names, titles, strict=True) if title}

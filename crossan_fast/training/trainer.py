@@ -1,0 +1,236 @@
+"""The training loop: epochs over device-resident sequences, validation, early stopping, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from crossan_fast.model import CrossanModel
+from crossan_fast.training.batches import Batches
+from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from crossan_fast.training.config import TrainConfig, flatten
+from crossan_fast.training.evaluation import Part, Result, evaluate
+from crossan_fast.training.optimizer import make_optimizer
+from crossan_fast.training.run_folder import RunFolder, versions
+from crossan_fast.training.step import TrainStep
+from crossan_fast.training.task import Task, open_task
+
+MONITOR = "ndcg@10"
+
+# What may differ between a run and its continuation: none of it changes the numbers of an epoch.
+_FREE = ("run", "cache", "users", "items", "data", "device", "backend", "epochs", "patience", "tensorboard")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, and what to change."""
+
+
+class Trainer:
+    """Trains one model as a `TrainConfig` says.
+
+    Args:
+        config: the run.
+        task: what `open_task(config)` gave, where it is at hand already.
+
+    Attributes:
+        model: being trained; after `fit`, the weights of the best epoch.
+        history: one entry an epoch, as in `log.jsonl`.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task | None = None) -> None:
+        self.config = config
+        self.task = task if task is not None else open_task(config)
+        self.folder = RunFolder(config.run)
+        self.device = self.task.device
+        torch.manual_seed(config.seed)
+        model = CrossanModel(config.crossan_config(self.task.cache), backend=config.backend)
+        self.model = model.to(self.device)
+        self.model.set_popularity(self.task.split.train_counts)
+        self.batches = Batches(self.task.split.train, config.batch_size, config.seed)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.step = TrainStep(self.model, self.task.cache, self.optimizer, config.optimizer, config.precision)
+        self.history: list[dict[str, Any]] = []
+        self._best: dict[str, Any] = {"epoch": 0, MONITOR: -1.0}
+        self._stale = 0
+
+    def fit(
+        self, *, resume: bool = False, progress: bool = True, say: Callable[[str], None] = print
+    ) -> dict[str, Any]:
+        """Train, keep the best epoch, test it; gives what `results.json` holds.
+
+        Args:
+            resume: go on behind the last epoch that the run folder holds; from the start where it has none.
+            progress: show a bar where the output is a terminal.
+            say: called with one line an epoch.
+
+        Raises:
+            FileExistsError: the folder holds a run and `resume` is off.
+            ValueError: the folder's run was made with another config.
+            TrainingError: the loss is not finite.
+        """
+        self._begin(resume, say)
+        writer = _tensorboard(self.folder.tensorboard, len(self.history)) if self.config.tensorboard else None
+        stopped = "epochs"
+        for epoch in range(len(self.history) + 1, self.config.epochs + 1):
+            if self.config.patience is not None and self._stale >= self.config.patience:
+                stopped = "patience"
+                break
+            entry, losses = self._epoch(epoch, progress)
+            self.history.append(entry)
+            self._keep(entry)
+            if writer is not None:
+                _write_events(writer, entry, losses)
+            say(_line(entry, self.config.epochs))
+        if writer is not None:
+            writer.close()
+        return self._finish(stopped)
+
+    def evaluate(self, part: Part) -> Result:
+        """Rank the held-out targets with the model as it is, under the config's protocol."""
+        wanted = self.config.evaluation
+        return evaluate(
+            self.model,
+            self.task.cache,
+            self.task.split,
+            part,
+            k=wanted.k,
+            filter_history=wanted.filter_history,
+            candidates=self.task.candidates(self.config),
+            batch_size=wanted.batch_size,
+        )
+
+    def _begin(self, resume: bool, say: Callable[[str], None]) -> None:
+        held = self.folder.last.exists()
+        if held and not resume:
+            raise FileExistsError(
+                f"run: {self.folder.path} holds a run; pass --resume to go on with it, or another run=FOLDER"
+            )
+        if held:
+            _refuse_changes(self.folder.read_config(), self.config)
+            state = load_checkpoint(self.folder.last, self.model, self.optimizer)
+            self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
+            self.step.steps = state["steps"]
+            self.folder.write_log(self.history)
+            say(f"{self.folder.path}: goes on behind epoch {len(self.history)}")
+        self.folder.write_config(self.config)
+
+    def _epoch(self, epoch: int, progress: bool) -> tuple[dict[str, Any], torch.Tensor]:
+        self.model.train()
+        # Losses stay on the device until the epoch ends: reading one would make every step wait.
+        losses = torch.zeros(len(self.batches), device=self.device)
+        started = time.perf_counter()
+        bar = tqdm(
+            self.batches.epoch(epoch),
+            total=len(self.batches),
+            desc=f"epoch {epoch}/{self.config.epochs}",
+            unit="step",
+            leave=False,
+            disable=None if progress else True,
+        )
+        for index, item_ids in enumerate(bar):
+            losses[index] = self.step(item_ids)
+        read = losses.cpu()
+        trained = time.perf_counter()
+        if not bool(torch.isfinite(read).all()):
+            where = int((~torch.isfinite(read)).nonzero()[0])
+            raise TrainingError(
+                f"loss: {float(read[where])} at step {where + 1} of epoch {epoch}; a smaller "
+                "optimizer.learning_rate or optimizer.clip_norm, or more warmup_steps, may help; "
+                f"{self.folder.last} is of the epoch before"
+            )
+        entry: dict[str, Any] = {
+            "epoch": epoch,
+            "loss": float(read.double().mean()),
+            "train_seconds": trained - started,
+        }
+        if epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs:
+            entry["validation"] = self.evaluate("validation").metrics
+            entry["evaluation_seconds"] = time.perf_counter() - trained
+        return entry, read
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        """Write the best epoch first: a run cut off between the two files repeats the epoch and agrees."""
+        if metrics := entry.get("validation"):
+            if metrics[MONITOR] > self._best[MONITOR]:
+                self._best = {"epoch": entry["epoch"], MONITOR: metrics[MONITOR]}
+                self._stale = 0
+                self.model.save_pretrained(self.folder.best)
+            else:
+                self._stale += 1
+        entry["best_epoch"] = self._best["epoch"]
+        progress = {
+            "history": self.history,
+            "best": self._best,
+            "stale": self._stale,
+            "steps": self.step.steps,
+        }
+        save_checkpoint(self.folder.last, self.model, self.optimizer, progress)
+        self.folder.write_log(self.history)
+
+    def _finish(self, stopped: str) -> dict[str, Any]:
+        best = self.folder.load_model("best", backend=self.config.backend)
+        self.model.load_state_dict(best.state_dict())
+        results = {
+            "best_epoch": self._best["epoch"],
+            "epochs": len(self.history),
+            "stopped_by": stopped,
+            "train_seconds": sum(entry["train_seconds"] for entry in self.history),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "validation": self.evaluate("validation").to_dict(),
+            "test": self.evaluate("test").to_dict(),
+            "versions": versions(self.device),
+        }
+        self.folder.write_results(results)
+        return results
+
+
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """`Trainer(config).fit(...)`."""
+    return Trainer(config).fit(resume=resume, progress=progress)
+
+
+def _refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
+    before, after = dict(flatten(old.to_dict())), dict(flatten(new.to_dict()))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and key not in _FREE:
+            raise ValueError(
+                f"{key}: the run was made with {before.get(key)!r}, expected the same to go on with it, "
+                f"got {after.get(key)!r}"
+            )
+
+
+def _line(entry: dict[str, Any], epochs: int) -> str:
+    text = f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.4f}, {entry['train_seconds']:.1f} s"
+    if metrics := entry.get("validation"):
+        best = " (best)" if entry["best_epoch"] == entry["epoch"] else ""
+        text += (
+            f", validation HR@10 {100 * metrics['hr@10']:.2f} % NDCG@10 {100 * metrics[MONITOR]:.2f} %{best}"
+        )
+    return text
+
+
+def _tensorboard(folder: Path, epochs: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "tensorboard: expected the package for tensorboard=true, it is not installed; "
+            "pip install 'crossan-fast[tensorboard]'"
+        ) from error
+    # Entries of an epoch that was cut off give way to those of its repetition.
+    return SummaryWriter(str(folder), purge_step=epochs + 1)
+
+
+def _write_events(writer: Any, entry: dict[str, Any], losses: torch.Tensor) -> None:
+    epoch = entry["epoch"]
+    for index, loss in enumerate(losses.tolist()):
+        writer.add_scalar("step/loss", loss, (epoch - 1) * losses.numel() + index)
+    writer.add_scalar("epoch/loss", entry["loss"], epoch)
+    for name, value in entry.get("validation", {}).items():
+        writer.add_scalar(f"validation/{name}", value, epoch)
+    writer.flush()

@@ -1,0 +1,51 @@
+"""An epoch visits every row with a target once, in an order that seed and number alone decide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crossan_fast.training import Batches
+
+ROWS = torch.tensor([[0, 1, 2], [0, 0, 9], [3, 4, 5], [0, 0, 0], [0, 6, 7], [8, 8, 8]])
+WITH_TARGET = ROWS[[0, 2, 4, 5]]
+
+
+def test_each_row_with_a_target_comes_once_and_padding_fills_up() -> None:
+    batches = Batches(ROWS, 3, seed=0)
+    assert (batches.rows, len(batches)) == (4, 2)
+    drawn = list(batches.epoch(1))
+    assert [batch.shape for batch in drawn] == [(3, 3), (3, 3)]
+    joined = torch.cat(drawn)
+    assert sorted(joined[:4].tolist()) == sorted(WITH_TARGET.tolist())
+    assert joined[4:].eq(0).all()
+
+
+def test_seed_and_number_decide_the_order() -> None:
+    rows = torch.arange(1, 201).reshape(100, 2)
+
+    def order(seed: int, number: int) -> list[int]:
+        return torch.cat(list(Batches(rows, 100, seed).epoch(number)))[:, 0].tolist()
+
+    assert order(3, 2) == order(3, 2)
+    orders = [order(seed, number) for seed in range(3) for number in range(3)]
+    assert len({tuple(one) for one in orders}) == 9
+
+    batches = Batches(rows, 100, 3)
+    first, again = (torch.cat(list(batches.epoch(2))) for _ in range(2))
+    assert torch.equal(first, again), "an epoch does not depend on those drawn before"
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    list(Batches(ROWS, 2, seed=0).epoch(1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_wrong_sequences_are_named() -> None:
+    with pytest.raises(ValueError, match="sequences: expected a row with two items or more"):
+        Batches(ROWS[[1, 3]], 2, seed=0)
+    with pytest.raises(ValueError, match="sequences: expected at least 2 places"):
+        Batches(ROWS[:, :1], 2, seed=0)
+    with pytest.raises(TypeError, match="sequences: expected dtype int64"):
+        Batches(ROWS.float(), 2, seed=0)

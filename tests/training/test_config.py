@@ -1,0 +1,111 @@
+"""Files, overrides, and the message of every wrong value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.training import TrainConfig, load_config
+from crossan_fast.training.config import apply_overrides
+
+
+def test_a_file_with_overrides(values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    overrides = ["model.dropout=0.3", "optimizer.learning_rate=1e-4", "patience=null", "evaluation.k=[3, 7]"]
+    config = load_config(file, [*overrides, "modalities=text", "optimizer.betas=[0.8, 0.9]"])
+    assert config.model["dropout"] == 0.3
+    assert config.model["embedding_dim"] == 16, "a nested override leaves its neighbours"
+    assert config.optimizer.learning_rate == 1e-4, "YAML reads 1e-4 as text"
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.evaluation.k == (3, 7, 10)
+    assert config.modalities == ("text",)
+    assert config.patience is None
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epoch=3", "unknown config key 'epoch'; did you mean 'epochs'?"),
+        ("optimizer.learnig_rate=1", "'optimizer.learnig_rate'; did you mean 'optimizer.learning_rate'?"),
+        ("model.dropuot=0", "unknown config key 'model.dropuot'; did you mean 'model.dropout'?"),
+        ("model.modalities=[]", "unknown config key 'model.modalities'"),
+        ("epochs=many", "epochs: expected an integer, got 'many'"),
+        ("epochs=true", "epochs: expected an integer, got True"),
+        ("epochs=0", "epochs: expected at least 1, got 0"),
+        ("seed=-1", "seed: expected 0 to 2"),
+        ("strict=1", "strict: expected true or false, got 1"),
+        ("cache=7", "cache: expected text, got 7"),
+        ("cache=null", "expected cache to be set"),
+        ("min_items=2", "min_items: expected at least 3"),
+        ("patience=0", "patience: expected at least 1 or null, got 0"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate: expected a number, got 'fast'"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate: expected a positive number, got 0.0"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay: expected at least 0, got -1.0"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: expected 2 values, got [0.9]"),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
+        ("optimizer.clip_norm=0", "optimizer.clip_norm: expected a positive number or null, got 0.0"),
+        ("optimizer=adam", "optimizer: expected fields, got 'adam'"),
+        ("model=big", "model: expected fields, got 'big'"),
+        ("evaluation.k=[0]", "evaluation.k: expected integers of at least 1, got (0,)"),
+        ("precision=fp8", "precision: expected one of ['fp32', 'bf16'], got 'fp8'"),
+        (
+            "evaluation.filter_history=al",
+            "evaluation.filter_history: expected one of ['all', 'all_except_target', 'none'], got 'al'; "
+            "did you mean 'all'?",
+        ),
+        ("model.dropout.p=1", "'dropout' in 'model.dropout.p=1' has no fields"),
+        ("epochs", "override: expected key=value, got 'epochs'"),
+        ("k=[1", "override: the value of 'k=[1' is no YAML"),
+    ],
+)
+def test_a_wrong_value_is_named(values: dict[str, Any], override: str, message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as raised:
+        TrainConfig.from_dict(apply_overrides(values, [override]))
+    assert message in str(raised.value)
+
+
+def test_files_that_hold_no_config(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config: no file .*absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    file = tmp_path / "config.yaml"
+    for content, message in [
+        (b"[1, 2]", "expected a mapping"),
+        (b"a: [", "is no YAML"),
+        (b"cache: \xff", "is not UTF-8"),
+        (b"cache: c", "expected users, run to be set"),
+    ]:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_config(file)
+
+
+def test_the_data_folder_is_a_setting_or_a_variable(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["users"] = "${data}/users.tsv"
+    monkeypatch.delenv("CROSSAN_FAST_DATA", raising=False)
+    with pytest.raises(ValueError, match=r"users: .* needs the setting data=FOLDER or .* CROSSAN_FAST_DATA"):
+        TrainConfig.from_dict(values).path("users")
+    monkeypatch.setenv("CROSSAN_FAST_DATA", "/from/variable")
+    assert TrainConfig.from_dict(values).path("users") == Path("/from/variable/users.tsv")
+    assert TrainConfig.from_dict({**values, "data": "/set"}).path("users") == Path("/set/users.tsv")
+    with pytest.raises(ValueError, match="items: expected a path"):
+        TrainConfig.from_dict({**values, "items": None}).path("items")
+
+
+def test_the_model_takes_the_modalities_asked_for(values: dict[str, Any], world: Path) -> None:
+    cache = HiddenStateCache.open(world / "cache")
+    config = TrainConfig.from_dict({**values, "modalities": ["image", "text"]})
+    assert config.crossan_config(cache).modality_names == ("image", "text")
+    with pytest.raises(ValueError, match=r"modalities: the cache holds .*got 'imag'; did you mean 'image'"):
+        TrainConfig.from_dict({**values, "modalities": ["imag"]}).crossan_config(cache)
+    iisan = TrainConfig.from_dict({**values, "model": {"architecture": "iisan"}}).crossan_config(cache)
+    assert (iisan.fusion, iisan.head, iisan.activation) == ("concat", "two", "relu")

@@ -1,0 +1,159 @@
+"""Ranks and metrics against a brute-force ranking in numpy, and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from crossan_fast.training import TrainConfig, Trainer, evaluate, open_task
+from crossan_fast.training.evaluation import excluded, metrics_of, rank_targets
+
+
+@pytest.fixture
+def trainer(config: TrainConfig) -> Trainer:
+    made = Trainer(config)
+    made.model.eval()
+    return made
+
+
+def brute_force(users: Any, items: Any, targets: Any, history: Any, candidates: Any, rule: str) -> list[int]:
+    """One user, one item, one comparison at a time."""
+    ranks = []
+    for user, target, seen in zip(users, targets, history, strict=True):
+        scores = {int(j): float(np.dot(user, items[j])) for j in candidates}
+        for j in scores.keys() & {int(j) for j in seen}:
+            if rule == "all" or (rule == "all_except_target" and j != target):
+                scores[j] = -math.inf
+        ahead = sum(score >= scores[int(target)] for j, score in scores.items() if j != target)
+        ranks.append(1 + ahead)
+    return ranks
+
+
+@pytest.mark.parametrize("rule", ["all", "all_except_target", "none"])
+@pytest.mark.parametrize("part", ["validation", "test"])
+@pytest.mark.parametrize("some", [False, True])
+def test_ranks_equal_a_brute_force_ranking(trainer: Trainer, rule: Any, part: Any, some: bool) -> None:
+    split, model = trainer.task.split, trainer.model.double()
+    # Half of the users get a target that repeats an item of their history.
+    history, inputs = split.history_test, split.test_input
+    targets = torch.where(torch.arange(len(history)) % 2 == 0, history[:, -2], split.test_target)
+    if part == "validation":
+        history, inputs, targets = split.history_validation, split.validation_input, split.validation_target
+    candidates = torch.unique(torch.cat([targets, torch.tensor([3, 5, 8])])) if some else None
+    items = model.encode_catalogue(trainer.task.cache)
+    with torch.no_grad():
+        users = model.encode_users(items[inputs], inputs != 0)[:, -1]
+    ranks = rank_targets(
+        model,
+        items,
+        inputs,
+        targets,
+        excluded(history, targets, rule),
+        candidates=candidates,
+        batch_size=7,
+    )
+    pool = range(1, len(items)) if candidates is None else candidates.tolist()
+    expected = brute_force(users.numpy(), items.numpy(), targets.tolist(), history.numpy(), pool, rule)
+    assert ranks.tolist() == expected
+
+
+def test_a_repeated_target_is_last_under_all_and_nowhere_else(
+    trainer: Trainer, sizes: SimpleNamespace
+) -> None:
+    split = trainer.task.split
+    history = split.history_test
+    targets = history[:, -1]
+    items = trainer.model.encode_catalogue(trainer.task.cache)
+
+    def ranks(rule: Any) -> torch.Tensor:
+        banned = excluded(history, targets, rule)
+        return rank_targets(trainer.model, items, split.test_input, targets, banned)
+
+    assert ranks("all").eq(sizes.items).all()
+    assert ranks("none").lt(sizes.items).any()
+    assert (ranks("all_except_target") <= ranks("none")).all(), "fewer candidates never worsen a rank"
+
+
+def test_metrics_by_hand() -> None:
+    metrics = metrics_of(torch.tensor([1, 3, 7, 40]), (1, 5, 10))
+    assert metrics["hr@1"] == 1 / 4
+    assert metrics["hr@5"] == 2 / 4
+    assert metrics["hr@10"] == 3 / 4
+    assert metrics["ndcg@1"] == 1 / 4
+    assert metrics["ndcg@5"] == (1 + 1 / 2) / 4, "1 / log2(3 + 1) is a half"
+    assert metrics["ndcg@10"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 4), "1 / log2(7 + 1) is a third"
+    assert metrics["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 7 + 1 / 40) / 4)
+    with pytest.raises(ValueError, match="ranks: expected at least one user"):
+        metrics_of(torch.tensor([], dtype=torch.int64), (10,))
+
+
+def test_a_constant_scorer_gets_nothing(trainer: Trainer, sizes: SimpleNamespace) -> None:
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+    for rule in ("all", "none"):
+        result = evaluate(
+            trainer.model,
+            trainer.task.cache,
+            trainer.task.split,
+            filter_history=rule,
+            k=(10, sizes.items - 15),
+        )
+        for name, value in result.metrics.items():
+            assert value == pytest.approx(0, abs=1 / (sizes.items - 15)) if name == "mrr" else value == 0
+
+
+def test_the_protocol_is_printed(trainer: Trainer, sizes: SimpleNamespace) -> None:
+    result = trainer.evaluate("test")
+    assert result.protocol == (
+        f"test targets of {sizes.users} users, full ranking of {sizes.items} items, "
+        "filter_history=all_except_target, ties against the target"
+    )
+    assert result.protocol in str(result)
+    assert f"{100 * result.metrics['hr@5']:8.2f}" in str(result)
+    assert result.to_dict()["protocol"] == result.protocol
+
+
+def test_the_mode_of_the_model_is_kept(trainer: Trainer) -> None:
+    trainer.model.train()
+    first, second = (trainer.evaluate("test").metrics for _ in range(2))
+    assert trainer.model.training
+    assert first == second, "dropout is off while ranking"
+
+
+def test_wrong_arguments_are_named(trainer: Trainer, sizes: SimpleNamespace) -> None:
+    model, cache, split = trainer.model, trainer.task.cache, trainer.task.split
+    with pytest.raises(ValueError, match=r"part: expected one of .*got 'tset'; did you mean 'test'"):
+        evaluate(model, cache, split, "tset")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"filter_history: expected one of .*did you mean 'none'"):
+        evaluate(model, cache, split, filter_history="nonee")  # type: ignore[arg-type]
+    for k in (0, sizes.items):
+        with pytest.raises(ValueError, match=f"k: expected 1 to {sizes.items - 1}, .* got {k}"):
+            evaluate(model, cache, split, k=(k,))
+    lacking = split.test_target.unique()[1:]
+    wrong = int(split.test_target.unique()[0])
+    with pytest.raises(ValueError, match=f"candidates: expected every target among them, item {wrong} is"):
+        evaluate(model, cache, split, candidates=lacking, k=(1,))
+
+
+def test_embeddings_that_are_not_finite_are_an_error(config: TrainConfig) -> None:
+    trainer = Trainer(config)
+    with torch.no_grad():
+        trainer.model.sequence_encoder.norm.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="model: the embedding of user 0 is not finite"):
+        trainer.evaluate("test")
+    with torch.no_grad():
+        trainer.model.heads["text"].bias[0] = torch.inf
+    with pytest.raises(ValueError, match=r"model: the embedding of item 'item1' \(row 1\) is not finite"):
+        trainer.evaluate("test")
+
+
+def test_a_task_reports_what_it_holds(config: TrainConfig, sizes: SimpleNamespace) -> None:
+    task = open_task(config)
+    assert task.candidates(config) is task.used
+    assert f"{sizes.users} users, {sizes.items} items" in task.describe()

@@ -1,0 +1,105 @@
+"""Groups, decay, warm-up and clipping, against plain arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crossan_fast import CrossanConfig, CrossanModel, Modality
+from crossan_fast.training.config import OptimizerConfig
+from crossan_fast.training.optimizer import (
+    clip_gradients,
+    decays,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    parameter_groups,
+    part_of,
+    set_learning_rate,
+)
+
+
+@pytest.fixture
+def model() -> CrossanModel:
+    # Names that look like kinds of parameters, and unequal widths for the projections between towers.
+    return CrossanModel(CrossanConfig([Modality("cross", 8, 2), Modality("norm", 12, 2)], embedding_dim=4))
+
+
+def test_every_parameter_is_in_one_group_with_its_part_and_decay(model: CrossanModel) -> None:
+    config = OptimizerConfig(
+        learning_rate=0.1, side_network=2, fusion=3, sequence_encoder=5, weight_decay=0.01
+    )
+    groups = parameter_groups(model, config)
+    named = dict(model.named_parameters())
+    assert sorted(name for group in groups for name in group["names"]) == sorted(named)
+    for group in groups:
+        factor = {"side_network": 2, "fusion": 3, "sequence_encoder": 5}[group["part"]]
+        assert group["base_lr"] == pytest.approx(0.1 * factor)
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            assert named[name] is parameter
+            assert group["weight_decay"] == (0.01 if decays(name) else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "decay"),
+    [
+        ("towers.cross.down.weight", "side_network", True),
+        ("towers.norm.up.weight", "side_network", True),
+        ("towers.norm.cross_down.cross", "side_network", True),
+        ("towers.cross.down.bias", "side_network", False),
+        ("towers.cross.gate", "side_network", False),
+        ("towers.cross.cross.norm", "side_network", False),
+        ("heads.cross.weight", "fusion", True),
+        ("heads.cross.bias", "fusion", False),
+        ("fusion.router.weight", "fusion", True),
+        ("fusion.experts.w1", "fusion", True),
+        ("fusion.experts.b2", "fusion", False),
+        ("sequence_encoder.position.weight", "sequence_encoder", False),
+        ("sequence_encoder.blocks.0.attention_norm.weight", "sequence_encoder", False),
+        ("sequence_encoder.blocks.0.attention.query.weight", "sequence_encoder", True),
+        ("sequence_encoder.blocks.1.widen.bias", "sequence_encoder", False),
+    ],
+)
+def test_parts_and_decay_by_name(model: CrossanModel, name: str, part: str, decay: bool) -> None:
+    assert name in dict(model.named_parameters())
+    assert (part_of(name), decays(name)) == (part, decay)
+
+
+def test_warm_up_is_linear_then_constant(model: CrossanModel) -> None:
+    optimizer = make_optimizer(model, OptimizerConfig(learning_rate=1.0, side_network=0.5))
+    shares = []
+    for step in range(6):
+        set_learning_rate(optimizer, step, warmup_steps=4)
+        rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        assert rates["side_network"] == pytest.approx(0.5 * rates["fusion"])
+        shares.append(rates["fusion"])
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_clipping_keeps_the_direction(model: CrossanModel) -> None:
+    parameters = list(model.parameters())
+    fresh = [torch.randn_like(p) for p in parameters]
+    total = torch.cat([g.flatten() for g in fresh]).norm()
+    for norm, factor in ((0.5, 0.5 / total), (1e9, 1.0), (None, 1.0)):
+        for parameter, gradient in zip(parameters, fresh, strict=True):
+            parameter.grad = gradient.clone()
+        clip_gradients(parameters, norm)
+        for parameter, gradient in zip(parameters, fresh, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient * factor)
+
+
+def test_state_without_pickle_round_trips(model: CrossanModel) -> None:
+    config = OptimizerConfig()
+    optimizer = make_optimizer(model, config)
+    model.set_popularity([0, 1, 2, 3])
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    saved = optimizer_tensors(optimizer)
+    assert saved["heads.cross.weight:exp_avg"].abs().sum() > 0
+    other = make_optimizer(model, config)
+    load_optimizer_tensors(other, saved)
+    for name, value in optimizer_tensors(other).items():
+        assert torch.equal(value, saved[name]), name
+    with pytest.raises(ValueError, match=r"optimizer state of 'heads\.other\.weight', which the model lacks"):
+        load_optimizer_tensors(other, {"heads.other.weight:step": torch.ones(())})
