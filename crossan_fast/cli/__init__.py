@@ -1,1 +1,81 @@
-"""The `crossan-fast` command line, one file a command."""
+"""The `crossan-fast` command line: a file a command, each with `add_parser(subparsers)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+# Modules are imported only for the command that was asked for: `doctor` must work where others can't.
+COMMANDS = {
+    "cache": "build, describe, verify or convert a cache of hidden states",
+    "train": "train a model as a YAML file says",
+    "evaluate": "rank a run's held-out targets in the full catalogue",
+    "recommend": "the next items for a history of item names",
+    "doctor": "what is installed, which backend each op uses, and why",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded, 2 with one line on stderr for a wrong input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(arguments).parse_args(arguments)
+    if args.command is None:
+        _parser(arguments).print_help()
+        return 2
+    try:
+        with warnings.catch_warnings():
+            if not args.debug:
+                warnings.showwarning = _show_warning
+            return int(importlib.import_module(f"crossan_fast.cli.{args.command}").run(args))
+    except KeyboardInterrupt:
+        print(f"crossan-fast {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        sys.stderr.close()
+        return 1
+    # Bad input raises these everywhere in the package, with a message that names it. What else comes is a
+    # fault of ours and keeps its traceback.
+    except (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"crossan-fast {args.command}: error: {_message(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    from crossan_fast import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="crossan-fast",
+        description="Sequential recommendation from frozen multimodal foundation models: CROSSAN and IISAN.",
+    )
+    parser.add_argument("--version", action="version", version=f"crossan-fast {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    asked = next((word for word in arguments if not word.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        if name == asked:
+            importlib.import_module(f"crossan_fast.cli.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=text)
+    return parser
+
+
+def _message(error: BaseException) -> str:
+    """The message on one line; `str` of a KeyError is its repr."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

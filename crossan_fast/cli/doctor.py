@@ -1,0 +1,142 @@
+"""`crossan-fast doctor`: what is installed, which backend each op uses, and why not another."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from crossan_fast.ops import _dispatch
+
+_EXTRAS = {
+    "transformers": "building caches: pip install 'crossan-fast[encoders]'",
+    "pillow": "image encoders: pip install 'crossan-fast[encoders]'",
+    "matplotlib": "plots: pip install 'crossan-fast[demo]'",
+    "tensorboard": "tensorboard=true: pip install 'crossan-fast[tensorboard]'",
+    "xformers": "model.attention=xformers: pip install 'crossan-fast[xformers]'",
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `doctor`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="what is installed, which backend each op uses, and why",
+        description="Show versions, compilers and devices, and for each op the backend that is picked on CPU "
+        "and GPU, with the reasons against the others. May build the compiled extension, as first use would.",
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="compute type (default fp32)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report."""
+    from crossan_fast import __version__
+
+    _title("versions")
+    _row("crossan-fast", __version__)
+    _row("python", platform.python_version())
+    for package in ("torch", "triton", "numpy", "safetensors"):
+        _row(package, _version(package) or "not installed")
+    for package, use in _EXTRAS.items():
+        _row(package, _version(package) or f"not installed; needed for {use}")
+    _title("this machine")
+    for name, text in _machine():
+        _row(name, text)
+    _title("compiled extension")
+    for name, text in _extension():
+        _row(name, text)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[args.dtype]
+    for device in ("cpu", "cuda"):
+        _title(f"ops on {device} in {args.dtype}")
+        for name, text in _choices(device, dtype):
+            _row(name, text)
+    forced = os.environ.get("CROSSAN_FAST_BACKEND")
+    print()
+    print(f"CROSSAN_FAST_BACKEND={forced} takes the place of `auto`" if forced else "No backend is forced.")
+    return 0
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    yield "torch threads", str(torch.get_num_threads())
+    if torch.version.cuda is None:
+        yield "gpu", "this torch is built without CUDA; a CUDA build of torch is needed to use one"
+    elif not torch.cuda.is_available():
+        yield "gpu", f"none that torch (CUDA {torch.version.cuda}) can use; see nvidia-smi for the driver"
+    else:
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            memory = f"{device.total_memory / 1e9:.0f} GB"
+            yield f"cuda:{index}", f"{device.name}, sm_{device.major}{device.minor}, {memory}"
+    yield "c++ compiler", _tool(os.environ.get("CXX") or "c++", "install g++ (or set CXX)")
+    yield "nvcc", _tool("nvcc", "install the CUDA toolkit to build the CUDA kernels")
+    yield "ninja", _tool("ninja", "pip install ninja")
+
+
+def _extension() -> Iterator[tuple[str, str]]:
+    if importlib.util.find_spec("crossan_fast._build") is None:
+        yield "none", "this version of the package has none"
+        return
+    build = importlib.import_module("crossan_fast._build")
+    for name, part in build.PARTS.items():
+        info, missing = build.built(name), part.missing()
+        if info is not None:
+            how = "came with the wheel" if info.ahead_of_time else f"compiled in {info.seconds:.0f} s"
+            yield name, f"{how}: {info.library} ({info.instruction_set})"
+        else:
+            yield name, f"cannot be built: {missing}" if missing else "not built yet; built on first use"
+
+
+def _choices(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+    """Each op's pick, then every reason against a backend with the ops that it holds for."""
+    against: dict[tuple[str, str], list[str]] = {}
+    for op in _dispatch.OPS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", _dispatch.FallbackWarning)  # the reasons are printed below
+                choice = _dispatch.choose(op, device, dtype)
+        except _dispatch.BackendUnavailable as error:
+            yield op, f"none: {error}"
+            continue
+        yield op, f"{choice.backend} ({choice.reason})"
+        for rejected in choice.rejected:
+            against.setdefault(rejected, []).append(op)
+    for (backend, reason), ops in against.items():
+        whose = "any op" if len(ops) == len(_dispatch.OPS) else ", ".join(ops)
+        yield f"not {backend}", f"for {whose}: {reason}"
+
+
+def _tool(name: str, fix: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        return f"not found; {fix}"
+    asked = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = [line for line in asked.stdout.splitlines() if re.search(r"\d\.\d", line)]
+    return f"{path}: {lines[0].strip() if lines else 'version unknown'}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _title(text: str) -> None:
+    print(f"\n{text}")
+
+
+def _row(name: str, text: str) -> None:
+    print(f"  {name:<16} {text}")

@@ -1,0 +1,58 @@
+"""`crossan-fast evaluate --run RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `evaluate`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="rank a run's held-out targets in the full catalogue",
+        description="Rank a run's held-out targets in the full catalogue; prints HR, NDCG and MRR with the "
+        "protocol. What is not given is as the run's config has it.",
+    )
+    parser.add_argument("--run", required=True, help="folder of a run")
+    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
+    parser.add_argument(
+        "--filter-history",
+        choices=("all", "all_except_target", "none"),
+        help="which items of a user's history are no candidates; `all` is IISAN's protocol",
+    )
+    parser.add_argument("--candidates", choices=("used", "all"), help="rank items of the users file, or all")
+    parser.add_argument("--k", type=int, nargs="+", help="cut-offs")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the metrics."""
+    from crossan_fast.training import RunFolder, evaluate, open_task
+
+    folder = RunFolder(args.run)
+    config = folder.read_config()
+    wanted = config.evaluation
+    if args.device:
+        config = dataclasses.replace(config, device=args.device)
+    if args.candidates:
+        config = dataclasses.replace(
+            config, evaluation=dataclasses.replace(wanted, candidates=args.candidates)
+        )
+    model = folder.load_model(args.checkpoint, backend=config.backend)
+    task = open_task(config)
+    result = evaluate(
+        model.to(task.device),
+        task.cache,
+        task.split,
+        args.split,
+        k=tuple(args.k or wanted.k),
+        filter_history=args.filter_history or wanted.filter_history,
+        candidates=task.candidates(config),
+        batch_size=wanted.batch_size,
+    )
+    print(json.dumps(result.to_dict(), indent=2) if args.json else result)
+    return 0

@@ -1,0 +1,49 @@
+"""`crossan-fast train config.yaml [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+_DESCRIPTION = """\
+Train a model as a YAML file says; any field of it can be overridden, nested ones with dots. The run's
+folder gets the resolved config, a log, checkpoints and results; crossan_fast.training.TrainConfig describes
+the fields.
+"""
+
+_EXAMPLE = """\
+example:
+  crossan-fast train config.yaml seed=1 model.dropout=0.2 run=runs/second
+  crossan-fast train config.yaml run=runs/second --resume
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `train`."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model as a YAML file says",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to override")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on behind the last epoch in the run's folder"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then print the test result."""
+    from crossan_fast.training import Result, Trainer, load_config
+
+    trainer = Trainer(load_config(args.config, args.overrides))
+    print(trainer.task.describe())
+    results = trainer.fit(resume=args.resume, progress=not args.quiet)
+    names = {field.name for field in dataclasses.fields(Result)}
+    print(f"best epoch {results['best_epoch']} of {results['epochs']}, by validation NDCG@10")
+    print(Result(**{name: value for name, value in results["test"].items() if name in names}))
+    print(f"run: {trainer.folder.path}")
+    return 0

@@ -1,0 +1,58 @@
+"""`crossan-fast doctor` says what is picked, and every reason against the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from crossan_fast.cli import main
+from crossan_fast.ops import _dispatch
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch):
+    """Two planted backends on the CPU: one lacks an op, one is not importable."""
+    monkeypatch.setattr(_dispatch, "_ORDER", {"cpu": ("cpp", "triton", "eager"), "cuda": ("eager",)})
+    planted = {(op, "triton"): _dispatch.Implementation(print) for op in ("fusion", "deduplicate")}
+    monkeypatch.setattr(_dispatch, "_table", planted)
+    reasons = {"cpp": "planted: no compiler", "triton": None}
+    monkeypatch.setattr(_dispatch, "_load", reasons.get)
+    _dispatch._choose.cache_clear()
+    yield
+    _dispatch._choose.cache_clear()
+
+
+def section(printed: str, title: str) -> dict[str, str]:
+    lines = printed.split(f"\n{title}\n", 1)[1].split("\n\n", 1)[0].splitlines()
+    return {line[2:18].strip(): line[19:] for line in lines}
+
+
+def test_picks_and_reasons(backends: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    cpu = section(capsys.readouterr().out, "ops on cpu in fp32")
+    for op in _dispatch.OPS:
+        assert cpu[op].startswith("triton" if op in ("fusion", "deduplicate") else "eager")
+    assert cpu["not cpp"] == "for any op: planted: no compiler"
+    lacking = [op for op in _dispatch.OPS if op not in ("fusion", "deduplicate")]
+    assert cpu["not triton"] == f"for {', '.join(lacking)}: has no kernel for this op"
+
+
+def test_a_forced_backend_that_can_not_serve(
+    backends: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CROSSAN_FAST_BACKEND", "cpp")
+    assert main(["doctor", "--dtype", "bf16"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "none: fusion: backend 'cpp' was asked for on cpu" in section(printed, "ops on cpu in bf16")["fusion"]
+    )
+    assert "CROSSAN_FAST_BACKEND=cpp takes the place of `auto`" in printed
+
+
+def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert section(printed, "versions")["torch"] == torch.__version__
+    machine = section(printed, "this machine")
+    assert machine["torch threads"] == str(torch.get_num_threads())
+    assert {"c++ compiler", "nvcc", "ninja"} <= machine.keys()

@@ -1,0 +1,36 @@
+"""`crossan-fast evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from crossan_fast.cli import main
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> dict:
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(run), "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_it_repeats_what_training_reported(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert evaluate(capsys, run) == results["test"]
+    assert evaluate(capsys, run, "--split", "validation") == results["validation"]
+
+
+def test_options_change_the_protocol_that_is_printed(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_folder / "run"
+    result = evaluate(capsys, run, "--filter-history", "none", "--k", "1", "3")
+    assert result["filter_history"] == "none"
+    assert list(result["metrics"]) == ["hr@1", "ndcg@1", "hr@3", "ndcg@3", "mrr"]
+    assert main(["evaluate", "--run", str(run), "--filter-history", "all", "--checkpoint", "last"]) == 0
+    printed = capsys.readouterr().out
+    assert "test targets of 30 users, full ranking of 24 items, filter_history=all, ties" in printed
+    assert "HR@k %" in printed

@@ -1,0 +1,91 @@
+"""`crossan-fast train`, and what every command shares: clean errors and lazy imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crossan_fast.cli import COMMANDS, main
+
+
+def test_train_prints_each_epoch_and_the_protocol(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", str(run_folder / "config.yaml"), f"run={out}", "epochs=2", "patience=null"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "30 users, 24 items" in printed
+    assert "epoch 1/2: loss" in printed
+    assert "validation HR@10" in printed
+    assert "full ranking of 24 items, filter_history=all_except_target" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert f"{100 * results['test']['metrics']['hr@10']:.2f}" in printed
+    assert main([*arguments, "epochs=3", "--resume"]) == 0
+    assert "goes on behind epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.yaml"], "train: error: config: no file absent.yaml"),
+        (["train", "CONFIG", "epoch=2"], "unknown config key 'epoch'; did you mean 'epochs'?"),
+        (["train", "CONFIG", "users=absent.tsv"], "absent.tsv"),
+        (["train", "CONFIG"], "holds a run; pass --resume"),
+        (["train", "CONFIG", "backend=cudaa"], "backend: expected one of"),
+        (["evaluate", "--run", "absent"], "evaluate: error: run: expected config.yaml in absent"),
+        (["recommend", "--run", "RUN", "--history", "b0"], "recommend: error: name: no item 'b0'"),
+        (["recommend", "--run", "RUN", "--history", "b00", "--k", "0"], "k: expected"),
+        (["evaluate", "--run", "RUN", "--k", "24"], "k: expected 1 to 23"),
+        (["evaluate", "--run", "RUN", "--device", "tpu9"], "device: 'tpu9' cannot be used"),
+    ],
+)
+def test_an_error_is_one_line_and_code_2(
+    run_folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"CONFIG": str(run_folder / "config.yaml"), "RUN": str(run_folder / "run")}
+    assert main([places.get(word, word) for word in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_debug_shows_where_an_error_came_from() -> None:
+    with pytest.raises(FileNotFoundError, match="config: no file"):
+        main(["--debug", "train", "absent.yaml"])
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+def test_each_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        assert f"crossan-fast {name}" in capsys.readouterr().out
+
+
+def test_a_command_imports_no_other(tmp_path: Path) -> None:
+    script = (
+        "import sys; from crossan_fast.cli import main; code = main(['train', 'absent.yaml']);"
+        "print(code, sorted(m for m in sys.modules if m.startswith('crossan_fast.cli.')),"
+        " 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 ['crossan_fast.cli.train'] False"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "crossan_fast", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("crossan-fast ")
