@@ -18,7 +18,8 @@ from crossan_fast._checks import nearest
 
 Tier = Literal["resident", "pinned", "mmap"]
 
-# A training step, its optimizer and the allocator's slack need the other half.
+# A training step, its optimizer and the allocators' slack need the other half; torch's allocator of
+# page-locked memory alone rounds up to a power of two.
 _SHARE = 0.5
 
 

@@ -146,6 +146,18 @@ def test_from_tensors_shares_memory_and_behaves_as_a_folder() -> None:
         cache.to("cpu", "mmap")
 
 
+def test_presence_mask_is_none_where_nothing_is_absent() -> None:
+    states = make_states()
+    assert HiddenStateCache.from_tensors(states).present_mask("cpu") is None
+    present = torch.ones(ITEMS + 1, 2, dtype=torch.bool)
+    present[0] = present[4, 1] = False
+    mask = HiddenStateCache.from_tensors(states, present).present_mask("cpu")
+    assert mask is not None and torch.equal(mask, present)
+    present[4, 0] = False
+    with pytest.raises(ValueError, match=r"cache: item 'item-4' \(row 4\) has no modality at all"):
+        HiddenStateCache.from_tensors(states, present, names_of()).present_mask("cpu")
+
+
 def spoiled(name: str, row: int, value: float) -> dict[str, Tensor]:
     states = make_states()
     states[name][row, 1, 2] = value

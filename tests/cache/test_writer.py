@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossan_fast.cache import CorruptCacheError, HiddenStateCache, verify_cache, write_cache
+from crossan_fast.cache import CacheError, CorruptCacheError, HiddenStateCache, verify_cache, write_cache
 from crossan_fast.cache import format as cache_format
 from crossan_fast.cache.writer import CacheWriter
 from crossan_fast.config import Modality
@@ -48,6 +48,18 @@ def test_verify_finds_any_flipped_byte(tmp_path: Path, dtype: str, monkeypatch: 
                 HiddenStateCache.open(folder, verify=True)
         path.write_bytes(sound)
     assert verify_cache(folder) == []
+
+
+def test_a_flipped_byte_of_the_description_is_found_when_opening(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    write_cache(folder, make_states(), item_names=[f"ítem {k}" for k in range(9)])
+    sound = (folder / "meta.json").read_bytes()
+    for place in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << (place % 8)
+        (folder / "meta.json").write_bytes(damaged)
+        with pytest.raises(CacheError, match=r"meta\.json"):
+            HiddenStateCache.open(folder)
 
 
 def test_verify_names_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
