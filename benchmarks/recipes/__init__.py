@@ -1,0 +1,1 @@
+"""Training on real data: configs, what builds their caches, and what was measured."""

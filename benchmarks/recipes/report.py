@@ -1,0 +1,131 @@
+"""The table and the curve of a recipe, from its committed files: `python -m benchmarks.recipes.report`."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from pathlib import Path
+
+from benchmarks.recipes.scientific import EPOCHS, RESULTS, RUNS
+
+TABLE, CURVE = RESULTS / "scientific.md", RESULTS / "scientific.png"
+_COLOURS = {"in_batch": "#0072B2", "full": "#D55E00"}
+
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def by_variant(rows: list[Row]) -> dict[str, list[Row]]:
+    """The latest row of each (variant, seed, epoch), grouped by variant."""
+    latest = {(row["variant"], row["seed"], row.get("epoch")): row for row in rows}
+    grouped: dict[str, list[Row]] = {}
+    for row in latest.values():
+        grouped.setdefault(row["variant"], []).append(row)
+    return grouped
+
+
+def table(runs: dict[str, list[Row]], epochs: dict[str, list[Row]]) -> str:
+    """Markdown: test metrics a run, their means, and validation at equal epochs and equal time."""
+    first = next(iter(runs.values()))[0]
+    lines = [
+        "# Scientific: test metrics at the best validation epoch",
+        "",
+        f"{int(first['users']):,} users ranked among all {int(first['candidates']):,} items, "
+        f"filter_history={first['filter_history']}, ties against the target; in %. "
+        f"{first['device']}, {first['threads']} threads, torch {first['torch']}.",
+        "",
+        "| loss | seed | batch | learning rate | epoch | HR@5 | HR@10 | NDCG@10 | HR@20 | MRR | train s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    metrics = ("hr@5", "hr@10", "ndcg@10", "hr@20", "mrr")
+    for variant, rows in runs.items():
+        for row in sorted(rows, key=lambda row: int(row["seed"])):
+            values = " | ".join(_percent(row[f"test_{name}"]) for name in metrics)
+            lines.append(
+                f"| {variant} | {row['seed']} | {row['batch_size']} | {row['learning_rate']} "
+                f"| {row['best_epoch']} | {values} | {float(row['train_seconds']):.0f} |"
+            )
+        means = [statistics.fmean(float(row[f"test_{name}"]) for row in rows) for name in metrics]
+        values = " | ".join(f"**{100 * mean:.2f}**" for mean in means)
+        lines.append(f"| {variant} | mean of {len(rows)} | | | | {values} | |")
+    if len(epochs) > 1:
+        lines += ["", "## Validation NDCG@10 of both losses, mean over seeds", "", *compare(epochs)]
+    lines += ["", "![curve](scientific.png)", "", "Drawn by `python -m benchmarks.recipes.report`."]
+    return "\n".join(lines) + "\n"
+
+
+def compare(epochs: dict[str, list[Row]]) -> list[str]:
+    """The best so far at equal epochs, and at equal training time."""
+    curves = {variant: _curves(rows) for variant, rows in epochs.items()}
+    lines = ["| | " + " | ".join(curves) + " |", "| --- |" + " --- |" * len(curves)]
+    shortest = min(len(curve) for seeds in curves.values() for curve in seeds)
+    for epoch in sorted({*range(5, shortest, 5), shortest}):
+        cells = [statistics.fmean(max(v for _, v in c[:epoch]) for c in seeds) for seeds in curves.values()]
+        lines.append(f"| after {epoch} epochs | " + " | ".join(f"{100 * cell:.2f}" for cell in cells) + " |")
+    limit = min(curve[-1][0] for seeds in curves.values() for curve in seeds)
+    for share in (0.25, 0.5, 1.0):
+        cells = [
+            statistics.fmean(max((v for t, v in c if t <= share * limit), default=0.0) for c in seeds)
+            for seeds in curves.values()
+        ]
+        seconds = f"| after {share * limit:.0f} s of training | "
+        lines.append(seconds + " | ".join(f"{100 * cell:.2f}" for cell in cells) + " |")
+    return lines
+
+
+def draw(epochs: dict[str, list[Row]], path: Path) -> None:
+    """Validation NDCG@10 against epochs and against training time, a line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for variant, rows in epochs.items():
+        for index, curve in enumerate(_curves(rows)):
+            seconds, values = zip(*curve, strict=True)
+            percent = [100 * value for value in values]
+            style = {"color": _COLOURS[variant], "label": variant if index == 0 else None, "linewidth": 1.2}
+            left.plot(range(1, len(percent) + 1), percent, **style)
+            right.plot(seconds, percent, **style)
+    left.set(xlabel="epoch", ylabel="validation NDCG@10, %")
+    right.set(xlabel="seconds of training")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    left.legend(frameon=False, title="loss")
+    figure.savefig(path, dpi=160)
+
+
+def _curves(rows: list[Row]) -> list[list[tuple[float, float]]]:
+    """(seconds, NDCG@10) by epoch, for each seed."""
+    seeds = sorted({int(row["seed"]) for row in rows})
+    ordered = sorted(rows, key=lambda row: int(row["epoch"]))
+    return [
+        [
+            (float(row["train_seconds"]), float(row["validation_ndcg@10"]))
+            for row in ordered
+            if int(row["seed"]) == seed
+        ]
+        for seed in seeds
+    ]
+
+
+def _percent(share: str) -> str:
+    return f"{100 * float(share):.2f}"
+
+
+def main() -> None:
+    runs, epochs = by_variant(read(RUNS)), by_variant(read(EPOCHS))
+    TABLE.write_text(table(runs, epochs), encoding="utf-8")
+    draw(epochs, CURVE)
+    print(TABLE.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

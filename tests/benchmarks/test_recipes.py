@@ -1,0 +1,114 @@
+"""The Scientific recipe: its config stands, a run is recorded as it is, the report is drawn from records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from benchmarks.recipes import report, scientific
+from crossan_fast.cache.writer import write_cache
+from crossan_fast.data import leave_one_out, read_interactions, read_items
+from crossan_fast.training import RunFolder, TrainConfig, load_config, train
+
+
+@pytest.mark.parametrize("variant", scientific.VARIANTS)
+def test_the_config_takes_every_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSSAN_FAST_DATA", "/data")
+    config = load_config(scientific.CONFIG, scientific.VARIANTS[variant])
+    assert config.model["loss"] == variant
+    assert config.evaluation.filter_history == "all"
+    assert config.path("users") == Path("/data/scientific/users.tsv")
+
+
+def test_the_data_are_the_papers(data_folder: Path) -> None:
+    items = read_items(data_folder / "scientific" / "items.tsv")
+    interactions = read_interactions(data_folder / "scientific" / "users.tsv", items.names)
+    assert str(interactions) == "12,076 users, 20,314 items, 81,711 interactions"
+    split = leave_one_out(interactions, 10)
+    repeats = (split.history_test == split.test_target[:, None]).any(dim=1)
+    assert round(100 * float(repeats.double().mean()), 2) == 5.14
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunFolder]:
+    """Two variants with one and two seeds, recorded."""
+    states = torch.randn(21, 2, 8)
+    states[0] = 0
+    names = [f"i{i}" for i in range(20)]
+    write_cache(tmp_path / "cache", {"mean": states}, item_names=names)
+    rows = [" ".join(names[(3 * user + j) % 20] for j in range(6)) for user in range(20)]
+    (tmp_path / "users.tsv").write_text("".join(f"u{u}\t{row}\n" for u, row in enumerate(rows)))
+    monkeypatch.setattr(scientific, "RUNS", tmp_path / "runs.csv")
+    monkeypatch.setattr(scientific, "EPOCHS", tmp_path / "epochs.csv")
+    folders = []
+    for variant, seed in (("in_batch", 0), ("in_batch", 1), ("full", 0)):
+        config = {
+            "cache": str(tmp_path / "cache"),
+            "users": str(tmp_path / "users.tsv"),
+            "run": str(tmp_path / f"{variant}-{seed}"),
+            "model": {"loss": variant, "embedding_dim": 8, "bottleneck": 4, "window": 4},
+            "seed": seed,
+            "epochs": 6,
+            "patience": None,
+            "backend": "eager",
+            "evaluation": {"k": [5, 10, 15]},
+        }
+        train(TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config))), progress=False)
+        folders.append(RunFolder(config["run"]))
+        scientific.record(variant, folders[-1])
+    return folders
+
+
+def test_the_report_is_drawn_from_the_records(
+    runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The report's columns have HR@20, which needs more than 20 items.
+    text = (tmp_path / "runs.csv").read_text().replace("hr@15", "hr@20")
+    (tmp_path / "runs.csv").write_text(text)
+    rows = report.read(tmp_path / "runs.csv")
+    values = [float(row["test_hr@10"]) for row in rows if row["variant"] == "in_batch"]
+    written = report.table(report.by_variant(rows), report.by_variant(report.read(tmp_path / "epochs.csv")))
+    assert f"**{100 * sum(values) / 2:.2f}**" in written
+    assert "| in_batch | mean of 2 |" in written
+    assert "after 5 epochs" in written
+    assert "filter_history=all_except_target" in written
+    picture = tmp_path / "curve.png"
+    report.draw(report.by_variant(report.read(tmp_path / "epochs.csv")), picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_recorded_again_takes_the_place_of_the_old_row(runs: list[RunFolder], tmp_path: Path) -> None:
+    scientific.record("full", runs[-1])
+    rows = report.read(tmp_path / "runs.csv")
+    assert len(rows) == 4
+    grouped = report.by_variant(rows)
+    assert [len(grouped[variant]) for variant in ("in_batch", "full")] == [2, 1]
+
+
+def test_equal_epochs_and_equal_time_by_hand() -> None:
+    def rows(variant: str, seconds: float, values: list[float]) -> list[report.Row]:
+        return [
+            {
+                "variant": variant,
+                "seed": "0",
+                "epoch": str(epoch),
+                "train_seconds": str(seconds * epoch),
+                "validation_ndcg@10": str(value),
+            }
+            for epoch, value in enumerate(values, start=1)
+        ]
+
+    fast, slow = (
+        rows("in_batch", 1, [0.01, 0.02, 0.03, 0.02, 0.01, 0.04]),
+        rows("full", 3, [0.05, 0.04, 0.06]),
+    )
+    lines = report.compare({"in_batch": fast, "full": slow})
+    assert lines[2] == "| after 3 epochs | 3.00 | 6.00 |"
+    assert lines[3:] == [
+        "| after 2 s of training | 1.00 | 0.00 |",
+        "| after 3 s of training | 3.00 | 5.00 |",
+        "| after 6 s of training | 4.00 | 5.00 |",
+    ]
