@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 # Modules are imported only for the command that was asked for: `doctor` must work where others can't.
 COMMANDS = {
+    "demo": "a synthetic shop end to end: encoders, cache, training, and what each modality adds",
     "cache": "build, describe, verify or convert a cache of hidden states",
     "train": "train a model as a YAML file says",
     "evaluate": "rank a run's held-out targets in the full catalogue",
