@@ -1,0 +1,92 @@
+"""`python -m benchmarks list | run | report | compare`; each takes `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import registry, results, runner
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    listing = commands.add_parser("list", help="names, dtypes and tags of the cases")
+    _selection(listing)
+    listing.set_defaults(run=_list)
+
+    running = commands.add_parser("run", help="check, time and weigh cases; append rows to the results")
+    _selection(running)
+    running.add_argument("--only", help="implementations, e.g. eager,cpp")
+    running.add_argument("--dtypes", help="e.g. fp32,bf16")
+    running.add_argument("--seconds", type=float, help="of timing each (default 2 on a CPU, 0.3 on a GPU)")
+    running.add_argument("--minimum", type=int, default=20, help="samples each has at least (default 20)")
+    running.add_argument("--budget", type=float, help="seconds after which no further case begins")
+    running.add_argument("--output", type=Path, help="CSV file (default benchmarks/results/<device>.csv)")
+    running.set_defaults(run=_run)
+    return parser
+
+
+def _selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pattern", nargs="?", help="part of a case's name, or a glob")
+    parser.add_argument("--tag", action="append", default=[], help="only cases with this tag; repeatable")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    if options.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(options.device)
+
+
+def _list(options: argparse.Namespace) -> int:
+    for case in registry.select(options.pattern, options.tag, options.device):
+        print(f"{case.importance:3d}  {case.name}  [{', '.join(case.dtypes)}]  {' '.join(sorted(case.tags))}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    device = _device(options)
+    cases = registry.select(options.pattern, options.tag, device.type)
+    if not cases:
+        print(f"no case fits {options.pattern!r} and tags {options.tag} on {device.type}", file=sys.stderr)
+        return 2
+    outcome = runner.run(
+        cases,
+        runner.Options(
+            device=device,
+            path=options.output or results.default_path(device),
+            only=_names(options.only, registry.IMPLEMENTATIONS, "--only"),
+            dtypes=_names(options.dtypes, tuple(registry.DTYPES), "--dtypes"),
+            seconds=options.seconds or (0.3 if device.type == "cuda" else 2.0),
+            minimum=options.minimum,
+            budget=options.budget,
+            say=lambda text: print(text, flush=True),
+        ),
+    )
+    for failure in outcome.failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if outcome.failures else 0
+
+
+def _names(text: str | None, known: tuple[str, ...], option: str) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"{option}: unknown {unknown}, expected some of {list(known)}")
+    return names
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

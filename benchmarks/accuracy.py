@@ -1,0 +1,64 @@
+"""Checks before speed: results against the float64 reference, judged by the plain reference's own error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import CheckFailed
+
+# An implementation may err this much more than plain torch does in the same type: another order of summation
+# moves an error that much, a mistake moves it by orders.
+SLACK = 3.0
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """The larger of two relative errors, of the norm and of the worst element against the largest."""
+    value, truth = value.double(), truth.double()
+    if value.shape != truth.shape:
+        return float("inf")
+    if not torch.isfinite(value).all():
+        return float("inf")
+    difference, tiny = value - truth, torch.finfo(torch.float64).tiny
+    whole = difference.norm() / truth.norm().clamp_min(tiny)
+    worst = difference.abs().amax() / truth.abs().amax().clamp_min(tiny) if truth.numel() else whole
+    return float(torch.maximum(whole, worst))
+
+
+def compare(
+    implementation: str,
+    names: Sequence[str],
+    values: Sequence[Tensor],
+    truths: Sequence[Tensor],
+    own_errors: Sequence[float],
+    dtype: torch.dtype,
+) -> None:
+    """Raise `CheckFailed` for the first tensor that errs more than `SLACK` times the reference in `dtype`."""
+    if len(values) != len(truths):
+        raise CheckFailed(f"{implementation}: expected {len(truths)} results, got {len(values)}")
+    for name, value, truth, own in zip(names, values, truths, own_errors, strict=True):
+        found = error(value, truth)
+        allowed = SLACK * max(own, torch.finfo(dtype).eps)
+        if not found <= allowed:
+            raise CheckFailed(
+                f"{implementation}: {name} errs by {found:.2e} from float64, allowed {allowed:.2e} "
+                f"(plain torch in this type errs by {own:.2e})"
+            )
+
+
+def compare_exact(
+    implementation: str, names: Sequence[str], values: Sequence[Tensor], truths: Sequence[Tensor]
+) -> None:
+    """Raise `CheckFailed` for the first tensor with a value that is not the truth's."""
+    for name, value, truth in zip(names, values, truths, strict=True):
+        if value.shape != truth.shape:
+            raise CheckFailed(
+                f"{implementation}: {name} has shape {list(value.shape)}, not {list(truth.shape)}"
+            )
+        different = value.to(truth.dtype) != truth
+        if different.any():
+            raise CheckFailed(
+                f"{implementation}: {name} differs in {int(different.sum())} of {truth.numel()} elements"
+            )

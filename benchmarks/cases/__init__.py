@@ -1,0 +1,1 @@
+"""The cases, one file an op or step; importing a module registers its cases."""

@@ -1,0 +1,265 @@
+"""The suite itself, on cases of a few rows: checks come before speed, and what is written can be read."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ceilings, memory, registry, results, runner, timing
+from benchmarks.__main__ import main
+from benchmarks.cases import fusion, losses, ranking, side_network
+from benchmarks.operators import Operator
+from benchmarks.registry import Case, CheckFailed, Floor, Runnable, Setting, Unavailable, Workload
+
+CPU = torch.device("cpu")
+SMALL = side_network.Shape(items=9, modalities=2, width=16, levels=3, rank=4, embedding=8)
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch):
+    """The real ones take seconds."""
+    monkeypatch.setattr(ceilings, "measure", lambda device, dtype: ceilings.Ceilings(1e9, 1e9))
+
+
+def options(tmp_path: Path, **changes) -> runner.Options:
+    defaults = {
+        "device": CPU,
+        "path": tmp_path / "r.csv",
+        "seconds": 0.0,
+        "minimum": 5,
+        "say": lambda _: None,
+    }
+    return runner.Options(**{**defaults, **changes})
+
+
+def add_case(**implementations) -> Case:
+    """A case that adds 1; an implementation is what it adds instead, or an exception."""
+    inputs = [torch.arange(4.0) + i for i in range(3)]
+
+    def make(value):
+        if isinstance(value, Exception):
+            raise value
+        return Runnable(lambda index: [inputs[index] + value])
+
+    def check(name, runnable):
+        if not torch.equal(runnable.forward(0)[0], inputs[0] + 1):
+            raise CheckFailed("wrong sum")
+
+    workload = Workload(
+        3, {name: partial(make, value) for name, value in implementations.items()}, check, {"run": Floor(1e6)}
+    )
+    return Case("add/n=4", lambda setting: workload, dtypes=("fp32",))
+
+
+def test_a_case_gives_a_row_a_pass_that_can_be_read_again(tmp_path):
+    case = Case("small", partial(side_network.build_item_encoder, SMALL), dtypes=("fp32", "bf16"))
+    outcome = runner.run([case], options(tmp_path, only=("eager", "autocast")))
+    assert not outcome.failures
+    assert [(r.dtype, r.backend, r.passes) for r in outcome.rows] == [
+        (dtype, backend, passes)
+        for dtype, backend in (("fp32", "eager"), ("bf16", "eager"), ("bf16", "autocast"))
+        for passes in ("forward", "backward", "both")
+    ]
+    for row in outcome.rows:
+        assert row.samples >= 5 and 0 < row.p20_ms <= row.p50_ms <= row.p80_ms
+        assert row.floor_share == pytest.approx(row.floor_ms / row.p50_ms)
+    read = results.read(tmp_path / "r.csv")
+    assert [r.key for r in read] == [r.key for r in outcome.rows]
+    assert [r.p50_ms for r in read] == pytest.approx([r.p50_ms for r in outcome.rows], rel=1e-4)
+
+
+def test_a_wrong_implementation_has_no_speed_and_fails_the_run(tmp_path):
+    outcome = runner.run([add_case(eager=1, cpp=2)], options(tmp_path))
+    assert [r.backend for r in outcome.rows] == ["eager"]
+    assert outcome.failures == ["add/n=4 fp32 cpp: wrong sum"]
+
+
+def test_a_crash_fails_the_run_and_spares_the_others(tmp_path):
+    outcome = runner.run([add_case(cpp=RuntimeError("boom\nmore"), eager=1)], options(tmp_path))
+    assert [r.backend for r in outcome.rows] == ["eager"]
+    assert outcome.failures == ["add/n=4 fp32 cpp: RuntimeError: boom"]
+
+
+def test_what_cannot_run_here_is_skipped_with_its_reason(tmp_path):
+    said: list[str] = []
+    outcome = runner.run(
+        [add_case(eager=1, cuda=Unavailable("no device"))], options(tmp_path, say=said.append)
+    )
+    assert not outcome.failures
+    assert outcome.skipped == ["add/n=4 fp32 cuda: no device"]
+    assert any("no device" in line for line in said)
+
+
+def test_a_backend_that_refuses_is_skipped(tmp_path):
+    case = Case("small", partial(side_network.build_side_network, SMALL), dtypes=("fp32",))
+    outcome = runner.run([case], options(tmp_path, only=("eager", "cuda")))
+    assert not outcome.failures and {r.backend for r in outcome.rows} == {"eager"}
+    assert "'cuda' was asked for on cpu" in outcome.skipped[0]
+
+
+def test_no_case_begins_past_the_budget(tmp_path):
+    outcome = runner.run([add_case(eager=1)], options(tmp_path, budget=0.0))
+    assert not outcome.rows and "the budget of 0 s" in outcome.skipped[0]
+
+
+def test_a_reference_that_does_not_fit_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "free_memory", lambda device: 1000)
+    case = Case("small", partial(side_network.build_side_network, SMALL), ("fp32",), reference_bytes=1e9)
+    outcome = runner.run([case], options(tmp_path, only=("eager",)))
+    assert not outcome.rows and "needs 1.0 GB, more than is free" in outcome.skipped[0]
+
+
+def changed(operator_call, at: int):
+    """An implementation that is right but for one element of one output in a million's worth of error."""
+
+    def call(weights, inputs, backend):
+        outputs = operator_call(weights, inputs, "eager")
+        if backend == "cpp":
+            bump = torch.zeros_like(outputs[at])
+            bump.view(-1)[0] = 1e-2 * outputs[at].detach().abs().max()
+            outputs = [o + bump if i == at else o for i, o in enumerate(outputs)]
+        return outputs
+
+    return call
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_the_check_sees_one_wrong_element(monkeypatch, at):
+    made = []
+    workload = Operator.workload
+    monkeypatch.setattr(Operator, "workload", lambda self, *a: made.append(self) or workload(self, *a))
+    built = side_network.build_side_network(SMALL, Setting(CPU, torch.float32))
+    built.check("eager", built.implementations["eager"]())
+    made[0].call = changed(made[0].call, at)
+    with pytest.raises(CheckFailed, match=f"cpp: output {at} errs by"):
+        built.check("cpp", built.implementations["cpp"]())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(side_network.build_side_network, SMALL),
+        partial(side_network.build_item_encoder, SMALL),
+        partial(fusion.build, SMALL, None),
+        partial(losses.build_in_batch, 5),
+        partial(losses.build_full, 2),
+        partial(side_network.build_gather, SMALL, torch.int8),
+        partial(side_network.build_gather, SMALL, torch.float8_e4m3fn),
+        partial(side_network.build_gather, SMALL, torch.bfloat16),
+        partial(ranking.build_ranking, "topk_scores", 3),
+        partial(ranking.build_ranking, "rank_of_target", 3),
+        partial(ranking.build_deduplicate, 7),
+    ],
+)
+def test_every_kind_of_case_passes_its_own_check(monkeypatch, build):
+    for module in (side_network, losses, ranking):
+        monkeypatch.setattr(module, "CATALOGUE", 57)
+    monkeypatch.setattr(side_network, "PART", 4)  # several pieces
+    for dtype in (torch.float32, torch.bfloat16):
+        workload = build(Setting(CPU, dtype))
+        for name in ("eager", "autocast"):
+            if name in workload.implementations:
+                workload.check(name, workload.implementations[name]())
+
+
+@pytest.mark.parametrize(
+    "build", [partial(losses.build_in_batch, 6), partial(side_network.build_side_network, SMALL)]
+)
+def test_a_reference_in_pieces_is_the_reference(monkeypatch, build):
+    made = []
+    workload = Operator.workload
+    monkeypatch.setattr(Operator, "workload", lambda self, *a: made.append(self) or workload(self, *a))
+    monkeypatch.setattr(losses, "CATALOGUE", 57)
+    monkeypatch.setattr(side_network, "PART", 4)
+    build(Setting(CPU, torch.float32))
+    pieces = made[0]._by_parts(torch.float64)
+    made[0].split = None
+    for piece, whole in zip(pieces, made[0]._by_parts(torch.float64), strict=True):
+        torch.testing.assert_close(piece.double(), whole.double(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_in_several_pieces_is_the_loss(monkeypatch):
+    monkeypatch.setattr(losses, "CATALOGUE", 57)
+    monkeypatch.setattr(losses, "PART_ELEMENTS", 400)
+    workload = losses.build_in_batch(6, Setting(CPU, torch.float32))
+    workload.check("eager", workload.implementations["eager"]())
+
+
+def test_names_are_unique_and_every_case_has_an_op_and_sizes():
+    cases = registry.all_cases()
+    assert len({case.name for case in cases}) == len(cases) > 40
+    assert all("/" in case.name and "=" in case.name for case in cases)
+    assert cases[0].name.startswith("item_encoder/N=704")
+    selected = registry.select("side_network/*N=704,M=4,D=768*", ["paper"], "cpu")
+    assert [case.name for case in selected] == ["side_network/N=704,M=4,D=768,L=7,r=64"]
+
+
+def test_percentiles():
+    samples = timing.Samples({"run": [i / 1e3 for i in range(11)]})
+    assert samples.milliseconds("run") == pytest.approx((2, 5, 8))
+
+
+def test_sets_are_rotated():
+    seen: list[int] = []
+    runnable = Runnable(lambda index: seen.append(index) or [])
+    timing.interleaved({"eager": runnable}, CPU, 3, 0.0, 10)
+    assert {seen.count(i) for i in range(3)} <= set(range(3, 9)) and set(seen) == {0, 1, 2}
+
+
+@pytest.mark.skipif(memory._libc() is None, reason="peak memory on a CPU needs glibc and /proc")
+def test_peak_memory_is_the_highest_point_not_the_sum():
+    def call():
+        for _ in range(3):
+            torch.ones(8 << 20)  # 32 MiB each, freed at once
+        return torch.ones(2 << 20)
+
+    torch.ones(8 << 20)
+    assert memory.peak_added(call, CPU) == pytest.approx(32 << 20, abs=2 << 20)
+    assert memory.peak_added(lambda: None, CPU) == pytest.approx(0, abs=2 << 20)
+
+
+def test_a_floor_is_bound_by_the_slower_of_bytes_and_arithmetic():
+    limits = ceilings.Ceilings(copy=1e9, matmul=1e12)
+    assert limits.milliseconds(Floor(bytes=1e6, flops=1e6)) == pytest.approx(1.0)
+    assert limits.milliseconds(Floor(bytes=1e3, flops=1e10)) == pytest.approx(10.0)
+
+
+def test_the_paper_floor_is_performance_mds():
+    per_item = side_network.Shape(items=1_000_000).side_floors(2)["both"]
+    assert per_item.flops / 1e6 == pytest.approx(16.5e6, rel=0.01)
+    states = 2 * 4 * 7 * 768 * 2
+    assert states <= per_item.bytes / 1e6 <= 1.4 * states
+
+
+def test_a_file_of_another_layout_is_refused(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns"):
+        results.read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("Intel(R) Xeon(R) Processor, 2 cores, AVX512", "intel-xeon-2-cores-avx512"),
+    ],
+)
+def test_file_names(name, slug):
+    assert results.slug(name) == slug
+
+
+def test_command_line(tmp_path, capsys):
+    assert main(["list", "deduplicate", "--device", "cpu"]) == 0
+    assert "deduplicate/users=64,places=704" in capsys.readouterr().out
+    path = tmp_path / "r.csv"
+    arguments = ["deduplicate/users=64", "--device", "cpu", "--seconds", "0.01", "--output", str(path)]
+    assert main(["run", *arguments, "--only", "eager"]) == 0
+    assert math.isfinite(results.read(path)[0].p50_ms)
+    assert main(["run", "no such case", "--device", "cpu"]) == 2
+    with pytest.raises(SystemExit, match="unknown"):
+        main(["run", "--only", "eagre"])
