@@ -1,1 +1,1 @@
-"""C++ and CUDA sources, compiled on first use."""
+"""C++ and CUDA sources, compiled on first use; see crossan_fast/_build.py."""

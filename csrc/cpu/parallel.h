@@ -1,0 +1,44 @@
+// Threads of torch's own pool, as many as torch.set_num_threads says.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace crossan_fast {
+
+// OpenMP's threads do not survive a fork, and a child that asks for them waits for ever. A child of a process that
+// had started them therefore works alone (library.cpp registers the handler).
+inline std::atomic<bool> threads_started{false};
+inline std::atomic<bool> threads_lost{false};
+
+inline int64_t workers_for(int64_t tasks) {
+  if (threads_lost.load()) return 1;
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tasks));
+}
+
+// work(worker) on each of `workers`; one after the other where there are no threads, so none may wait for a later.
+template <class F>
+void run_workers(int64_t workers, const F& work) {
+  if (workers <= 1) {
+    for (int64_t w = 0; w < workers; ++w) work(w);
+    return;
+  }
+  threads_started.store(true);
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) work(w);
+  });
+}
+
+// task(worker, index) for each index < count, claimed in ascending order.
+template <class F>
+void run_tasks(int64_t workers, int64_t count, const F& task) {
+  std::atomic<int64_t> next{0};
+  run_workers(workers, [&](int64_t w) {
+    for (int64_t i; (i = next.fetch_add(1)) < count;) task(w, i);
+  });
+}
+
+}  // namespace crossan_fast

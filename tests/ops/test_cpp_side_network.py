@@ -1,0 +1,361 @@
+"""The compiled side_network against its definition; its stored types, threads, forks and refusals."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from crossan_fast import _build
+from crossan_fast.ops import _dispatch
+from crossan_fast.ops.side_network import (
+    SideNetworkStructure,
+    SideNetworkWeights,
+    side_network,
+    side_network_reference,
+)
+
+pytestmark = pytest.mark.skipif(
+    _build.PARTS["cpu"].missing() is not None, reason=f"cannot build: {_build.PARTS['cpu'].missing()}"
+)
+
+SINGLES = ((0,), (1,), (2,))
+PAIRS = (*SINGLES, (0, 1), (1, 2), (0, 2))
+STRUCTURES = {
+    "backbone": SideNetworkStructure((20, 20, 20), SINGLES, "backbone"),
+    "side": SideNetworkStructure((20, 20, 20), SINGLES, "side"),
+    "none, relu": SideNetworkStructure((70,), ((0,),), "none", "relu"),
+    "unequal widths": SideNetworkStructure((20, 33, 20), SINGLES, "backbone", temperature=0.3),
+    "unequal widths, side": SideNetworkStructure((33, 20, 33), SINGLES, "side"),
+    "pairs": SideNetworkStructure((20, 33, 20), PAIRS, "none", "relu"),
+    "pairs and crosses": SideNetworkStructure((20, 33, 20), PAIRS, "side"),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh tensors hold NaN and fresh C++ memory −1.7e38, so that a read of what was not written shows."""
+    libc = ctypes.CDLL(None)
+    perturb = getattr(libc, "mallopt", None)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    if perturb:
+        perturb(-6, 1)  # M_PERTURB
+    yield
+    if perturb:
+        perturb(-6, 0)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def make_weights(
+    structure: SideNetworkStructure, levels: int, rank: int, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> SideNetworkWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return values.to(dtype).requires_grad_()
+
+    widths, crosses = structure.tower_widths, structure.cross_pairs
+    wide = [max(structure.widths[m] for m in structure.sources[t]) for t in structure.narrowed_towers]
+    narrow = [widths[t] for t in structure.narrowed_towers]
+    return SideNetworkWeights(
+        down_weight=[normal(levels, rank, d, scale=d**-0.5) for d in widths],
+        down_bias=[normal(levels, rank, scale=0.1) for _ in widths],
+        up_weight=[normal(levels, d, rank, scale=rank**-0.5) for d in widths],
+        up_bias=[normal(levels, d, scale=0.1) for d in widths],
+        gate=[normal(levels, scale=0.05) for _ in widths],
+        cross_gate=[normal(levels, scale=0.3) for _ in crosses],
+        cross_down=[normal(rank, structure.widths[n], scale=0.1) for _, n in structure.projected_pairs],
+        cross_up=[normal(structure.widths[m], rank, scale=0.3) for m, _ in structure.projected_pairs],
+        pair_weight=[normal(levels, d, e, scale=0.1) for d, e in zip(narrow, wide, strict=True)],
+        pair_bias=[normal(levels, d, scale=0.1) for d in narrow],
+    )
+
+
+def make_states(structure: SideNetworkStructure, rows: int, levels: int, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(rows, levels, d, generator=generator, dtype=torch.float64) for d in structure.widths]
+
+
+def in_dtype(weights: SideNetworkWeights, dtype: torch.dtype) -> SideNetworkWeights:
+    return SideNetworkWeights(*([w.detach().to(dtype).requires_grad_() for w in group] for group in weights))
+
+
+def outputs_and_grads(op, states, weights, structure, **arguments) -> list[Tensor]:
+    outputs = op(states, weights, structure, **arguments)
+    generator = torch.Generator().manual_seed(2)
+    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    flat = weights.flatten()
+    found = torch.autograd.grad(outputs, flat, grads, allow_unused=True)
+    # A projection that no level reads has no path to the outputs: None from autograd, zeros from the kernels.
+    return [o.detach() for o in outputs] + [
+        torch.zeros_like(w) if g is None else g for g, w in zip(found, flat, strict=True)
+    ]
+
+
+def compiled(*args, **kwargs) -> list[Tensor]:
+    return side_network(*args, backend="cpp", **kwargs)
+
+
+def assert_no_worse_than_eager(states, weights, structure, draws: int = 1):
+    """Error from float64 at most twice that of torch's own arithmetic in the same type.
+
+    The error of a tensor is its norm; gates are a few scalars, whose error is one throw of the dice: `draws`
+    of the states are taken together.
+    """
+    exact = in_dtype(weights, torch.float64)
+    own = theirs = torch.zeros(())
+    for draw in range(draws):
+        drawn = [s.roll(draw, dims=1) for s in states]
+        truth = outputs_and_grads(side_network_reference, [s.double() for s in drawn], exact, structure)
+        eager = outputs_and_grads(side_network_reference, drawn, weights, structure)
+        got = outputs_and_grads(compiled, drawn, weights, structure)
+        assert all(x.dtype == weights.gate[0].dtype and torch.isfinite(x).all() for x in got)
+        size = torch.stack([z.norm() for z in truth]).clamp_min(1e-30)
+        own = own + (torch.stack([(x - z).norm() for x, z in zip(got, truth, strict=True)]) / size) ** 2
+        theirs = (
+            theirs + (torch.stack([(y - z).norm() for y, z in zip(eager, truth, strict=True)]) / size) ** 2
+        )
+    floor = torch.finfo(weights.gate[0].dtype).eps
+    for index, (x, y) in enumerate(zip(own.sqrt().tolist(), theirs.sqrt().tolist(), strict=True)):
+        assert x <= 2 * y + floor, f"tensor {index}: {x:.3g} against {y:.3g}"
+
+
+@pytest.mark.parametrize("subset", [False, True], ids=["all rows", "ids and present"])
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_float64_equals_the_definition(name, levels, subset):
+    structure, rows = STRUCTURES[name], 131
+    weights, states = make_weights(structure, levels, 6), make_states(structure, rows, levels)
+    arguments = {}
+    if subset:
+        generator = torch.Generator().manual_seed(3)
+        arguments["ids"] = torch.randint(0, rows, (77,), generator=generator)
+        arguments["present"] = torch.rand(77, len(structure.widths), generator=generator) > 0.4
+    got = outputs_and_grads(compiled, states, weights, structure, **arguments)
+    expected = outputs_and_grads(side_network_reference, states, weights, structure, **arguments)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs"])
+def test_error_is_no_worse_than_eagers(name, dtype):
+    structure, levels = STRUCTURES[name], 4
+    weights = in_dtype(make_weights(structure, levels, 17), dtype)
+    states = [s.to(dtype) for s in make_states(structure, 300, levels)]
+    assert_no_worse_than_eager(states, weights, structure, draws=4)
+
+
+def test_error_at_the_papers_size():
+    structure = SideNetworkStructure((768,) * 2, ((0,), (1,)))
+    weights = in_dtype(make_weights(structure, 7, 64), torch.float32)
+    assert_no_worse_than_eager(
+        [s.float() for s in make_states(structure, 200, 7)], weights, structure, draws=2
+    )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_activations_over_their_whole_range(activation):
+    structure = SideNetworkStructure((16,), ((0,),), "none", activation)
+    weights = make_weights(structure, 1, 16)
+    one = torch.eye(16, dtype=torch.float64)[None]
+    weights = weights._replace(
+        down_weight=[one.clone().requires_grad_()],
+        up_weight=[one.clone().requires_grad_()],
+        gate=[torch.full((1,), 10.0, dtype=torch.float64).requires_grad_()],  # μ = 1: x is the state
+    )
+    state = torch.linspace(-30, 30, 40000, dtype=torch.float64)[: 2500 * 16].reshape(-1, 1, 16)
+    state[0, 0, :4] = torch.tensor([0.0, -0.0, 1e-30, -1e-30], dtype=torch.float64)
+    assert_no_worse_than_eager([state.float()], in_dtype(weights, torch.float32), structure)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_gradcheck_on_the_compiled_code(name):
+    structure = STRUCTURES[name]
+    weights, states = make_weights(structure, 2, 3), make_states(structure, 5, 2)
+    present = torch.ones(5, len(structure.widths), dtype=torch.bool)
+    present[1, 0] = False
+    present[2] = False
+
+    def run(*flat: Tensor) -> tuple[Tensor, ...]:
+        unflattened = structure.unflatten(flat)
+        return tuple(compiled(states, unflattened, structure, present=present))
+
+    assert torch.autograd.gradcheck(run, tuple(weights.flatten()), fast_mode=True)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize(
+    "stored", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8]
+)
+def test_reads_every_stored_type(stored, ids_dtype):
+    structure, levels, rows = STRUCTURES["unequal widths"], 2, 9
+    weights = in_dtype(make_weights(structure, levels, 4), torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    states, scales = make_states(structure, rows, levels), None
+    if stored in (torch.int8, torch.float8_e4m3fn):
+        scales = [torch.rand(rows, levels, generator=generator) + 0.5 for _ in states]
+    states = [(s * 30).round().to(stored) if stored == torch.int8 else s.to(stored) for s in states]
+    ids = torch.tensor([3, 0, 8, 3, 5], dtype=ids_dtype)
+    arguments = {"ids": ids, "scales": scales}
+    got = outputs_and_grads(compiled, states, weights, structure, **arguments)
+    exact = in_dtype(weights, torch.float64)
+    truth = outputs_and_grads(side_network_reference, states, exact, structure, **arguments)
+    for x, y in zip(got, truth, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-5 * float(y.abs().max() + 1))
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float16, torch.bfloat16])
+def test_converts_every_bit_pattern(stored):
+    """Level 0 with μ = 1 and no bottleneck is the identity: the outputs are the converted states."""
+    bits = torch.arange(256 if stored == torch.float8_e4m3fn else 65536)
+    states = bits.to(torch.uint8 if stored == torch.float8_e4m3fn else torch.uint16).view(stored)
+    states = torch.where(states.float().isfinite(), states.float(), 0).to(stored).reshape(-1, 1, 16)
+    structure = SideNetworkStructure((16,), ((0,),), "none")
+    weights = in_dtype(make_weights(structure, 1, 1), torch.float32)
+    with torch.no_grad():
+        for group in weights:
+            for tensor in group:
+                tensor.zero_()
+        weights.gate[0].fill_(1e3)
+    scales = [torch.ones(states.shape[0], 1)]
+    (got,) = compiled([states], weights, structure, scales=scales)
+    assert torch.equal(got.detach(), states[:, 0].float())
+
+
+def test_strided_states_and_mixed_weight_dtypes():
+    structure, levels = STRUCTURES["backbone"], 3
+    weights = in_dtype(make_weights(structure, levels, 5), torch.float32)
+    states = [torch.randn(levels, 14, 40).transpose(0, 1)[::2, :, 1::2][:, :, :20] for _ in range(3)]
+    assert not any(s.is_contiguous() for s in states)
+    got = outputs_and_grads(compiled, states, weights, structure)
+    expected = outputs_and_grads(side_network_reference, states, weights, structure)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = side_network(states, weights, structure, backend="cpp")
+        grads = torch.autograd.grad([o.float().sum() for o in outputs], weights.flatten())
+    assert all(o.dtype == torch.bfloat16 for o in outputs)
+    assert all(g.dtype == torch.float32 for g in grads)
+
+
+@pytest.mark.parametrize("ids", [None, torch.empty(0, dtype=torch.int64)], ids=["no rows", "no ids"])
+def test_empty_batch(ids):
+    structure = STRUCTURES["pairs and crosses"]
+    weights = make_weights(structure, 2, 3)
+    states = make_states(structure, 0 if ids is None else 4, 2)
+    got = outputs_and_grads(compiled, states, weights, structure, ids=ids)
+    assert [tuple(o.shape) for o in got[:6]] == [(0, w) for w in structure.tower_widths]
+    assert all(not g.any() for g in got[6:])
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_bits_do_not_depend_on_threads(name):
+    structure = STRUCTURES[name]
+    weights = in_dtype(make_weights(structure, 3, 19), torch.float32)
+    states = [s.float() for s in make_states(structure, 700, 3)]
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(outputs_and_grads(compiled, states, weights, structure))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True))
+
+
+def test_works_in_a_forked_child_of_a_threaded_process():
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this platform")
+    script = """
+import os, torch
+from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights, side_network
+torch.set_num_threads(2)
+s = SideNetworkStructure((32,), ((0,),), "none")
+w = SideNetworkWeights([torch.randn(2, 4, 32)], [torch.zeros(2, 4)], [torch.randn(2, 32, 4)],
+                       [torch.zeros(2, 32)], [torch.zeros(2)])
+x = [torch.randn(500, 2, 32)]
+(expected,) = side_network(x, w, s, backend="cpp")
+pid = os.fork()
+(got,) = side_network(x, w, s, backend="cpp")
+same = torch.equal(got, expected)
+if pid == 0:
+    os._exit(0 if same else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and same
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
+
+
+def test_states_that_want_gradients_are_refused_with_the_reason():
+    structure = STRUCTURES["backbone"]
+    weights = make_weights(structure, 2, 3)
+    states = [s.requires_grad_() for s in make_states(structure, 4, 2)]
+    with pytest.raises(_dispatch.BackendUnavailable, match="states get no gradient"):
+        compiled(states, weights, structure)
+
+
+def _call(**changed):
+    structure = STRUCTURES["unequal widths"]
+    weights = [w.detach() for w in make_weights(structure, 2, 3).flatten()]
+    arguments = {
+        "states": make_states(structure, 4, 2),
+        "scales": [],
+        "ids": None,
+        "present": None,
+        "weights": weights,
+        "widths": [20, 33, 20],
+        "sources": [0, -1, 1, -1, 2, -1],
+        "cross": "backbone",
+        "activation": "gelu",
+        "temperature": 0.1,
+        "dtype": torch.float64,
+    }
+    arguments.update({k: v(arguments[k]) if callable(v) else v for k, v in changed.items()})
+    _build.load("cpu")
+    return torch.ops.crossan_fast_cpp.side_network(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ids": torch.tensor([0, 4])}, r"ids: expected ids in \[0, 4\), got 4 at place 1"),
+        ({"ids": torch.tensor([-1])}, "got -1 at place 0"),
+        ({"ids": torch.tensor([[1]])}, "ids: expected one dimension"),
+        ({"ids": torch.tensor([1], dtype=torch.int16)}, "ids: expected dtype"),
+        ({"present": torch.ones(3, 3, dtype=torch.bool)}, r"present: expected shape \[4, 3\]"),
+        ({"present": torch.ones(4, 3)}, "present: expected dtype"),
+        ({"states": lambda s: s[:2]}, "states: expected 3 tensors, got 2"),
+        ({"states": lambda s: [s[0], s[1][:3], s[2]]}, r"states\[1\]: expected shape"),
+        ({"states": lambda s: [s[0], s[1], s[2].int()]}, r"states\[2\]: expected dtype"),
+        ({"scales": [torch.ones(4, 2)]}, "scales: expected 3 tensors"),
+        ({"scales": [torch.ones(4, 1)] * 3}, r"scales\[0\]: expected shape"),
+        ({"weights": lambda w: w[:-1]}, "weights"),
+        ({"weights": lambda w: [*w, w[0]]}, "weights: expected"),
+        ({"weights": lambda w: [w[0], w[1][:, :2], *w[2:]]}, r"weights\[1\]: expected shape"),
+        ({"weights": lambda w: [w[0].to("meta"), *w[1:]]}, "Meta"),
+        ({"widths": [20, 33, 21]}, "expected shape"),
+        ({"widths": []}, "widths"),
+        ({"sources": [0, -1, 1, -1]}, "sources"),
+        ({"sources": [0, -1, 1, -1, 2, 7]}, "sources: tower 2"),
+        ({"sources": [0, -1, 1, -1, 2, -1, 5, 0]}, "sources: tower 3"),
+        ({"cross": "sideways"}, "cross: got 'sideways'"),
+        ({"activation": "silu"}, "activation: got 'silu'"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"dtype": torch.int32}, "dtype"),
+    ],
+)
+def test_bad_arguments_raise_with_the_argument_named(changed, message):
+    with pytest.raises((ValueError, TypeError, IndexError, RuntimeError, NotImplementedError), match=message):
+        _call(**changed)

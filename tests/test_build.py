@@ -1,0 +1,152 @@
+"""The build on first use: what it keys on, what it says, and what happens where it can't."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from crossan_fast import _build
+
+SOURCE = """
+#include <torch/library.h>
+TORCH_LIBRARY(crossan_fast_probe, library) { library.def("answer() -> int", [] { return int64_t(42); }); }
+"""
+NO_COMPILER = _build.PARTS["cpu"].missing()
+needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=f"cannot build: {NO_COMPILER}")
+
+
+@pytest.fixture
+def probe(tmp_path, monkeypatch):
+    """A part of one small file, built below the test's own folder."""
+    csrc = tmp_path / "csrc"
+    (csrc / "probe").mkdir(parents=True)
+    (csrc / "probe" / "probe.cpp").write_text(SOURCE)
+    (csrc / "shared.h").write_text("#pragma once\n")
+    monkeypatch.setattr(_build, "CSRC", csrc)
+    monkeypatch.setenv("CROSSAN_FAST_BUILD_DIR", str(tmp_path / "built"))
+    part = _build.Part("probe", ("probe",), lambda: ["-O0"], missing=_build.PARTS["cpu"].missing)
+    monkeypatch.setitem(_build.PARTS, "probe", part)
+    _build.load.cache_clear()
+    _build.problem.cache_clear()
+    yield part
+    _build.load.cache_clear()
+    _build.problem.cache_clear()
+
+
+def test_key_changes_with_everything_the_library_depends_on(probe, monkeypatch):
+    keys = [_build.build_key(probe)]
+    assert _build.build_key(probe) == keys[0]
+    (_build.CSRC / "probe" / "probe.cpp").write_text(SOURCE + "// changed\n")
+    keys.append(_build.build_key(probe))
+    (_build.CSRC / "shared.h").write_text("#pragma once\n// changed\n")
+    keys.append(_build.build_key(probe))
+    keys.append(_build.build_key(replace(probe, cxx_flags=lambda: ["-O1"])))
+    monkeypatch.setattr(_build, "cpu_flags", lambda: ["other"])
+    keys.append(_build.build_key(probe))
+    monkeypatch.setattr(_build.torch, "__version__", "0.0")
+    keys.append(_build.build_key(probe))
+    monkeypatch.setattr(_build, "compiler_version", lambda: "another compiler")
+    keys.append(_build.build_key(probe))
+    assert len(set(keys)) == len(keys)
+
+
+@needs_compiler
+def test_builds_once_says_so_and_clears_a_stale_lock(probe, capsys):
+    folder = _build.build_folder(probe)
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()  # left by an interrupted build; torch would wait for it for ever
+    assert _build.built("probe") is None
+    info = _build.load("probe")
+    said = capsys.readouterr().err
+    assert "removing" in said and "lock" in said
+    assert "building the probe kernels (1 files" in said and "kept in" in said
+    assert _build.torch.ops.crossan_fast_probe.answer() == 42
+    assert Path(info.library).parent == folder and info.seconds > 0
+    assert _build.built("probe") == info
+    _build.load.cache_clear()
+    assert _build.load("probe") == info
+    assert capsys.readouterr().err == ""
+
+
+@needs_compiler
+def test_a_failure_is_a_reason_that_is_kept(probe, capsys):
+    (_build.CSRC / "probe" / "probe.cpp").write_text("this is no C++\n")
+    reason = _build.problem("probe")
+    assert reason is not None and "do not compile" in reason and "error" in reason
+    assert "failed" in capsys.readouterr().err
+    _build.problem.cache_clear()
+    again = _build.problem("probe")
+    assert again is not None and "remove it to try again" in again
+    assert "building" not in capsys.readouterr().err
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_parallel_first_uses_wait_for_one_build(tmp_path):
+    script = f"""
+import sys
+from pathlib import Path
+from crossan_fast import _build
+_build.CSRC = Path({str(tmp_path)!r}) / "csrc"
+_build.PARTS["probe"] = _build.Part("probe", ("probe",), lambda: ["-O0"])
+_build.load("probe")
+assert _build.torch.ops.crossan_fast_probe.answer() == 42
+"""
+    (tmp_path / "csrc" / "probe").mkdir(parents=True)
+    (tmp_path / "csrc" / "probe" / "probe.cpp").write_text(SOURCE)
+    environment = {**os.environ, "CROSSAN_FAST_BUILD_DIR": str(tmp_path / "built")}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert sum("building" in text for text in said) == 1, said
+    assert all("building" in text or "waiting for process" in text or not text for text in said), said
+
+
+def test_without_a_compiler_the_reason_names_it(probe, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _build.compiler_version.cache_clear()
+    try:
+        assert "no-such-compiler" in (_build.problem("probe") or "")
+    finally:
+        monkeypatch.undo()
+        _build.compiler_version.cache_clear()
+
+
+def test_an_unwritable_folder_is_a_reason(probe, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CROSSAN_FAST_BUILD_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(_build, "compiler_version", lambda: "some compiler")
+    monkeypatch.setitem(_build.PARTS, "probe", replace(probe, missing=lambda: None))
+    assert "CROSSAN_FAST_BUILD_DIR" in (_build.problem("probe") or "")
+
+
+def test_a_library_for_another_torch_or_cpu_is_passed_over(tmp_path, monkeypatch):
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    (folder / "ops.so").touch()
+    stamp = {
+        "part": "cpu",
+        "library": "ops.so",
+        "torch": "1.0",
+        "compiler": "c++",
+        "instruction_set": "x86_64",
+        "flags": [],
+        "seconds": 1.0,
+        "ahead_of_time": True,
+    }
+    monkeypatch.setattr(_build, "AHEAD_OF_TIME", tmp_path)
+    (folder / "stamp.json").write_text(json.dumps(stamp))
+    info = _build.ahead_of_time("cpu")
+    assert info is not None and "built for torch 1.0" in (_build._misfit(info) or "")
+    info = replace(info, torch=_build.torch.__version__, instruction_set="warp_drive")
+    assert "this CPU lacks warp_drive" in (_build._misfit(info) or "")
+    assert _build._misfit(replace(info, instruction_set="")) is None
