@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from crossan_fast.data.shop import CLIP_FRAMES, IMAGE_SIZE, SOUND_FRAMES, SOUND_
 WIDTH, LAYERS, PATCH = 64, 4, 8
 
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
@@ -40,7 +41,7 @@ def save_tiny_encoders(folder: Path, titles: Iterable[str], seed: int) -> dict[s
     vocabulary = [*_SPECIAL, *words]
     (paths["text"] / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     tf.BertTokenizerFast(str(paths["text"] / "vocab.txt"), model_max_length=64).save_pretrained(paths["text"])
-    pixels = {"image_size": IMAGE_SIZE, "patch_size": PATCH}
+    pixels: dict[str, Any] = {"image_size": IMAGE_SIZE, "patch_size": PATCH}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         models = {
