@@ -2,27 +2,6 @@
 #include "bindings.h"
 
 namespace crossan::binding {
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> deduplicate(const Tensor& item_ids, int64_t capacity) {
-  check_ids("item_ids", item_ids);
-  TORCH_CHECK_VALUE(capacity >= 1, "capacity: expected at least 1, got ", capacity);
-  TORCH_CHECK_VALUE(item_ids.numel() < (1 << 24), "item_ids: expected fewer than 2^24 places, got ",
-                    item_ids.numel());
-  DeviceGuard guard(item_ids.device());
-  Tensor places = item_ids.contiguous();
-  auto options = places.options().dtype(at::kLong);
-  Tensor ids = at::empty({capacity}, options), slots = at::empty(places.sizes(), options);
-  Tensor counts = at::empty({capacity}, options);
-  auto bytes = static_cast<int64_t>(crossan_deduplicate_workspace(places.numel(), capacity));
-  Tensor workspace = at::empty({bytes}, options.dtype(at::kByte));
-  check_code(crossan_deduplicate(places.const_data_ptr(), is_wide(places), places.numel(), capacity,
-                                 ids.mutable_data_ptr<int64_t>(), slots.mutable_data_ptr<int64_t>(),
-                                 counts.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
-                                 current_stream(places)),
-             "deduplicate");
-  return {ids, slots, counts};
-}
 
 Tensor gather_convert(const Tensor& states, const OptionalTensor& scales, const OptionalTensor& ids,
                       at::ScalarType dtype) {
@@ -59,6 +38,28 @@ Tensor gather_convert(const Tensor& states, const OptionalTensor& scales, const 
                                     output_kind, current_stream(output)),
              "gather_convert");
   return output;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> deduplicate(const Tensor& item_ids, int64_t capacity) {
+  check_ids("item_ids", item_ids);
+  TORCH_CHECK_VALUE(capacity >= 1, "capacity: expected at least 1, got ", capacity);
+  TORCH_CHECK_VALUE(item_ids.numel() < (1 << 24), "item_ids: expected fewer than 2^24 places, got ",
+                    item_ids.numel());
+  DeviceGuard guard(item_ids.device());
+  Tensor places = item_ids.contiguous();
+  auto options = places.options().dtype(at::kLong);
+  Tensor ids = at::empty({capacity}, options), slots = at::empty(places.sizes(), options);
+  Tensor counts = at::empty({capacity}, options);
+  auto bytes = static_cast<int64_t>(crossan_deduplicate_workspace(places.numel(), capacity));
+  Tensor workspace = at::empty({bytes}, options.dtype(at::kByte));
+  check_code(crossan_deduplicate(places.const_data_ptr(), is_wide(places), places.numel(), capacity,
+                                 ids.mutable_data_ptr<int64_t>(), slots.mutable_data_ptr<int64_t>(),
+                                 counts.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
+                                 current_stream(places)),
+             "deduplicate");
+  return {ids, slots, counts};
 }
 
 void check_routing(const Tensor& logits, const OptionalTensor& present, const OptionalTensor& counts) {

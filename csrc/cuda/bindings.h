@@ -15,6 +15,7 @@
 #endif
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 

@@ -6,6 +6,7 @@ extern "C" const char* crossan_error(int code) {
     case kCrossanBadSize: return "a size is out of range";
     case kCrossanBadKind: return "an element type is not supported here";
     case kCrossanTooLarge: return "more elements than the kernel can address";
+    case kCrossanBadPath: return "the path that was asked for needs another GPU";
     default: return crossan::launch_error(code);
   }
 }

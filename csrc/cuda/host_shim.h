@@ -50,6 +50,12 @@ struct Meeting {
 
 struct Block;
 
+// A warpgroup's matrix product that was issued and not yet waited for.
+struct Product {
+  float* acc;
+  uint64_t a, b;
+};
+
 struct Fiber {
   ucontext_t context;
   Block* block = nullptr;
@@ -58,13 +64,15 @@ struct Fiber {
   const unsigned* wait_word = nullptr;  // asleep while *wait_word == wait_value
   unsigned wait_value = 0;
   std::vector<std::vector<Copy>> copy_groups = std::vector<std::vector<Copy>>(1);
+  std::vector<Product> products;
+  void (*run_products)(std::vector<void*>&) = nullptr;
 };
 
 struct Block {
   unsigned index = 0, rank = 0;
   unsigned char* shared = nullptr;
   std::vector<Meeting> warps;
-  Meeting named[16];
+  Meeting named[16], warpgroups[8];
 };
 
 constexpr size_t kCanary = 4096, kStack = 128 * 1024, kMaxShared = 227 * 1024;

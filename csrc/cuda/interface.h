@@ -13,7 +13,7 @@ extern "C" {
 const char* crossan_error(int code);
 
 // Codes from here on are this library's; those below are cudaError_t.
-enum { kCrossanBadSize = 100001, kCrossanBadKind = 100002, kCrossanTooLarge = 100003 };
+enum { kCrossanBadSize = 100001, kCrossanBadKind = 100002, kCrossanTooLarge = 100003, kCrossanBadPath = 100004 };
 
 // The architecture (10 · major + minor) of the current device.
 int crossan_architecture();
@@ -42,5 +42,42 @@ int crossan_routing_forward(const float* logits, const uint8_t* present, const f
 int crossan_routing_backward(const float* grad_share, const float* grad_mean, const float* probability,
                              const float* share, const float* weights, const float* total, int64_t count,
                              int experts, float* grad_logits, void* stream);
+
+// side_network: see crossan_fast/ops/side_network.py. Widths must be multiples of 64 and equal among a tower's
+// sources, rank a multiple of 8 up to 64, at most 8 levels and 4 sources a tower; states float16, bfloat16,
+// float8_e4m3fn or int8. Weights are `weight_kind`, everything else of kind `compute_kind` (float16 or bfloat16).
+enum { kCrossanMaxModalities = 8, kCrossanMaxTowers = 16, kCrossanMaxSources = 4, kCrossanMaxLevels = 8 };
+enum { kCrossanPathAuto = 0, kCrossanPathMma = 1, kCrossanPathHopper = 2 };
+
+struct CrossanSideNetwork {
+  int64_t items, rows;
+  const void* ids;         // [items] or null
+  const uint8_t* present;  // [items, modalities] bool or null
+  int wide, modalities, towers, levels, rank;
+  int relu;                // 0: gelu
+  int compute_kind, weight_kind, path;
+  float temperature;
+  const void* states[kCrossanMaxModalities];   // [rows, levels, width]
+  const float* scales[kCrossanMaxModalities];  // [rows, levels] or null
+  int state_kinds[kCrossanMaxModalities], widths[kCrossanMaxModalities];
+  // A modality's tower: itself, then the modalities that it receives from. A pair's tower: the two.
+  int sources[kCrossanMaxTowers][kCrossanMaxSources], source_counts[kCrossanMaxTowers];
+  int is_pair[kCrossanMaxTowers];
+  const void *down_weight[kCrossanMaxTowers], *down_bias[kCrossanMaxTowers], *up_weight[kCrossanMaxTowers],
+      *up_bias[kCrossanMaxTowers], *gate[kCrossanMaxTowers];
+  const void* cross_gate[kCrossanMaxTowers][kCrossanMaxSources - 1];
+  void* saved[kCrossanMaxTowers];               // [items, levels, rank]
+  void* outputs[kCrossanMaxTowers];             // forward: [items, width]
+  const void* grad_outputs[kCrossanMaxTowers];  // backward: [items, width]
+  // backward: of `weight_kind`, shaped as the weights
+  void *grad_down_weight[kCrossanMaxTowers], *grad_down_bias[kCrossanMaxTowers],
+      *grad_up_weight[kCrossanMaxTowers], *grad_up_bias[kCrossanMaxTowers], *grad_gate[kCrossanMaxTowers];
+  void* grad_cross_gate[kCrossanMaxTowers][kCrossanMaxSources - 1];
+};
+
+// Bytes of scratch, 1,024-aligned, for one call in one direction.
+size_t crossan_side_network_workspace(const struct CrossanSideNetwork* network, int backward);
+int crossan_side_network_forward(const struct CrossanSideNetwork* network, void* workspace, void* stream);
+int crossan_side_network_backward(const struct CrossanSideNetwork* network, void* workspace, void* stream);
 
 }  // extern "C"

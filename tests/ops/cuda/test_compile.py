@@ -1,0 +1,86 @@
+"""nvcc compiles every kernel for every target without spills; Hopper's path holds its instructions."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SOURCES = sorted((Path(__file__).parents[3] / "csrc" / "cuda").glob("*.cu"))
+NVCC = shutil.which("nvcc") or next(
+    (str(p) for p in [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")] if p.exists()),
+    None,
+)
+TARGETS = ("80", "90a")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH, nor under CUDA_HOME or /usr/local/cuda"),
+]
+
+
+@functools.cache
+def _compile(folder: Path) -> dict[tuple[str, str], tuple[int, str]]:
+    """Return code and messages of nvcc by source and target; cubins are left in `folder`."""
+
+    def run(job: tuple[Path, str]) -> tuple[tuple[str, str], tuple[int, str]]:
+        source, target = job
+        architecture = f"arch=compute_{target},code=sm_{target}"
+        done = subprocess.run(
+            [
+                NVCC,
+                "-std=c++17",
+                "-cubin",
+                "-gencode",
+                architecture,
+                "-Xptxas",
+                "-v",
+                str(source),
+                "-Werror",
+                "all-warnings",
+                "-o",
+                str(folder / f"{source.stem}.{target}.cubin"),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        return (source.stem, target), (done.returncode, done.stdout + done.stderr)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(run, [(source, target) for source in SOURCES for target in TARGETS]))
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
+def test_compiles_without_spills(cubins, source, target):
+    code, messages = _compile(cubins)[source.stem, target]
+    assert code == 0, messages[-4000:]
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", messages)
+    assert spills if "global" in source.read_text() else not spills
+    assert not any(map(int, spills)), messages[-4000:]
+    # E.g. wgmma that the compiler had to wait for one by one.
+    assert "Performance Loss" not in messages, messages[-4000:]
+
+
+def test_hopper_path_uses_hopper_instructions(cubins):
+    knobs = pytest.importorskip("triton").knobs
+    cuobjdump = shutil.which("cuobjdump") or knobs.nvidia.cuobjdump.path
+    _compile(cubins)
+    cubin = cubins / "side_network_hopper.90a.cubin"
+    listing = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    kernels = [k for k in listing.stdout.split("Function : ") if "hopper_kernel" in k.splitlines()[0]]
+    assert len(kernels) == 8  # bf16 and fp16, forward and backward, one and two groups
+    for kernel in kernels:
+        for instruction in ("HGMMA.64x32x16.F32", "UBLKCP", ".MULTICAST", "STSM.16.MT88.4", "SYNCS"):
+            assert instruction in kernel, f"{instruction} is missing"
+        # Registers never spill to, or index, local memory.
+        assert "LDL" not in kernel and "STL" not in kernel
