@@ -101,6 +101,8 @@ def record(variant: str, folder: RunFolder) -> None:
     for line in folder.log.read_text().splitlines():
         entry = json.loads(line)
         seconds += entry["train_seconds"]
+        if "validation" not in entry:
+            continue
         rows.append(
             {
                 "variant": variant,

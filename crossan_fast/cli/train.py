@@ -7,8 +7,7 @@ import dataclasses
 
 _DESCRIPTION = """\
 Train a model as a YAML file says; any field of it can be overridden, nested ones with dots. The run's
-folder gets the resolved config, a log, checkpoints and results; crossan_fast.training.TrainConfig describes
-the fields.
+folder gets the resolved config, a log, checkpoints and results.
 """
 
 _EXAMPLE = """\
@@ -24,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "train",
         help="train a model as a YAML file says",
         description=_DESCRIPTION,
-        epilog=_EXAMPLE,
+        epilog=_EXAMPLE + _fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file")
@@ -33,6 +32,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--resume", action="store_true", help="go on behind the last epoch in the run's folder"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _fields() -> str:
+    """Every field with its default, for the help."""
+    from crossan_fast.config import CrossanConfig, Modality
+    from crossan_fast.training.config import TrainConfig, flatten
+
+    values = TrainConfig(cache="(required)", users="(required)", run="(required)").to_dict()
+    values["model"] = CrossanConfig((Modality("unused", 1, 1),)).to_dict()
+    del values["model"]["modalities"]
+    lines = [f"  {key}={'null' if value is None else value}" for key, value in flatten(values)]
+    return "\nfields and defaults (see TrainConfig and CrossanConfig):\n" + "\n".join(lines)
 
 
 def run(args: argparse.Namespace) -> int:

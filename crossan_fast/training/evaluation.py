@@ -98,7 +98,7 @@ def evaluate(
     if part == "validation":
         inputs, targets, history = split.validation_input, split.validation_target, split.history_validation
     total = cache.num_items if candidates is None else candidates.numel()
-    _check_cutoffs(k, total)
+    check_cutoffs(k, total)
     items = model.encode_catalogue(cache)
     _refuse_nonfinite(items, cache)
     training = model.training
@@ -197,7 +197,8 @@ def metrics_of(ranks: Tensor, k: Sequence[int]) -> dict[str, float]:
     return metrics
 
 
-def _check_cutoffs(k: Sequence[int], candidates: int) -> None:
+def check_cutoffs(k: Sequence[int], candidates: int) -> None:
+    """Raise ValueError unless each of `k` is below the number of candidates."""
     for cutoff in k:
         if not 1 <= cutoff < candidates:
             raise ValueError(

@@ -14,7 +14,7 @@ from crossan_fast.model import CrossanModel
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.config import TrainConfig, flatten
-from crossan_fast.training.evaluation import Part, Result, evaluate
+from crossan_fast.training.evaluation import Part, Result, check_cutoffs, evaluate
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import TrainStep
@@ -47,6 +47,9 @@ class Trainer:
         self.task = task if task is not None else open_task(config)
         self.folder = RunFolder(config.run)
         self.device = self.task.device
+        candidates = self.task.candidates(config)
+        total = self.task.cache.num_items if candidates is None else candidates.numel()
+        check_cutoffs(config.evaluation.k, total)  # now, not after the first epoch
         torch.manual_seed(config.seed)
         model = CrossanModel(config.crossan_config(self.task.cache), backend=config.backend)
         self.model = model.to(self.device)

@@ -74,6 +74,14 @@ def test_each_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"crossan-fast {name}" in capsys.readouterr().out
 
 
+def test_the_help_of_train_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    for field in ("cache=(required)", "optimizer.learning_rate=0.001", "model.dropout=0.1", "patience=5"):
+        assert f"  {field}\n" in printed
+
+
 def test_a_command_imports_no_other(tmp_path: Path) -> None:
     script = (
         "import sys; from crossan_fast.cli import main; code = main(['train', 'absent.yaml']);"

@@ -183,6 +183,12 @@ def test_a_step_reads_nothing_back(config: TrainConfig) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
+def test_cut_offs_are_checked_before_training(values: dict[str, Any], sizes: Any) -> None:
+    with pytest.raises(ValueError, match=f"k: expected 1 to {sizes.items - 1}, .* got {sizes.items}"):
+        Trainer(with_values(values, evaluation={"k": [sizes.items]}))
+    assert not RunFolder(values["run"]).path.exists()
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,4 +297,4 @@ def test_wrong_data_is_named(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 interactions with 1 items that the items file lacks"):
         Trainer(with_values(values, users=str(users), strict=True))
     with pytest.warns(UserWarning, match="'unheard_of'; dropped"):
-        Trainer(with_values(values, users=str(users)))
+        Trainer(with_values(values, users=str(users), evaluation={"candidates": "all"}))
