@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from crossan_fast.kernels import _streaming_softmax as kernels
+from crossan_fast.kernels._blocks import cdiv, on_device, split
 from crossan_fast.kernels._common import device_class, dot_precision, launch, power_of_two
-from crossan_fast.kernels._launch import cdiv, on_device, split
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Rows per program of the cheap per-row kernels, and programs that count rows.
 _ROWS, _COUNTERS = 1024, 32

@@ -23,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossan_fast.kernels._blocks import load_block
 from crossan_fast.kernels._common import dot
 
 # Not −inf: 0 · −inf in the membership product is NaN. Exact as "no weight": exp(−1e30 − finite) is 0.
@@ -43,14 +44,6 @@ def row_targets(slots, row, rows, places, IN_BATCH: tl.constexpr):
         return target, (now != 0) & (target != 0)
     target = tl.load(slots + row, mask=inside, other=0)
     return target, target != 0
-
-
-@triton.jit
-def load_block(matrix, index, size, width, BLOCK_D: tl.constexpr):
-    """Rows `index` of a contiguous matrix, `[index, BLOCK_D]`; int64 offsets, as 2^20 · d may pass 2^31."""
-    column = tl.arange(0, BLOCK_D)
-    offset = index.to(tl.int64)[:, None] * width + column[None, :]
-    return tl.load(matrix + offset, mask=(index < size)[:, None] & (column < width)[None, :], other=0.0)
 
 
 @triton.jit

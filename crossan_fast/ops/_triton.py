@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crossan_fast.kernels import _common, full_loss, in_batch_loss
+from crossan_fast.kernels import _common, full_loss, in_batch_loss, rank_of_target, topk_scores
 from crossan_fast.ops._dispatch import Implementation, Request, register
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,3 +29,5 @@ def _register(op: str, module: Any, refuses: Callable[[Request], str | None] = _
 
 _register("in_batch_loss", in_batch_loss)
 _register("full_loss", full_loss)
+_register("topk_scores", topk_scores)
+_register("rank_of_target", rank_of_target)

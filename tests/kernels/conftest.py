@@ -10,6 +10,12 @@ import pytest
 import torch
 
 
+@pytest.fixture
+def device():
+    """Where kernels run: the CPU by interpreter, or with TRITON_INTERPRET=0 in the environment a GPU."""
+    return torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Fresh memory holds NaN (the largest value in integers), so that an element nobody wrote shows."""

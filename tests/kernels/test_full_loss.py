@@ -11,6 +11,9 @@ from crossan_fast.kernels import full_loss
 from crossan_fast.ops.full_loss import full_loss as full_loss_op
 from crossan_fast.ops.full_loss import full_loss_reference
 
+# The interpreter computes on the CPU; where there is a GPU, the very same tests run there.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def make(rows, width, items, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -27,9 +30,15 @@ def reference(users, items, targets, dtype):
     return loss.detach(), *torch.autograd.grad(loss, (users, items), -1.3 * torch.ones_like(loss))
 
 
+def forward(*inputs):
+    return [out.cpu() for out in full_loss.forward(*(t.to(DEVICE) for t in inputs))]
+
+
 def kernel(*inputs):
+    inputs = [t.to(DEVICE) for t in inputs]
     loss, lse = full_loss.forward(*inputs)
-    return loss, *full_loss.backward(torch.tensor(-1.3), lse, *inputs)
+    gradients = full_loss.backward(torch.tensor(-1.3, device=DEVICE), lse, *inputs)
+    return [out.cpu() for out in (loss, *gradients)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -56,7 +65,7 @@ def test_matches_float64(shape, dtype, judge):
 
 def test_log_sum_exp_of_rows_with_and_without_a_target():
     users, items, targets = make(30, 16, 90, torch.float32)
-    _, lse = full_loss.forward(users, items, targets)
+    _, lse = forward(users, items, targets)
     truth = torch.logsumexp(users.double() @ items[1:].double().T, dim=1)
     torch.testing.assert_close(lse.double()[targets != 0], truth[targets != 0], rtol=1e-6, atol=1e-6)
     assert (lse[targets == 0] == float("inf")).all()
@@ -98,12 +107,12 @@ def test_strides_do_not_matter_and_runs_repeat_bit_for_bit():
 
 
 def test_registered_op_passes_opcheck_and_compiles_with_dynamic_sizes():
-    users, items, targets = make(7, 8, 20, torch.float32)
+    users, items, targets = (t.to(DEVICE) for t in make(7, 8, 20, torch.float32))
     inputs = users.requires_grad_(), items.requires_grad_(), targets
     torch.library.opcheck(torch.ops.crossan_fast.full_loss.default, (*inputs, "triton"))
 
     op = functools.partial(full_loss_op, backend="triton")
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 9):
-        inputs = make(rows, 8, 20, torch.float32)
+        inputs = [t.to(DEVICE) for t in make(rows, 8, 20, torch.float32)]
         torch.testing.assert_close(compiled(*inputs), full_loss_reference(*inputs))

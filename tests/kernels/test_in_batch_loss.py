@@ -12,6 +12,8 @@ from crossan_fast.ops.deduplicate import deduplicate_reference
 from crossan_fast.ops.in_batch_loss import in_batch_loss as in_batch_loss_op
 from crossan_fast.ops.in_batch_loss import in_batch_loss_reference
 
+# The interpreter computes on the CPU; where there is a GPU, the very same tests run there.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -36,9 +38,15 @@ def reference(users, items, *rest, dtype):
     return loss.detach(), *torch.autograd.grad(loss, (users, items), 0.7 * torch.ones_like(loss))
 
 
+def forward(*inputs):
+    return [out.cpu() for out in in_batch_loss.forward(*(t.to(DEVICE) for t in inputs))]
+
+
 def kernel(*inputs):
+    inputs = [t.to(DEVICE) for t in inputs]
     loss, lse = in_batch_loss.forward(*inputs)
-    return loss, *in_batch_loss.backward(torch.tensor(0.7), lse, *inputs)
+    gradients = in_batch_loss.backward(torch.tensor(0.7, device=DEVICE), lse, *inputs)
+    return [out.cpu() for out in (loss, *gradients)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,7 +74,7 @@ def test_matches_float64(shape, dtype, judge):
 
 def test_log_sum_exp_is_infinite_exactly_where_a_row_has_no_target():
     inputs = make(6, 5, 16, 30, torch.float32)
-    _, lse = in_batch_loss.forward(*inputs)
+    _, lse = forward(*inputs)
     slots = inputs[2]
     torch.testing.assert_close(lse == float("inf"), (slots[:, :-1] == 0) | (slots[:, 1:] == 0))
 
@@ -92,7 +100,7 @@ def test_two_users_by_hand():
     s = users.double().reshape(2, 1) * items.double().reshape(1, 4) - log_popularity.double()
     first = -s[0, 2] + torch.log(s[0, 2].exp() + 2 * s[0, 3].exp())
     second = -s[1, 3] + torch.log(s[1, 3].exp() + s[1, 1].exp() + s[1, 2].exp())
-    loss, _ = in_batch_loss.forward(users, items, slots, counts, log_popularity)
+    loss, _ = forward(users, items, slots, counts, log_popularity)
     torch.testing.assert_close(loss.double(), (first + second) / 2, rtol=1e-6, atol=0)
 
 
@@ -137,19 +145,19 @@ def test_strides_do_not_matter_and_runs_repeat_bit_for_bit():
 
 def test_registered_op_passes_opcheck_and_compiles_with_dynamic_sizes():
     op = torch.ops.crossan_fast.in_batch_loss.default
-    users, items, *rest = make(4, 3, 8, 20, torch.float32)
+    users, items, *rest = (t.to(DEVICE) for t in make(4, 3, 8, 20, torch.float32))
     torch.library.opcheck(op, (users.requires_grad_(), items.requires_grad_(), *rest, "triton"))
 
     op = functools.partial(in_batch_loss_op, backend="triton")
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (3, 5):
-        inputs = make(batch, 3, 8, 20, torch.float32)
+        inputs = [t.to(DEVICE) for t in make(batch, 3, 8, 20, torch.float32)]
         torch.testing.assert_close(compiled(*inputs), in_batch_loss_reference(*inputs))
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_either_gradient_alone(wanted):
-    inputs = list(make(4, 3, 8, 20, torch.float32))
+    inputs = [t.to(DEVICE) for t in make(4, 3, 8, 20, torch.float32)]
     inputs[wanted].requires_grad_()
     gradients = [
         torch.autograd.grad(loss, inputs[wanted])[0]

@@ -1,15 +1,25 @@
-"""What the host functions share: device guard, block sizes, how far a loop is split over programs."""
+"""Blocks of rows: how a kernel loads one, and over how many programs a walk over many is split."""
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # Programs that fill a large GPU about twice over (an H100 has 132 multiprocessors). A constant rather than a
 # device query: a loop is split the same way, and so rounds the same way, on every card.
 PROGRAMS = 264
+
+
+@triton.jit
+def load_block(matrix, index, size, width, BLOCK_D: tl.constexpr):
+    """Rows `index` of a contiguous matrix, `[index, BLOCK_D]`; int64 offsets, as 2^20 · d may pass 2^31."""
+    column = tl.arange(0, BLOCK_D)
+    offset = index.to(tl.int64)[:, None] * width + column[None, :]
+    return tl.load(matrix + offset, mask=(index < size)[:, None] & (column < width)[None, :], other=0.0)
 
 
 def cdiv(a: int, b: int) -> int:
