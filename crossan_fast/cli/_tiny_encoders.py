@@ -40,7 +40,8 @@ def save_tiny_encoders(folder: Path, titles: Iterable[str], seed: int) -> dict[s
     words = sorted({word for title in titles for word in title.lower().split()})
     vocabulary = [*_SPECIAL, *words]
     (paths["text"] / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    tf.BertTokenizerFast(str(paths["text"] / "vocab.txt"), model_max_length=64).save_pretrained(paths["text"])
+    tokenizer = tf.BertTokenizerFast(str(paths["text"] / "vocab.txt"), model_max_length=64)  # type: ignore[attr-defined]
+    tokenizer.save_pretrained(paths["text"])
     pixels: dict[str, Any] = {"image_size": IMAGE_SIZE, "patch_size": PATCH}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
