@@ -132,7 +132,46 @@ def _no_compiler() -> str | None:
     return None
 
 
-PARTS: dict[str, Part] = {"cpu": Part("cpu", ("cpu",), cpu_cxx_flags, missing=_no_compiler)}
+def cuda_home() -> Path | None:
+    """The toolkit's folder, found as torch's extensions find it: CUDA_HOME, then nvcc on PATH."""
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    return Path(home) if home and (Path(home) / "bin" / "nvcc").exists() else None
+
+
+def cuda_architectures() -> list[str]:
+    """What nvcc compiles for: the GPUs that are here, else A100 and Hopper.
+
+    `CROSSAN_FAST_CUDA_ARCH` names others, e.g. `80;90a` for a wheel. Hopper is `90a`: wgmma exists nowhere
+    else.
+    """
+    if named := os.environ.get("CROSSAN_FAST_CUDA_ARCH"):
+        return named.replace(".", "").split(";")
+    if not torch.cuda.is_available():
+        return ["80", "90a"]
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ["90a" if c == (9, 0) else f"{c[0]}{c[1]}" for c in sorted(capabilities)]
+
+
+def cuda_nvcc_flags() -> list[str]:
+    return ["-O3", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_architectures())]
+
+
+def _no_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if reason := _no_compiler():
+        return reason
+    if cuda_home() is None:
+        return f"nvcc is missing (install the CUDA {torch.version.cuda} toolkit or set CUDA_HOME)"
+    return None
+
+
+PARTS: dict[str, Part] = {
+    "cpu": Part("cpu", ("cpu",), cpu_cxx_flags, missing=_no_compiler),
+    "cuda": Part("cuda", ("cuda",), lambda: ["-O2"], cuda_nvcc_flags, missing=_no_cuda),
+}
 
 
 def build_root() -> Path:

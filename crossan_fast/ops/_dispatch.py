@@ -36,7 +36,7 @@ _ORDER = {"cpu": ("cpp", "eager"), "cuda": ("triton", "cuda", "eager")}
 # Registration modules; imported when a backend is first asked for, and free of side effects until then.
 _MODULES = {
     "cpp": "crossan_fast.ops._compiled",
-    "cuda": "crossan_fast.ops._compiled",
+    "cuda": "crossan_fast.ops._cuda",
     "triton": "crossan_fast.ops._triton",
 }
 
@@ -74,11 +74,13 @@ class Implementation:
         forward: see the op's file for arguments.
         backward: likewise; None for ops without a gradient.
         refuses: why the backend can't serve a request, or None where it can.
+        not_by_default: why `auto` passes it over although it can, or None.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     refuses: Callable[[Request], str | None] = lambda request: None
+    not_by_default: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,12 @@ def has_kernel(op: str, backend: str) -> bool:
     return _load(backend) is not None or (op, backend) in _table
 
 
+def _passed_over(request: Request, backend: str) -> str | None:
+    if backend == "eager" or _load(backend) or (request.op, backend) not in _table:
+        return None  # for refusal() to put into words
+    return _table[request.op, backend].not_by_default
+
+
 @torch.compiler.assume_constant_result
 def choose(
     op: str, device: str, dtype: torch.dtype, features: tuple[str, ...] = (), backend: str = "auto"
@@ -179,7 +187,7 @@ def _choose(request: Request, wanted: str) -> Choice:
         return Choice(wanted, "asked for by name")
     rejected: list[tuple[str, str]] = []
     for backend in _ORDER.get(request.device, ("eager",)):
-        if reason := refusal(request, backend):
+        if reason := _passed_over(request, backend) or refusal(request, backend):
             rejected.append((backend, reason))
             continue
         if rejected and backend == "eager":

@@ -1,0 +1,159 @@
+"""The registered ops on backend "cuda", with the emulator in a GPU's place; why `auto` passes it over."""
+
+import pytest
+import torch
+
+from crossan_fast import _build
+from crossan_fast.ops import _cuda, _dispatch
+from crossan_fast.ops.deduplicate import deduplicate_reference
+from crossan_fast.ops.fusion import FusionWeights, fusion_reference
+from crossan_fast.ops.side_network import (
+    SideNetworkStructure,
+    SideNetworkWeights,
+    side_network_reference,
+)
+
+
+@pytest.fixture
+def emulated(ops, monkeypatch):
+    monkeypatch.setattr(_cuda, "_ops", lambda: ops)
+
+
+def _error(got, exact) -> float:
+    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm().clamp_min(1e-30))
+
+
+def _fusion_case(dtype: torch.dtype, presence: bool, counted: bool):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    modalities, width, count, widths = 4, 16, 53, (32, 48, 32, 24)
+    weights = FusionWeights(
+        [draw(width, d, scale=d**-0.5) for d in widths],
+        [draw(width, scale=0.2) for _ in widths],
+        draw(modalities, modalities * width, scale=0.5),
+        draw(modalities, scale=0.2),
+        draw(modalities, 4 * width, width, scale=0.3),
+        draw(modalities, 4 * width, scale=0.2),
+        draw(modalities, width, 4 * width, scale=0.2),
+        draw(modalities, width, scale=0.2),
+    )
+    present = torch.rand(count, modalities, generator=generator) < 0.6 if presence else None
+    counts = torch.randint(0, 4, (count,), generator=generator) if counted else None
+    return [draw(count, d) for d in widths], weights, present, counts, draw(count, width)
+
+
+def _flatten(weights: FusionWeights) -> list[torch.Tensor]:
+    return [*weights.head_weight, *weights.head_bias, *weights[2:]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+@pytest.mark.parametrize("presence, counted", [(False, False), (True, True)])
+def test_fusion(emulated, dtype, top_k, presence, counted):
+    hidden, weights, present, counts, grad = _fusion_case(dtype, presence, counted)
+
+    def reference(wide):
+        flat = [t.detach().to(wide).requires_grad_() for t in (*hidden, *_flatten(weights))]
+        h, w = flat[:4], FusionWeights(flat[4:8], flat[8:12], *flat[12:])
+        items, balance = fusion_reference(h, w, present=present, top_k=top_k, counts=counts)
+        torch.autograd.backward((items, balance), (grad.to(wide), torch.tensor(3.0, dtype=wide)))
+        return items, balance, [t.grad for t in flat]
+
+    exact_items, exact_balance, exact_grads = reference(torch.float64)
+    eager_items, eager_balance, eager_grads = reference(dtype)
+    leaves = [t.detach().clone().requires_grad_() for t in (*hidden, *_flatten(weights))]
+    items, assigned, mean, *_ = torch.ops.crossan_fast.fusion(
+        leaves[:4], leaves[4:], present, top_k, counts, dtype, "cuda"
+    )
+    balance = 4 * (assigned * mean).sum()
+    torch.autograd.backward((items, balance), (grad, torch.tensor(3.0)))
+    # A tie in a 16-bit router may go another way; here none does.
+    floor = 2 * torch.finfo(dtype).eps
+    assert _error(items, exact_items) <= 2 * _error(eager_items, exact_items) + floor
+    assert _error(balance, exact_balance) <= 2 * _error(eager_balance, exact_balance) + floor
+    for leaf, eager, exact in zip(leaves, eager_grads, exact_grads, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert _error(leaf.grad, exact) <= 2 * _error(eager, exact) + floor
+
+
+def test_side_network_through_autograd(emulated):
+    generator = torch.Generator().manual_seed(1)
+    structure = SideNetworkStructure((64, 64), ((0,), (1,)))
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator) * 0.2
+
+    weights = SideNetworkWeights(
+        *([draw(*shape) for _ in range(2)] for shape in ((2, 16, 64), (2, 16), (2, 64, 16), (2, 64))),
+        [draw(2), draw(2)],
+        [draw(2), draw(2)],
+    )
+    states, ids = [draw(9, 2, 64), draw(9, 2, 64)], torch.tensor([3, 0, 8, 3, 1])
+    leaves = [w.clone().requires_grad_() for w in weights.flatten()]
+    static = ([64, 64], [0, -1, 1, -1], "backbone", "gelu", 0.1, torch.bfloat16)
+    outputs = torch.ops.crossan_fast.side_network(states, [], ids, None, leaves, *static, "cuda")[:2]
+    exact_leaves = [w.double().requires_grad_() for w in weights.flatten()]
+    exact = side_network_reference(
+        states, structure.unflatten(exact_leaves), structure, ids=ids, dtype=torch.float64
+    )
+    grads = [draw(5, 64) for _ in outputs]
+    torch.autograd.backward(outputs, [g.bfloat16() for g in grads])
+    torch.autograd.backward(exact, [g.double() for g in grads])
+    for got, want in zip(outputs, exact, strict=True):
+        assert _error(got.detach(), want.detach()) < 1e-2
+    for got, want in zip(leaves, exact_leaves, strict=True):
+        assert got.grad.dtype == torch.float32 and _error(got.grad, want.grad) < 3e-2
+
+
+def test_deduplicate(emulated):
+    item_ids = torch.randint(0, 30, (8, 11))
+    got = torch.ops.crossan_fast.deduplicate(item_ids, 40, "cuda")
+    for tensor, want in zip(got, deduplicate_reference(item_ids, 40), strict=True):
+        assert torch.equal(tensor, want)
+
+
+def test_auto_passes_the_unmeasured_backend_over(monkeypatch):
+    monkeypatch.delenv("CROSSAN_FAST_BACKEND", raising=False)
+    _dispatch._choose.cache_clear()
+    with pytest.warns(_dispatch.FallbackWarning, match="cuda: not yet measured on a GPU"):
+        choice = _dispatch.choose("deduplicate", "cuda", torch.int64)
+    assert choice.backend == "eager"
+    assert ("cuda", _cuda._UNMEASURED) in choice.rejected
+
+
+@pytest.mark.parametrize(
+    "device, dtype, features, reason",
+    [
+        ("cpu", torch.bfloat16, (), "runs on CUDA devices only"),
+        ("cuda", torch.float32, (), "computes in bfloat16, float16, not in float32"),
+        ("cuda", torch.bfloat16, ("states_grad",), "states get no gradient"),
+    ],
+)
+def test_refusals(device, dtype, features, reason):
+    request = _dispatch.Request("side_network", device, dtype, features)
+    assert reason in _dispatch.refusal(request, "cuda")
+
+
+def test_build_says_what_is_missing(monkeypatch):
+    part = _build.PARTS["cuda"]
+    assert {f.name for f in part.sources()} >= {"bindings.cpp", "deduplicate.cu", "side_network_hopper.cu"}
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert part.missing() == "this torch is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_build, "_no_compiler", lambda: None)
+    monkeypatch.setattr(_build, "cuda_home", lambda: None)
+    assert "nvcc is missing (install the CUDA 13.0 toolkit" in part.missing()
+
+
+def test_architectures(monkeypatch):
+    monkeypatch.delenv("CROSSAN_FAST_CUDA_ARCH", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (8, 6), (9, 0)][i])
+    assert _build.cuda_architectures() == ["86", "90a"]
+    assert "-gencode=arch=compute_90a,code=sm_90a" in _build.cuda_nvcc_flags()
+    monkeypatch.setenv("CROSSAN_FAST_CUDA_ARCH", "8.0;9.0a")
+    assert _build.cuda_architectures() == ["80", "90a"]
