@@ -25,22 +25,25 @@ def row_share(item_ids: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_negatives(
-    unique: ops.Deduplicated, embeddings: Tensor, group: dist.ProcessGroup
+    unique: ops.Deduplicated, embeddings: Tensor, group: dist.ProcessGroup, *, equal: bool = False
 ) -> tuple[ops.Deduplicated, Tensor]:
     """Join the batches of all processes of `group`; every process must call it.
 
     Args:
         unique: distinct ids of this process's batch; batches may differ in size.
         embeddings: `[U, d]`, their embeddings.
+        equal: every process has as many slots; then nothing waits for the device.
 
     Returns:
         The joined batch's distinct ids and counts, with the slots of this process's places among them; and
         the embeddings, differentiable with respect to every process's own.
     """
     size = dist.get_world_size(group)
-    width = torch.tensor(unique.ids.numel(), device=unique.ids.device)
-    dist.all_reduce(width, op=dist.ReduceOp.MAX, group=group)
-    missing = int(width) - unique.ids.numel()
+    missing = 0
+    if not equal:
+        width = torch.tensor(unique.ids.numel(), device=unique.ids.device)
+        dist.all_reduce(width, op=dist.ReduceOp.MAX, group=group)
+        missing = int(width) - unique.ids.numel()
     # Ids and counts of all processes, one row each; padding (id 0, count 0) fills up.
     mine = torch.nn.functional.pad(torch.stack([unique.ids, unique.counts]), (0, missing))
     gathered = [torch.empty_like(mine) for _ in range(size)]
@@ -48,7 +51,7 @@ def gather_negatives(
     ids, counts = torch.stack(gathered).unbind(1)
     padded = torch.nn.functional.pad(embeddings, (0, 0, 0, missing))
     everyone = _AllGather.apply(padded, group).flatten(0, 1)
-    joined = ops.deduplicate(ids)
+    joined = ops.deduplicate(ids, ids.numel() + 1 if equal else None)
     total = counts.new_zeros(joined.ids.shape).scatter_add_(0, joined.slots.flatten(), counts.flatten())
     # The first place of each joined id among the gathered: every process picks the same.
     places = torch.arange(ids.numel(), device=ids.device)

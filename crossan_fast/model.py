@@ -60,6 +60,8 @@ class CrossanModel(nn.Module):
         process_group: set it to share in-batch negatives with the other processes of the group
             (`crossan_fast.distributed`); None keeps to the process's own batch. ◊ The load-balance term
             stays each process's own.
+        equal_batches: with a process group on GPUs, a promise that every process passes `item_ids` of one
+            shape; negatives are then shared without waiting for the device.
     """
 
     item_popularity: Tensor
@@ -80,6 +82,7 @@ class CrossanModel(nn.Module):
         self.sequence_encoder = SequenceEncoder(config)
         self.register_buffer("item_popularity", torch.empty(0))
         self.process_group: torch.distributed.ProcessGroup | None = None
+        self.equal_batches = False
 
     # -- items and users -------------------------------------------------------------------------------
 
@@ -206,7 +209,11 @@ class CrossanModel(nn.Module):
         if self.process_group is not None:
             if not deduplicate:
                 raise ValueError("deduplicate: process_group shares distinct items, expected true, got false")
-            unique, embeddings = distributed.gather_negatives(unique, embeddings, self.process_group)
+            # On the CPU a batch has as many slots as distinct items, equal shapes or not.
+            equal = self.equal_batches and item_ids.device.type != "cpu"
+            unique, embeddings = distributed.gather_negatives(
+                unique, embeddings, self.process_group, equal=equal
+            )
         log_popularity = self._log_popularity(unique.ids)
         if deduplicate:
             loss = ops.in_batch_loss(
@@ -387,7 +394,9 @@ class CrossanModel(nn.Module):
             )
         # On a GPU these checks would wait for the device at every step; the loss is 0 there instead.
         if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not ((item_ids[:, :-1] != 0) & (item_ids[:, 1:] != 0)).any():
+            # With several processes the others may have the rows.
+            alone = self.process_group is None
+            if alone and not ((item_ids[:, :-1] != 0) & (item_ids[:, 1:] != 0)).any():
                 raise ValueError(f"item_ids: expected a row with a target, got none in {describe(item_ids)}")
             if (item_ids[:, :-1].ne(0) & item_ids[:, 1:].eq(0)).any():
                 raise ValueError("item_ids: expected padding (0) on the left only, got it after an item")

@@ -14,6 +14,7 @@ _EXAMPLE = """\
 example:
   crossan-fast train config.yaml seed=1 model.dropout=0.2 run=runs/second
   crossan-fast train config.yaml run=runs/second --resume
+  torchrun --nproc-per-node 4 -m crossan_fast train config.yaml
 """
 
 
@@ -48,11 +49,16 @@ def _fields() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then print the test result."""
-    from crossan_fast.training import Result, Trainer, load_config
+    from crossan_fast.training import Result, Trainer, join_processes, load_config
 
-    trainer = Trainer(load_config(args.config, args.overrides))
-    print(trainer.task.describe())
-    results = trainer.fit(resume=args.resume, progress=not args.quiet)
+    config = load_config(args.config, args.overrides)
+    with join_processes(config.device) as processes:
+        trainer = Trainer(config, processes=processes)
+        if processes.first:
+            print(trainer.task.describe())
+        results = trainer.fit(resume=args.resume, progress=not args.quiet)
+    if not processes.first:
+        return 0
     names = {field.name for field in dataclasses.fields(Result)}
     print(f"best epoch {results['best_epoch']} of {results['epochs']}, by validation NDCG@10")
     print(Result(**{name: value for name, value in results["test"].items() if name in names}))

@@ -2,6 +2,7 @@
 
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.config import EvaluationConfig, OptimizerConfig, TrainConfig, load_config
+from crossan_fast.training.distributed import Processes, join_processes
 from crossan_fast.training.evaluation import Result, evaluate
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.run_folder import RunFolder
@@ -13,6 +14,7 @@ __all__ = [
     "Batches",
     "EvaluationConfig",
     "OptimizerConfig",
+    "Processes",
     "Result",
     "RunFolder",
     "Task",
@@ -21,6 +23,7 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "evaluate",
+    "join_processes",
     "load_config",
     "make_optimizer",
     "open_task",

@@ -14,20 +14,26 @@ from crossan_fast._checks import check_tensor
 class Batches:
     """Seeded epochs over sequences `[U, S + 1]` that live on one device.
 
-    Every batch has the shape `[batch_size, S + 1]`, so that a step can be captured once: the last batch of an
-    epoch is filled up with rows of padding, which predict nothing and stand in no sum. The order of an epoch
-    depends on the seed and the epoch's number alone: to resume is to ask for the next epoch.
+    Every batch has the shape `[batch_size, S + 1]` (divided by `size` and rounded up), so that a step can be
+    captured once: the last batch of an epoch is filled up with rows of padding, which predict nothing and
+    stand in no sum. The order of an epoch depends on the seed and the epoch's number alone: to resume is to
+    ask for the next epoch.
 
     Args:
         sequences: int64, left-padded with 0; rows with fewer than two items have no target and are left out.
         batch_size: rows a batch; one epoch visits every row once.
         seed: of the permutations.
+        rank, size: with several processes, whose part of each batch to give: every `size`-th row from `rank`
+            on. The parts of all make up the batch that one process would draw; they are filled up to one
+            shape, so a part of the last batch may be all padding.
 
     Raises:
         ValueError: no row with a target.
     """
 
-    def __init__(self, sequences: Tensor, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, sequences: Tensor, batch_size: int, seed: int, *, rank: int = 0, size: int = 1
+    ) -> None:
         check_tensor("sequences", sequences, (None, None), dtypes=(torch.int64,))
         if sequences.shape[1] < 2:
             raise ValueError(f"sequences: expected at least 2 places, got {list(sequences.shape)}")
@@ -41,13 +47,14 @@ class Batches:
         self._sequences = torch.cat([kept, kept.new_zeros(1, kept.shape[1])])
         self.batch_size = batch_size
         self._seed = seed
+        self._rank, self._size = rank, size
         self._generator = torch.Generator(device=sequences.device)
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch_size)
 
     def epoch(self, number: int) -> Iterator[Tensor]:
-        """The batches `[batch_size, S + 1]` of an epoch, drawn without waiting for the device."""
+        """The batches of an epoch, drawn without waiting for the device."""
         device = self._sequences.device
         # Hashed together, since the CPU's generator reads 32 bits of its seed, and epoch e of one seed should
         # not be epoch e - 1 of the next.
@@ -56,5 +63,9 @@ class Batches:
         order = torch.randperm(self.rows, generator=self._generator, device=device)
         filling = len(self) * self.batch_size - self.rows
         order = torch.cat([order, order.new_full((filling,), self.rows)])
+        part = -(-self.batch_size // self._size)
         for index in order.split(self.batch_size):
-            yield self._sequences[index]
+            mine = index[self._rank :: self._size]
+            if mine.numel() < part:
+                mine = torch.nn.functional.pad(mine, (0, part - mine.numel()), value=self.rows)
+            yield self._sequences[mine]

@@ -19,6 +19,10 @@ from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Split
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.config import FilterHistory
+from crossan_fast.training.distributed import Processes
+
+# Items encoded at once: `CrossanModel.encode_catalogue`'s default, so that shares are cut where it cuts.
+_CHUNK = 2048
 
 Part = Literal["validation", "test"]
 
@@ -72,6 +76,7 @@ def evaluate(
     filter_history: FilterHistory = "all_except_target",
     candidates: Tensor | None = None,
     batch_size: int = 1024,
+    processes: Processes | None = None,
 ) -> Result:
     """Rank every user's held-out target in the whole catalogue.
 
@@ -85,6 +90,8 @@ def evaluate(
             one can never be hit; `all_except_target` keeps the target; `none` removes nothing.
         candidates: int64 `[C]`, distinct ids to rank among, the targets included; None: all of the cache.
         batch_size: users ranked at once.
+        processes: of a run with several: each encodes its share of the items and ranks its share of the
+            users, whole batches at a time, so that the result is that of one process; every process calls.
 
     Raises:
         ValueError: a wrong option; an item's or a user's embedding that is not finite.
@@ -99,7 +106,8 @@ def evaluate(
         inputs, targets, history = split.validation_input, split.validation_target, split.history_validation
     total = cache.num_items if candidates is None else candidates.numel()
     check_cutoffs(k, total)
-    items = model.encode_catalogue(cache)
+    processes = processes or Processes()
+    items = _catalogue(model, cache, processes)
     _refuse_nonfinite(items, cache)
     training = model.training
     model.eval()
@@ -112,6 +120,7 @@ def evaluate(
             excluded(history, targets, filter_history),
             candidates=candidates,
             batch_size=batch_size,
+            processes=processes,
         )
     finally:
         model.train(training)
@@ -128,6 +137,7 @@ def rank_targets(
     *,
     candidates: Tensor | None = None,
     batch_size: int = 1024,
+    processes: Processes | None = None,
 ) -> Tensor:
     """The rank of each user's target.
 
@@ -137,7 +147,7 @@ def rank_targets(
         inputs: int64 `[U, S]`, left-padded with 0.
         targets: int64 `[U]`.
         exclude: int64 `[U, H]`, ids that are no candidates, 0 for none; or None.
-        candidates, batch_size: see `evaluate`.
+        candidates, batch_size, processes: see `evaluate`.
 
     Returns:
         int64 `[U]`.
@@ -150,8 +160,9 @@ def rank_targets(
         if bool((place[targets] == 0).any()):
             wrong = int(targets[place[targets] == 0][0])
             raise ValueError(f"candidates: expected every target among them, item {wrong} is not")
-    ranks = torch.empty_like(targets)
-    for start in range(0, targets.numel(), batch_size):
+    processes = processes or Processes()
+    ranks = torch.zeros_like(targets)
+    for start in range(0, targets.numel(), batch_size)[processes.rank :: processes.size]:
         rows = slice(start, start + batch_size)
         history = inputs[rows]
         users = model.encode_users(items[history], history != 0)[:, -1].contiguous()
@@ -163,7 +174,19 @@ def rank_targets(
             wanted, banned = place[wanted], None if banned is None else place[banned]
         backend = model.backend if ops.has_kernel("rank_of_target", model.backend) else "auto"
         ranks[rows] = ops.rank_of_target(users, ranked.to(users.dtype), wanted, banned, backend=backend)
-    return ranks
+    return processes.sum(ranks)
+
+
+def _catalogue(model: CrossanModel, cache: HiddenStateCache, processes: Processes) -> Tensor:
+    if processes.size == 1:
+        return model.encode_catalogue(cache)
+    device = model.item_popularity.device
+    chunks = torch.arange(cache.num_items + 1, device=device).split(_CHUNK)[processes.rank :: processes.size]
+    items = torch.zeros(cache.num_items + 1, model.config.embedding_dim, device=device)
+    if chunks:
+        mine = torch.cat(chunks)
+        items[mine] = model.encode_catalogue(cache, ids=mine, batch_size=_CHUNK).to(items.dtype)
+    return processes.sum(items)
 
 
 def excluded(history: Tensor, targets: Tensor, filter_history: FilterHistory) -> Tensor | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
@@ -20,6 +22,8 @@ class TrainStep:
         optimizer: of `make_optimizer`.
         config: warm-up and clipping.
         precision: `bf16` runs forward and backward under autocast.
+        group: of several processes, each with a part of the batch: losses are then parts of the joined
+            batch's (their mean is its loss), and every process has its gradients.
     """
 
     def __init__(
@@ -29,10 +33,18 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         config: OptimizerConfig,
         precision: Precision = "fp32",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.optimizer = optimizer
+        self._forward: nn.Module = model
+        if group is not None:
+            # `Batches` fills every process's part up to one shape.
+            model.process_group, model.equal_batches = group, True
+            self._forward = DistributedDataParallel(
+                model, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         self.steps = 0
         self._config = config
         self._autocast = precision == "bf16"
@@ -50,7 +62,7 @@ class TrainStep:
         """Fresh gradients of one batch, and its loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):
-            loss = self.model(item_ids, cache=self.cache).loss
+            loss: Tensor = self._forward(item_ids, cache=self.cache).loss
         loss.backward()
         return loss.detach()
 

@@ -14,6 +14,7 @@ from crossan_fast.model import CrossanModel
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.config import TrainConfig, flatten
+from crossan_fast.training.distributed import Processes, join_processes
 from crossan_fast.training.evaluation import Part, Result, check_cutoffs, evaluate
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.run_folder import RunFolder, versions
@@ -36,14 +37,20 @@ class Trainer:
     Args:
         config: the run.
         task: what `open_task(config)` gave, where it is at hand already.
+        processes: what `join_processes` gave. Several train on the batches of one: `batch_size` is that of
+            the joined batch; rank 0 alone writes and speaks. A run may go on with another number of them; its
+            numbers then differ by dropout's draws and rounding alone.
 
     Attributes:
         model: being trained; after `fit`, the weights of the best epoch.
         history: one entry an epoch, as in `log.jsonl`.
     """
 
-    def __init__(self, config: TrainConfig, task: Task | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, task: Task | None = None, processes: Processes | None = None
+    ) -> None:
         self.config = config
+        self.processes = processes or Processes()
         self.task = task if task is not None else open_task(config)
         self.folder = RunFolder(config.run)
         self.device = self.task.device
@@ -54,9 +61,22 @@ class Trainer:
         model = CrossanModel(config.crossan_config(self.task.cache), backend=config.backend)
         self.model = model.to(self.device)
         self.model.set_popularity(self.task.split.train_counts)
-        self.batches = Batches(self.task.split.train, config.batch_size, config.seed)
+        self.batches = Batches(
+            self.task.split.train,
+            config.batch_size,
+            config.seed,
+            rank=self.processes.rank,
+            size=self.processes.size,
+        )
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.step = TrainStep(self.model, self.task.cache, self.optimizer, config.optimizer, config.precision)
+        self.step = TrainStep(
+            self.model,
+            self.task.cache,
+            self.optimizer,
+            config.optimizer,
+            config.precision,
+            self.processes.group,
+        )
         self.history: list[dict[str, Any]] = []
         self._best: dict[str, Any] = {"epoch": 0, MONITOR: -1.0}
         self._stale = 0
@@ -76,8 +96,12 @@ class Trainer:
             ValueError: the folder's run was made with another config.
             TrainingError: the loss is not finite.
         """
+        if not self.processes.first:
+            progress, say = False, lambda line: None
         self._begin(resume, say)
-        writer = _tensorboard(self.folder.tensorboard, len(self.history)) if self.config.tensorboard else None
+        writer = None
+        if self.config.tensorboard and self.processes.first:
+            writer = _tensorboard(self.folder.tensorboard, len(self.history))
         stopped = "epochs"
         for epoch in range(len(self.history) + 1, self.config.epochs + 1):
             if self.config.patience is not None and self._stale >= self.config.patience:
@@ -105,6 +129,7 @@ class Trainer:
             filter_history=wanted.filter_history,
             candidates=self.task.candidates(self.config),
             batch_size=wanted.batch_size,
+            processes=self.processes,
         )
 
     def _begin(self, resume: bool, say: Callable[[str], None]) -> None:
@@ -118,12 +143,17 @@ class Trainer:
             state = load_checkpoint(self.folder.last, self.model, self.optimizer)
             self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
             self.step.steps = state["steps"]
-            self.folder.write_log(self.history)
+            if self.processes.first:
+                self.folder.write_log(self.history)
             say(f"{self.folder.path}: goes on behind epoch {len(self.history)}")
-        self.folder.write_config(self.config)
+        # Nobody may find what another is about to write.
+        self.processes.wait()
+        if self.processes.first:
+            self.folder.write_config(self.config)
 
     def _epoch(self, epoch: int, progress: bool) -> tuple[dict[str, Any], torch.Tensor]:
         self.model.train()
+        self.processes.seed_epoch(self.config.seed, epoch)
         # Losses stay on the device until the epoch ends: reading one would make every step wait.
         losses = torch.zeros(len(self.batches), device=self.device)
         started = time.perf_counter()
@@ -137,7 +167,7 @@ class Trainer:
         )
         for index, item_ids in enumerate(bar):
             losses[index] = self.step(item_ids)
-        read = losses.cpu()
+        read = (self.processes.sum(losses) / self.processes.size).cpu()
         trained = time.perf_counter()
         if not bool(torch.isfinite(read).all()):
             where = int((~torch.isfinite(read)).nonzero()[0])
@@ -162,10 +192,13 @@ class Trainer:
             if metrics[MONITOR] > self._best[MONITOR]:
                 self._best = {"epoch": entry["epoch"], MONITOR: metrics[MONITOR]}
                 self._stale = 0
-                self.model.save_pretrained(self.folder.best)
+                if self.processes.first:
+                    self.model.save_pretrained(self.folder.best)
             else:
                 self._stale += 1
         entry["best_epoch"] = self._best["epoch"]
+        if not self.processes.first:
+            return
         progress = {
             "history": self.history,
             "best": self._best,
@@ -176,6 +209,7 @@ class Trainer:
         self.folder.write_log(self.history)
 
     def _finish(self, stopped: str) -> dict[str, Any]:
+        self.processes.wait()
         best = self.folder.load_model("best", backend=self.config.backend)
         self.model.load_state_dict(best.state_dict())
         results = {
@@ -188,13 +222,15 @@ class Trainer:
             "test": self.evaluate("test").to_dict(),
             "versions": versions(self.device),
         }
-        self.folder.write_results(results)
+        if self.processes.first:
+            self.folder.write_results(results)
         return results
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """`Trainer(config).fit(...)`."""
-    return Trainer(config).fit(resume=resume, progress=progress)
+    """`Trainer(config).fit(...)`; under `torchrun`, with its processes."""
+    with join_processes(config.device) as processes:
+        return Trainer(config, processes=processes).fit(resume=resume, progress=progress)
 
 
 def _refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
