@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -35,12 +36,16 @@ def compare(
     own_errors: Sequence[float],
     dtype: torch.dtype,
 ) -> None:
-    """Raise `CheckFailed` for the first tensor that errs more than `SLACK` times the reference in `dtype`."""
+    """Raise `CheckFailed` for the first tensor that errs more than `SLACK` times what plain torch does.
+
+    Where plain torch was lucky with one tensor, its typical error over all of them stands in.
+    """
     if len(values) != len(truths):
         raise CheckFailed(f"{implementation}: expected {len(truths)} results, got {len(values)}")
+    typical = statistics.median(own_errors)
     for name, value, truth, own in zip(names, values, truths, own_errors, strict=True):
         found = error(value, truth)
-        allowed = SLACK * max(own, torch.finfo(dtype).eps)
+        allowed = SLACK * max(own, typical, torch.finfo(dtype).eps)
         if not found <= allowed:
             raise CheckFailed(
                 f"{implementation}: {name} errs by {found:.2e} from float64, allowed {allowed:.2e} "

@@ -58,12 +58,14 @@ class Runnable:
         backward: from the set's number and the outputs to the gradients; None for what has none.
         memory: whether the peak memory of a call can be seen from outside (not inside a CUDA graph's pool).
         begin: called before each call, untimed.
+        once: timed in one call without warm-up: an epoch.
     """
 
     forward: Callable[[int], Sequence[Tensor]]
     backward: Callable[[int, Sequence[Tensor]], Sequence[Tensor]] | None = None
     memory: bool = True
     begin: Callable[[], None] | None = None
+    once: bool = False
 
 
 @dataclass(frozen=True)

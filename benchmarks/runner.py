@@ -162,6 +162,8 @@ def _times(ready: dict[str, Runnable], workload: Workload, options: Options) -> 
 
 
 def _peaks(runnable: Runnable, device: torch.device) -> dict[str, int | None]:
+    if runnable.once:
+        return {}
     if runnable.backward is None:
         return {"run": memory.peak_added(lambda: runnable.forward(0), device)}
     backward = runnable.backward

@@ -63,6 +63,9 @@ def interleaved(
     """
     blocks = {}
     for name, runnable in runnables.items():
+        if runnable.once:
+            blocks[name] = 1
+            continue
         # The first calls pay for caches, clocks and lazy initialisation.
         _block(runnable, device, sets, 0, min(sets, 2))
         warm = _block(runnable, device, sets, 0, 1)
@@ -73,6 +76,8 @@ def interleaved(
     collected = {name: Samples() for name in runnables}
     for turn in range(ROUNDS):
         for name, runnable in runnables.items():
+            if runnable.once and turn:
+                continue
             done = _block(runnable, device, sets, turn * blocks[name], blocks[name])
             for key, values in done.passes.items():
                 for value in values:

@@ -13,7 +13,7 @@ from benchmarks.operators import Operator, Part, set_count
 from benchmarks.registry import Case, Floor, Setting, Workload, register
 from crossan_fast import CrossanConfig, Modality
 from crossan_fast.modules.side_network import SideNetwork
-from crossan_fast.ops import FusionWeights, SideNetworkStructure, fusion, side_network
+from crossan_fast.ops import FusionWeights, SideNetworkStructure, fusion, has_kernel, side_network
 
 PAPER_ITEMS, CATALOGUE = 704, 20_314
 PART = 1024  # rows of a piece of the float64 reference
@@ -156,7 +156,9 @@ def build_item_encoder(shape: Shape, setting: Setting) -> Workload:
         towers = structure.unflatten(weights[: len(side)])
         hidden = side_network(states, towers, structure, backend=backend)
         momef = unflatten_fusion(weights[len(side) :], shape.modalities)
-        return [fusion(hidden, momef, backend=backend).items]
+        # As the model does: a backend without this kernel leaves it to the automatic choice.
+        chosen = backend if has_kernel("fusion", backend) else "auto"
+        return [fusion(hidden, momef, backend=chosen).items]
 
     return Operator(
         setting=setting,

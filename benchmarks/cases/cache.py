@@ -1,0 +1,181 @@
+"""The cache: write, open, gather, and a training step whose cost must not follow the catalogue."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases.losses import random_sequences
+from benchmarks.cases.side_network import Shape
+from benchmarks.cases.step import BACKENDS, RECIPE, StepBench
+from benchmarks.registry import Case, CheckFailed, Floor, Runnable, Setting, Unavailable, Workload, register
+from crossan_fast import HiddenStateCache
+from crossan_fast.cache.writer import CacheWriter, write_cache
+
+_BLOCK = 4_096
+
+
+class TemporaryCache:
+    """A cache of random bf16 states in a temporary folder that is removed with this object."""
+
+    def __init__(self, shape: Shape, rows: int) -> None:
+        size = rows * shape.modalities * shape.levels * shape.width * 2
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if size > free / 3:
+            raise Unavailable(f"needs {size / 1e9:.1f} GB on disk, {free / 1e9:.1f} GB are free")
+        self._folder = tempfile.TemporaryDirectory(prefix="crossan_fast-bench-")
+        self.path = Path(self._folder.name) / "cache"
+        generator = torch.Generator().manual_seed(rows)
+        modalities = shape.config().modalities
+        block = torch.randn(_BLOCK, shape.levels, shape.width, generator=generator).bfloat16()
+        with CacheWriter(self.path, modalities, torch.bfloat16, rows) as writer:
+            for number, modality in enumerate(modalities):
+                for start in range(1, rows + 1, _BLOCK):
+                    stop = min(start + _BLOCK, rows + 1)
+                    # Blocks differ by a rotation: random enough, and written at the disk's speed.
+                    turned = block.roll(start // _BLOCK + number, dims=2)[: stop - start]
+                    writer.write(modality, range(start, stop), turned, None)
+            names = [str(row) for row in range(1, rows + 1)]
+            writer.commit(names, torch.ones(rows, shape.modalities, dtype=torch.bool), {})
+
+    def forget(self) -> None:
+        """Ask the system to drop the files' pages from memory, so that the next reads come from the disk."""
+        for file in self.path.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def build_open(shape: Shape, rows: int, setting: Setting) -> Workload:
+    folder = TemporaryCache(shape, rows)
+
+    def opened(_: int) -> Sequence[Tensor]:
+        return [HiddenStateCache.open(folder.path).present]
+
+    def check(name: str, runnable: Runnable) -> None:
+        if runnable.forward(0)[0].shape[0] != rows + 1:
+            raise CheckFailed(f"{name}: another number of rows")
+
+    return Workload(1, {"eager": lambda: Runnable(opened)}, check)
+
+
+def build_write(shape: Shape, rows: int, setting: Setting) -> Workload:
+    states = {
+        m.name: torch.randn(rows + 1, shape.levels, shape.width).bfloat16() for m in shape.config().modalities
+    }
+    for tensor in states.values():
+        tensor[0] = 0
+    folder = tempfile.TemporaryDirectory(prefix="crossan_fast-bench-")
+
+    def written(_: int) -> Sequence[Tensor]:
+        write_cache(Path(folder.name) / "cache", states, overwrite=True)
+        return []
+
+    def check(name: str, runnable: Runnable) -> None:
+        runnable.forward(0)
+        read = HiddenStateCache.open(Path(folder.name) / "cache").gather(torch.arange(rows + 1))
+        if not all(torch.equal(read[key], tensor) for key, tensor in states.items()):
+            raise CheckFailed(f"{name}: what was written is not what is read")
+
+    size = sum(t.numel() * t.element_size() for t in states.values())
+    notes = [f"{size / 1e6:.0f} MB with checksums and fsync, in {Path(folder.name).parent}"]
+    return Workload(1, {"eager": lambda: Runnable(written)}, check, {"run": Floor(2 * size)}, notes)
+
+
+def build_gather(shape: Shape, rows: int, setting: Setting) -> Workload:
+    folder = TemporaryCache(shape, rows)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, rows + 1, (shape.items,), generator=generator) for _ in range(8)]
+
+    def make() -> Runnable:
+        cache = HiddenStateCache.open(folder.path)
+        return Runnable(lambda index: list(cache.gather(ids[index], setting.device).values()))
+
+    def check(name: str, runnable: Runnable) -> None:
+        mapped = HiddenStateCache.open(folder.path).states("cpu")
+        for found, states in zip(runnable.forward(0), mapped, strict=True):
+            if not torch.equal(found.cpu(), states[ids[0]]):
+                raise CheckFailed(f"{name}: rows differ")
+
+    size = 2 * 2 * shape.items * shape.modalities * shape.levels * shape.width
+    return Workload(8, {"eager": make}, check, {"run": Floor(size)})
+
+
+def build_step(rows: int, setting: Setting) -> Workload:
+    """The step at B = 64 with the states in a memory-mapped file, the next batch's rows read ahead."""
+    folder = TemporaryCache(RECIPE, rows)
+    cache = HiddenStateCache.open(folder.path)
+    generator = setting.generator(f"catalogue/{rows}")
+    batches = [random_sequences(64, rows, setting.device, generator) for _ in range(64)]
+    bench = StepBench(setting, RECIPE.config(), cache, batches, torch.ones(rows + 1))
+    workload = bench.workload()
+    distinct = replace(RECIPE, items=sum(b.unique().numel() for b in batches) // len(batches))
+
+    def ahead(make: Callable[[], Runnable]) -> Runnable:
+        inner = make()
+
+        def step(index: int) -> Sequence[Tensor]:
+            cache.touch(batches[(index + 1) % len(batches)].reshape(-1))
+            return inner.forward(index)
+
+        # After writing, the files' pages are in memory, which a catalogue of that size would not be.
+        folder.forget()
+        return replace(inner, forward=step)
+
+    made = {name: partial(ahead, workload.implementations[name]) for name in ("eager", *BACKENDS)}
+    floor = {"run": distinct.encoder_floors(2)["both"]}
+    return replace(workload, implementations=made, floors=floor)
+
+
+for rows in (10_000, 100_000, 1_000_000):
+    register(
+        Case(
+            name=f"step_mapped/items={rows},B=64,M={RECIPE.modalities},D={RECIPE.width}",
+            build=partial(build_step, rows),
+            dtypes=("fp32",),
+            devices=("cpu",),
+            tags=frozenset({"catalogue"}),
+            importance=50,
+        )
+    )
+for rows in (10_000, 100_000):
+    sizes = f"items={rows},M={RECIPE.modalities},D={RECIPE.width}"
+    register(
+        Case(
+            name=f"cache_open/{sizes}",
+            build=partial(build_open, RECIPE, rows),
+            dtypes=("bf16",),
+            devices=("cpu",),
+            tags=frozenset({"cache"}),
+            importance=51,
+        )
+    )
+    register(
+        Case(
+            name=f"cache_gather/rows=704,{sizes}",
+            build=partial(build_gather, replace(RECIPE, items=704), rows),
+            dtypes=("bf16",),
+            tags=frozenset({"cache"}),
+            importance=51,
+        )
+    )
+register(
+    Case(
+        name=f"cache_write/items=5000,M={RECIPE.modalities},D={RECIPE.width}",
+        build=partial(build_write, RECIPE, 5_000),
+        dtypes=("bf16",),
+        devices=("cpu",),
+        tags=frozenset({"cache"}),
+        importance=52,
+    )
+)

@@ -1,0 +1,212 @@
+"""The whole training step: model, gradients, clipping and AdamW, from item ids and a resident cache.
+
+The baseline is the plain reference without deduplication: every place of the batch is encoded. In bf16 every
+implementation runs under autocast with fp32 weights, as training does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks import accuracy
+from benchmarks.cases.losses import WINDOW, random_sequences
+from benchmarks.cases.side_network import CATALOGUE, Shape
+from benchmarks.registry import Case, Floor, Runnable, Setting, Unavailable, Workload, register
+from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache
+from crossan_fast.data import leave_one_out, read_interactions, read_items
+from crossan_fast.training import Batches, OptimizerConfig, TrainStep, make_optimizer
+from crossan_fast.training.config import Precision
+
+CHECKED_USERS = 16
+BACKENDS = ("cpp", "triton", "cuda")
+RECIPE = Shape(items=0, modalities=2, width=384)
+PAPER = Shape(items=0)
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What the step's cases share: a cache, batches of ids, and models with the same weights.
+
+    Attributes:
+        batches: item ids `[B, S + 1]` of each input set.
+        counts: interactions of each item, for the popularity correction.
+    """
+
+    setting: Setting
+    config: CrossanConfig
+    cache: HiddenStateCache
+    batches: list[Tensor]
+    counts: Tensor
+
+    def workload(self, floors: dict[str, Floor] | None = None) -> Workload:
+        made: dict[str, TrainStep] = {}
+
+        def make(name: str, step: Callable[[], TrainStep]) -> Runnable:
+            made[name] = step()
+            return Runnable(lambda index: [made[name](self.batches[index])])
+
+        implementations = {"eager": partial(make, "eager", self.reference)}
+        implementations["compiled"] = partial(make, "compiled", partial(self.reference, compiled=True))
+        for name in BACKENDS:
+            implementations[name] = partial(make, name, partial(self.step, name))
+        return Workload(
+            len(self.batches), implementations, lambda name, _: self.check(name, made[name]), floors or {}
+        )
+
+    def model(self, backend: str, deduplicate: bool, dropout: float | None = None) -> CrossanModel:
+        config = replace(self.config, deduplicate=deduplicate)
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
+        torch.manual_seed(0)
+        model = CrossanModel(config, backend=backend).to(self.setting.device)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # Gates as training leaves them: at 0 the cross terms would be multiplications by nothing.
+                if "cross" in name or name.endswith("gate"):
+                    parameter.normal_(std=0.1)
+        model.set_popularity(self.counts)
+        return model
+
+    def step(self, backend: str, deduplicate: bool = True) -> TrainStep:
+        model, optimizer = self.model(backend, deduplicate), OptimizerConfig()
+        precision: Precision = "bf16" if self.setting.dtype == torch.bfloat16 else "fp32"
+        return TrainStep(model, self.cache, make_optimizer(model, optimizer), optimizer, precision)
+
+    def reference(self, compiled: bool = False) -> TrainStep:
+        step = self.step("eager", deduplicate=False)
+        if compiled:
+            step.model = torch.compile(step.model, mode="max-autotune", dynamic=False)  # type: ignore[assignment]
+        return step
+
+    def check(self, name: str, step: TrainStep) -> None:
+        """Loss and gradients of some users, dropout off, before the first update, against float64."""
+        ids = self.batches[0][:CHECKED_USERS]
+        truth = self._gradients(self._double(), ids)
+        plain = self._gradients(self.step("eager", deduplicate=False), ids)
+        found = self._gradients(step, ids)
+        own = [accuracy.error(p, t) for p, t in zip(plain, truth, strict=True)]
+        names = ["loss", *(f"gradient of {key}" for key, _ in step.model.named_parameters())]
+        accuracy.compare(name, names, found, truth, own, self.setting.dtype)
+
+    def _double(self) -> TrainStep:
+        model = self.model("eager", deduplicate=True).double()
+        config = OptimizerConfig()
+        return TrainStep(model, self.cache, make_optimizer(model, config), config)
+
+    @staticmethod
+    def _gradients(step: TrainStep, ids: Tensor) -> list[Tensor]:
+        step.model.eval()
+        loss = step.forward_backward(ids)
+        step.model.train()
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in step.model.parameters()
+        ]
+        step.optimizer.zero_grad(set_to_none=True)
+        return [loss, *gradients]
+
+
+def random_cache(shape: Shape, rows: int, setting: Setting, stored: torch.dtype) -> HiddenStateCache:
+    generator = setting.generator(f"cache/{shape}/{rows}")
+    states = {}
+    for modality in shape.config().modalities:
+        size = (rows + 1, shape.levels, shape.width)
+        tensor = torch.randn(size, device=setting.device, generator=generator, dtype=torch.float32)
+        tensor[0] = 0
+        states[modality.name] = tensor.to(stored)
+    return HiddenStateCache.from_tensors(states)
+
+
+def step_floor(bench: StepBench, shape: Shape, loss: str) -> Floor:
+    """The encoder over the distinct items, the loss' products, and AdamW over the parameters."""
+    distinct = CATALOGUE
+    if loss == "in_batch":
+        distinct = sum(b.unique().numel() for b in bench.batches) // len(bench.batches)
+    encoder = replace(shape, items=distinct).encoder_floors(torch.bfloat16.itemsize)["both"]
+    parameters = sum(p.numel() for p in bench.model("eager", deduplicate=True).parameters())
+    rows = bench.batches[0].shape[0] * WINDOW
+    # The update reads weight, gradient and two moments and writes three of them, all fp32.
+    return Floor(encoder.bytes + 28.0 * parameters, encoder.flops + 8.0 * rows * distinct * shape.embedding)
+
+
+def build(shape: Shape, users: int, loss: Literal["in_batch", "full"], setting: Setting) -> Workload:
+    generator = setting.generator(f"step/{shape}/{users}")
+    bench = StepBench(
+        setting,
+        replace(shape.config(), loss=loss),
+        random_cache(shape, CATALOGUE, setting, torch.bfloat16),
+        [random_sequences(users, CATALOGUE, setting.device, generator) for _ in range(8)],
+        torch.arange(1, CATALOGUE + 2).float().rsqrt() * 1e4,
+    )
+    return bench.workload({"run": step_floor(bench, shape, loss)})
+
+
+def build_epoch(setting: Setting) -> Workload:
+    """An epoch over the real sequences of the Scientific data, with random states at the recipe's size."""
+    folder = Path(os.environ.get("CROSSAN_FAST_DATA", "")) / "scientific"
+    if not (folder / "users.tsv").is_file():
+        raise Unavailable("CROSSAN_FAST_DATA names no folder with scientific/users.tsv")
+    items = read_items(folder / "items.tsv")
+    split = leave_one_out(read_interactions(folder / "users.tsv", items.names), WINDOW)
+    batches = Batches(split.train.to(setting.device), 64, seed=0)
+    cache = random_cache(RECIPE, len(items.names), setting, torch.bfloat16)
+    bench = StepBench(setting, RECIPE.config(), cache, list(batches.epoch(1)), split.train_counts)
+    made: dict[str, TrainStep] = {}
+
+    def make(name: str) -> Runnable:
+        made[name] = bench.reference() if name == "eager" else bench.step(name)
+
+        def epoch(_: int) -> list[Tensor]:
+            return [torch.stack([made[name](ids) for ids in batches.epoch(1)])]
+
+        return Runnable(epoch, once=True)
+
+    names = ("eager", *BACKENDS)
+    return Workload(
+        1, {name: partial(make, name) for name in names}, lambda name, _: bench.check(name, made[name])
+    )
+
+
+for shape, users, importance, tag in (
+    (PAPER, 64, 3, "paper"),
+    (PAPER, 1_024, 3, "paper"),
+    (RECIPE, 64, 11, "recipe"),
+    (PAPER, 256, 39, "batch"),
+    (PAPER, 4_096, 39, "batch"),
+):
+    sizes = f"B={users},M={shape.modalities},D={shape.width}"
+    register(
+        Case(
+            name=f"step/{sizes},loss=in_batch",
+            build=partial(build, shape, users, "in_batch"),
+            tags=frozenset({"step", tag}),
+            importance=importance,
+            compiled=users == 64,
+            reference_bytes=replace(shape, items=users * (WINDOW + 1)).reference_bytes(4),
+        )
+    )
+    if users == 64:
+        register(
+            Case(
+                name=f"step/{sizes},loss=full",
+                build=partial(build, shape, users, "full"),
+                tags=frozenset({"step", tag}),
+                importance=importance + 9,
+                reference_bytes=replace(shape, items=CATALOGUE).reference_bytes(4),
+            )
+        )
+register(
+    Case(
+        name=f"epoch/data=scientific,B=64,M={RECIPE.modalities},D={RECIPE.width}",
+        build=build_epoch,
+        tags=frozenset({"epoch", "recipe"}),
+        importance=13,
+    )
+)
