@@ -377,11 +377,11 @@ class CrossanModel(nn.Module):
                 raise ValueError(f"cache: expected {modality}, got {other}")
         device = self._device()
         order = [list(held).index(modality.name) for modality in wanted]
-        states, scales, present = cache.states(device), cache.scales(device), cache.present_mask(device)
+        states, scales = cache.states(device), cache.scales(device)
         return _Source(
             [states[i] for i in order],
             None if scales is None else [scales[i] for i in order],
-            None if present is None else present[:, order],
+            cache.present_mask(device, order),
         )
 
     def _check_ids(self, item_ids: Tensor) -> None:

@@ -278,6 +278,18 @@ def test_an_item_without_any_modality_is_named():
         model(IDS, cache=make_cache(cached))
 
 
+def test_presence_is_that_of_the_models_own_modalities():
+    """An item whose only modality the model does not read is named; the cache's order is not the model's."""
+    cached = torch.ones(ITEMS + 1, 2, dtype=torch.bool)
+    cached[0], cached[3] = False, torch.tensor([True, False])
+    cache = make_cache(cached)
+    image = make_model(CrossanConfig([Modality("image", 20, LEVELS)], bottleneck=4, window=4))
+    with pytest.raises(ValueError, match=r"item 'item3' \(row 3\) has no modality .* one of \['image'\]"):
+        image(IDS, cache=cache)
+    text = make_model(CrossanConfig([Modality("text", 12, LEVELS)], bottleneck=4, window=4))
+    assert torch.isfinite(text(IDS, cache=cache).loss)
+
+
 def test_a_cache_of_other_shape_is_named():
     model = make_model(small())
     other = HiddenStateCache.from_tensors({"text": torch.zeros(ITEMS + 1, LEVELS, 12)})

@@ -85,7 +85,7 @@ class HiddenStateCache:
         self._states = list(states)
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
-        self._present_on: dict[torch.device, Tensor | None] = {}
+        self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
         self._names_size = names_size
         if names is not None:
             self.item_names = ["", *names]
@@ -291,24 +291,30 @@ class HiddenStateCache:
         """fp32 `[I + 1, L]` for each modality of an int8 or fp8 cache, placed as `states`; else None."""
         return self._at(exact_device(device))[1]
 
-    def present_mask(self, device: str | torch.device) -> Tensor | None:
-        """`present` on `device`, or None where every item has every modality; made once and kept.
+    def present_mask(
+        self, device: str | torch.device, modalities: Sequence[int] | None = None
+    ) -> Tensor | None:
+        """Columns `modalities` (default: all) of `present` on `device`, made once and kept.
+
+        None where every item has all of them.
 
         Raises:
-            ValueError: an item with no modality at all, by name.
+            ValueError: an item that has none of them, by name.
         """
-        key = exact_device(device)
-        if key not in self._present_on:
-            rows = self.present[1:]
-            empty = ~rows.any(dim=1)
+        chosen = tuple(range(len(self.modalities)) if modalities is None else modalities)
+        key = (exact_device(device), chosen)
+        if key not in self._masks:
+            rows = self.present[:, list(chosen)]
+            empty = ~rows[1:].any(dim=1)
             if bool(empty.any()):
                 row = int(empty.nonzero()[0]) + 1
+                names = [self.modalities[m].name for m in chosen]
                 raise ValueError(
                     f"cache: item {self.item_names[row]!r} (row {row}) has no modality at all, expected at "
-                    "least one"
+                    f"least one of {names}"
                 )
-            self._present_on[key] = None if bool(rows.all()) else self.present.to(key)
-        return self._present_on[key]
+            self._masks[key] = None if bool(rows[1:].all()) else rows.to(key[0])
+        return self._masks[key]
 
     def _at(self, device: torch.device) -> tuple[list[Tensor], list[Tensor] | None]:
         if device not in self._loaded:
