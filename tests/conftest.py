@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before anything imports triton: whether its own functions run in the interpreter is settled at their import.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

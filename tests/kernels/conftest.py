@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 
 
 @pytest.fixture
 def device():
-    """Where kernels run: the CPU by interpreter, or with TRITON_INTERPRET=0 in the environment a GPU."""
+    """Where kernels run: a GPU, or the CPU by interpreter (see tests/conftest.py)."""
     return torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")
 
 
