@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from crossan_fast.kernels import _common, full_loss, in_batch_loss, rank_of_target, topk_scores
+from crossan_fast.kernels import (
+    _common,
+    full_loss,
+    in_batch_loss,
+    rank_of_target,
+    side_network,
+    topk_scores,
+)
 from crossan_fast.ops._dispatch import Implementation, Request, register
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,3 +38,12 @@ _register("in_batch_loss", in_batch_loss)
 _register("full_loss", full_loss)
 _register("topk_scores", topk_scores)
 _register("rank_of_target", rank_of_target)
+
+
+def _refuses_side_network(request: Request) -> str | None:
+    if "states_grad" in request.features:
+        return "gives no gradient to states: the backbones are frozen"
+    return _refuses(request)
+
+
+_register("side_network", side_network, _refuses_side_network)

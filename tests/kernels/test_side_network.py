@@ -1,0 +1,306 @@
+"""side_network in Triton against the float64 reference: at most twice the error of eager torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import pytest
+import torch
+from torch import Tensor
+
+from crossan_fast.cache.quantize import quantize
+from crossan_fast.kernels import side_network as kernel
+from crossan_fast.kernels import side_network_launch as host
+from crossan_fast.ops.side_network import (
+    SideNetworkStructure,
+    SideNetworkWeights,
+    side_network,
+    side_network_reference,
+)
+
+TRIPLE = ((0,), (1,), (2,))
+PAIR = ((0,), (1,))
+
+
+@dataclass
+class Case:
+    """A random network and its items; sizes are odd and all different, so that a swapped pair shows."""
+
+    structure: SideNetworkStructure
+    levels: int = 2
+    rank: int = 16
+    items: int = 19
+    rows: int = 9
+    dtype: torch.dtype = torch.float32
+    stored: torch.dtype | None = None
+    weights_dtype: torch.dtype | None = None
+    ids_dtype: torch.dtype | None = torch.int64
+    absent: float = 0.3
+    seed: int = 0
+
+    def build(self, device: torch.device):
+        s, r, levels = self.structure, self.rank, self.levels
+        g = torch.Generator().manual_seed(self.seed)
+        dtype = self.weights_dtype or self.dtype
+
+        def normal(*shape: int, scale: float = 0.2) -> Tensor:
+            return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
+
+        wide = [(min(w), max(w)) for w in ([s.widths[m] for m in s.sources[t]] for t in s.narrowed_towers)]
+        weights = SideNetworkWeights(
+            down_weight=[normal(levels, r, d) for d in s.tower_widths],
+            down_bias=[normal(levels, r) for _ in s.sources],
+            up_weight=[normal(levels, d, r) for d in s.tower_widths],
+            up_bias=[normal(levels, d) for d in s.tower_widths],
+            gate=[normal(levels, scale=0.1) for _ in s.sources],
+            cross_gate=[normal(levels, scale=0.5) for _ in s.cross_pairs],
+            cross_down=[normal(r, s.widths[n]) for _, n in s.projected_pairs],
+            cross_up=[normal(s.widths[m], r) for m, _ in s.projected_pairs],
+            pair_weight=[normal(levels, a, b) for a, b in wide],
+            pair_bias=[normal(levels, a) for a, _ in wide],
+        )
+        rows = self.rows if self.ids_dtype else self.items
+        states = [torch.randn(rows, levels, d, generator=g) for d in s.widths]
+        scales = None
+        if self.stored in (torch.int8, torch.float8_e4m3fn):
+            codes = [quantize(x, self.stored) for x in states]
+            states, scales = [c for c, _ in codes], [x.to(device) for _, x in codes]
+        states = [x.to(device, self.stored or self.dtype) for x in states]
+        ids = None
+        if self.ids_dtype:
+            ids = torch.randint(0, rows, (self.items,), generator=g).to(device, self.ids_dtype)
+        present = None
+        if self.absent:
+            present = (torch.rand(self.items, len(s.widths), generator=g) > self.absent).to(device)
+        grads = [torch.randn(self.items, d, generator=g).to(device, self.dtype) for d in s.tower_widths]
+        return weights, states, scales, ids, present, grads
+
+
+def reference(case: Case, built, dtype: torch.dtype):
+    """Outputs and gradients of the plain definition, computed in `dtype` from the very same inputs."""
+    weights, states, scales, ids, present, grads = built
+    flat = [w.detach().to(dtype).requires_grad_() for w in weights.flatten()]
+    outputs = side_network_reference(
+        [s.to(dtype) for s in states],
+        case.structure.unflatten(flat),
+        case.structure,
+        ids=None if ids is None else ids.long(),
+        scales=scales,
+        present=present,
+        dtype=dtype,
+    )
+    found = torch.autograd.grad(outputs, flat, [g.to(dtype) for g in grads], allow_unused=True)
+    return [o.detach() for o in outputs], [
+        torch.zeros_like(w) if f is None else f for w, f in zip(flat, found, strict=True)
+    ]
+
+
+def run(case: Case, built):
+    weights, states, scales, ids, present, grads = built
+    arguments = (states, scales, ids, present, weights, case.structure, case.dtype)
+    outputs, saved = kernel.forward(*arguments)
+    return outputs, saved, kernel.backward(grads, saved, *arguments)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    assert got.shape == exact.shape
+    norm = exact.norm().item()
+    return ((got.double() - exact).norm().item() / norm) if norm else got.double().norm().item()
+
+
+def check(case: Case, device: torch.device) -> None:
+    built = case.build(device)
+    outputs, saved, gradients = run(case, built)
+    exact_outputs, exact_gradients = reference(case, built, torch.float64)
+    eager_outputs, eager_gradients = reference(case, built, case.dtype)
+    for got in outputs + saved:
+        assert got.dtype == case.dtype
+    for got, weight in zip(gradients, built[0].flatten(), strict=True):
+        assert got.dtype == weight.dtype and got.shape == weight.shape
+    unflatten = case.structure.unflatten
+    fields = zip(unflatten(gradients), unflatten(exact_gradients), unflatten(eager_gradients), strict=True)
+    for number, field in enumerate([(outputs, exact_outputs, eager_outputs), *fields]):
+        if not field[0]:
+            continue
+        # A field at a time: of a gate's two or three numbers alone, chance decides whose rounding is luckier.
+        # On top: half a unit of rounding the result, and a few of fp32 for its sums' other order.
+        got, exact, eager = (torch.cat([t.flatten().double() for t in group]) for group in field)
+        allowed = 2 * error(eager, exact) + torch.finfo(case.dtype).eps / 2 + 4 * torch.finfo().eps
+        assert error(got, exact) <= allowed, number
+
+
+BACKBONE = SideNetworkStructure((40, 40, 40), TRIPLE, "backbone", "gelu")
+UNEQUAL = SideNetworkStructure((40, 24), PAIR, "backbone", "gelu")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(BACKBONE, levels=3), id="backbone"),
+        pytest.param(Case(replace(BACKBONE, cross="none", activation="relu"), rank=20), id="none-relu-r20"),
+        pytest.param(Case(SideNetworkStructure((40, 40), PAIR, "side", "gelu"), items=17), id="side"),
+        pytest.param(Case(UNEQUAL), id="unequal-widths"),
+        pytest.param(Case(SideNetworkStructure((40, 24), PAIR, "side", "relu"), items=11), id="side-unequal"),
+        pytest.param(
+            Case(SideNetworkStructure((24, 24), ((0,), (1,), (0, 1)), "none", "relu"), items=17),
+            id="iisan",
+        ),
+        pytest.param(
+            Case(SideNetworkStructure((24, 40), ((0,), (1,), (0, 1)), "none", "relu"), items=17),
+            id="iisan-unequal",
+        ),
+        pytest.param(Case(replace(BACKBONE, widths=(33, 33, 33)), absent=0.0), id="odd-width"),
+        pytest.param(
+            Case(SideNetworkStructure((40,), ((0,),), "none", "gelu"), levels=1, items=5), id="single-level"
+        ),
+        pytest.param(
+            Case(SideNetworkStructure((20,), ((0,),), "none", "gelu"), levels=5, rank=40, items=9),
+            id="level-groups",
+        ),
+        pytest.param(Case(UNEQUAL, ids_dtype=None), id="dense-rows"),
+        pytest.param(Case(replace(UNEQUAL, widths=(24, 24)), ids_dtype=torch.int32), id="int32-ids"),
+    ],
+)
+def test_matches_the_float64_reference(case: Case, device: torch.device) -> None:
+    check(case, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights_dtype", [None, torch.float32], ids=["cast", "autocast"])
+def test_half_precision_accumulates_in_fp32(dtype, weights_dtype, device: torch.device) -> None:
+    case = Case(replace(UNEQUAL, widths=(24, 24)), items=40, dtype=dtype, weights_dtype=weights_dtype)
+    check(case, device)
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16])
+def test_stored_states_are_converted_inside(stored: torch.dtype, device: torch.device) -> None:
+    structure = SideNetworkStructure((24, 24), PAIR, "backbone", "gelu")
+    check(Case(structure, stored=stored), device)
+
+
+def test_every_fp8_code_is_decoded(device: torch.device) -> None:
+    """256 codes but NaN's two, through a network that is the identity on them: gate wide open, no adapter."""
+    codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F], dtype=torch.uint8)
+    width = codes.numel()
+    states = codes.view(torch.float8_e4m3fn).view(1, 1, width).to(device)
+    structure = SideNetworkStructure((width,), ((0,),), "none", "relu")
+    zeros = [torch.zeros(s, device=device) for s in ((1, 16, width), (1, 16), (1, width, 16), (1, width))]
+    weights = SideNetworkWeights(*([z] for z in zeros), gate=[torch.full((1,), 100.0, device=device)])
+    scales = [torch.full((1, 1), 0.5, device=device)]
+    (out,), _ = kernel.forward([states], scales, None, None, weights, structure, torch.float32)
+    assert torch.equal(out[0].cpu(), states.cpu().float().flatten() * 0.5)
+
+
+def test_modalities_may_be_stored_in_different_types(device: torch.device) -> None:
+    """Towers that each read their own modality then need launches of their own; cross towers share one."""
+    for cross in ("none", "backbone"):
+        case = Case(SideNetworkStructure((24, 24), PAIR, cross, "gelu"), items=11)
+        weights, states, scales, ids, present, grads = case.build(device)
+        states[1] = states[1].half().float().half()
+        built = (weights, states, scales, ids, present, grads)
+        outputs, _, gradients = run(case, built)
+        exact_outputs, exact_gradients = reference(case, built, torch.float64)
+        pairs = zip(outputs + gradients, exact_outputs + exact_gradients, strict=True)
+        assert all(error(got, exact) < 1e-6 for got, exact in pairs)
+
+
+def test_strided_inputs(device: torch.device) -> None:
+    case = Case(SideNetworkStructure((24, 24), PAIR, "backbone", "gelu"), stored=torch.int8)
+    weights, states, scales, ids, present, grads = case.build(device)
+    want = run(case, (weights, states, scales, ids, present, grads))
+    wide = [torch.stack([s, s], dim=1)[:, 0] for s in states]  # rows twice as far apart
+    turned = [s.transpose(0, 2).contiguous().transpose(0, 2) for s in states]  # D is not the dense one
+    odd = SideNetworkWeights(
+        *([w.transpose(0, -1).contiguous().transpose(0, -1) for w in g] for g in weights)
+    )
+    flags = present.T.contiguous().T
+    spread = [torch.stack([g, g], dim=-1)[..., 0] for g in grads]
+    apart = [torch.stack([s, s], dim=-1)[..., 0] for s in scales]
+    far = torch.stack([ids, ids], dim=1)[:, 0]
+    for changed in (wide, turned):
+        got = run(case, (odd, changed, apart, far, flags, spread))
+        for a, b in zip(chain(*want), chain(*got), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_absent_towers_are_zero_and_give_no_gradient(device: torch.device) -> None:
+    """Also where the cache holds rubbish for an absent modality."""
+    case = Case(SideNetworkStructure((24, 24), ((0,), (1,), (0, 1)), "none", "relu"), items=6)
+    weights, states, _, _, _, grads = case.build(device)
+    ids = torch.arange(6, device=device)
+    states[1][:6] = float("nan")
+    present = torch.zeros(6, 2, dtype=torch.bool, device=device)
+    present[2:4, 0] = True
+    outputs, saved, gradients = run(case, (weights, states, None, ids, present, grads))
+    assert not outputs[1].any() and not saved[1].any()
+    assert not outputs[0][:2].any() and not outputs[2][4:].any() and outputs[2][2:4].all(1).any()
+    towers = len(case.structure.sources)
+    assert all(g.isfinite().all() for g in gradients)
+    assert all(not gradients[field * towers + 1].any() for field in range(5))
+
+
+def test_no_items(device: torch.device) -> None:
+    case = Case(UNEQUAL, items=0, absent=0.0)
+    outputs, saved, gradients = run(case, case.build(device))
+    assert [o.shape for o in outputs] == [(0, 40), (0, 24)]
+    assert [z.shape for z in saved] == [(0, 2, 16)] * 2
+    assert not any(g.any() for g in gradients)
+
+
+def test_runs_repeat_bit_for_bit(device: torch.device) -> None:
+    case = Case(BACKBONE, items=40, dtype=torch.bfloat16)
+    built = case.build(device)
+    first, second = run(case, built), run(case, built)
+    for a, b in zip(chain(*first), chain(*second), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("structure", [UNEQUAL, replace(UNEQUAL, widths=(24, 24))], ids=["dense", "direct"])
+def test_chunks_of_items_add_up(structure, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "CHUNK", 8)
+    monkeypatch.setattr(kernel, "DENSE_CHUNK", 8)
+    check(Case(structure, items=19), device)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_launch_and_three_agree_with_the_reference(fused, device, monkeypatch) -> None:
+    """Which of the two serves is a matter of size; here both do, the split one along D as well."""
+    choose = host.forward_config
+
+    def forced(*args):
+        config = choose(*args)
+        return replace(config, fused=fused, levels=args[3], splits=1 if fused else 3, columns=16, span=16)
+
+    monkeypatch.setattr(host, "forward_config", forced)
+    check(Case(BACKBONE, items=18), device)
+
+
+def test_scratch_of_a_split_batch_is_read_only_where_written(device: torch.device, monkeypatch) -> None:
+    """A range of items without an item still owns a share of every weight: zeros, not what was there."""
+    choose = host.gradient_config
+    monkeypatch.setattr(host, "gradient_config", lambda *a: replace(choose(*a), splits=4))
+    check(Case(BACKBONE, items=20), device)
+
+
+def test_states_that_need_gradients_are_refused() -> None:
+    from crossan_fast.ops._dispatch import Request, refusal
+
+    wanted = Request("side_network", "cpu", torch.float32, ("states_grad",))
+    assert "frozen" in (refusal(wanted, "triton") or "")
+    assert refusal(replace(wanted, features=()), "triton") is None
+    assert "float64" in (refusal(replace(wanted, features=(), dtype=torch.float64), "triton") or "")
+
+
+def test_through_the_registered_op(device: torch.device) -> None:
+    """The op's glue hands the kernels what they expect: outputs and gradients of a call under autograd."""
+    case = Case(SideNetworkStructure((24, 24), PAIR, "backbone", "gelu"), items=7)
+    weights, states, _, ids, present, grads = case.build(device)
+    flat = [w.requires_grad_() for w in weights.flatten()]
+    outputs = side_network(
+        states, case.structure.unflatten(flat), case.structure, ids=ids, present=present, backend="triton"
+    )
+    found = torch.autograd.grad(outputs, flat, grads)
+    exact_outputs, exact = reference(case, (weights, states, None, ids, present, grads), torch.float64)
+    pairs = zip([*outputs, *found], exact_outputs + exact, strict=True)
+    assert all(error(got.detach(), want) < 1e-6 for got, want in pairs)
