@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossan_fast.kernels._launch import on_device
+from crossan_fast.kernels._blocks import on_device
 from crossan_fast.kernels.side_network_launch import GroupGradient, Items, Level, Parameters, forward_group
 from crossan_fast.kernels.side_network_plan import Source, Tower, group_towers
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights

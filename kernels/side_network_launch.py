@@ -20,7 +20,7 @@ from crossan_fast.kernels._common import (
     power_of_two,
     uniform,
 )
-from crossan_fast.kernels._launch import cdiv
+from crossan_fast.kernels._blocks import cdiv
 from crossan_fast.kernels.side_network_plan import (
     ForwardConfig,
     GradientConfig,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast.kernels._common import as_storage, power_of_two
-from crossan_fast.kernels._launch import cdiv
+from crossan_fast.kernels._blocks import cdiv
 
 
 class Source(NamedTuple):
