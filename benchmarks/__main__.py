@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import registry, results, runner
+from benchmarks import compare, registry, report, results, runner
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +34,15 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--budget", type=float, help="seconds after which no further case begins")
     running.add_argument("--output", type=Path, help="CSV file (default benchmarks/results/<device>.csv)")
     running.set_defaults(run=_run)
+
+    reporting = commands.add_parser("report", help="draw plots and README's tables from the results")
+    reporting.add_argument("--short", type=Path, metavar="CSV", help="only print one file's table")
+    reporting.set_defaults(run=_report)
+
+    comparing = commands.add_parser("compare", help="flag what became slower or heavier")
+    comparing.add_argument("old", help="a CSV file, or a commit with rows in benchmarks/results/")
+    comparing.add_argument("new", help="likewise")
+    comparing.set_defaults(run=_compare)
     return parser
 
 
@@ -77,6 +86,30 @@ def _run(options: argparse.Namespace) -> int:
     for failure in outcome.failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if outcome.failures else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    if options.short is not None:
+        if not options.short.is_file():
+            print(f"{options.short}: no rows, nothing was measured", file=sys.stderr)
+            return 2
+        print(report.summary(results.read(options.short)))
+        return 0
+    for path in report.write():
+        print(path)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    found = compare.changes(compare.load(options.old), compare.load(options.new))
+    for change in found:
+        print(change)
+    worse = sum(change.slower or change.heavier for change in found)
+    print(f"{len(found)} passes in both, {worse} slower or heavier than noise explains")
+    if not found:
+        print("nothing to compare: no pass is in both", file=sys.stderr)
+        return 2
+    return 1 if worse else 0
 
 
 def _names(text: str | None, known: tuple[str, ...], option: str) -> tuple[str, ...] | None:

@@ -1,0 +1,164 @@
+"""PERFORMANCE's targets as ratios of recorded rows, so that met or missed is computed, not typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.registry import OURS
+from benchmarks.results import Row
+
+Rows = Mapping[tuple[str, str, str, str], Row]
+
+_ENCODER = "item_encoder/N={},M=4,D=768,L=7,r=64"
+_SIDE = "side_network/N={},M=4,D=768,L=7,r=64"
+_STEP = "step/B={},M=4,D=768,loss={}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the table: ours over, or under, another row.
+
+    Attributes:
+        what: in words.
+        device: `cpu` or `cuda`.
+        case, dtype: ours.
+        against: (case, dtype, backend) of the row compared with; None: the number stands by itself.
+        quantity: `time` or `memory` (other over ours), `floor` (share of it), `seconds` (ours), `slowdown`
+            (ours over the other).
+        bound: at least, for `time`, `memory` and `floor`; at most for the others.
+    """
+
+    what: str
+    device: str
+    case: str
+    dtype: str
+    quantity: str
+    bound: float
+    against: tuple[str, str, str] | None = None
+
+    def measured(self, rows: Rows) -> tuple[float, Row] | None:
+        """The number, and our row that gave it: the best of our backends; None where a row is missing."""
+        ours = best(rows, self.case, self.dtype)
+        if ours is None:
+            return None
+        if self.quantity == "seconds":
+            return ours.p50_ms / 1e3, ours
+        if self.quantity == "floor":
+            return None if ours.floor_share is None else (ours.floor_share, ours)
+        assert self.against is not None
+        case, dtype, backend = self.against
+        other = (
+            best(rows, case, dtype) if backend == "ours" else rows.get((case, dtype, backend, ours.passes))
+        )
+        if other is None:
+            return None
+        if self.quantity == "memory":
+            light = best(rows, self.case, self.dtype, weighed=True)
+            if light is None or not light.peak_bytes or other.peak_bytes is None:
+                return None
+            return other.peak_bytes / light.peak_bytes, light
+        ratio = other.p50_ms / ours.p50_ms
+        return (1 / ratio if self.quantity == "slowdown" else ratio), ours
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.quantity in ("time", "memory", "floor") else value <= self.bound
+
+    @property
+    def asked(self) -> str:
+        return {
+            "time": f"≥ {self.bound:g}×",
+            "memory": f"≤ 1/{self.bound:g}",
+            "floor": f"≥ {self.bound:.0%} of the floor",
+            "seconds": f"≤ {self.bound:g} s",
+            "slowdown": f"≤ {self.bound:g}×",
+        }[self.quantity]
+
+    def shown(self, value: float) -> str:
+        return {
+            "time": f"{value:.1f}×",
+            "memory": f"1/{value:.1f}",
+            "floor": f"{value:.0%}",
+            "seconds": f"{value:.2f} s",
+            "slowdown": f"{value:.2f}×",
+        }[self.quantity]
+
+
+def best(rows: Rows, case: str, dtype: str, weighed: bool = False) -> Row | None:
+    """Our fastest backend's row of a case, both passes (or the only one); `weighed`: of those with a peak."""
+    found = [
+        row
+        for backend in OURS
+        for passes in ("both", "run")
+        if (row := rows.get((case, dtype, backend, passes))) is not None
+        and not (weighed and row.peak_bytes is None)
+    ]
+    return min(found, key=lambda row: row.p50_ms, default=None)
+
+
+def _ratio(
+    what: str, device: str, case: str, dtype: str, bound: float, backend: str, other: str | None = None
+) -> Target:
+    against = (case, other or dtype, backend)
+    return Target(f"{what}, against {backend}", device, case, dtype, "time", bound, against)
+
+
+_PAPER, _WHOLE = _ENCODER.format(704), _ENCODER.format(20_314)
+_LOSS = "in_batch_loss/rows=10240,columns=11264,d=64"
+_STEP_64, _STEP_1024 = _STEP.format(64, "in_batch"), _STEP.format(1024, "in_batch")
+_SMALL = "step/B=64,M=2,D=384,loss={}"
+_MAPPED = "step_mapped/items={},B=64,M=2,D=384"
+
+TARGETS = (
+    _ratio("side network + MOMEF, 704 items", "cuda", _PAPER, "bf16", 15, "eager"),
+    _ratio("side network + MOMEF, 704 items", "cuda", _PAPER, "bf16", 3, "compiled"),
+    _ratio("side network + MOMEF, 20,314 items", "cuda", _WHOLE, "bf16", 6, "eager"),
+    _ratio("side network + MOMEF, 20,314 items", "cuda", _WHOLE, "bf16", 2, "compiled"),
+    Target("side network + MOMEF, 20,314 items", "cuda", _WHOLE, "bf16", "floor", 0.5),
+    _ratio("training step, B = 64", "cuda", _STEP_64, "bf16", 20, "eager"),
+    Target(
+        "memory of a step, B = 1,024", "cuda", _STEP_1024, "bf16", "memory", 15, (_STEP_1024, "bf16", "eager")
+    ),
+    _ratio("in-batch loss, 10,240 × 11,264", "cuda", _LOSS, "bf16", 5, "eager"),
+    Target("its memory", "cuda", _LOSS, "bf16", "memory", 20, (_LOSS, "bf16", "eager")),
+    Target(
+        "full softmax step, B = 64, against in-batch",
+        "cuda",
+        _STEP.format(64, "full"),
+        "bf16",
+        "slowdown",
+        2,
+        (_STEP_64, "bf16", "ours"),
+    ),
+    _ratio("side network, 704 items, fp32", "cpu", _SIDE.format(704), "fp32", 3, "eager"),
+    _ratio("side network, 704 items, fp32", "cpu", _SIDE.format(704), "fp32", 1.7, "compiled"),
+    Target(
+        "side network, 704 items, bf16, against eager fp32",
+        "cpu",
+        _SIDE.format(704),
+        "bf16",
+        "time",
+        10,
+        (_SIDE.format(704), "fp32", "eager"),
+    ),
+    _ratio("side network, 704 items, bf16", "cpu", _SIDE.format(704), "bf16", 8, "autocast"),
+    Target("memory of a step, B = 64", "cpu", _STEP_64, "fp32", "memory", 10, (_STEP_64, "fp32", "eager")),
+    _ratio("recipe's step (M = 2, D = 384, B = 64)", "cpu", _SMALL.format("in_batch"), "fp32", 4, "eager"),
+    Target(
+        "catalogue × 10, memory-mapped",
+        "cpu",
+        _MAPPED.format(100_000),
+        "fp32",
+        "slowdown",
+        1.1,
+        (_MAPPED.format(10_000), "fp32", "ours"),
+    ),
+    Target(
+        "full ranking, 12,076 users × 20,314 items",
+        "cpu",
+        "rank_of_target/users=12076,items=20314,d=64",
+        "fp32",
+        "seconds",
+        1,
+    ),
+)

@@ -1,0 +1,127 @@
+"""Comparing runs, and README's tables from recorded rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import compare, report, results
+from benchmarks.__main__ import main
+from benchmarks.results import Row
+from benchmarks.targets import TARGETS, Target
+
+ROW = Row(
+    commit="abc1234567",
+    date="2026-01-01T00:00Z",
+    device="Some CPU, 2 cores",
+    threads=2,
+    torch="2.11",
+    triton="3.6",
+    case="side_network/N=704,M=4,D=768,L=7,r=64",
+    backend="cpp",
+    dtype="fp32",
+    passes="both",
+    samples=20,
+    p20_ms=90.0,
+    p50_ms=100.0,
+    p80_ms=105.0,
+    peak_bytes=100 << 20,
+    floor_ms=50.0,
+    floor_share=0.5,
+    copy_gbps=25.0,
+    matmul_tflops=0.3,
+)
+
+
+def timed(p20: float, p50: float, p80: float) -> Row:
+    return replace(ROW, p20_ms=p20, p50_ms=p50, p80_ms=p80)
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict"),
+    [
+        (timed(110, 120, 130), "SLOWER"),
+        (timed(100, 120, 130), "same"),  # its quick calls are as quick as the old slow ones
+        (timed(106, 109, 112), "same"),  # 9 % is within the bound
+        (timed(60, 70, 80), "faster"),
+        (replace(ROW, peak_bytes=120 << 20), "HEAVIER"),
+        (replace(ROW, peak_bytes=None), "same"),
+    ],
+)
+def test_a_change_is_judged_against_the_noise(new, verdict):
+    (change,) = compare.changes([ROW], [new])
+    assert str(change).startswith(verdict)
+
+
+def test_other_machines_and_threads_are_not_compared():
+    assert not compare.changes([ROW], [replace(ROW, threads=1), replace(ROW, device="Other")])
+
+
+def test_compare_reads_files_and_commits_and_exits_by_the_result(tmp_path, capsys, monkeypatch):
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    results.append(old, [ROW])
+    results.append(new, [timed(190, 200, 210)])
+    assert main(["compare", str(old), str(old)]) == 0
+    assert main(["compare", str(old), str(new)]) == 1
+    assert "SLOWER" in capsys.readouterr().out
+    assert compare.load("abc12", tmp_path)[0].commit == "abc1234567"
+    with pytest.raises(ValueError, match="neither a CSV file nor a commit"):
+        compare.load("fff", tmp_path)
+
+
+def test_a_target_is_computed_from_rows():
+    rows = results.latest([ROW, replace(ROW, backend="eager", p50_ms=350.0, peak_bytes=900 << 20)])
+    target = Target("t", "cpu", ROW.case, "fp32", "time", 3, (ROW.case, "fp32", "eager"))
+    value, row = target.measured(rows)
+    assert value == pytest.approx(3.5) and row.backend == "cpp" and target.met(value)
+    assert not replace(target, bound=4).met(value)
+    memory = replace(target, quantity="memory", bound=10)
+    value, _ = memory.measured(rows)
+    assert value == pytest.approx(9) and not memory.met(value) and memory.shown(value) == "1/9.0"
+    assert replace(target, quantity="seconds").measured(rows)[0] == pytest.approx(0.1)
+    assert replace(target, quantity="floor").measured(rows)[0] == 0.5
+    slower = replace(target, quantity="slowdown")
+    assert slower.measured(rows)[0] == pytest.approx(1 / 3.5)
+    assert target.measured(results.latest([ROW])) is None
+
+
+def test_every_target_names_registered_cases():
+    from benchmarks import registry
+
+    names = {case.name for case in registry.all_cases()}
+    for target in TARGETS:
+        assert target.case in names, target
+        assert target.against is None or target.against[0] in names, target
+
+
+def test_the_readme_block_is_drawn_from_the_files(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# top\n{report.BEGIN}\nold\n{report.END}\nend\n")
+    folder = tmp_path / "results"
+    rows = [
+        replace(ROW, case=f"item_encoder/N={n},M=4,D=768,L=7,r=64", backend=backend, p50_ms=n * factor)
+        for n in (704, 20_314)
+        for backend, factor in (("eager", 3.0), ("cpp", 1.0))
+    ]
+    results.append(folder / "some-cpu.csv", [ROW, *rows])
+    written = report.write(folder, readme)
+    text = readme.read_text()
+    assert text.startswith("# top\n") and text.endswith("\nend\n") and "old" not in text
+    assert "| item_encoder/N=704,M=4,D=768,L=7,r=64 | fp32 | 2.11e+03 |  | 704 cpp | 3.0 |" in text
+    assert "not measured" in text
+    assert (folder / "some-cpu.items.png") in written and (
+        folder / "some-cpu.items.png"
+    ).stat().st_size > 1000
+    assert "(results/some-cpu.items.png)" in text
+    report.write(folder, readme)
+    assert readme.read_text() == text
+
+
+def test_a_readme_without_marks_is_left_alone(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing\n")
+    with pytest.raises(ValueError, match="expected the marks"):
+        report.replace_block(readme, "x")
+    assert readme.read_text() == "nothing\n"
+    assert "cpp" in report.summary([ROW])
