@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossan_fast.kernels import side_network_backward as backward_kernels
 from crossan_fast.kernels import side_network_forward as forward_kernels
+from crossan_fast.kernels._blocks import cdiv
 from crossan_fast.kernels._common import (
     device_class,
     dot_precision,
@@ -20,7 +21,6 @@ from crossan_fast.kernels._common import (
     power_of_two,
     uniform,
 )
-from crossan_fast.kernels._blocks import cdiv
 from crossan_fast.kernels.side_network_plan import (
     ForwardConfig,
     GradientConfig,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crossan_fast.kernels._common import as_storage, power_of_two
 from crossan_fast.kernels._blocks import cdiv
+from crossan_fast.kernels._common import as_storage, power_of_two
 
 
 class Source(NamedTuple):

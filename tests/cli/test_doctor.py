@@ -12,7 +12,8 @@ from crossan_fast.ops import _dispatch
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch):
     """Two planted backends on the CPU: one lacks an op, one is not importable."""
-    monkeypatch.setattr(_dispatch, "_ORDER", {"cpu": ("cpp", "triton", "eager"), "cuda": ("eager",)})
+    orders = {"cpu": ("cpp", "triton", "eager"), "cuda": ("eager",)}
+    monkeypatch.setattr(_dispatch, "_ORDER", {d: dict.fromkeys(o, "measured") for d, o in orders.items()})
     planted = {(op, "triton"): _dispatch.Implementation(print) for op in ("fusion", "deduplicate")}
     monkeypatch.setattr(_dispatch, "_table", planted)
     reasons = {"cpp": "planted: no compiler", "triton": None}
