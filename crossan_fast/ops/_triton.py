@@ -10,6 +10,7 @@ import torch
 from crossan_fast.kernels import (
     _common,
     full_loss,
+    fusion,
     in_batch_loss,
     rank_of_target,
     side_network,
@@ -38,6 +39,7 @@ _register("in_batch_loss", in_batch_loss)
 _register("full_loss", full_loss)
 _register("topk_scores", topk_scores)
 _register("rank_of_target", rank_of_target)
+_register("fusion", fusion)
 
 
 def _refuses_side_network(request: Request) -> str | None:

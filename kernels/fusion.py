@@ -1,0 +1,281 @@
+"""fusion in Triton: one kernel forward; backward one over items, three over weights, one reduction.
+
+Kernels are in `fusion_forward` and `fusion_backward`, which say what each keeps on chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from crossan_fast.kernels import fusion_backward, fusion_forward
+from crossan_fast.kernels._blocks import cdiv, on_device, split
+from crossan_fast.kernels._common import device_class, dot_precision, launch, power_of_two, uniform
+
+if TYPE_CHECKING:
+    from crossan_fast.ops.fusion import FusionWeights
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_STATISTICS_BLOCK, _SUM_BLOCK = 64, 1024
+
+
+class Config(NamedTuple):
+    """Items, head columns and inner units of a tile, warps and pipeline stages."""
+
+    items: int
+    columns: int
+    units: int
+    warps: int
+    stages: int
+
+
+def config(device: str, dtype: torch.dtype, tf32: bool, width: int, count: int) -> Config:
+    """The default tile: few items per program fill a GPU at small counts, many spare L2 at large ones."""
+    if dtype == torch.float32 and not tf32:
+        return Config(16, 32, 32, 4, 1)
+    if width > 64 or dtype == torch.float32:
+        return Config(16 if width > 128 else 32, 32, 32, 4, 1)
+    return Config(32 if count <= 4096 else 64, 64, 32, 4, 2)
+
+
+class _Problem(NamedTuple):
+    """What every launch is told: contiguous inputs, sizes and constants."""
+
+    hidden: tuple[Tensor, ...]
+    heads: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    rest: tuple[Tensor, ...]  # router_weight, router_bias, w1, b1, w2, b2
+    present: Tensor | None
+    counts: Tensor | None
+    tile: Config
+    sizes: dict[str, object]
+
+    @property
+    def count(self) -> int:
+        return self.hidden[0].shape[0]
+
+    def constants(self, *names: str) -> dict[str, object]:
+        launch_options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        return {name: self.sizes[name] for name in names} | launch_options
+
+
+def _problem(
+    hidden: Sequence[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+) -> _Problem:
+    modalities, inner, width = weights.w1.shape
+    precision = dot_precision(dtype)
+    device = device_class(weights.w1.device)
+    tile = config(device, dtype, precision == "tf32", width, hidden[0].shape[0])
+    everything = [*weights.head_weight, *weights.head_bias, *weights[2:]]
+    # A program reads all weights once: converting them first pays where there are many programs.
+    packed = uniform(everything, dtype if hidden[0].shape[0] > 4096 else None)
+    sizes = {
+        "WIDTHS": tuple(h.shape[1] for h in hidden),
+        "M": modalities,
+        "D": width,
+        "F": inner,
+        "TOP_K": top_k or 0,
+        "HAS_PRESENT": present is not None,
+        "HAS_COUNTS": counts is not None,
+        "DTYPE": _TYPES[dtype],
+        "BLOCK_N": tile.items,
+        "BLOCK_K": tile.columns,
+        "BLOCK_F": tile.units,
+        "BLOCK_D": power_of_two(width),
+        "BLOCK_M": power_of_two(modalities),
+        "PRECISION": precision,
+    }
+    return _Problem(
+        tuple(uniform(hidden)),
+        tuple(packed[:modalities]),
+        tuple(packed[modalities : 2 * modalities]),
+        tuple(packed[2 * modalities :]),
+        None if present is None else present.contiguous().view(torch.uint8),
+        None if counts is None else counts.contiguous(),
+        tile,
+        sizes,
+    )
+
+
+def forward(
+    hidden: Sequence[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """See `fusion_reference` for the arguments.
+
+    Returns:
+        (items `[N, d]` in `dtype`; shares of assignments `[M]` and mean router probabilities `[M]`, fp32;
+        saved: e `[N, M·d]` in `dtype` and the router's logits `[N, M]` in fp32).
+    """
+    p = _problem(hidden, weights, present, top_k, counts, dtype)
+    count, (modalities, _, width) = p.count, weights.w1.shape
+    like = weights.w1
+    items = like.new_empty((count, width), dtype=dtype)
+    saved = [
+        like.new_empty((count, modalities * width), dtype=dtype),
+        like.new_empty((count, modalities), dtype=torch.float32),
+    ]
+    assigned, probability = (like.new_empty(modalities, dtype=torch.float32) for _ in range(2))
+    programs = cdiv(count, p.tile.items)
+    padded = p.sizes["BLOCK_M"]
+    partial = like.new_empty((programs, 3, padded), dtype=torch.float32)
+    with on_device(like):
+        if programs:
+            names = "WIDTHS M D F TOP_K HAS_PRESENT HAS_COUNTS DTYPE BLOCK_N BLOCK_K BLOCK_F BLOCK_D BLOCK_M"
+            launch(
+                fusion_forward.forward_kernel,
+                (programs,),
+                p.hidden,
+                p.heads,
+                p.biases,
+                *p.rest,
+                p.present,
+                p.counts,
+                *saved,
+                items,
+                partial,
+                count,
+                **p.constants(*names.split(), "PRECISION"),
+            )
+        launch(
+            fusion_forward.statistics_kernel,
+            (1,),
+            partial,
+            assigned,
+            probability,
+            programs,
+            M=modalities,
+            BLOCK_M=padded,
+            BLOCK=_STATISTICS_BLOCK,
+        )
+    return items, assigned, probability, saved
+
+
+def backward(
+    grad_items: Tensor,
+    grad_probability: Tensor,
+    saved: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of `hidden`, and of the weights in field order; each in its tensor's own dtype."""
+    p = _problem(hidden, weights, present, top_k, counts, dtype)
+    count, (modalities, inner, _) = p.count, weights.w1.shape
+    flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
+    if count == 0:
+        return [torch.zeros_like(h) for h in hidden], [torch.zeros_like(w) for w in flat]
+    grad_items, (embedded, logits) = grad_items.contiguous(), (t.contiguous() for t in saved)
+    grad_hidden = [torch.empty_like(h) for h in p.hidden]
+    grad_flat = [
+        torch.empty_like(w, dtype=flat[0].dtype, memory_format=torch.contiguous_format) for w in flat
+    ]
+    scratch = torch.empty_like(embedded, dtype=torch.float32)
+    grad_embedded, grad_logits = torch.empty_like(embedded), torch.empty_like(logits, dtype=dtype)
+    sizes = tuple(w.numel() for w in flat)
+    starts = (0, *accumulate(sizes))
+    size = starts[-1]
+    width_blocks, unit_blocks = cdiv(max(p.sizes["WIDTHS"]), p.tile.columns), cdiv(inner, p.tile.units)
+    # Twice as many parts of the items where there are enough of them to keep so many programs busy.
+    crowd = modalities * max(width_blocks, unit_blocks) * (1 if count > 4096 else 2)
+    parts, length = split(crowd, cdiv(count, p.tile.items))
+    partial = embedded.new_empty((parts, size), dtype=torch.float32)
+    walk = (partial, count, length)
+    with on_device(embedded):
+        names = "WIDTHS M D F TOP_K HAS_PRESENT HAS_COUNTS DTYPE BLOCK_N BLOCK_K BLOCK_F BLOCK_D BLOCK_M"
+        launch(
+            fusion_backward.items_kernel,
+            (cdiv(count, p.tile.items),),
+            grad_items,
+            grad_probability.contiguous(),
+            _total(count, present, counts, embedded),
+            embedded,
+            logits,
+            p.heads,
+            p.rest[0],
+            *p.rest[2:],
+            p.present,
+            p.counts,
+            scratch,
+            grad_embedded,
+            grad_logits,
+            tuple(grad_hidden),
+            count,
+            **p.constants(*names.split(), "PRECISION"),
+        )
+        launch(
+            fusion_backward.heads_kernel,
+            (width_blocks, modalities, parts),
+            grad_embedded,
+            p.hidden,
+            *walk,
+            STARTS=starts[: modalities + 1],
+            SIZE=size,
+            **p.constants("WIDTHS", "M", "D", "DTYPE", "BLOCK_N", "BLOCK_K", "BLOCK_D", "PRECISION"),
+        )
+        launch(
+            fusion_backward.router_kernel,
+            (modalities, parts),
+            grad_logits,
+            embedded,
+            *walk,
+            START=starts[2 * modalities],
+            SIZE=size,
+            **p.constants("M", "D", "BLOCK_N", "BLOCK_D", "BLOCK_M", "PRECISION"),
+        )
+        names = "M D F TOP_K HAS_PRESENT DTYPE BLOCK_N BLOCK_F BLOCK_D BLOCK_M PRECISION"
+        launch(
+            fusion_backward.experts_kernel,
+            (unit_blocks, modalities, parts),
+            grad_items,
+            embedded,
+            logits,
+            *p.rest[2:5],
+            p.present,
+            *walk,
+            START=starts[2 * modalities + 2],
+            SIZE=size,
+            **p.constants(*names.split()),
+        )
+        launch(
+            fusion_backward.sum_kernel,
+            (cdiv(max(sizes), _SUM_BLOCK), len(sizes)),
+            partial,
+            tuple(grad_flat),
+            parts,
+            SIZE=size,
+            STARTS=starts[:-1],
+            SIZES=sizes,
+            BLOCK=_SUM_BLOCK,
+        )
+    return (
+        [grad.to(h.dtype) for grad, h in zip(grad_hidden, hidden, strict=True)],
+        [grad.to(w.dtype) for grad, w in zip(grad_flat, flat, strict=True)],
+    )
+
+
+def _total(count: int, present: Tensor | None, counts: Tensor | None, like: Tensor) -> Tensor:
+    """What all items count together in the load-balance statistics, as a tensor: nothing waits for it."""
+    if present is None:
+        total = torch.full((), count, device=like.device) if counts is None else counts.sum()
+    else:
+        exists = present.any(dim=1)
+        total = exists.sum() if counts is None else (exists * counts).sum()
+    return total.to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,184 @@
+"""fusion's forward kernel: heads, router, experts and the weighted sum of one block of items in one program.
+
+The embeddings e of a block are written once, as the backward wants them, and read back by the same program
+for the experts (out of its own L1): M of them at once would not fit the registers beside a tile of an expert.
+What a program adds to the load-balance statistics goes to its own row of `partial`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossan_fast.kernels._common import activate, dot, narrow
+
+
+@triton.jit
+def load_tile(matrix, row, rows, column, columns, stride):
+    """A block `[row, column]` of a matrix, zeros outside; int64 offsets."""
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(matrix + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def column_of(values, modality, m):
+    """Column m of `[BN, BM]`."""
+    return tl.sum(tl.where(modality[None, :] == m, values, 0.0), axis=1)
+
+
+@triton.jit
+def top(probability, exists, modality, M: tl.constexpr, K: tl.constexpr):
+    """The K most probable of the existing modalities, the first of equals: fewer than K surpass them."""
+    own = tl.where(exists, probability, -1.0)
+    surpassed = tl.zeros_like(own)
+    for m in tl.static_range(M):
+        other = column_of(own, modality, m)[:, None]
+        ahead = (other > own) | ((other == own) & (modality[None, :] > m))
+        surpassed += tl.where(ahead, 1.0, 0.0)
+    return exists & (surpassed < K)
+
+
+@triton.jit
+def softmax(logits, keep):
+    """Over the kept entries of a row; zeros in a row that keeps none."""
+    highest = tl.max(tl.where(keep, logits, float("-inf")), axis=1)
+    highest = tl.where(highest > float("-inf"), highest, 0.0)
+    power = tl.where(keep, tl.exp(logits - highest[:, None]), 0.0)
+    total = tl.sum(power, axis=1)
+    return power / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def existing(present, row, count, modality, M: tl.constexpr, HAS_PRESENT: tl.constexpr):
+    """Which modalities an item has, `[BN, BM]`."""
+    mask = (row < count)[:, None] & (modality < M)[None, :]
+    if HAS_PRESENT:
+        offset = row.to(tl.int64)[:, None] * M + modality[None, :]
+        return tl.load(present + offset, mask=mask, other=0) != 0
+    return mask
+
+
+@triton.jit
+def route(logits, exists, modality, M: tl.constexpr, TOP_K: tl.constexpr):
+    """(router probabilities, chosen experts, their shares), each `[BN, BM]`; TOP_K 0 chooses all."""
+    probability = softmax(logits, exists)
+    if TOP_K == 0:
+        return probability, exists, probability
+    chosen = top(probability, exists, modality, M, TOP_K)
+    return probability, chosen, softmax(logits, chosen)
+
+
+@triton.jit(do_not_specialize=["count"])
+def forward_kernel(
+    hidden,
+    head_weight,
+    head_bias,
+    router_weight,
+    router_bias,
+    w1,
+    b1,
+    w2,
+    b2,
+    present,
+    counts,
+    embedded,
+    router_logits,
+    items,
+    partial,
+    count,
+    WIDTHS: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_PRESENT: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < count
+    feature = tl.arange(0, BLOCK_D)
+    modality = tl.arange(0, BLOCK_M)
+    exists = existing(present, row, count, modality, M, HAS_PRESENT)
+
+    logits = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for m in tl.static_range(M):
+        e = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+        for begin in range(0, WIDTHS[m], BLOCK_K):
+            column = begin + tl.arange(0, BLOCK_K)
+            h = load_tile(hidden[m], row, count, column, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [BN, BK]
+            head = load_tile(head_weight[m], feature, D, column, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [d, BK]
+            e = dot(h, tl.trans(head), e, PRECISION)
+        e += tl.load(head_bias[m] + feature, mask=feature < D, other=0.0).to(tl.float32)[None, :]
+        if HAS_PRESENT:
+            here = tl.load(present + row.to(tl.int64) * M + m, mask=inside, other=0) != 0
+            e = tl.where(here[:, None], e, 0.0)
+        e = narrow(e, DTYPE)
+        offset = row.to(tl.int64)[:, None] * (M * D) + (m * D + feature)[None, :]
+        tl.store(embedded + offset, e, mask=inside[:, None] & (feature < D)[None, :])
+        router = load_tile(router_weight + m * D, modality, M, feature, D, M * D).to(DTYPE)  # [BM, d]
+        logits = dot(e, tl.trans(router), logits, PRECISION)
+    logits += tl.load(router_bias + modality, mask=modality < M, other=0.0).to(tl.float32)[None, :]
+    offset = row.to(tl.int64)[:, None] * M + modality[None, :]
+    tl.store(router_logits + offset, logits, mask=inside[:, None] & (modality < M)[None, :])
+
+    probability, chosen, share = route(logits, exists, modality, M, TOP_K)
+    weight = tl.where(tl.max(exists.to(tl.int32), axis=1) > 0, 1.0, 0.0)
+    if HAS_COUNTS:
+        weight *= tl.load(counts + row, mask=inside, other=0).to(tl.float32)
+    assigned = chosen if TOP_K else top(probability, exists, modality, M, 1)
+    statistic = partial + tl.program_id(0) * 3 * BLOCK_M + modality
+    tl.store(statistic, tl.sum(tl.where(assigned, weight[:, None], 0.0), axis=0))
+    tl.store(statistic + BLOCK_M, tl.sum(weight[:, None] * probability, axis=0))
+    tl.store(statistic + 2 * BLOCK_M, tl.zeros([BLOCK_M], dtype=tl.float32) + tl.sum(weight, axis=0))
+
+    tl.debug_barrier()  # e, written above, is read below by other threads of this program
+    item = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    for m in range(M):
+        runs = column_of(tl.where(chosen, 1.0, 0.0), modality, m) > 0
+        if tl.max(runs.to(tl.int32), axis=0) > 0:
+            own = load_tile(embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
+            bias = tl.load(b2 + m * D + feature, mask=feature < D, other=0.0).to(tl.float32)
+            expert = own.to(tl.float32) + bias[None, :]
+            for begin in range(0, F, BLOCK_F):
+                unit = begin + tl.arange(0, BLOCK_F)
+                first = load_tile(w1 + m * F * D, unit, F, feature, D, D).to(DTYPE)  # [BF, d]
+                inner = dot(own, tl.trans(first), tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32), PRECISION)
+                inner += tl.load(b1 + m * F + unit, mask=unit < F, other=0.0).to(tl.float32)[None, :]
+                inner = narrow(activate(inner, True), DTYPE)
+                second = load_tile(w2 + m * D * F, feature, D, unit, F, F).to(DTYPE)  # [d, BF]
+                expert = dot(inner, tl.trans(second), expert, PRECISION)
+            item += tl.where(runs[:, None], column_of(share, modality, m)[:, None] * expert, 0.0)
+    offset = row.to(tl.int64)[:, None] * D + feature[None, :]
+    tl.store(items + offset, narrow(item, DTYPE), mask=inside[:, None] & (feature < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["programs"])
+def statistics_kernel(
+    partial, assigned, probability, programs, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Shares of assignments and mean probabilities `[M]` from the programs' sums, in their order."""
+    modality = tl.arange(0, BLOCK_M)
+    program = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
+    means = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
+    total = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
+    for begin in range(0, programs, BLOCK):
+        offset = (begin + program)[:, None] * 3 * BLOCK_M + modality[None, :]
+        mask = (begin + program < programs)[:, None] & (modality < M)[None, :]
+        sums += tl.load(partial + offset, mask=mask, other=0.0)
+        means += tl.load(partial + offset + BLOCK_M, mask=mask, other=0.0)
+        total += tl.load(partial + offset + 2 * BLOCK_M, mask=mask, other=0.0)
+    sums_ = tl.sum(sums, axis=0)
+    everything = tl.sum(sums_, axis=0)
+    share = sums_ / tl.where(everything > 0, everything, 1.0)
+    weight = tl.sum(total, axis=0)
+    mean = tl.sum(means, axis=0) / tl.where(weight > 0, weight, 1.0)
+    tl.store(assigned + modality, share, mask=modality < M)
+    tl.store(probability + modality, mean, mask=modality < M)

@@ -1,0 +1,201 @@
+"""The fusion kernels against the reference in float64."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from crossan_fast.kernels import fusion
+from crossan_fast.ops.fusion import FusionWeights, fusion_reference
+from crossan_fast.ops.fusion import fusion as fusion_op
+
+# The interpreter computes on the CPU; with TRITON_INTERPRET=0 the very same tests run on a GPU.
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+
+
+def make(count, widths, width, inner, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
+
+    m = len(widths)
+    weights = FusionWeights(
+        head_weight=[normal(width, w, scale=w**-0.5) for w in widths],
+        head_bias=[normal(width) for _ in widths],
+        router_weight=normal(m, m * width, scale=0.2),
+        router_bias=normal(m),
+        w1=normal(m, inner, width, scale=width**-0.5),
+        b1=normal(m, inner),
+        w2=normal(m, width, inner, scale=inner**-0.5),
+        b2=normal(m, width),
+    )
+    return [normal(count, w) for w in widths], weights
+
+
+def some_present(count, modalities, seed=1):
+    """Every number of present modalities, none included."""
+    present = torch.rand(count, modalities, generator=torch.Generator().manual_seed(seed)) < 0.6
+    present[0], present[-1] = False, True
+    return present.to(DEVICE)
+
+
+def flat(weights):
+    return [*weights.head_weight, *weights.head_bias, *weights[2:]]
+
+
+def kernel(hidden, weights, grad, *, present=None, top_k=None, counts=None, dtype, grad_balance=0.5):
+    m = len(hidden)
+    items, assigned, probability, saved = fusion.forward(hidden, weights, present, top_k, counts, dtype)
+    of_probability = grad_balance * m * assigned
+    grads = fusion.backward(
+        grad.to(dtype), of_probability, saved, hidden, weights, present, top_k, counts, dtype
+    )
+    return [items, m * (assigned * probability).sum(), *grads[0], *grads[1]]
+
+
+def reference(hidden, weights, grad, *, dtype, grad_balance=0.5, **options):
+    m = len(hidden)
+    hidden = [h.to(dtype).requires_grad_() for h in hidden]
+    tensors = [w.to(dtype).requires_grad_() for w in flat(weights)]
+    weights = FusionWeights(tensors[:m], tensors[m : 2 * m], *tensors[2 * m :])
+    out = fusion_reference(hidden, weights, **options)
+    loss = (out.items * grad.to(dtype)).sum() + grad_balance * out.balance
+    return [out.items.detach(), out.balance.detach(), *torch.autograd.grad(loss, (*hidden, *tensors))]
+
+
+def names(modalities):
+    groups = [f"{group}[{m}]" for group in ("hidden", "head_weight", "head_bias") for m in range(modalities)]
+    return ["items", "balance", *groups, *FusionWeights._fields[2:]]
+
+
+def compare(hidden, weights, judge, dtype, **options):
+    """One choice for all: the experts that float64 picks, which a margin keeps from rounding away."""
+    grad = torch.randn(len(hidden[0]), weights.w1.shape[2], generator=torch.Generator().manual_seed(5))
+    grad = grad.to(dtype).to(DEVICE)
+    actual = kernel(hidden, weights, grad, dtype=dtype, **options)
+    eager = reference(hidden, weights, grad, dtype=dtype, **options)
+    truth = reference(hidden, weights, grad, dtype=torch.float64, **options)
+    for name, *results in zip(names(len(hidden)), actual, eager, truth, strict=True):
+        judge(name, *results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"present": True, "counts": True}, {"top_k": 2, "present": True}],
+    ids=["all", "present", "top_k"],
+)
+def test_matches_float64(options, dtype, judge):
+    hidden, weights = make(41, (40, 70, 33), 20, 48, dtype)
+    options = dict(options)
+    if options.pop("counts", False):
+        options["counts"] = torch.arange(41, device=DEVICE) % 4
+    if options.pop("present", False):
+        options["present"] = some_present(41, 3)
+    if "top_k" in options:
+        # Rounding must not decide who is chosen: set the router's biases far apart.
+        weights = weights._replace(router_bias=torch.tensor([2.0, -2.0, 6.0], dtype=dtype, device=DEVICE))
+    compare(hidden, weights, judge, dtype, **options)
+
+
+def test_one_modality_and_a_wide_embedding(judge):
+    hidden, weights = make(19, (24,), 70, 40, torch.float32)
+    compare(hidden, weights, judge, torch.float32)
+
+
+def test_ties_go_to_the_modality_that_comes_first():
+    hidden, weights = make(9, (8, 8, 8), 16, 16, torch.float32)
+    zero = [torch.zeros_like(t) for t in (weights.router_weight, weights.router_bias)]
+    weights = weights._replace(router_weight=zero[0], router_bias=zero[1])
+    present = torch.ones(9, 3, dtype=torch.bool, device=DEVICE)
+    present[4:, 0] = False
+    for top_k in (1, 2):
+        items, assigned, _, _ = fusion.forward(hidden, weights, present, top_k, None, torch.float32)
+        expected = fusion_reference(hidden, weights, present=present, top_k=top_k)
+        torch.testing.assert_close(items, expected.items)
+        shares = [4, 5, 0] if top_k == 1 else [4, 9, 5]
+        torch.testing.assert_close(assigned.cpu(), torch.tensor(shares) / sum(shares))
+
+
+def test_experts_that_nobody_chose_do_not_run():
+    hidden, weights = make(21, (8, 8), 16, 16, torch.float32)
+    weights = weights._replace(router_bias=torch.tensor([50.0, -50.0], device=DEVICE))
+    weights.w1[1] = float("nan")
+    weights.b2[1] = float("nan")
+    grad = torch.randn(21, 16, device=DEVICE)
+    out = kernel(hidden, weights, grad, top_k=1, dtype=torch.float32)
+    assert all(torch.isfinite(t).all() for t in out)
+    assert not any(out[names(2).index(name)][1].any() for name in ("w1", "b1", "w2", "b2"))
+
+
+def test_an_item_without_modalities_gets_zeros_and_gives_no_gradient():
+    hidden, weights = make(6, (8, 8), 16, 16, torch.float32)
+    present = torch.ones(6, 2, dtype=torch.bool, device=DEVICE)
+    present[3] = False
+    items, _, *grads = kernel(
+        hidden, weights, torch.ones(6, 16, device=DEVICE), present=present, dtype=torch.float32
+    )
+    assert not items[3].any() and not grads[0][3].any() and not grads[1][3].any()
+
+
+def test_no_items():
+    hidden, weights = make(0, (8, 12), 16, 16, torch.float32)
+    out = kernel(hidden, weights, torch.zeros(0, 16, device=DEVICE), dtype=torch.float32)
+    assert out[0].shape == (0, 16) and out[1] == 0
+    assert [t.shape for t in out[2:]] == [t.shape for t in (*hidden, *flat(weights))]
+    assert not any(t.any() for t in out)
+
+
+def test_strides_do_not_matter_and_runs_repeat_bit_for_bit():
+    hidden, weights = make(37, (24, 40), 16, 32, torch.bfloat16)
+    present, grad = some_present(37, 2), torch.randn(37, 16, device=DEVICE)
+    expected = kernel(hidden, weights, grad, present=present, dtype=torch.bfloat16)
+    strided = FusionWeights(
+        *([t.mT.contiguous().mT if t.dim() > 1 else t for t in group] for group in weights[:2]),
+        *(t.mT.contiguous().mT if t.dim() > 1 else t for t in weights[2:]),
+    )
+    wide = [torch.cat([h, h], 1)[:, : h.shape[1]] for h in hidden]
+    turned = present.T.contiguous().T, grad.T.contiguous().T
+    assert not any(t.is_contiguous() for t in (*wide, strided.w1, *turned))
+    for repeat in (
+        kernel(wide, strided, turned[1], present=turned[0], dtype=torch.bfloat16),
+        kernel(hidden, weights, grad, present=present, dtype=torch.bfloat16),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(repeat, expected, strict=True))
+
+
+def test_full_precision_weights_under_half_precision_compute(judge):
+    hidden, weights = make(23, (24, 40), 16, 32, torch.float32)
+    grad = torch.randn(23, 16, device=DEVICE)
+    out = kernel(hidden, weights, grad, dtype=torch.bfloat16)
+    assert out[0].dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in out[2:])
+    rounded = FusionWeights(
+        *([t.bfloat16() for t in group] for group in weights[:2]), *(t.bfloat16() for t in weights[2:])
+    )
+    halves = [h.bfloat16() for h in hidden]
+    eager = reference(halves, rounded, grad, dtype=torch.bfloat16)
+    truth = reference(hidden, weights, grad, dtype=torch.float64)
+    for name, *results in zip(names(2), out, eager, truth, strict=True):
+        judge(name, *results)
+
+
+def test_registered_op_passes_opcheck():
+    hidden, weights = make(5, (8, 6), 8, 8, torch.float32)
+    tensors = [t.requires_grad_() for t in flat(weights)]
+    op = torch.ops.crossan_fast.fusion.default
+    torch.library.opcheck(op, (hidden, tensors, some_present(5, 2), 1, None, torch.float32, "triton"))
+
+
+def test_gradients_through_the_op_match_eager():
+    hidden, weights = make(5, (8, 6), 8, 8, torch.float32)
+    inputs = [t.requires_grad_() for t in (hidden[0], weights.w1, weights.router_bias)]
+    gradients = []
+    for backend in ("triton", "eager"):
+        out = fusion_op(hidden, weights, backend=backend)
+        gradients.append(torch.autograd.grad(out.items.square().sum() + out.balance, inputs))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
