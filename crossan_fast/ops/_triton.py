@@ -9,6 +9,7 @@ import torch
 
 from crossan_fast.kernels import (
     _common,
+    deduplicate,
     full_loss,
     fusion,
     in_batch_loss,
@@ -49,3 +50,4 @@ def _refuses_side_network(request: Request) -> str | None:
 
 
 _register("side_network", side_network, _refuses_side_network)
+_register("deduplicate", deduplicate, lambda request: _common.refuses_device(request.device))
