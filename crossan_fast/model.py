@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from crossan_fast import distributed, iisan, ops, serialization
-from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast import _sources, distributed, iisan, ops, serialization
+from crossan_fast._checks import check_tensor, describe
+from crossan_fast._profiling import span
+from crossan_fast._sources import Source
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
 
 _ID_DTYPES = (torch.int64, torch.int32)
+# Items whose states are on the device at once where the cache is not.
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,6 @@ class CrossanOutput:
     loss: Tensor
     user_embeddings: Tensor
     item_embeddings: Tensor
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the op reads states: tensors with a row an item (or place), and the rows it wants."""
-
-    states: Sequence[Tensor]
-    scales: Sequence[Tensor] | None
-    present: Tensor | None
 
 
 class CrossanModel(nn.Module):
@@ -100,10 +96,10 @@ class CrossanModel(nn.Module):
             ValueError, TypeError: names, shapes, dtypes or devices that do not fit; an item with no
                 modality at all, by its row.
         """
-        source = self._dense_source(states, present, leading=1)
+        source = _sources.dense(self.config, states, present, leading=1)
         if present is not None:
             _refuse_empty_items(present, "present: item at row {}")
-        return self._encode(source, None, source.present, None)[0]
+        return self._encode(source, None)[0]
 
     def encode_users(self, items: Tensor, mask: Tensor) -> Tensor:
         """User vectors from item embeddings.
@@ -123,10 +119,11 @@ class CrossanModel(nn.Module):
             raise ValueError(
                 f"items: expected at most window={self.config.window} places, got {describe(items)}"
             )
-        return self.sequence_encoder(items, mask)
+        with span("sequence_encoder"):
+            return self.sequence_encoder(items, mask)
 
     def encode_catalogue(
-        self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = 2048
+        self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = _CHUNK
     ) -> Tensor:
         """Embeddings of the cache's items without gradient, `[I + 1, d]` (or of `ids`); row 0 is zeros."""
         device = self._device()
@@ -136,7 +133,7 @@ class CrossanModel(nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                chunks = [self._encode_ids(cache, part) for part in ids.split(batch_size)]
+                chunks = [self._encode_ids(cache, *part) for part in self._parts(cache, ids, batch_size)]
         finally:
             self.train(training)
         if not chunks:
@@ -152,6 +149,8 @@ class CrossanModel(nn.Module):
         *,
         cache: HiddenStateCache | None = None,
         present: Tensor | None = None,
+        gathered: Mapping[str, Tensor] | None = None,
+        capacity: int | None = None,
     ) -> CrossanOutput:
         """One training step's loss.
 
@@ -160,6 +159,10 @@ class CrossanModel(nn.Module):
             states: per modality `[B, S + 1, L, D_m]`; places of one id hold the same states.
             cache: in place of `states`: rows are read by id.
             present: with `states`, bool `[B, S + 1, M]`; None: all present.
+            gathered: with `cache`, the states `{name: [U, L, D_m]}` of the batch's distinct ids as
+                `ops.deduplicate(item_ids).ids` has them, where `cache.prefetch` read them ahead.
+            capacity: how many distinct ids there are at most, padding counted; where it is known, a GPU need
+                not work on a slot for every place.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named; no row with a target; ids out of range.
@@ -173,36 +176,33 @@ class CrossanModel(nn.Module):
         item_ids = item_ids.to(torch.int64)
         if cache is not None:
             self._check_range(item_ids, cache.num_items)
-        unique = ops.deduplicate(item_ids, self._capacity(item_ids), backend=self._backend("deduplicate"))
+        if gathered is not None:
+            capacity = _check_gathered(gathered, cache)
+        unique = ops.deduplicate(
+            item_ids, self._capacity(item_ids, capacity), backend=self._backend("deduplicate")
+        )
         if self.config.loss == "full":
             return self._full(item_ids, cache)
         if cache is not None:
-            source, rows = self._cache_source(cache), unique.ids
-            exists = None if source.present is None else source.present[rows]
+            source = _sources.cached(self.config, cache, item_ids.device, unique.ids, gathered)
         else:
             assert states is not None
-            source = self._dense_source(states, present, leading=2)
+            source = _sources.dense(self.config, states, present, leading=2)
             rows = _first_places(unique)
             exists = None if source.present is None else source.present[rows]
-            if exists is not None:
+            # As in _check_ids: on a GPU the answer would have to be waited for.
+            if exists is not None and exists.device.type == "cpu":
                 _refuse_empty_items(exists | (unique.ids == 0)[:, None], "item_ids: item {}", unique.ids)
-        return self._in_batch(item_ids, unique, source, rows, self._drop(exists, unique.ids))
+            source = Source(source.states, None, rows, exists)
+        source = replace(source, present=self._drop(source.present, unique.ids))
+        return self._in_batch(item_ids, unique, source)
 
-    def _in_batch(
-        self,
-        item_ids: Tensor,
-        unique: ops.Deduplicated,
-        source: _Source,
-        rows: Tensor,
-        exists: Tensor | None,
-    ) -> CrossanOutput:
+    def _in_batch(self, item_ids: Tensor, unique: ops.Deduplicated, source: Source) -> CrossanOutput:
         deduplicate, slots = self.config.deduplicate, unique.slots
         counts = unique.counts
         if not deduplicate:
-            flat = slots.reshape(-1)
-            rows, exists = rows[flat], None if exists is None else exists[flat]
-            counts = (flat != 0).to(torch.int64)
-        embeddings, balance = self._encode(source, rows, exists, counts)
+            source, counts = _by_place(source, slots.reshape(-1)), (slots.reshape(-1) != 0).to(torch.int64)
+        embeddings, balance = self._encode(source, counts)
         by_place = (embeddings[slots] if deduplicate else embeddings).reshape(*item_ids.shape, -1)
         mask = item_ids[:, :-1] != 0
         users = self.encode_users(by_place[:, :-1], mask)
@@ -215,36 +215,44 @@ class CrossanModel(nn.Module):
                 unique, embeddings, self.process_group, equal=equal
             )
         log_popularity = self._log_popularity(unique.ids)
-        if deduplicate:
-            loss = ops.in_batch_loss(
-                users,
-                embeddings,
-                unique.slots,
-                unique.counts,
-                log_popularity,
-                backend=self._backend("in_batch_loss"),
-            )
-        else:
-            loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
+        with span("loss"):
+            if deduplicate:
+                loss = ops.in_batch_loss(
+                    users,
+                    embeddings,
+                    unique.slots,
+                    unique.counts,
+                    log_popularity,
+                    backend=self._backend("in_batch_loss"),
+                )
+            else:
+                loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
     def _full(self, item_ids: Tensor, cache: HiddenStateCache | None) -> CrossanOutput:
         if cache is None:
             raise ValueError("cache: loss='full' scores the whole catalogue, expected a cache, got states")
         catalogue = torch.arange(cache.num_items + 1, device=item_ids.device)
-        source = self._cache_source(cache)
-        exists = self._drop(source.present, catalogue)
         counts = (catalogue != 0).to(torch.int64)
-        embeddings, balance = self._encode(source, None, exists, counts)
+        device = item_ids.device
+        exists = self._drop(_sources.present_in(self.config, cache, device), catalogue)
+        if _sources.read_by_id(cache, device):
+            source = replace(_sources.cached(self.config, cache, device), present=exists)
+            embeddings, balance = self._encode(source, counts)
+        else:
+            source = Source((), None, catalogue, exists)
+            embeddings, balance = self._fuse(self._hidden_in_chunks(cache, source), source, counts)
         if self.config.deduplicate:
             by_place = embeddings[item_ids]
         else:
             flat = item_ids.reshape(-1)
-            placed = self._encode(source, flat, None if exists is None else exists[flat], None)[0]
-            by_place = placed.reshape(*item_ids.shape, -1)
+            placed = _sources.cached(self.config, cache, device, flat)
+            placed = replace(placed, present=None if exists is None else exists[flat])
+            by_place = self._encode(placed, None)[0].reshape(*item_ids.shape, -1)
         users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
         targets = torch.where(item_ids[:, :-1] != 0, item_ids[:, 1:], 0)
-        loss = ops.full_loss(users, embeddings, targets, backend=self._backend("full_loss"))
+        with span("loss"):
+            loss = ops.full_loss(users, embeddings, targets, backend=self._backend("full_loss"))
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
     # -- popularity ------------------------------------------------------------------------------------
@@ -302,27 +310,60 @@ class CrossanModel(nn.Module):
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _encode(
-        self, source: _Source, rows: Tensor | None, present: Tensor | None, counts: Tensor | None
+    def _encode(self, source: Source, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._fuse(self._hidden(source), source, counts)
+
+    def _hidden(self, source: Source) -> list[Tensor]:
+        with span("side_network"):
+            return self.towers(
+                source.states,
+                ids=source.rows,
+                scales=source.scales,
+                present=source.present,
+                backend=self._backend("side_network"),
+            )
+
+    def _fuse(
+        self, hidden: Sequence[Tensor], source: Source, counts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        hidden = self.towers(
-            source.states,
-            ids=rows,
-            scales=source.scales,
-            present=present,
-            backend=self._backend("side_network"),
-        )
-        if isinstance(self.fusion, Concat):
-            return self.fusion(hidden, self.heads, present=present), None
-        fused = self.fusion(
-            hidden, self.heads, present=present, counts=counts, backend=self._backend("fusion")
-        )
+        with span("fusion"):
+            if isinstance(self.fusion, Concat):
+                return self.fusion(hidden, self.heads, present=source.present), None
+            fused = self.fusion(
+                hidden, self.heads, present=source.present, counts=counts, backend=self._backend("fusion")
+            )
         return fused.items, fused.balance
 
-    def _encode_ids(self, cache: HiddenStateCache, ids: Tensor) -> Tensor:
-        source = self._cache_source(cache)
-        present = None if source.present is None else source.present[ids]
-        return self._encode(source, ids, present, None)[0]
+    def _hidden_in_chunks(self, cache: HiddenStateCache, catalogue: Source) -> list[Tensor]:
+        """Each tower's last h of all items, a chunk's states at a time; the backward gathers them again."""
+        device, chunks = self._device(), []
+
+        def hidden(ids: Tensor, present: Tensor | None) -> tuple[Tensor, ...]:
+            source = _sources.cached(self.config, cache, device, ids)
+            return tuple(self._hidden(replace(source, present=present)))
+
+        assert catalogue.rows is not None
+        for ids in catalogue.rows.split(_CHUNK):
+            present = None if catalogue.present is None else catalogue.present[ids]
+            chunks.append(checkpoint(hidden, ids, present, use_reentrant=False, preserve_rng_state=False))
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+    def _parts(
+        self, cache: HiddenStateCache, ids: Tensor, size: int
+    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor] | None]]:
+        """`ids` in parts, with their rows read ahead where the op can't read them by id."""
+        parts = ids.split(size)
+        if _sources.read_by_id(cache, self._device()):
+            yield from ((part, None) for part in parts)
+        else:
+            ahead = cache.prefetch(iter(parts), self._device())
+            yield from ((part, rows) for part, (_, rows) in zip(parts, ahead, strict=True))
+
+    def _encode_ids(
+        self, cache: HiddenStateCache, ids: Tensor, gathered: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        source = _sources.cached(self.config, cache, self._device(), ids, gathered)
+        return self._encode(source, None)[0]
 
     def _total(self, loss: Tensor, item_ids: Tensor, balance: Tensor | None) -> Tensor:
         if self.process_group is not None:
@@ -341,48 +382,6 @@ class CrossanModel(nn.Module):
         draw = torch.rand(exists.shape, device=exists.device).masked_fill(~exists, -1)
         best = draw == draw.amax(dim=1, keepdim=True)
         return exists & ((draw >= p) | best)
-
-    def _dense_source(self, states: Mapping[str, Tensor], present: Tensor | None, leading: int) -> _Source:
-        names = self.config.modality_names
-        for name in states:
-            if name not in names:
-                raise ValueError(f"states: unknown modality {name!r}{nearest(name, names)}")
-        if missing := [name for name in names if name not in states]:
-            raise ValueError(f"states: expected {list(names)}, {missing} missing")
-        first = states[names[0]]
-        for modality in self.config.modalities:
-            shape = (*[None] * leading, modality.levels, modality.width)
-            state = check_tensor(f"states[{modality.name!r}]", states[modality.name], shape)
-            if not state.is_floating_point():
-                raise TypeError(f"states[{modality.name!r}]: expected a floating type, got {describe(state)}")
-            if state.shape[:leading] != first.shape[:leading]:
-                raise ValueError(
-                    f"states[{modality.name!r}]: expected {list(first.shape[:leading])} first as in "
-                    f"states[{names[0]!r}], got {describe(state)}"
-                )
-        if present is not None:
-            shape = (*first.shape[:leading], len(names))
-            check_tensor("present", present, shape, dtypes=(torch.bool,), device=first.device)
-            present = present.reshape(-1, len(names))
-        return _Source([states[name].flatten(0, leading - 1) for name in names], None, present)
-
-    def _cache_source(self, cache: HiddenStateCache) -> _Source:
-        wanted, held = self.config.modalities, {m.name: m for m in cache.modalities}
-        for modality in wanted:
-            other = held.get(modality.name)
-            if other is None:
-                hint = nearest(modality.name, held)
-                raise ValueError(f"cache: holds {list(held)}, expected modality {modality.name!r}{hint}")
-            if (other.width, other.levels) != (modality.width, modality.levels):
-                raise ValueError(f"cache: expected {modality}, got {other}")
-        device = self._device()
-        order = [list(held).index(modality.name) for modality in wanted]
-        states, scales = cache.states(device), cache.scales(device)
-        return _Source(
-            [states[i] for i in order],
-            None if scales is None else [scales[i] for i in order],
-            cache.present_mask(device, order),
-        )
 
     def _check_ids(self, item_ids: Tensor) -> None:
         check_tensor("item_ids", item_ids, (None, None), dtypes=_ID_DTYPES, device=self._device())
@@ -407,9 +406,11 @@ class CrossanModel(nn.Module):
             if low < 0 or high > num_items:
                 raise ValueError(f"item_ids: expected ids in 0 to {num_items}, got {int(low)} to {int(high)}")
 
-    def _capacity(self, item_ids: Tensor) -> int | None:
+    def _capacity(self, item_ids: Tensor, known: int | None) -> int | None:
         """On a GPU every place may be distinct: a known shape costs less than asking the device."""
-        return None if item_ids.device.type == "cpu" else item_ids.numel() + 1
+        if item_ids.device.type == "cpu":
+            return None
+        return item_ids.numel() + 1 if known is None else min(known, item_ids.numel() + 1)
 
     def _backend(self, op: str) -> str:
         """A backend asked for by name holds for every op that it has; the others stay automatic."""
@@ -424,6 +425,19 @@ class CrossanModel(nn.Module):
         if saved is not None and saved.shape != self.item_popularity.shape:
             self.item_popularity = torch.empty(saved.shape, device=self.item_popularity.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_gathered(gathered: Mapping[str, Tensor], cache: HiddenStateCache | None) -> int:
+    """How many rows there are."""
+    if cache is None:
+        raise ValueError("gathered: goes with cache, which it was read from; got states")
+    return next(iter(gathered.values())).shape[0]
+
+
+def _by_place(source: Source, slots: Tensor) -> Source:
+    """The rows of distinct items, repeated for every place that has one."""
+    rows = slots if source.rows is None else source.rows[slots]
+    return replace(source, rows=rows, present=None if source.present is None else source.present[slots])
 
 
 def _first_places(unique: ops.Deduplicated) -> Tensor:

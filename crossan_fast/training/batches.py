@@ -10,6 +10,9 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor
 
+# Of an epoch, when distinct ids are counted.
+_BATCHES_AT_ONCE = 1024
+
 
 class Batches:
     """Seeded epochs over sequences `[U, S + 1]` that live on one device.
@@ -55,6 +58,23 @@ class Batches:
 
     def epoch(self, number: int) -> Iterator[Tensor]:
         """The batches of an epoch, drawn without waiting for the device."""
+        for index in self._order(number):
+            yield self._sequences[index]
+
+    def distinct(self, number: int) -> list[int]:
+        """How many distinct ids each batch of an epoch holds, padding always counted as one.
+
+        Asks the device once, before the epoch, what would else be asked at every step.
+        """
+        counts = []
+        for part in self._order(number).split(_BATCHES_AT_ONCE):
+            ids = self._sequences[part].flatten(1)
+            ids = torch.nn.functional.pad(ids, (1, 0)).sort(dim=1).values
+            counts.append(1 + (ids[:, 1:] != ids[:, :-1]).sum(dim=1))
+        return [int(count) for count in torch.cat(counts).tolist()]
+
+    def _order(self, number: int) -> Tensor:
+        """Rows of each batch, `[batches, rows a batch]`."""
         device = self._sequences.device
         # Hashed together, since the CPU's generator reads 32 bits of its seed, and epoch e of one seed should
         # not be epoch e - 1 of the next.
@@ -62,10 +82,7 @@ class Batches:
         self._generator.manual_seed(int(mixed[0]))
         order = torch.randperm(self.rows, generator=self._generator, device=device)
         filling = len(self) * self.batch_size - self.rows
-        order = torch.cat([order, order.new_full((filling,), self.rows)])
+        order = torch.nn.functional.pad(order, (0, filling), value=self.rows)
+        mine = order.reshape(len(self), self.batch_size)[:, self._rank :: self._size]
         part = -(-self.batch_size // self._size)
-        for index in order.split(self.batch_size):
-            mine = index[self._rank :: self._size]
-            if mine.numel() < part:
-                mine = torch.nn.functional.pad(mine, (0, part - mine.numel()), value=self.rows)
-            yield self._sequences[mine]
+        return torch.nn.functional.pad(mine, (0, part - mine.shape[1]), value=self.rows)

@@ -60,7 +60,9 @@ def make_optimizer(model: CrossanModel, config: OptimizerConfig) -> torch.optim.
         rate = group["base_lr"]
         group["lr"] = torch.tensor(rate, device=device) if device.type == "cuda" else rate
     fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(
+        groups, betas=config.betas, eps=config.eps, fused=fused, capturable=device.type == "cuda"
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps: int) -> None:

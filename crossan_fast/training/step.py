@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from crossan_fast._profiling import span
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.config import OptimizerConfig, Precision
@@ -38,6 +39,7 @@ class TrainStep:
         self.model = model
         self.cache = cache
         self.optimizer = optimizer
+        self.group = group
         self._forward: nn.Module = model
         if group is not None:
             # `Batches` fills every process's part up to one shape.
@@ -46,27 +48,45 @@ class TrainStep:
                 model, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.steps = 0
+        self._rate_stands = False
         self._config = config
         self._autocast = precision == "bf16"
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._device = next(model.parameters()).device.type
+        self.device = next(model.parameters()).device
 
-    def __call__(self, item_ids: Tensor) -> Tensor:
-        set_learning_rate(self.optimizer, self.steps, self._config.warmup_steps)
-        loss = self.forward_backward(item_ids)
-        self.update()
+    def __call__(self, item_ids: Tensor, **known: object) -> Tensor:
+        """One step; `known` goes to the model's forward, see `crossan_fast.training.feed`."""
+        self.set_rate()
+        loss = self.compute(item_ids, **known)
         self.steps += 1
         return loss
 
-    def forward_backward(self, item_ids: Tensor) -> Tensor:
+    def set_rate(self) -> None:
+        """The learning rate of the step to come: apart from `compute`, so that a captured step follows it."""
+        if self.steps <= self._config.warmup_steps or not self._rate_stands:
+            set_learning_rate(self.optimizer, self.steps, self._config.warmup_steps)
+            self._rate_stands = True
+
+    def compute(self, item_ids: Tensor, **known: object) -> Tensor:
+        """All of a step that happens on the device."""
+        loss = self.forward_backward(item_ids, **known)
+        self.update()
+        return loss
+
+    def forward_backward(self, item_ids: Tensor, **known: object) -> Tensor:
         """Fresh gradients of one batch, and its loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._autocast):
-            loss: Tensor = self._forward(item_ids, cache=self.cache).loss
-        loss.backward()
+        # Autocast's cache of cast weights must not outlive a capture.
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=self.device.type != "cuda"
+        ):
+            loss: Tensor = self._forward(item_ids, cache=self.cache, **known).loss
+        with span("backward"):
+            loss.backward()
         return loss.detach()
 
     def update(self) -> None:
         """Clip what `forward_backward` left and apply it."""
-        clip_gradients(self._parameters, self._config.clip_norm)
-        self.optimizer.step()
+        with span("optimizer"):
+            clip_gradients(self._parameters, self._config.clip_norm)
+            self.optimizer.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.config import TrainConfig, flatten
 from crossan_fast.training.distributed import Processes, join_processes
 from crossan_fast.training.evaluation import Part, Result, check_cutoffs, evaluate
+from crossan_fast.training.feed import Known, feed
+from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import TrainStep
@@ -44,6 +46,7 @@ class Trainer:
     Attributes:
         model: being trained; after `fit`, the weights of the best epoch.
         history: one entry an epoch, as in `log.jsonl`.
+        eager_because: why the step is not captured in CUDA graphs; None: it is.
     """
 
     def __init__(
@@ -61,8 +64,11 @@ class Trainer:
         model = CrossanModel(config.crossan_config(self.task.cache), backend=config.backend)
         self.model = model.to(self.device)
         self.model.set_popularity(self.task.split.train_counts)
+        # Rows that the host has to gather are drawn on the host.
+        on_host = self.device.type == "cuda" and self.task.cache.tier != "resident"
+        sequences = self.task.split.train
         self.batches = Batches(
-            self.task.split.train,
+            sequences.cpu() if on_host else sequences,
             config.batch_size,
             config.seed,
             rank=self.processes.rank,
@@ -77,6 +83,8 @@ class Trainer:
             config.precision,
             self.processes.group,
         )
+        self.eager_because = refusal(self.step)
+        self._run = self.step if self.eager_because else GraphedStep(self.step)
         self.history: list[dict[str, Any]] = []
         self._best: dict[str, Any] = {"epoch": 0, MONITOR: -1.0}
         self._stale = 0
@@ -132,6 +140,11 @@ class Trainer:
             processes=self.processes,
         )
 
+    def feed(self, epoch: int) -> Iterator[tuple[torch.Tensor, Known]]:
+        """The batches of an epoch, 1, 2, …; see `crossan_fast.training.feed`."""
+        alone = self.processes.size == 1
+        return feed(self.batches, epoch, self.task.cache, self.device, slots=alone)
+
     def _begin(self, resume: bool, say: Callable[[str], None]) -> None:
         held = self.folder.last.exists()
         if held and not resume:
@@ -158,15 +171,15 @@ class Trainer:
         losses = torch.zeros(len(self.batches), device=self.device)
         started = time.perf_counter()
         bar = tqdm(
-            self.batches.epoch(epoch),
+            self.feed(epoch),
             total=len(self.batches),
             desc=f"epoch {epoch}/{self.config.epochs}",
             unit="step",
             leave=False,
             disable=None if progress else True,
         )
-        for index, item_ids in enumerate(bar):
-            losses[index] = self.step(item_ids)
+        for index, (item_ids, known) in enumerate(bar):
+            losses[index] = self._run(item_ids, **known)
         read = (self.processes.sum(losses) / self.processes.size).cpu()
         trained = time.perf_counter()
         if not bool(torch.isfinite(read).all()):

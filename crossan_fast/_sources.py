@@ -1,0 +1,128 @@
+"""Where a model's states come from: dense tensors, a cache that the op reads by id, or rows gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast.config import CrossanConfig
+
+if TYPE_CHECKING:
+    from crossan_fast.cache import HiddenStateCache
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the side network reads for N items.
+
+    Attributes:
+        states: per modality of the config `[R, L, D_m]`.
+        scales: per modality fp32 `[R, L]`, for int8 and fp8 states alone.
+        rows: int64 `[N]`, the row of each item; None: all R, in order.
+        present: bool `[N, M]`; None: every item has every modality.
+    """
+
+    states: Sequence[Tensor]
+    scales: Sequence[Tensor] | None
+    rows: Tensor | None
+    present: Tensor | None
+
+
+def dense(
+    config: CrossanConfig, states: Mapping[str, Tensor], present: Tensor | None, leading: int
+) -> Source:
+    """States given as tensors with `leading` dimensions before `[L, D_m]`; see `CrossanModel`'s methods.
+
+    Raises:
+        ValueError, TypeError: names, shapes, dtypes or devices that do not fit.
+    """
+    names = config.modality_names
+    for name in states:
+        if name not in names:
+            raise ValueError(f"states: unknown modality {name!r}{nearest(name, names)}")
+    if missing := [name for name in names if name not in states]:
+        raise ValueError(f"states: expected {list(names)}, {missing} missing")
+    first = states[names[0]]
+    for modality in config.modalities:
+        shape = (*[None] * leading, modality.levels, modality.width)
+        state = check_tensor(f"states[{modality.name!r}]", states[modality.name], shape)
+        if not state.is_floating_point():
+            raise TypeError(f"states[{modality.name!r}]: expected a floating type, got {describe(state)}")
+        if state.shape[:leading] != first.shape[:leading]:
+            raise ValueError(
+                f"states[{modality.name!r}]: expected {list(first.shape[:leading])} first as in "
+                f"states[{names[0]!r}], got {describe(state)}"
+            )
+    if present is not None:
+        shape = (*first.shape[:leading], len(names))
+        check_tensor("present", present, shape, dtypes=(torch.bool,), device=first.device)
+        present = present.reshape(-1, len(names))
+    return Source([states[name].flatten(0, leading - 1) for name in names], None, None, present)
+
+
+def read_by_id(cache: HiddenStateCache, device: torch.device) -> bool:
+    """Whether kernels on `device` reach the cache's rows; where not, rows are gathered for them first.
+
+    The CPU reads memory and mapped files alike; a GPU reads a cache that is resident on it.
+    """
+    if device.type == "cpu":
+        return True
+    if cache.device != device:
+        cache.to(device)
+    return cache.tier == "resident"
+
+
+def cached(
+    config: CrossanConfig,
+    cache: HiddenStateCache,
+    device: torch.device,
+    ids: Tensor | None = None,
+    gathered: Mapping[str, Tensor] | None = None,
+) -> Source:
+    """The items `ids` of a cache; None: all, where they can be read by id.
+
+    Args:
+        gathered: their states `{name: [N, L, D_m]}`, where they were read ahead.
+
+    Raises:
+        ValueError: a cache without the config's modalities; rows that are not those of `ids`.
+    """
+    order, mask = _order(config, cache), present_in(config, cache, device)
+    present = mask if mask is None or ids is None else mask[ids]
+    if gathered is None and read_by_id(cache, device):
+        states, scales = cache.states(device), cache.scales(device)
+        picked = None if scales is None else [scales[i] for i in order]
+        return Source([states[i] for i in order], picked, ids, present)
+    if ids is None:
+        raise ValueError(f"cache: expected states resident on {device}, got tier {cache.tier!r}")
+    if gathered is None:
+        gathered = cache.gather(ids, device)
+    chosen = [gathered[name] for name in config.modality_names]
+    for name, rows in zip(config.modality_names, chosen, strict=True):
+        if rows.shape[0] != ids.shape[0]:
+            raise ValueError(
+                f"gathered[{name!r}]: expected a row for each of {len(ids)} ids, got {describe(rows)}"
+            )
+    return Source(chosen, None, None, present)
+
+
+def present_in(config: CrossanConfig, cache: HiddenStateCache, device: torch.device) -> Tensor | None:
+    """Bool `[I + 1, M]` in the config's order of modalities; None: every item has every modality."""
+    return cache.present_mask(device, _order(config, cache))
+
+
+def _order(config: CrossanConfig, cache: HiddenStateCache) -> list[int]:
+    held = {modality.name: modality for modality in cache.modalities}
+    for modality in config.modalities:
+        other = held.get(modality.name)
+        if other is None:
+            hint = nearest(modality.name, held)
+            raise ValueError(f"cache: holds {list(held)}, expected modality {modality.name!r}{hint}")
+        if (other.width, other.levels) != (modality.width, modality.levels):
+            raise ValueError(f"cache: expected {modality}, got {other}")
+    return [list(held).index(modality.name) for modality in config.modalities]

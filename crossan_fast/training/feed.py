@@ -1,0 +1,75 @@
+"""Batches with what can be known before their step: rows read ahead, pages touched, slots counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from crossan_fast import ops
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.training.batches import Batches
+
+
+class Known(TypedDict, total=False):
+    """What `CrossanModel.forward` takes beside the ids; see there."""
+
+    gathered: dict[str, Tensor]
+    capacity: int
+
+
+def feed(
+    batches: Batches, number: int, cache: HiddenStateCache, device: torch.device, *, slots: bool = True
+) -> Iterator[tuple[Tensor, Known]]:
+    """An epoch's `(item_ids on device, known)`, by where the cache's states are.
+
+    Resident on a GPU: the op reads rows by id; batches come with their number of slots in buckets
+    (`slots`: off where shapes have to agree between processes). Pinned or memory-mapped for a GPU: the next
+    batches' distinct rows are gathered in the background; `batches` must then be on the CPU, since the host
+    reads the rows. On the CPU: the next batch's pages are read from disk meanwhile.
+    """
+    if device.type == "cpu":
+        for item_ids in _touched(batches.epoch(number), cache):
+            yield item_ids, {}
+    elif cache.tier == "resident":
+        counts = batches.distinct(number) if slots else [None] * len(batches)
+        for item_ids, count in zip(batches.epoch(number), counts, strict=True):
+            most = item_ids.numel() + 1
+            yield item_ids, {} if count is None else {"capacity": bucket(count, most)}
+    else:
+        yield from _gathered(batches.epoch(number), cache, device)
+
+
+def bucket(count: int, most: int) -> int:
+    """`count` rounded up by at most an eighth (64 at least), so that an epoch has few sizes of batch."""
+    step = max(64, 1 << max(count.bit_length() - 4, 0))
+    return min(-(-count // step) * step, most)
+
+
+def _touched(batches: Iterator[Tensor], cache: HiddenStateCache) -> Iterator[Tensor]:
+    """Each batch while the pages of the one after it are being read; no work on tiers without pages."""
+    waiting = None
+    for item_ids in batches:
+        if cache.tier == "mmap":
+            cache.touch(item_ids.flatten())
+        if waiting is not None:
+            yield waiting
+        waiting = item_ids
+    if waiting is not None:
+        yield waiting
+
+
+def _gathered(
+    batches: Iterator[Tensor], cache: HiddenStateCache, device: torch.device
+) -> Iterator[tuple[Tensor, Known]]:
+    drawn: list[Tensor] = []
+
+    def distinct() -> Iterator[Tensor]:
+        for item_ids in batches:
+            drawn.append(item_ids)
+            yield ops.deduplicate(item_ids).ids
+
+    for _, rows in cache.prefetch(distinct(), device):
+        yield drawn.pop(0).to(device, non_blocking=True), {"gathered": rows}
