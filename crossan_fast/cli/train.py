@@ -32,6 +32,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--resume", action="store_true", help="go on behind the last epoch in the run's folder"
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=20,
+        metavar="STEPS",
+        help="instead of training: where the time of so many steps goes (default 20), and a Chrome trace in "
+        "the run's folder",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -56,6 +65,15 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(config, processes=processes)
         if processes.first:
             print(trainer.task.describe())
+            if trainer.device.type == "cuda":
+                print(f"step: {trainer.eager_because or 'captured in CUDA graphs'}")
+        if args.profile is not None:
+            from crossan_fast.training.profile import profile_steps
+
+            profile = profile_steps(trainer, args.profile)
+            if processes.first:
+                print(profile)
+            return 0
         results = trainer.fit(resume=args.resume, progress=not args.quiet)
     if not processes.first:
         return 0
