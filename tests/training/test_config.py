@@ -52,6 +52,7 @@ def test_a_file_with_overrides(values: dict[str, Any], tmp_path: Path) -> None:
         ("optimizer.betas=[0.9]", "optimizer.betas: expected 2 values, got [0.9]"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas: expected two numbers in [0, 1), got (0.9, 1.0)"),
         ("optimizer.clip_norm=0", "optimizer.clip_norm: expected a positive number or null, got 0.0"),
+        ("optimizer.average=1", "optimizer.average: expected a number in (0, 1) or null, got 1.0"),
         ("optimizer=adam", "optimizer: expected fields, got 'adam'"),
         ("model=big", "model: expected fields, got 'big'"),
         ("evaluation.k=[0]", "evaluation.k: expected integers of at least 1, got (0,)"),

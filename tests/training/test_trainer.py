@@ -66,6 +66,7 @@ def test_the_run_folder_holds_everything(values: dict[str, Any]) -> None:
 def test_resuming_continues_bit_for_bit(values: dict[str, Any], tmp_path: Path, loss: str) -> None:
     """Weights, optimizer state, dropout's generator and the log: four epochs are two and two."""
     values["model"] |= {"loss": loss, "modality_dropout": 0.3, "load_balance": 0.1}
+    values["optimizer"] |= {"average": 0.9}
     straight = with_values(values, epochs=4, run=str(tmp_path / "straight"))
     cut = with_values(values, epochs=2, run=str(tmp_path / "cut"))
     quiet(straight)
@@ -101,11 +102,13 @@ def assert_same_run(first: RunFolder, second: RunFolder, config: TrainConfig) ->
     states, progress, random = [], [], []
     for folder in (first, second):
         fresh = Trainer(config)
-        progress.append(load_checkpoint(folder.last, fresh.model, fresh.optimizer))
+        average = fresh.step.average
+        progress.append(load_checkpoint(folder.last, fresh.model, fresh.optimizer, average))
         random.append(torch.get_rng_state())
         states.append(
             {
                 **fresh.model.state_dict(),
+                **({f"average {name}": v for name, v in average.tensors().items()} if average else {}),
                 **{
                     f"{name}:{entry}": value
                     for group in fresh.optimizer.param_groups
