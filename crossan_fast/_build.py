@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -107,7 +107,10 @@ def compiler_version() -> str | None:
 
 
 def cpu_cxx_flags() -> list[str]:
-    """Optimized for the CPU it runs on; `CROSSAN_FAST_MARCH` names another, e.g. `x86-64-v3` for a wheel."""
+    """Optimized for the CPU it runs on; `CROSSAN_FAST_MARCH` names another, e.g. `x86-64-v3` for a wheel.
+
+    `CROSSAN_FAST_CXXFLAGS` is appended, e.g. a sanitizer's flags.
+    """
     march = os.environ.get("CROSSAN_FAST_MARCH", "native")
     flags = ["-O3", f"-march={march}", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     if march == "native" and "avx512f" in cpu_flags():
@@ -116,7 +119,7 @@ def cpu_cxx_flags() -> list[str]:
         # At compile time only: the symbols resolve to the OpenMP runtime that torch brings, so that torch's
         # threads are ours; linking another would bring a second pool of threads.
         flags.append("-fopenmp")
-    return flags
+    return flags + os.environ.get("CROSSAN_FAST_CXXFLAGS", "").split()
 
 
 def _no_compiler() -> str | None:
@@ -240,7 +243,26 @@ def built(name: str) -> BuildInfo | None:
 def ahead_of_time(name: str) -> BuildInfo | None:
     """The library that came with the wheel, whether or not it fits this machine."""
     info = _read_stamp(AHEAD_OF_TIME / name)
-    return info and BuildInfo(**{**asdict(info), "library": str(AHEAD_OF_TIME / name / info.library)})
+    return info and replace(info, library=str(AHEAD_OF_TIME / name / info.library))
+
+
+def compile_into(name: str, folder: Path) -> BuildInfo:
+    """Compile a part for the wheel: its library and stamp, and nothing else, in `folder`.
+
+    Raises:
+        BuildError: it can't be built.
+    """
+    part = PARTS[name]
+    if reason := part.missing():
+        raise BuildError(reason)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        info = _compile(part, Path(scratch))
+        library = folder / Path(info.library).name
+        shutil.copyfile(info.library, library)
+    info = replace(info, library=library.name, ahead_of_time=True)
+    _write(folder / "stamp.json", json.dumps(asdict(info), indent=1))
+    return info
 
 
 def _misfit(info: BuildInfo) -> str | None:

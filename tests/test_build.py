@@ -75,6 +75,28 @@ def test_builds_once_says_so_and_clears_a_stale_lock(probe, capsys):
 
 
 @needs_compiler
+def test_a_library_of_the_wheel_is_loaded_without_a_build(probe, tmp_path):
+    (_build.CSRC / "probe" / "probe.cpp").write_text(
+        SOURCE.replace("crossan_fast_probe", "crossan_fast_wheel")
+    )
+    folder = tmp_path / "libraries" / "probe"
+    made = _build.compile_into("probe", folder)
+    assert made.ahead_of_time and made.library == "crossan_fast_probe.so"
+    assert sorted(path.name for path in folder.iterdir()) == [made.library, "stamp.json"]
+    script = f"""
+from pathlib import Path
+from crossan_fast import _build
+_build.AHEAD_OF_TIME = Path({str(folder.parent)!r})
+_build.PARTS["probe"] = _build.Part("probe", ("probe",), lambda: [])
+info = _build.load("probe")
+assert info.ahead_of_time and info == _build.built("probe")
+assert _build.torch.ops.crossan_fast_wheel.answer() == 42
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "building" not in result.stderr, result.stderr
+
+
+@needs_compiler
 def test_a_failure_is_a_reason_that_is_kept(probe, capsys):
     (_build.CSRC / "probe" / "probe.cpp").write_text("this is no C++\n")
     reason = _build.problem("probe")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crossan_fast import _build
 from crossan_fast.ops._dispatch import Implementation, Request, register
+from crossan_fast.ops.fusion import FusionWeights
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights, _encode
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -20,7 +21,7 @@ def _refuses(request: Request) -> str | None:
         return "runs on CPUs only"
     if "states_grad" in request.features:
         return "states get no gradient from the compiled kernels"
-    if request.dtype not in _DTYPES:
+    if request.op != "deduplicate" and request.dtype not in _DTYPES:
         return f"has no kernel for {request.dtype}"
     return _build.problem("cpu")
 
@@ -84,4 +85,45 @@ def _side_network_backward(
     )
 
 
+def _fusion(
+    hidden: list[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
+    items, assigned, probability, *saved = _ops().fusion(hidden, flat, present, top_k, counts, dtype)
+    return items, assigned, probability, saved
+
+
+def _fusion_backward(
+    grad_items: Tensor,
+    grad_probability: Tensor,
+    saved: list[Tensor],
+    hidden: list[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor]]:
+    flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
+    grads = _ops().fusion_backward(
+        grad_items, grad_probability, saved, hidden, flat, present, top_k, counts, dtype
+    )
+    return grads[: len(hidden)], grads[len(hidden) :]
+
+
+def _call(name: str) -> Callable[..., Any]:
+    """An op of the library whose arguments are the contract's as they stand."""
+    return lambda *arguments: getattr(_ops(), name)(*arguments)
+
+
 _register("side_network", _side_network, _side_network_backward)
+_register("fusion", _fusion, _fusion_backward)
+for _name in ("in_batch_loss", "full_loss"):
+    _register(_name, _call(_name), _call(f"{_name}_backward"))
+for _name in ("topk_scores", "rank_of_target", "deduplicate"):
+    _register(_name, _call(_name))

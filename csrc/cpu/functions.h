@@ -46,7 +46,7 @@ inline float fast_erf(float x) {
   inner = inner * u - 0.02685381100f;
   inner = inner * u + 0.1128358543f;
   inner = inner * u - 0.3761262596f;
-  inner = inner * u + 1.128379107f;
+  inner = inner * u + 0.1283791661f;  // one less than it is: x is added at the end, and bits are not lost
   const float t = size > 4.0f ? 4.0f : size;  // erf(4) is 1 in float
   float outer = 2.169770050e-05f;
   outer = outer * t - 0.0004414736759f;
@@ -57,7 +57,7 @@ inline float fast_erf(float x) {
   outer = outer * t + 1.129580379f;
   outer = outer * t - 0.0001884697413f;
   const float far = std::copysign(1.0f - fast_exp(-outer), x);
-  return size < 1.0f ? inner * x : (x != x ? x : far);
+  return size < 1.0f ? inner * x + x : (x != x ? x : far);
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 // Passes over rows of items: weighted sums, their gradients, sums of columns. Memory of a thread.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -135,16 +136,17 @@ void mix_backward(int64_t width, T* dx, T scale, const T* h, T beta, int count, 
     dots[j] += static_cast<double>(sum_of_lanes<T>(sum[j])) + static_cast<double>(rest[j]);
 }
 
-// sums = (sums +) Σ_i x[i, :]
+// sums = (sums +) Σ_i x[i, :], in double within the block: such sums cancel more than products do.
 template <class T>
 void sum_rows(int64_t rows, int64_t width, const T* x, int64_t row, bool add, T* sums) {
   constexpr int64_t kColumns = 64;
   for (int64_t d = 0; d < width; d += kColumns) {
     const int64_t count = std::min(kColumns, width - d);
-    T sum[kColumns] = {};
+    double sum[kColumns] = {};
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < count; ++j) sum[j] += x[i * row + d + j];
-    for (int64_t j = 0; j < count; ++j) sums[d + j] = add ? sums[d + j] + sum[j] : sum[j];
+      for (int64_t j = 0; j < count; ++j) sum[j] += static_cast<double>(x[i * row + d + j]);
+    for (int64_t j = 0; j < count; ++j)
+      sums[d + j] = static_cast<T>(add ? static_cast<double>(sums[d + j]) + sum[j] : sum[j]);
   }
 }
 

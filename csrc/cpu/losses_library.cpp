@@ -1,0 +1,160 @@
+// in_batch_loss and full_loss: their border, and which rows and columns each gives to the streaming softmax.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "bridge.h"
+#include "softmax_loss.h"
+
+namespace crossan_fast {
+namespace {
+
+using at::Tensor;
+using Pair = std::tuple<Tensor, Tensor>;
+
+void check_embeddings(const char* name, const Tensor& tensor, int64_t dims, at::ScalarType type) {
+  check_device(name, tensor, at::kCPU);
+  check_type(name, tensor, {type});
+  TORCH_CHECK_VALUE(tensor.dim() == dims && tensor.size(-1) > 0, name, ": expected ", dims,
+                    " dimensions, the last not empty, got ", described(tensor));
+}
+
+// Runs with the loss of a batch, whose tensors outlive the call: `run(loss, T)`.
+template <class F>
+auto with_in_batch(const Tensor& users, const Tensor& items, const Tensor& slots, const Tensor& counts,
+                   const Tensor& log_popularity, F&& run) {
+  check_embeddings("users", users, 3, users.scalar_type());
+  check_embeddings("items", items, 2, users.scalar_type());
+  const int64_t batch = users.size(0), sequence = users.size(1), width = users.size(2), columns = items.size(0);
+  check_shape("items", items, {columns, width});
+  for (const auto& [name, tensor] : {std::pair("slots", slots), {"counts", counts}, {"log_popularity", log_popularity}})
+    check_device(name, tensor, at::kCPU);
+  check_shape("slots", slots, {batch, sequence + 1});
+  check_shape("counts", counts, {columns});
+  check_type("counts", counts, {at::kLong});
+  check_shape("log_popularity", log_popularity, {columns});
+  check_floating("log_popularity", log_popularity);
+  const Tensor slot_ids = checked_ids("slots", slots, 0, columns);
+  return in_compute_type(users.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor own_users = in_type<T>(users), own_items = in_type<T>(items), popularity = in_type<T>(log_popularity);
+    const Tensor own_counts = counts.contiguous();
+    const int64_t* place = slot_ids.const_data_ptr<int64_t>();
+    std::vector<int64_t> rows, targets;
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t s = 0; s < sequence; ++s) {
+        const int64_t* here = place + b * (sequence + 1) + s;
+        if (here[0] == 0 || here[1] == 0) continue;
+        rows.push_back(b * sequence + s);
+        targets.push_back(here[1]);
+      }
+    std::vector<T> negative(static_cast<size_t>(columns)), positive(static_cast<size_t>(columns));
+    for (int64_t u = 0; u < columns; ++u) {
+      const int64_t n = own_counts.const_data_ptr<int64_t>()[u];
+      const T correction = -popularity.const_data_ptr<T>()[u];
+      positive[static_cast<size_t>(u)] = correction;
+      negative[static_cast<size_t>(u)] =
+          n > 0 ? correction + std::log(static_cast<T>(n)) : -std::numeric_limits<T>::infinity();
+    }
+    const SoftmaxLoss<T> loss{width,   columns, own_users.const_data_ptr<T>(), own_items.const_data_ptr<T>(),
+                              rows,    targets, negative.data(),               positive.data(),
+                              place,   sequence + 1};
+    return run(loss, zero);
+  });
+}
+
+template <class F>
+auto with_full(const Tensor& users, const Tensor& items, const Tensor& targets, F&& run) {
+  check_embeddings("users", users, 2, users.scalar_type());
+  check_embeddings("items", items, 2, users.scalar_type());
+  const int64_t count = users.size(0), width = users.size(1);
+  check_shape("items", items, {items.size(0), width});
+  TORCH_CHECK_VALUE(items.size(0) > 0, "items: expected a padding row, got ", described(items));
+  check_device("targets", targets, at::kCPU);
+  check_shape("targets", targets, {count});
+  const Tensor ids = checked_ids("targets", targets, 0, items.size(0));
+  return in_compute_type(users.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Tensor own_users = in_type<T>(users), own_items = in_type<T>(items);
+    std::vector<int64_t> rows, columns;
+    for (int64_t i = 0; i < count; ++i)
+      if (const int64_t id = ids.const_data_ptr<int64_t>()[i]; id != 0) {
+        rows.push_back(i);
+        columns.push_back(id - 1);
+      }
+    const SoftmaxLoss<T> loss{width,   items.size(0) - 1, own_users.const_data_ptr<T>(),
+                              own_items.const_data_ptr<T>() + width,
+                              rows,    columns,           nullptr,
+                              nullptr, nullptr,           0};
+    return run(loss, zero);
+  });
+}
+
+template <class T>
+Pair forward(const SoftmaxLoss<T>& loss, at::IntArrayRef rows) {
+  const auto options = at::TensorOptions().dtype(kScalarType<T>);
+  Tensor value = at::empty({}, options), lse = at::zeros(rows, options);
+  *value.template mutable_data_ptr<T>() = softmax_loss(loss, lse.template mutable_data_ptr<T>());
+  return {value, lse};
+}
+
+template <class T>
+Pair backward(const SoftmaxLoss<T>& loss, const Tensor& grad, const Tensor& lse, const Tensor& users,
+              const Tensor& items, int64_t skipped) {
+  const auto options = at::TensorOptions().dtype(kScalarType<T>);
+  check_device("grad_loss", grad, at::kCPU);
+  check_device("lse", lse, at::kCPU);
+  TORCH_CHECK_VALUE(grad.numel() == 1, "grad_loss: expected a scalar, got ", described(grad));
+  check_shape("lse", lse, users.sizes().slice(0, static_cast<size_t>(users.dim() - 1)));
+  const Tensor own = in_type<T>(lse), scale = in_type<T>(grad);
+  Tensor grad_users = at::zeros(users.sizes(), options), grad_items = at::zeros(items.sizes(), options);
+  softmax_loss_backward(loss, *scale.template const_data_ptr<T>(), own.template const_data_ptr<T>(),
+                        grad_users.template mutable_data_ptr<T>(),
+                        grad_items.template mutable_data_ptr<T>() + skipped * loss.width);
+  return {grad_users.to(users.scalar_type()), grad_items.to(items.scalar_type())};
+}
+
+Pair in_batch_loss(const Tensor& users, const Tensor& items, const Tensor& slots, const Tensor& counts,
+                   const Tensor& log_popularity) {
+  return with_in_batch(users, items, slots, counts, log_popularity, [&](const auto& loss, auto) {
+    return forward(loss, {users.size(0), users.size(1)});
+  });
+}
+
+Pair in_batch_loss_backward(const Tensor& grad, const Tensor& lse, const Tensor& users, const Tensor& items,
+                            const Tensor& slots, const Tensor& counts, const Tensor& log_popularity) {
+  return with_in_batch(users, items, slots, counts, log_popularity, [&](const auto& loss, auto) {
+    return backward(loss, grad, lse, users, items, 0);
+  });
+}
+
+Pair full_loss(const Tensor& users, const Tensor& items, const Tensor& targets) {
+  return with_full(users, items, targets, [&](const auto& loss, auto) { return forward(loss, {users.size(0)}); });
+}
+
+Pair full_loss_backward(const Tensor& grad, const Tensor& lse, const Tensor& users, const Tensor& items,
+                        const Tensor& targets) {
+  return with_full(users, items, targets,
+                   [&](const auto& loss, auto) { return backward(loss, grad, lse, users, items, 1); });
+}
+
+}  // namespace
+
+#define IN_BATCH "Tensor users, Tensor items, Tensor slots, Tensor counts, Tensor log_popularity"
+
+TORCH_LIBRARY_FRAGMENT(crossan_fast_cpp, library) {
+  library.def("in_batch_loss(" IN_BATCH ") -> (Tensor, Tensor)");
+  library.def("in_batch_loss_backward(Tensor grad_loss, Tensor lse, " IN_BATCH ") -> (Tensor, Tensor)");
+  library.def("full_loss(Tensor users, Tensor items, Tensor targets) -> (Tensor, Tensor)");
+  library.def("full_loss_backward(Tensor grad_loss, Tensor lse, Tensor users, Tensor items, Tensor targets) "
+              "-> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(crossan_fast_cpp, CPU, library) {
+  library.impl("in_batch_loss", in_batch_loss);
+  library.impl("in_batch_loss_backward", in_batch_loss_backward);
+  library.impl("full_loss", full_loss);
+  library.impl("full_loss_backward", full_loss_backward);
+}
+
+}  // namespace crossan_fast

@@ -1,0 +1,116 @@
+#include <memory>
+#include <utility>
+
+#include "ranking.h"
+
+namespace crossan_fast {
+namespace {
+
+template <class T>
+struct Candidate {
+  T score;
+  int64_t id;
+  // Better ones first; of equal scores the lower id.
+  bool operator<(const Candidate& other) const {
+    return score > other.score || (score == other.score && id < other.id);
+  }
+};
+
+// The k best of a stream of candidates whose ids ascend: appended while above the k-th best, thinned out when full.
+template <class T>
+class Best {
+ public:
+  explicit Best(int64_t k) : k_(static_cast<size_t>(k)), room_(2 * k_ + 64) { found_.reserve(room_); }
+
+  T bar() const { return bar_; }  // only scores above it are of interest
+
+  void add(T score, int64_t id) {
+    found_.push_back({score, id});
+    if (found_.size() == room_) thin();
+  }
+  void thin() {
+    if (found_.size() < k_) return;
+    std::nth_element(found_.begin(), found_.begin() + static_cast<std::ptrdiff_t>(k_) - 1, found_.end());
+    found_.resize(k_);
+    bar_ = found_.back().score;
+  }
+  std::vector<Candidate<T>>& sorted() {
+    thin();
+    std::sort(found_.begin(), found_.end());
+    return found_;
+  }
+
+ private:
+  size_t k_, room_;
+  T bar_ = -std::numeric_limits<T>::infinity();
+  std::vector<Candidate<T>> found_;
+};
+
+}  // namespace
+
+template <class T>
+void topk_scores(const Ranking<T>& ranking, int64_t k, T* scores, int64_t* ids) {
+  const int64_t groups = ranking.groups(), segments = ranking.segments();
+  const int64_t tasks = groups * segments, workers = workers_for(tasks);
+  const int64_t kept = std::min(k, ranking.catalogue);  // no list grows beyond what there is
+  std::vector<ScoreBlock<T>> blocks;
+  for (int64_t w = 0; w < workers; ++w) blocks.emplace_back(ranking);
+  // A list a user and segment, merged at the end: [B][segments].
+  std::vector<std::vector<Candidate<T>>> lists(static_cast<size_t>(ranking.batch * segments));
+  run_tasks(workers, tasks, [&](int64_t w, int64_t task) {
+    constexpr int lanes = kLanes<T, Vec<T>>;
+    ScoreBlock<T>& block = blocks[static_cast<size_t>(w)];
+    block.start(task / segments);
+    const int64_t segment = task % segments;
+    const int64_t begin = segment * kSegment, end = std::min(ranking.catalogue, begin + kSegment);
+    std::vector<Best<T>> best(static_cast<size_t>(block.count()), Best<T>(std::min(kept, end - begin)));
+    std::vector<std::vector<int64_t>> excluded(static_cast<size_t>(block.count()));
+    T bar[kUsers];
+    std::fill_n(bar, kUsers, std::numeric_limits<T>::infinity());  // lanes without a user want nothing
+    for (int64_t i = 0; i < block.count(); ++i) {
+      bar[i] = -std::numeric_limits<T>::infinity();
+      if (ranking.exclude) excluded[static_cast<size_t>(i)] = block.excluded(i);
+    }
+    for (int64_t start = begin; start < end; start += kTileHeight) {
+      const int64_t height = std::min(kTileHeight, end - start);
+      block.score(start, height);
+      for (int64_t j = 0; j < height; ++j)
+        for (int64_t i = 0; i < kUsers; i += lanes) {
+          const T* row = block.tile() + j * kUsers + i;
+          const auto above = load<Vec<T>>(row) > load<Vec<T>>(bar + i);
+          auto any = above[0];
+          for (int lane = 1; lane < lanes; ++lane) any |= above[lane];
+          if (!any) continue;
+          for (int lane = 0; lane < lanes; ++lane) {
+            if (!(row[lane] > bar[i + lane])) continue;
+            const auto user = static_cast<size_t>(i + lane);
+            const int64_t id = start + j + 1;
+            if (std::binary_search(excluded[user].begin(), excluded[user].end(), id)) continue;
+            best[user].add(row[lane], id);
+            bar[i + lane] = best[user].bar();
+          }
+        }
+    }
+    for (int64_t i = 0; i < block.count(); ++i)
+      lists[static_cast<size_t>((block.first() + i) * segments + segment)] =
+          std::move(best[static_cast<size_t>(i)].sorted());
+  });
+  run_tasks(workers_for(ranking.batch), ranking.batch, [&](int64_t, int64_t b) {
+    std::vector<Candidate<T>> all;
+    for (int64_t s = 0; s < segments; ++s) {
+      const auto& list = lists[static_cast<size_t>(b * segments + s)];
+      all.insert(all.end(), list.begin(), list.end());
+    }
+    const auto found = std::min<std::ptrdiff_t>(k, static_cast<std::ptrdiff_t>(all.size()));
+    std::partial_sort(all.begin(), all.begin() + found, all.end());
+    for (int64_t j = 0; j < k; ++j) {
+      scores[b * k + j] = j < found ? all[static_cast<size_t>(j)].score : -std::numeric_limits<T>::infinity();
+      ids[b * k + j] = j < found ? all[static_cast<size_t>(j)].id : 0;
+    }
+  });
+}
+
+template void topk_scores<float>(const Ranking<float>&, int64_t, float*, int64_t*);
+template void topk_scores<double>(const Ranking<double>&, int64_t, double*, int64_t*);
+
+}  // namespace crossan_fast
