@@ -37,7 +37,8 @@ def table(runs: dict[str, list[Row]], epochs: dict[str, list[Row]]) -> str:
         "",
         f"{int(first['users']):,} users ranked among all {int(first['candidates']):,} items, "
         f"filter_history={first['filter_history']}, ties against the target; in %. "
-        f"{first['device']}, {first['threads']} threads, torch {first['torch']}.",
+        f"{first['device']}, threads: {first['threads']}, torch {first['torch']}. "
+        "Seconds are wall time, other work of the machine included.",
         "",
         "| loss | seed | batch | learning rate | epoch | HR@5 | HR@10 | NDCG@10 | HR@20 | MRR | train s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
