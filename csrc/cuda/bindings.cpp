@@ -119,7 +119,7 @@ Tensor routing_backward(const Tensor& grad_share, const Tensor& grad_mean, const
 }  // namespace
 }  // namespace crossan::binding
 
-TORCH_LIBRARY(crossan_fast_cuda, library) {
+CROSSAN_LIBRARY(CROSSAN_NAMESPACE, library) {
   library.def("deduplicate(Tensor item_ids, int capacity) -> (Tensor, Tensor, Tensor)");
   library.def("gather_convert(Tensor states, Tensor? scales, Tensor? ids, ScalarType dtype) -> Tensor");
   library.def(
@@ -130,7 +130,7 @@ TORCH_LIBRARY(crossan_fast_cuda, library) {
       " Tensor? counts, Tensor total) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(crossan_fast_cuda, CROSSAN_DISPATCH_KEY, library) {
+CROSSAN_LIBRARY_IMPL(CROSSAN_NAMESPACE, CROSSAN_DISPATCH_KEY, library) {
   using namespace crossan::binding;
   library.impl("deduplicate", &deduplicate);
   library.impl("gather_convert", &gather_convert);

@@ -29,17 +29,24 @@ using OptionalTensor = std::optional<Tensor>;
 // The emulator serves CPU tensors, so that tests go through the same checks and launches as a GPU.
 #if defined(CROSSAN_EMULATE_CUDA)
 #define CROSSAN_DISPATCH_KEY CPU
+#define CROSSAN_NAMESPACE crossan_fast_cuda_emulated
 constexpr auto kDeviceType = at::kCPU;
 using DeviceGuard = c10::DeviceGuard;
 inline void* current_stream(const Tensor&) { return nullptr; }
 #else
 #define CROSSAN_DISPATCH_KEY CUDA
+#define CROSSAN_NAMESPACE crossan_fast_cuda
 constexpr auto kDeviceType = at::kCUDA;
 using DeviceGuard = c10::cuda::CUDAGuard;
 inline void* current_stream(const Tensor& tensor) {
   return c10::cuda::getCurrentCUDAStream(tensor.get_device()).stream();
 }
 #endif
+
+// torch's macros, with their names expanded first.
+#define CROSSAN_LIBRARY(name, library) TORCH_LIBRARY(name, library)
+#define CROSSAN_LIBRARY_FRAGMENT(name, library) TORCH_LIBRARY_FRAGMENT(name, library)
+#define CROSSAN_LIBRARY_IMPL(name, key, library) TORCH_LIBRARY_IMPL(name, key, library)
 
 inline int kind_of(at::ScalarType type) {
   switch (type) {

@@ -250,7 +250,7 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
 }  // namespace
 }  // namespace crossan::binding
 
-TORCH_LIBRARY_FRAGMENT(crossan_fast_cuda, library) {
+CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
 #define CROSSAN_STATIC                                                                                 \
   "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, int path"
   library.def(
@@ -262,7 +262,7 @@ TORCH_LIBRARY_FRAGMENT(crossan_fast_cuda, library) {
 #undef CROSSAN_STATIC
 }
 
-TORCH_LIBRARY_IMPL(crossan_fast_cuda, CROSSAN_DISPATCH_KEY, library) {
+CROSSAN_LIBRARY_IMPL(CROSSAN_NAMESPACE, CROSSAN_DISPATCH_KEY, library) {
   using namespace crossan::binding;
   library.impl("side_network_forward", &side_network_forward);
   library.impl("side_network_backward", &side_network_backward);

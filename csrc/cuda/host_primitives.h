@@ -12,6 +12,10 @@ inline void named_barrier(int id, int threads) {
   shim::meet(fiber.block->named[id], threads, fiber.thread % threads, nullptr, [](auto&) {});
 }
 
+inline void trap_unless(bool condition) {
+  if (!condition) throw std::logic_error("trap");
+}
+
 inline void sync_warp() {
   shim::Fiber& fiber = *shim::machine.current;
   shim::meet(fiber.block->warps[fiber.thread / 32], 32, fiber.thread % 32, nullptr, [](auto&) {});

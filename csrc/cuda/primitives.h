@@ -28,6 +28,11 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
+// Ends the launch with an error, without the cost of device_fail's message to a hot kernel.
+__device__ __forceinline__ void trap_unless(bool condition) {
+  if (!condition) __trap();
+}
+
 // Four 8×8 tiles of 16-bit elements; lane 8·i + j gives the address of row j of tile i. A lane receives, of
 // each tile, the two elements of row lane / 4 from column 2·(lane % 4) on; with `trans`, of its transpose.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&tiles)[4], const void* row) {

@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1) hopper_kernel(const __g
     device_fail("side_network: the Hopper path needs a build with sm_90a code, architecture", 90);
   } else {
     unsigned char* shared = shared_memory();
+    trap_unless(shared_address(shared) % 1024 == 0);  // the swizzle is one of addresses
     unsigned char* groups = shared + kStages * kTileBytes;
     auto* barriers = reinterpret_cast<uint64_t*>(groups + kGroups * group_bytes(walk.max_width));
     const Ring ring = {shared, barriers, barriers + kStages};
@@ -139,7 +140,6 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1) hopper_kernel(const __g
           produce(ring, tower.weights, walk_tiles(walk.levels, tower.width, kBackward), rank, &fetched);
         }
       }
-      sync_warp();
     } else {
       WgmmaEngine<T> engine(ring, group);
       GroupMemory memory = group_memory(groups, walk.max_width, group);
@@ -149,6 +149,7 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1) hopper_kernel(const __g
         walk_tower<T, WgmmaEngine<T>, kBackward>(walk, tower, engine, memory, threadIdx.x % 128, first);
       }
     }
+    sync_warp();
     cluster_sync();  // nobody leaves while another block may still write to it
   }
 }

@@ -78,4 +78,4 @@ def emulate(library: CDLL) -> Callable[..., None]:
 
 @pytest.fixture
 def ops(emulate):
-    return torch.ops.crossan_fast_cuda
+    return torch.ops.crossan_fast_cuda_emulated
