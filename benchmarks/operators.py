@@ -127,10 +127,16 @@ class Operator:
         return backward
 
     def _compiled(self) -> Runnable:
+        # One graph or an error: a baseline fallen apart into pieces would be slow for no reason of its own.
         compiled = torch.compile(
-            lambda weights, inputs: self.call(weights, inputs, "eager"), mode="max-autotune", dynamic=False
+            lambda weights, inputs: self.call(weights, inputs, "eager"),
+            mode="max-autotune",
+            dynamic=False,
+            fullgraph=True,
         )
         leaves = self._plain
+        # Called once plain, so that values which the op computes on first use are there to be read.
+        self.call(*leaves[0], "eager")
         for weights, inputs in leaves:
             # CUDA graphs copy inputs that may move; these don't, and the baseline is spared the copy.
             for tensor in (*weights, *inputs):
@@ -202,7 +208,8 @@ class Operator:
         names = [f"output {i}" for i in range(len(outputs))]
         names += [f"gradient {i}" for i in range(len(gradients))]
         found = [*(o.detach() for o in outputs), *gradients]
-        accuracy.compare(implementation, names, found, truth, own, self.setting.dtype)
+        terms = max(sum(t.numel() for t in tensors) for tensors in (outputs, self.sets[0]))
+        accuracy.compare(implementation, names, found, truth, own, self.setting.dtype, terms)
 
     @cached_property
     def _truth(self) -> tuple[list[Tensor], list[float]]:

@@ -6,8 +6,9 @@ Kernels are in `fusion_forward` and `fusion_backward`, which say what each keeps
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -43,7 +44,8 @@ def config(device: str, dtype: torch.dtype, tf32: bool, width: int, count: int) 
     return Config(32 if count <= 4096 else 64, 64, 32, 4, 2)
 
 
-class _Problem(NamedTuple):
+@dataclass(frozen=True)
+class _Problem:
     """What every launch is told: contiguous inputs, sizes and constants."""
 
     hidden: tuple[Tensor, ...]
@@ -53,13 +55,13 @@ class _Problem(NamedTuple):
     present: Tensor | None
     counts: Tensor | None
     tile: Config
-    sizes: dict[str, object]
+    sizes: dict[str, Any]
 
     @property
     def count(self) -> int:
         return self.hidden[0].shape[0]
 
-    def constants(self, *names: str) -> dict[str, object]:
+    def constants(self, *names: str) -> dict[str, Any]:
         launch_options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         return {name: self.sizes[name] for name in names} | launch_options
 
@@ -79,7 +81,7 @@ def _problem(
     everything = [*weights.head_weight, *weights.head_bias, *weights[2:]]
     # A program reads all weights once: converting them first pays where there are many programs.
     packed = uniform(everything, dtype if hidden[0].shape[0] > 4096 else None)
-    sizes = {
+    sizes: dict[str, Any] = {
         "WIDTHS": tuple(h.shape[1] for h in hidden),
         "M": modalities,
         "D": width,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossan_fast.kernels import side_network_backward as backward_kernels
 from crossan_fast.kernels import side_network_forward as forward_kernels
+from crossan_fast.kernels._autotune import tuned
 from crossan_fast.kernels._blocks import cdiv
 from crossan_fast.kernels._common import (
     device_class,
@@ -25,6 +26,7 @@ from crossan_fast.kernels.side_network_plan import (
     ForwardConfig,
     GradientConfig,
     Group,
+    forward_candidates,
     forward_config,
     gradient_config,
 )
@@ -208,10 +210,30 @@ def forward_group(
 ) -> None:
     """Fill the group's `outputs` `[n, D]` and `saved` `[n, L, r]` (both one per tower of the network)."""
     levels, rank, k = level.shape
+    towers, n, device = len(group.towers), items.count, outputs[0].device
+    choices = forward_candidates(
+        device_class(device), n, towers, levels, group.width, rank, level.dtype, multiprocessors(device)
+    )
+    stored = tuple(str(s.state.dtype) for s in group.slots)
+    size = 1 << (n - 1).bit_length()
+    key = (device_class(device), towers, levels, k, group.width, rank, str(level.dtype), *stored, size)
+    config = tuned(
+        "side_network", key, choices, lambda c: _forward_group(c, group, level, items, outputs, saved)
+    )
+    _forward_group(config, group, level, items, outputs, saved)
+
+
+def _forward_group(
+    config: ForwardConfig,
+    group: Group,
+    level: Level,
+    items: Items,
+    outputs: Sequence[Tensor],
+    saved: Sequence[Tensor],
+) -> None:
+    levels, rank, k = level.shape
     towers, n, br = len(group.towers), items.count, power_of_two(rank)
     device = outputs[0].device
-    sms = multiprocessors(device)
-    config = forward_config(device_class(device), n, towers, levels, group.width, rank, level.dtype, sms)
     sizes = {"L": levels, "R": rank, "BR": br, "PRECISION": level.precision}
     read = {**group.tensors(), **items.rows(), "ids": items.ids, "coef": level.coef, "carry": level.carry}
     down = {"down_weight": group.pick(level.down_weight), "up_bias": group.pick(level.up_bias)}
@@ -279,7 +301,7 @@ def forward_group(
         SPLITS=config.splits,
         BN=config.walk_items,
         GELU=level.gelu,
-        num_warps=4,
+        num_warps=config.warps,
         num_stages=1,
     )
     launch(
@@ -383,7 +405,7 @@ class GroupGradient:
             BN=block,
             BD=self.walk.columns,
             GELU=level.gelu,
-            num_warps=4 if splits else self.walk.warps,
+            num_warps=self.walk.warps,
             num_stages=1,
         )
         share = {

@@ -7,7 +7,7 @@ size bucket), never from the exact number of items, so that a varying batch comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -173,7 +173,7 @@ def forward_config(
         # No matrix instruction without tf32: products run on the vector units, operands wait in registers.
         items, columns, budget = 32, 32, _ACCUMULATORS // 2
     else:
-        items, columns, budget = 64, 64 if device != "sm_80" else 32, _ACCUMULATORS
+        items, columns, budget = 64, 32, _ACCUMULATORS
     while items > 16 and levels * br * items > budget:
         items //= 2
     group = max(1, min(levels, budget // (items * br)))
@@ -198,6 +198,17 @@ def forward_config(
         span=span,
         warps=4 if device == "interpreter" else 8,
     )
+
+
+def forward_candidates(
+    device: str, count: int, towers: int, levels: int, width: int, rank: int, dtype: torch.dtype, sms: int
+) -> list[ForwardConfig]:
+    """`forward_config`'s choice, then what autotuning may try instead."""
+    first = forward_config(device, count, towers, levels, width, rank, dtype, sms)
+    others = [replace(first, warps=4)]
+    if first.levels == levels:
+        others += [replace(first, fused=not first.fused), replace(first, fused=not first.fused, warps=4)]
+    return [first, *others]
 
 
 def gradient_config(

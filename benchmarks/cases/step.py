@@ -94,7 +94,8 @@ class StepBench:
         found = self._gradients(step, ids)
         own = [accuracy.error(p, t) for p, t in zip(plain, truth, strict=True)]
         names = ["loss", *(f"gradient of {key}" for key, _ in step.model.named_parameters())]
-        accuracy.compare(name, names, found, truth, own, self.setting.dtype)
+        terms = ids.numel() * sum(modality.width for modality in self.config.modalities)
+        accuracy.compare(name, names, found, truth, own, self.setting.dtype, terms)
 
     def _double(self) -> TrainStep:
         model = self.model("eager", deduplicate=True).double()

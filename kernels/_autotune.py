@@ -1,0 +1,95 @@
+"""Opt-in search for launch configs: CROSSAN_FAST_AUTOTUNE=1, on a GPU.
+
+Without it every launch takes its config from the fixed tables. With it, the first call of each (op, device,
+shape bucket) times a few candidates and keeps the fastest on disk, under a key that holds the kernels' source
+and the versions of torch and triton, so that nothing stale is ever read. Sizes are bucketed by the caller: a
+varying batch starts no new search. A result's last bits depend on its config, so ranks that agree share one
+file (CROSSAN_FAST_AUTOTUNE_FILE).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+
+Config = TypeVar("Config")
+
+_found: dict[str, int] = {}
+
+
+def enabled() -> bool:
+    return os.environ.get("CROSSAN_FAST_AUTOTUNE", "0") == "1"
+
+
+def tuned(
+    op: str,
+    key: Sequence[Hashable],
+    candidates: Sequence[Config],
+    run: Callable[[Config], object],
+    time: Callable[[Callable[[], object]], float] | None = None,
+) -> Config:
+    """The fastest of `candidates`, the first of which is the default; the default where tuning is off.
+
+    Args:
+        op: whose configs these are.
+        key: what a result depends on besides source and versions: device name, widths, dtype, bucket.
+        candidates: configs; their number and order belong to the key.
+        run: launches the kernels with a config; called many times, so it must only write its outputs.
+        time: milliseconds of a call; None: `triton.testing.do_bench`'s median.
+    """
+    if not enabled() or len(candidates) < 2:
+        return candidates[0]
+    name = "/".join(str(part) for part in (op, *key, _versions(), _digest(repr(list(candidates)))))
+    if name not in _found:
+        _found.update(_read())
+    if name not in _found:
+        measure = time or functools.partial(triton.testing.do_bench, return_mode="median")
+        times = [measure(functools.partial(run, candidate)) for candidate in candidates]
+        _found[name] = times.index(min(times))
+        _write({**_read(), name: _found[name]})
+    return candidates[_found[name]]
+
+
+def path() -> Path:
+    """Where results are kept: CROSSAN_FAST_AUTOTUNE_FILE, or a file in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("CROSSAN_FAST_AUTOTUNE_FILE") or cache / "crossan_fast" / "autotune.json")
+
+
+@functools.cache
+def _versions() -> str:
+    """Kernels' source, torch and triton: a result of others is never looked at."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return _digest("".join(f.read_text() for f in files) + torch.__version__ + triton.__version__)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read() -> dict[str, int]:
+    if not path().exists():
+        return {}
+    try:
+        found = json.loads(path().read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path()}: not the JSON that autotuning writes ({error}); remove it") from error
+    return {str(k): int(v) for k, v in found.items()}
+
+
+def _write(results: dict[str, int]) -> None:
+    path().parent.mkdir(parents=True, exist_ok=True)
+    temporary = path().with_suffix(f".{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        json.dump(results, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path())
