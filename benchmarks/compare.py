@@ -68,7 +68,7 @@ def load(source: str, folder: Path = results.FOLDER) -> list[Row]:
         return results.read(Path(source))
     rows = [
         row
-        for path in sorted(folder.glob("*.csv"))
+        for path in results.files(folder)
         for row in results.read(path)
         if row.commit.startswith(source)
     ]

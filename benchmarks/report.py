@@ -44,7 +44,7 @@ def write(folder: Path = results.FOLDER, readme: Path = results.ROOT / "README.m
         ValueError: README lacks the marks.
     """
     written, blocks = [], []
-    for path in sorted(folder.glob("*.csv")):
+    for path in results.files(folder):
         rows = results.latest(results.read(path))
         if not rows:
             continue

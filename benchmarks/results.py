@@ -78,6 +78,16 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             os.fsync(file.fileno())
 
 
+def files(folder: Path) -> list[Path]:
+    """The files of `folder` that hold rows of this layout; other tables lie beside them."""
+    found = []
+    for path in sorted(folder.glob("*.csv")):
+        with open(path, newline="") as file:
+            if next(csv.reader(file), None) == _HEADER:
+                found.append(path)
+    return found
+
+
 def read(path: Path) -> list[Row]:
     """All rows of a file. Raises ValueError, with the line, for a file of another layout."""
     with open(path, newline="") as file:

@@ -258,7 +258,7 @@ def compile_into(name: str, folder: Path) -> BuildInfo:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         info = _compile(part, Path(scratch))
-        library = folder / Path(info.library).name
+        library = folder / f"crossan_fast_{name}.so"
         shutil.copyfile(info.library, library)
     info = replace(info, library=library.name, ahead_of_time=True)
     _write(folder / "stamp.json", json.dumps(asdict(info), indent=1))
@@ -328,9 +328,11 @@ def _compile(part: Part, folder: Path) -> BuildInfo:
         raise BuildError(text) from error
     seconds = time.monotonic() - started
     _say(f"{seconds:.0f} s, kept in {folder}", start="")
+    # torch numbers a second build of one name in a process: crossan_fast_cpu_v1.so.
+    library = max(folder.glob(f"{name}*.so"), key=lambda path: path.stat().st_mtime_ns)
     info = BuildInfo(
         part.name,
-        str(folder / f"{name}.so"),
+        str(library),
         torch.__version__,
         compiler_version() or "",
         instruction_set(),

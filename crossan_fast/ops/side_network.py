@@ -83,6 +83,11 @@ class SideNetworkStructure:
     activation: str = "gelu"
     temperature: float = 0.1
 
+    def __post_init__(self) -> None:
+        # Filled now: torch.compile can't trace the lock that Python 3.11 takes when a cached property fills.
+        for name in ("tower_widths", "cross_pairs", "projected_pairs", "narrowed_towers"):
+            getattr(self, name)
+
     @classmethod
     def of(cls, config: CrossanConfig) -> SideNetworkStructure:
         return cls(
