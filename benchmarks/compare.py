@@ -67,10 +67,7 @@ def load(source: str, folder: Path = results.FOLDER) -> list[Row]:
     if Path(source).is_file():
         return results.read(Path(source))
     rows = [
-        row
-        for path in results.files(folder)
-        for row in results.read(path)
-        if row.commit.startswith(source)
+        row for path in results.files(folder) for row in results.read(path) if row.commit.startswith(source)
     ]
     if not rows:
         raise ValueError(f"{source}: neither a CSV file nor a commit with rows in {folder}")
