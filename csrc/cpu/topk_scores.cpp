@@ -29,7 +29,7 @@ class Best {
     if (found_.size() == room_) thin();
   }
   void thin() {
-    if (found_.size() < k_) return;
+    if (found_.empty() || found_.size() < k_) return;  // empty: there may be no items at all
     std::nth_element(found_.begin(), found_.begin() + static_cast<std::ptrdiff_t>(k_) - 1, found_.end());
     found_.resize(k_);
     bar_ = found_.back().score;

@@ -310,6 +310,11 @@ def test_deduplicate_equals_the_definition(shape, dtype):
         assert torch.equal(x, y)
 
 
+def test_an_empty_catalogue_has_no_best_items():
+    scores, ids = _library().topk_scores(torch.randn(3, 4), torch.randn(1, 4), 2, None)
+    assert (scores == float("-inf")).all() and not ids.any()
+
+
 def _library():
     _build.load("cpu")
     return torch.ops.crossan_fast_cpp
