@@ -120,6 +120,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
               RightSide<T> b, T* c, int64_t c_row, Into into, const T* bias = nullptr) {
   constexpr int64_t kDepth = 128;  // 128 rows of a panel are 32 kB: B stays in L1 while the rows of A pass
   constexpr int lanes = kLanes<T, Vec<T>>;
+  if (rows == 0) return;
   for (int64_t j = 0; j < columns; j += kPanel<T>) {
     const int64_t width = std::min(kPanel<T>, columns - j);
     int64_t k = 0;

@@ -233,6 +233,14 @@ def test_fusion_equals_the_definition(count, top_k, absent):
     assert_close(got, fusion_run(fusion_reference, hidden, weights, **arguments), rtol=1e-9, atol=1e-10)
 
 
+def test_fusion_with_an_expert_that_no_item_of_a_block_chooses():
+    weights, hidden = fusion_weights([12, 20], 64, 256), [random(70, w, seed=w) for w in (12, 20)]
+    present = torch.tensor([True, False]).expand(70, 2)
+    got = fusion_run(fusion, hidden, weights, backend="cpp", present=present, top_k=1)
+    expected = fusion_run(fusion_reference, hidden, weights, present=present, top_k=1)
+    assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fusion_error_is_no_worse_than_eagers(dtype):
     widths = [96, 128]
