@@ -34,7 +34,7 @@ OPS = (
 # accepts is picked.
 _ORDER = {
     "cpu": {
-        "cpp": "measured faster than eager, benchmarks/results",
+        "cpp": "measured ahead of eager elsewhere; `python -m benchmarks run` measures this machine",
         "eager": "nothing faster serves this op here",
     },
     "cuda": {
