@@ -2,8 +2,9 @@
 
 On a GPU: what torch's allocator held at most. On a CPU: how far the process' resident memory rose, which
 counts every allocation, whoever made it. glibc keeps freed blocks, which would hide the next call's; during a
-measurement every block of 64 KiB or more is therefore a mapping of its own, given back when freed. Resident
-memory is counted in pages and, per thread, in batches: expect ± 1 MB.
+measurement every block of 64 KiB or more is therefore a mapping of its own, given back when freed, and the
+free blocks that the process had before are taken first, so that none of them serves the call. Resident memory
+is counted in pages and, per thread, in batches: expect ± 1 MB.
 """
 
 from __future__ import annotations
@@ -17,8 +18,19 @@ from pathlib import Path
 
 import torch
 
+
+class _Mallinfo2(ctypes.Structure):
+    """What glibc's malloc.h calls `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
+_MAPPED = 64 << 10  # bytes from which a block is a mapping of its own during a measurement
 _SETTLED = 32 << 20  # where glibc's own moving threshold comes to rest in a process with large tensors
 
 
@@ -68,12 +80,30 @@ def _resident_rise(libc: ctypes.CDLL, call: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def _every_block_mapped(libc: ctypes.CDLL) -> Iterator[None]:
-    libc.mallopt(_MMAP_THRESHOLD, 64 << 10)
-    libc.mallopt(_TRIM_THRESHOLD, 64 << 10)
+    libc.mallopt(_MMAP_THRESHOLD, _MAPPED)
+    libc.mallopt(_TRIM_THRESHOLD, _MAPPED)
+    taken = _take_free_blocks(libc)
     try:
         yield
     finally:
+        for block in taken:
+            libc.free(block)
         settle()
+
+
+def _take_free_blocks(libc: ctypes.CDLL) -> list[int]:
+    """Allocate, untouched, the heap's free blocks of `_MAPPED` bytes or more: malloc prefers them to a mapping."""
+    taken: list[int] = []
+    size = 1 << (libc.mallinfo2().fordblks | _MAPPED).bit_length()
+    while size >= _MAPPED:
+        mappings = libc.mallinfo2().hblks
+        block = libc.malloc(size)
+        if libc.mallinfo2().hblks == mappings and block:
+            taken.append(block)
+        else:  # a new mapping: no free block is that large
+            libc.free(block)
+            size //= 2
+    return taken
 
 
 def _status(field: str) -> int:
@@ -86,6 +116,9 @@ def _libc() -> ctypes.CDLL | None:
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt, libc.malloc_trim  # noqa: B018 - other C libraries lack them
+        libc.mallinfo2.restype = _Mallinfo2
+        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+        libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
     except (OSError, AttributeError):
         return None
     return libc

@@ -222,6 +222,28 @@ def test_peak_memory_is_the_highest_point_not_the_sum():
     assert memory.peak_added(lambda: None, CPU) == pytest.approx(0, abs=2 << 20)
 
 
+@pytest.mark.skipif(memory._libc() is None, reason="peak memory on a CPU needs glibc and /proc")
+def test_peak_memory_does_not_see_blocks_freed_before():
+    # A process that ran other things keeps freed blocks, which are neither mapped nor given back.
+    libc = memory._libc()
+    assert libc.mallopt(memory._MMAP_THRESHOLD, 32 << 20) and libc.mallopt(memory._TRIM_THRESHOLD, 1 << 30)
+    blocks = [libc.malloc((16 << 20) + 100) for _ in range(9)]
+    try:
+        for index, block in enumerate(blocks):
+            if index % 3 != 2:  # every third stays, so that each two freed ones become one that just holds 32 MiB
+                libc.free(block)
+        assert memory.peak_added(lambda: [torch.ones(8 << 20) for _ in range(2)], CPU) == pytest.approx(
+            64 << 20, abs=2 << 20
+        )
+        assert memory.peak_added(lambda: sum(torch.ones(8 << 20)[0] for _ in range(3)), CPU) == pytest.approx(
+            32 << 20, abs=2 << 20
+        )
+    finally:
+        for block in blocks[2::3]:
+            libc.free(block)
+        memory.settle()
+
+
 def test_a_floor_is_bound_by_the_slower_of_bytes_and_arithmetic():
     limits = ceilings.Ceilings(copy=1e9, matmul=1e12)
     assert limits.milliseconds(Floor(bytes=1e6, flops=1e6)) == pytest.approx(1.0)
