@@ -24,7 +24,10 @@ class _Mallinfo2(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
     ]
 
 
@@ -92,7 +95,7 @@ def _every_block_mapped(libc: ctypes.CDLL) -> Iterator[None]:
 
 
 def _take_free_blocks(libc: ctypes.CDLL) -> list[int]:
-    """Allocate, untouched, the heap's free blocks of `_MAPPED` bytes or more: malloc prefers them to a mapping."""
+    """Allocate, untouched, the heap's free blocks from `_MAPPED` bytes, which malloc would serve first."""
     taken: list[int] = []
     size = 1 << (libc.mallinfo2().fordblks | _MAPPED).bit_length()
     while size >= _MAPPED:

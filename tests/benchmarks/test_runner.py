@@ -230,7 +230,7 @@ def test_peak_memory_does_not_see_blocks_freed_before():
     blocks = [libc.malloc((16 << 20) + 100) for _ in range(9)]
     try:
         for index, block in enumerate(blocks):
-            if index % 3 != 2:  # every third stays, so that each two freed ones become one that just holds 32 MiB
+            if index % 3 != 2:  # each two freed ones become one that just holds 32 MiB
                 libc.free(block)
         assert memory.peak_added(lambda: [torch.ones(8 << 20) for _ in range(2)], CPU) == pytest.approx(
             64 << 20, abs=2 << 20
