@@ -20,6 +20,7 @@ from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeigh
 
 _UNMEASURED = "not yet measured on a GPU, so only used where asked for by name"
 _AUTO_PATH = 0  # Hopper's wgmma on sm_90, mma.sync elsewhere
+_BACKWARD_ITEMS = 0  # at a time, which bounds the backward's scratch: the kernels' choice
 
 
 def _refuses(request: Request, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -68,6 +69,7 @@ def _static(structure: SideNetworkStructure, dtype: torch.dtype) -> tuple[Any, .
         structure.temperature,
         dtype,
         _AUTO_PATH,
+        _BACKWARD_ITEMS,
     )
 
 

@@ -16,7 +16,7 @@ struct Structure {
   std::string cross, activation;
   double temperature;
   at::ScalarType dtype;
-  int64_t path;
+  int64_t path, backward_items;
 };
 
 // A call after its checks: the C interface's struct, and the tensors that its pointers point into.
@@ -67,6 +67,8 @@ void check_structure(const Structure& s) {
                    s.dtype);
   TORCH_CHECK_VALUE(s.path >= kCrossanPathAuto && s.path <= kCrossanPathHopper,
                     "path: expected 0 (auto), 1 (mma) or 2 (Hopper), got ", s.path);
+  TORCH_CHECK_VALUE(s.backward_items >= 0, "backward_items: expected 0 (its choice) or more, got ",
+                    s.backward_items);
 }
 
 void add_weights(Call& call, const Structure& s, at::TensorList flat, const at::Device& device) {
@@ -160,6 +162,7 @@ Call prepare_call(at::TensorList states, at::TensorList scales, const OptionalTe
   n.modalities = static_cast<int>(s.widths.size()), n.towers = static_cast<int>(s.sources.size() / 2);
   n.relu = s.activation == "relu", n.temperature = static_cast<float>(s.temperature);
   n.compute_kind = kind_of(s.dtype), n.path = static_cast<int>(s.path);
+  n.backward_items = s.backward_items;
   for (int t = 0; t < n.towers; ++t) {
     auto a = static_cast<int>(s.sources[2 * t]), b = static_cast<int>(s.sources[2 * t + 1]);
     call.tower_widths.push_back(s.widths[a]);
@@ -184,12 +187,13 @@ Tensor workspace_for(const Call& call, bool backward) {
 Tensors side_network_forward(at::TensorList states, at::TensorList scales, const OptionalTensor& ids,
                              const OptionalTensor& present, at::TensorList weights, at::IntArrayRef widths,
                              at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                             double temperature, at::ScalarType dtype, int64_t path) {
+                             double temperature, at::ScalarType dtype, int64_t path,
+                             int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
   Call call = prepare_call(states, scales, ids, present, weights,
                            {widths.vec(), sources.vec(), std::string(cross), std::string(activation),
-                            temperature, dtype, path});
+                            temperature, dtype, path, backward_items});
   CrossanSideNetwork& n = call.network;
   Tensors results;
   for (int64_t width : call.tower_widths)
@@ -210,12 +214,12 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
                               at::TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
                               at::TensorList weights, at::IntArrayRef widths, at::IntArrayRef sources,
                               c10::string_view cross, c10::string_view activation, double temperature,
-                              at::ScalarType dtype, int64_t path) {
+                              at::ScalarType dtype, int64_t path, int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
   Call call = prepare_call(states, scales, ids, present, weights,
                            {widths.vec(), sources.vec(), std::string(cross), std::string(activation),
-                            temperature, dtype, path});
+                            temperature, dtype, path, backward_items});
   CrossanSideNetwork& n = call.network;
   auto towers = static_cast<size_t>(n.towers);
   TORCH_CHECK_VALUE(grad_outputs.size() == towers, "grad_outputs: expected ", towers, " tensors, got ",
@@ -252,7 +256,8 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
 
 CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
 #define CROSSAN_STATIC                                                                                 \
-  "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, int path"
+  "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, int path, " \
+  "int backward_items"
   library.def(
       "side_network_forward(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, "
       "Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");

@@ -57,6 +57,7 @@ struct CrossanSideNetwork {
   int relu;                // 0: gelu
   int compute_kind, weight_kind, path;
   float temperature;
+  int64_t backward_items;  // the backward works on so many at a time, which bounds its workspace; 0: its choice
   const void* states[kCrossanMaxModalities];   // [rows, levels, width]
   const float* scales[kCrossanMaxModalities];  // [rows, levels] or null
   int state_kinds[kCrossanMaxModalities], widths[kCrossanMaxModalities];

@@ -60,15 +60,25 @@ int max_width(const CrossanSideNetwork& n) {
   return width;
 }
 
-// As many splits of the items as make the blocks fill the multiprocessors in whole rounds.
+// The items of one pass of the backward, which bound its scratch: 7 kB an item at the paper's size.
+constexpr int64_t kBackwardItems = 4096;
+
+int64_t backward_items(const CrossanSideNetwork& n) {
+  int64_t most = n.backward_items > 0 ? n.backward_items : kBackwardItems;
+  return n.items < most ? n.items : most;
+}
+
+// Splits of the items that fill the multiprocessors in whole rounds, without more partial sums than pay: to
+// write those of one block and read them again takes about as long as two blocks of items.
 int choose_splits(const CrossanSideNetwork& n) {
+  constexpr int64_t kPartialCost = 2;
   int processors = device_limits().multiprocessors, best = 1;
   int blocks = n.towers * (max_width(n) / kGradientColumns);
-  int64_t item_blocks = (n.items + 63) / 64;
+  int64_t item_blocks = (backward_items(n) + 63) / 64;
   double least = 1e30;
   for (int splits = 1; splits <= 16 && splits <= item_blocks; ++splits) {
     int64_t rounds = (int64_t(blocks) * splits + processors - 1) / processors;
-    double cost = double(rounds) * double((item_blocks + splits - 1) / splits);
+    double cost = double(rounds) * double((item_blocks + splits - 1) / splits + kPartialCost);
     if (cost < 0.95 * least) least = cost, best = splits;
   }
   return best;
@@ -97,7 +107,7 @@ Plan make_plan(const CrossanSideNetwork& n, bool backward, void* workspace) {
     Tower& tower = walk.towers[t];
     int width = n.widths[n.sources[t][0]];
     int64_t tile_bytes = int64_t(n.levels) * 2 * (width / kTile) * kTileBytes;
-    int64_t scratch = n.items * n.levels * kRank * 2;
+    int64_t scratch = backward_items(n) * n.levels * kRank * 2;
     tower.source_count = n.source_counts[t], tower.owners = n.is_pair[t] ? 2 : 1, tower.width = width;
     for (int s = 0; s < tower.source_count; ++s) {
       int m = n.sources[t][s];
@@ -133,6 +143,24 @@ Plan make_plan(const CrossanSideNetwork& n, bool backward, void* workspace) {
   return plan;
 }
 
+// The walk over items `first` … `first + count − 1` alone; the scratch of every such part is the same.
+Walk part_of(Walk walk, int64_t first, int64_t count) {
+  walk.items = count;
+  if (walk.present) walk.present += first * walk.modalities;
+  if (walk.ids) walk.ids = static_cast<const unsigned char*>(walk.ids) + first * (walk.wide ? 8 : 4);
+  for (int t = 0; t < walk.tower_count; ++t) {
+    Tower& tower = walk.towers[t];
+    tower.saved += first * walk.levels * walk.rank * 2;
+    tower.grad += first * tower.width * 2;
+    for (int s = 0; s < tower.source_count && walk.ids == nullptr; ++s) {  // item i is row i
+      Source& source = tower.sources[s];
+      source.states += first * walk.levels * tower.width * element_size(source.kind);
+      if (source.scales) source.scales += first * walk.levels;
+    }
+  }
+  return walk;
+}
+
 // One group of 32 items a block while that keeps multiprocessors busy that two would leave idle.
 int run_walk(const CrossanSideNetwork& n, const Walk& walk, bool backward, void* stream) {
   DeviceLimits device = device_limits();
@@ -141,7 +169,7 @@ int run_walk(const CrossanSideNetwork& n, const Walk& walk, bool backward, void*
   auto shared = [&](int groups) {
     return hopper ? walk_hopper_shared(walk.max_width, groups) : walk_shared(walk.max_width, groups);
   };
-  int64_t blocks_of_two = (n.items + 2 * kGroupItems - 1) / (2 * kGroupItems) * n.towers;
+  int64_t blocks_of_two = (walk.items + 2 * kGroupItems - 1) / (2 * kGroupItems) * n.towers;
   auto limit = static_cast<size_t>(device.shared_per_block);
   int groups = blocks_of_two >= device.multiprocessors && shared(2) <= limit ? 2 : 1;
   if (shared(groups) > limit) return kCrossanTooLarge;
@@ -169,14 +197,23 @@ extern "C" int crossan_side_network_forward(const CrossanSideNetwork* network, v
 
 extern "C" int crossan_side_network_backward(const CrossanSideNetwork* network, void* workspace, void* stream) {
   if (int error = check(*network)) return error;
-  Plan plan = make_plan(*network, true, workspace);
-  if (weight_gradient_shared(network->levels) > static_cast<size_t>(device_limits().shared_per_block))
+  const CrossanSideNetwork& n = *network;
+  const int64_t kept = backward_items(n) > 0 ? backward_items(n) : 1;
+  Plan plan = make_plan(n, true, workspace);
+  if (weight_gradient_shared(n.levels) > static_cast<size_t>(device_limits().shared_per_block))
     return kCrossanTooLarge;
   if (int error = launch_prepare(plan.prepare, stream)) return error;
-  // The walk reads the backward's tiles, the weight gradients the forward's.
-  Walk walk = plan.gradient.walk;
-  for (int t = 0; t < walk.tower_count; ++t) walk.towers[t].weights = plan.gradient.backward_tiles[t];
-  if (int error = run_walk(*network, walk, true, stream)) return error;
-  if (int error = launch_weight_gradient(plan.gradient, network->compute_kind, stream)) return error;
+  const Walk whole = plan.gradient.walk;
+  // Once without items too: it is what writes the sums.
+  for (int64_t first = 0; first < n.items || first == 0; first += kept) {
+    int64_t count = n.items - first < kept ? n.items - first : kept;
+    Walk walk = part_of(whole, first, count);
+    plan.gradient.walk = walk;
+    plan.gradient.accumulate = first > 0;
+    // The walk reads the backward's tiles, the weight gradients the forward's.
+    for (int t = 0; t < walk.tower_count; ++t) walk.towers[t].weights = plan.gradient.backward_tiles[t];
+    if (int error = run_walk(n, walk, true, stream)) return error;
+    if (int error = launch_weight_gradient(plan.gradient, n.compute_kind, stream)) return error;
+  }
   return launch_reduce(plan.reduce, stream);
 }

@@ -116,6 +116,7 @@ struct WeightGradient {
   const unsigned char* backward_tiles[kMaxTowers];
   float *partial[kMaxTowers], *coefficient_partial[kMaxTowers];
   int splits;
+  bool accumulate;  // onto the partial sums of the items before
 };
 
 struct Reduce {

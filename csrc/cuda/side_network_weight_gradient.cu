@@ -234,6 +234,21 @@ struct Loads {
   }
 };
 
+__device__ __forceinline__ void add_or_store(float* target, float value, bool add) {
+  *target = add ? *target + value : value;
+}
+
+struct Four {
+  float value[4];
+};
+
+__device__ __forceinline__ void add_or_store(float* target, Four sum, bool add) {
+  Raw8 raw = add ? load16(target) : Raw8{};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) raw.words[i] = float_to_bits(bits_to_float(raw.words[i]) + sum.value[i]);
+  store16(target, raw);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) weight_gradient(const __grid_constant__ WeightGradient p) {
   int chunks = p.walk.max_width / kGradientColumns;
@@ -341,10 +356,8 @@ __global__ void __launch_bounds__(kThreads, 1) weight_gradient(const __grid_cons
       int row = block.item_row + block.lane / 4 + 8 * half;
       int64_t place = (int64_t(level) * kRank + row) * tower.width + block.first_column;
       const float *d = block.sum_down[level] + 2 * half, *u = block.sum_up[level] + 2 * half;
-      store16(partial + place,
-              {{float_to_bits(d[0]), float_to_bits(d[1]), float_to_bits(d[4]), float_to_bits(d[5])}});
-      store16(up + place,
-              {{float_to_bits(u[0]), float_to_bits(u[1]), float_to_bits(u[4]), float_to_bits(u[5])}});
+      add_or_store(partial + place, Four{{d[0], d[1], d[4], d[5]}}, p.accumulate);
+      add_or_store(up + place, Four{{u[0], u[1], u[4], u[5]}}, p.accumulate);
     }
   }
   const auto* up_sums = reinterpret_cast<const float*>(shared + at.up_bias_sums);
@@ -352,14 +365,14 @@ __global__ void __launch_bounds__(kThreads, 1) weight_gradient(const __grid_cons
     int level = i / kGradientColumns, column = i % kGradientColumns;
     float sum = 0;
     for (int w = 0; w < 4; ++w) sum += up_sums[(level * 8 + column / 16 * 4 + w) * 16 + column % 16];
-    up_bias[level * tower.width + chunk * kGradientColumns + column] = sum;
+    add_or_store(up_bias + level * tower.width + chunk * kGradientColumns + column, sum, p.accumulate);
   }
   if (chunk == 0) {
     const auto* down_sums = reinterpret_cast<const float*>(shared + at.down_bias_sums);
     for (int i = threadIdx.x; i < levels * kRank; i += kThreads) {
       float sum = 0;
       for (int part = 0; part < 4; ++part) sum += down_sums[i / kRank * kThreads + part * kRank + i % kRank];
-      down_bias[i] = sum;
+      add_or_store(down_bias + i, sum, p.accumulate);
     }
   }
   const auto* sums = reinterpret_cast<const float*>(shared + at.coefficient_sums);
@@ -368,7 +381,7 @@ __global__ void __launch_bounds__(kThreads, 1) weight_gradient(const __grid_cons
   for (int i = threadIdx.x; i < levels * kCoefficients; i += kThreads) {
     float sum = 0;
     for (int slot = 0; slot < 64; ++slot) sum += sums[i * 64 + slot];
-    target[i] = sum;
+    add_or_store(target + i, sum, p.accumulate);
   }
 }
 

@@ -80,7 +80,7 @@ class Case:
         return states, scales, ids, present, weights, grads
 
 
-def _static(case: Case, path: int):
+def _static(case: Case, path: int, backward_items: int = 0):
     structure = case.structure
     sources = [i for source in structure.sources for i in (*source, -1)[:2]]
     return (
@@ -91,6 +91,7 @@ def _static(case: Case, path: int):
         structure.temperature,
         case.dtype,
         path,
+        backward_items,
     )
 
 
@@ -111,15 +112,14 @@ def _reference(case: Case, dtype: torch.dtype, seed: int = 0):
     return [o.detach() for o in outputs], [w.grad for w in flat]
 
 
-def _run(ops, case: Case, path: int, seed: int = 0):
+def _run(ops, case: Case, path: int, seed: int = 0, backward_items: int = 0):
     states, scales, ids, present, weights, grads = case.make(seed)
-    results = ops.side_network_forward(
-        states, scales or [], ids, present, weights.flatten(), *_static(case, path)
-    )
+    static = _static(case, path, backward_items)
+    results = ops.side_network_forward(states, scales or [], ids, present, weights.flatten(), *static)
     towers = len(case.structure.sources)
     outputs, saved = results[:towers], results[towers:]
     flat = ops.side_network_backward(
-        grads, saved, states, scales or [], ids, present, weights.flatten(), *_static(case, path)
+        grads, saved, states, scales or [], ids, present, weights.flatten(), *static
     )
     return outputs, saved, flat
 
@@ -129,10 +129,10 @@ def _error(got, exact) -> float:
     return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
-def _check(ops, case: Case, path: int, seed: int = 0):
+def _check(ops, case: Case, path: int, seed: int = 0, backward_items: int = 0):
     exact_outputs, exact_grads = _reference(case, torch.float64, seed)
     eager_outputs, eager_grads = _reference(case, case.dtype, seed)
-    outputs, saved, grads = _run(ops, case, path, seed)
+    outputs, saved, grads = _run(ops, case, path, seed, backward_items)
     floor = 2 * torch.finfo(case.dtype).eps
     for got, eager, exact in zip(outputs, eager_outputs, exact_outputs, strict=True):
         assert got.dtype == case.dtype and got.shape == exact.shape
@@ -256,6 +256,21 @@ def test_any_number_of_multiprocessors(ops, path, emulate, processors):
     _check(ops, replace(SMALL, items=150, widths=(64, 64)), path)
 
 
+# Parts that end within a block of items, with it, and one that would hold more than there are.
+@pytest.mark.parametrize("items_at_once", [24, 64, 200])
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(SMALL, items=150, presence=True, widths=(64, 64)),
+        replace(SMALL, items=130, ids=torch.int32, stored=torch.int8, widths=(64, 64)),
+        replace(SMALL, items=130, ids=None, stored=torch.int8, widths=(64, 64)),
+    ],
+    ids=_name,
+)
+def test_backward_in_parts(ops, path, case, items_at_once):
+    _check(ops, case, path, backward_items=items_at_once)
+
+
 def test_no_items(ops, path):
     case = replace(SMALL, items=0)
     outputs, saved, grads = _run(ops, case, path)
@@ -314,6 +329,7 @@ def test_errors_name_the_argument(ops, emulate):
         ({"static": changed(4, 0.0)}, ValueError, "temperature: expected a positive"),
         ({"static": changed(5, torch.float32)}, TypeError, "dtype: expected float16 or bfloat16"),
         ({"static": changed(6, 3)}, ValueError, "path: expected"),
+        ({"static": changed(7, -1)}, ValueError, "backward_items: expected"),
     ]
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):
