@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -203,7 +204,7 @@ class CrossanModel(nn.Module):
         if not deduplicate:
             source, counts = _by_place(source, slots.reshape(-1)), (slots.reshape(-1) != 0).to(torch.int64)
         embeddings, balance = self._encode(source, counts)
-        by_place = (embeddings[slots] if deduplicate else embeddings).reshape(*item_ids.shape, -1)
+        by_place = (_rows(embeddings, slots) if deduplicate else embeddings).reshape(*item_ids.shape, -1)
         mask = item_ids[:, :-1] != 0
         users = self.encode_users(by_place[:, :-1], mask)
         if self.process_group is not None:
@@ -243,7 +244,7 @@ class CrossanModel(nn.Module):
             source = Source((), None, catalogue, exists)
             embeddings, balance = self._fuse(self._hidden_in_chunks(cache, source), source, counts)
         if self.config.deduplicate:
-            by_place = embeddings[item_ids]
+            by_place = _rows(embeddings, item_ids)
         else:
             flat = item_ids.reshape(-1)
             placed = _sources.cached(self.config, cache, device, flat)
@@ -432,6 +433,15 @@ def _check_gathered(gathered: Mapping[str, Tensor], cache: HiddenStateCache | No
     if cache is None:
         raise ValueError("gathered: goes with cache, which it was read from; got states")
     return next(iter(gathered.values())).shape[0]
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    """`table[ids]`.
+
+    On a CPU indexing's gradient takes eight times an embedding's (0.61 ms against 0.08 for 704 rows); on a
+    GPU it is indexing's that repeats bit for bit at every size.
+    """
+    return F.embedding(ids, table) if table.device.type == "cpu" else table[ids]
 
 
 def _by_place(source: Source, slots: Tensor) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import warnings
@@ -93,6 +94,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.add_argument("folder", type=Path)
     convert.add_argument("--out", required=True, type=Path, help="folder of the new cache")
     convert.add_argument("--dtype", required=True, choices=DTYPES)
+    convert.add_argument(
+        "--run", type=Path, help="folder of a run: print what the new dtype costs its model in HR@10"
+    )
     convert.add_argument("--overwrite", action="store_true", help="replace a cache in --out")
     convert.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
@@ -184,4 +188,34 @@ def _convert(args: argparse.Namespace) -> int:
     print(f"{args.out}: {' -> '.join(sizes)}")
     for name, error in errors.items():
         print(f"  {name}: relative error {error:.2e}")
+    if args.run is not None:
+        _print_cost(args.run, args.folder, args.out)
     return 0
+
+
+def _print_cost(run: Path, before: Path, after: Path) -> None:
+    """HR@10 of a run's best model on either cache, both splits, in the run's own protocol."""
+    from crossan_fast.training import RunFolder, evaluate, open_task
+    from crossan_fast.training.evaluation import Part
+
+    folder = RunFolder(run)
+    config = folder.read_config()
+    model = folder.load_model("best", backend=config.backend)
+    found: dict[Part, list[float]] = {"validation": [], "test": []}
+    for cache in (before, after):
+        task = open_task(dataclasses.replace(config, cache=str(cache)))
+        for split, values in found.items():
+            result = evaluate(
+                model.to(task.device),
+                task.cache,
+                task.split,
+                split,
+                k=(10,),
+                filter_history=config.evaluation.filter_history,
+                candidates=task.candidates(config),
+                batch_size=config.evaluation.batch_size,
+            )
+            values.append(result.metrics["hr@10"])
+    for split, (old, new) in found.items():
+        change = f"{(new - old) / old:+.2%} relative" if old else "nothing was hit before"
+        print(f"  {run}, {split}: HR@10 {old:.2%} -> {new:.2%} ({change})")

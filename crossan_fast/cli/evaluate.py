@@ -17,6 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--run", required=True, help="folder of a run")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    parser.add_argument("--cache", help="folder of another cache of the same items, such as a converted one")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
     parser.add_argument(
         "--filter-history",
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     folder = RunFolder(args.run)
     config = folder.read_config()
     wanted = config.evaluation
+    if args.cache:
+        config = dataclasses.replace(config, cache=args.cache)
     if args.device:
         config = dataclasses.replace(config, device=args.device)
     if args.candidates:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,18 @@ def test_build_info_verify_convert(files: Path, capsys: pytest.CaptureFixture[st
     assert run("convert", files / "c", "--out", files / "q", "--dtype", "int8", "--no-progress") == 0
     assert "int8" in (printed := capsys.readouterr().out) and "audio: relative error" in printed
     assert HiddenStateCache.open(files / "q").dtype == torch.int8
+
+
+def test_convert_prints_what_a_run_loses(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((run_folder / "run" / "results.json").read_text())
+    arguments = ("--out", run_folder / "fp8", "--dtype", "fp8", "--no-progress", "--run", run_folder / "run")
+    assert run("convert", run_folder / "cache", *arguments) == 0
+    printed = capsys.readouterr().out
+    for split in ("validation", "test"):
+        (line,) = [line for line in printed.splitlines() if f"{split}: HR@10" in line]
+        old, new = (float(share) for share in re.findall(r"([\d.]+)%", line)[:2])
+        assert old == pytest.approx(100 * before[split]["metrics"]["hr@10"], abs=0.005)
+        assert new == pytest.approx(old, abs=5) and "relative" in line
 
 
 def test_more_items_are_appended(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from crossan_fast import HiddenStateCache
+from crossan_fast.cache.convert import convert_cache
+from crossan_fast.cache.writer import write_cache
 from crossan_fast.cli import main
 
 
@@ -34,3 +38,18 @@ def test_options_change_the_protocol_that_is_printed(
     printed = capsys.readouterr().out
     assert "test targets of 30 users, full ranking of 24 items, filter_history=all, ties" in printed
     assert "HR@k %" in printed
+
+
+def test_another_cache_is_ranked_with(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted, noisy = run_folder / "int8", run_folder / "noise"
+    convert_cache(run_folder / "cache", converted, "int8")
+    cache = HiddenStateCache.open(run_folder / "cache")
+    states = torch.randn_like(cache.states("cpu")[0])
+    states[0] = 0
+    write_cache(noisy, {"text": states}, item_names=cache.item_names[1:])
+    run = run_folder / "run"
+    own = evaluate(capsys, run)["metrics"]["hr@10"]
+    assert evaluate(capsys, run, "--cache", str(converted))["metrics"]["hr@10"] == pytest.approx(
+        own, abs=0.05
+    )
+    assert evaluate(capsys, run, "--cache", str(noisy))["metrics"]["hr@10"] < own - 0.2
