@@ -65,8 +65,13 @@ def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str =
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity: expected at least 1, got {capacity}")
     choice = choose("deduplicate", item_ids.device.type, torch.int64, (), backend)
-    if choice.backend == "eager" or capacity is None:
+    if choice.backend == "eager":
         return deduplicate_reference(item_ids, capacity)
+    if capacity is None:
+        # Nothing is saved on a GPU, which has to be asked for the size; a traced op has to know it.
+        if item_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return deduplicate_reference(item_ids)
+        return Deduplicated(*implementation("deduplicate", choice.backend).forward(item_ids, None))
     return Deduplicated(*torch.ops.crossan_fast.deduplicate(item_ids, capacity, choice.backend))
 
 

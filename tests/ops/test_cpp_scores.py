@@ -308,14 +308,24 @@ def test_bits_do_not_depend_on_threads():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("largest", [5, 63, 64, 5_000, 300_000, 2**31 - 1])
 @pytest.mark.parametrize("shape", [(0,), (1,), (5, 7), (3, 0)])
-def test_deduplicate_equals_the_definition(shape, dtype):
-    ids = torch.randint(0, 6, shape, dtype=dtype)
-    capacity = ids.numel() + 1
-    for x, y in zip(
-        deduplicate(ids, capacity, backend="cpp"), deduplicate_reference(ids, capacity), strict=True
-    ):
-        assert torch.equal(x, y)
+def test_deduplicate_equals_the_definition(shape, largest, dtype):
+    ids = torch.randint(0, largest, shape, dtype=dtype)
+    ids.view(-1)[: 1 if shape == (5, 7) else 0] = largest
+    for capacity in (None, ids.numel() + 1):
+        expected = deduplicate_reference(ids, capacity)
+        for x, y in zip(deduplicate(ids, capacity, backend="cpp"), expected, strict=True):
+            assert torch.equal(x, y) and x.dtype == torch.int64
+
+
+def test_deduplicate_takes_any_id():
+    ids = torch.tensor([[2**62, 3], [0, 2**62]])
+    assert [t.tolist() for t in deduplicate(ids, backend="cpp")] == [
+        [0, 3, 2**62],
+        [[2, 1], [0, 2]],
+        [0, 1, 2],
+    ]
 
 
 def test_an_empty_catalogue_has_no_best_items():
