@@ -38,6 +38,35 @@ def _refuses(request: Request, dtypes: tuple[torch.dtype, ...]) -> str | None:
     return _build.problem("cuda")
 
 
+def _refuses_side_network(request: Request) -> str | None:
+    """The limits of csrc/cuda/interface.h, each by its name; those of the device, once it is known."""
+    given = dict(feature.split("=") for feature in request.features if "=" in feature)
+    widths = [int(width) for width in given.get("widths", "").split(",") if width]
+    cross, rank, levels = given.get("cross", "none"), int(given.get("rank", 8)), int(given.get("levels", 1))
+    if cross == "side":
+        return "walks every tower alone, which cross='side' rules out"
+    if any(width % 64 for width in widths):
+        return f"serves widths that are multiples of 64, not {widths}"
+    if "unequal_pairs" in request.features:
+        return f"serves pair towers of equal widths only, not {widths}"
+    if cross == "backbone" and len(set(widths)) > 1:
+        return f"adds other modalities' states at equal widths only, not {widths}"
+    if len(widths) > (most := 4 if cross == "backbone" else 8):
+        return f"serves at most {most} modalities with cross={cross!r}, not {len(widths)}"
+    if levels > 8:
+        return f"serves at most 8 levels, not {levels}"
+    if rank > 64 or rank % 8:
+        return f"serves bottlenecks that are multiples of 8 up to 64, not {rank}"
+    if reason := _refuses(request, _SIXTEEN_BITS):
+        return reason
+    if widths and max(widths) > (widest := _ops().side_network_widest(levels)):
+        return (
+            f"keeps a tower in shared memory: with {levels} levels up to width {widest} on this GPU, "
+            f"not {max(widths)}"
+        )
+    return None
+
+
 def _ops() -> Any:
     _build.load("cuda")
     return torch.ops.crossan_fast_cuda
@@ -48,12 +77,10 @@ def _register(
     dtypes: tuple[torch.dtype, ...],
     forward: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
+    refuses: Callable[[Request], str | None] | None = None,
 ) -> None:
-    register(
-        op,
-        "cuda",
-        Implementation(forward, backward, lambda request: _refuses(request, dtypes), _UNMEASURED),
-    )
+    refuses = refuses or (lambda request: _refuses(request, dtypes))
+    register(op, "cuda", Implementation(forward, backward, refuses, _UNMEASURED))
 
 
 def _deduplicate(item_ids: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,16 +139,16 @@ def _side_network_backward(
     )
 
 
-class _Experts:
-    """Every expert on every item, in batched products: at 4·d hidden units cheaper than sorting items."""
-
-    def __init__(self, joined: Tensor, weights: FusionWeights) -> None:
-        dtype, (modalities, _, width) = joined.dtype, weights.w1.shape
-        self.w1, self.w2 = weights.w1.to(dtype), weights.w2.to(dtype)
-        self.e = joined.view(-1, modalities, width).transpose(0, 1)  # [M, N, d]
-        self.pre = torch.baddbmm(weights.b1.to(dtype)[:, None], self.e, self.w1.mT)  # [M, N, f]
-        self.inner = F.gelu(self.pre)
-        self.out = self.e + torch.baddbmm(weights.b2.to(dtype)[:, None], self.inner, self.w2.mT)  # [M, N, d]
+def _refuses_fusion(request: Request) -> str | None:
+    given = dict(feature.split("=") for feature in request.features if "=" in feature)
+    width, hidden, modalities = (int(given.get(n, 8)) for n in ("width", "hidden", "modalities"))
+    if width % 8 or width > 128:
+        return f"serves item widths that are multiples of 8 up to 128, not {width}"
+    if hidden % 8:
+        return f"serves experts whose hidden units are a multiple of 8, not {hidden}"
+    if modalities > 16:
+        return f"serves at most 16 modalities, not {modalities}"
+    return _refuses(request, _SIXTEEN_BITS)
 
 
 def _fusion(
@@ -132,6 +159,7 @@ def _fusion(
     counts: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Heads and router by torch's products, the routing and the chosen experts by csrc/cuda."""
     e = [
         F.linear(h.to(dtype), w.to(dtype), b.to(dtype))
         for h, w, b in zip(hidden, weights.head_weight, weights.head_bias, strict=True)
@@ -141,8 +169,7 @@ def _fusion(
     joined = torch.cat(e, dim=1)
     logits = F.linear(joined.float(), weights.router_weight.float(), weights.router_bias.float())
     _, share, assigned, mean, _ = _route(logits, present, top_k, counts)
-    out = _Experts(joined, weights).out
-    items = torch.einsum("nm,mnd->nd", share, out.float()).to(dtype)
+    items = _ops().experts_forward(joined, share, *weights[4:])
     return items, assigned, mean, [joined, logits]
 
 
@@ -159,19 +186,14 @@ def _fusion_backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     joined, logits = saved
     probability, share, _, _, total = _route(logits, present, top_k, counts)
-    experts = _Experts(joined, weights)
-    grad = grad_items.float()
-    grad_share = torch.einsum("nd,mnd->nm", grad, experts.out.float())
+    through_experts, grad_share, *grad_experts = _ops().experts_backward(
+        grad_items.to(dtype), joined, share, *weights[4:]
+    )
     grad_logits = _ops().routing_backward(
         grad_share, grad_probability.float(), probability, share, _weights(counts), total
     )
-    grad_out = (share.mT[:, :, None] * grad).to(dtype)  # [M, N, d]
-    grad_pre = torch.ops.aten.gelu_backward(grad_out @ experts.w2, experts.pre)
-    grad_e = grad_out + grad_pre @ experts.w1
-    through_router = grad_logits @ weights.router_weight.float()  # [N, M·d]
-    grad_joined = grad_e.transpose(0, 1).reshape(joined.shape) + through_router.to(dtype)
-    modalities = len(hidden)
-    grads = list(grad_joined.view(len(joined), modalities, -1).unbind(1))
+    grad_joined = torch.addmm(through_experts, grad_logits, weights.router_weight.float()).to(dtype)
+    grads = list(grad_joined.view(len(joined), len(hidden), weights.w1.shape[2]).unbind(1))
     if present is not None:
         grads = [torch.where(present[:, m, None], g, 0) for m, g in enumerate(grads)]
     grad_hidden = [
@@ -182,10 +204,7 @@ def _fusion_backward(
         *(g.float().sum(0) for g in grads),
         grad_logits.mT @ joined.float(),
         grad_logits.sum(0),
-        grad_pre.mT @ experts.e,
-        grad_pre.float().sum(1),
-        grad_out.mT @ experts.inner,
-        grad_out.float().sum(1),
+        *grad_experts,
     ]
     flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
     return grad_hidden, [g.to(w.dtype) for g, w in zip(grad_weights, flat, strict=True)]
@@ -204,5 +223,5 @@ def _weights(counts: Tensor | None) -> Tensor | None:
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 _register("deduplicate", (torch.int64,), _deduplicate)
-_register("side_network", _SIXTEEN_BITS, _side_network, _side_network_backward)
-_register("fusion", (*_SIXTEEN_BITS, torch.float32), _fusion, _fusion_backward)
+_register("side_network", _SIXTEEN_BITS, _side_network, _side_network_backward, _refuses_side_network)
+_register("fusion", _SIXTEEN_BITS, _fusion, _fusion_backward, _refuses_fusion)

@@ -68,7 +68,8 @@ class Request:
         op: one of `OPS`.
         device: device type, `cpu` or `cuda`.
         dtype: the type to compute in.
-        features: what else matters, e.g. `states_grad` (gradients of the states are wanted).
+        features: what else matters, e.g. `states_grad` (gradients of the states are wanted) or a size of the
+            model that a backend may have a limit on (`levels=7`).
     """
 
     op: str

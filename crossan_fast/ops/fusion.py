@@ -146,7 +146,9 @@ def fusion(
     _check(hidden, weights, present, top_k, counts)
     device, default = hidden[0].device.type, weights.w1.dtype
     dtype = compute_dtype(device, default)
-    choice = choose("fusion", device, dtype, (), backend)
+    modalities, inner, width = weights.w1.shape
+    sizes = (f"modalities={modalities}", f"hidden={inner}", f"width={width}")
+    choice = choose("fusion", device, dtype, sizes, backend)
     if choice.backend == "eager":
         output = fusion_reference(hidden, weights, present=present, top_k=top_k, counts=counts, dtype=default)
         return FusionOutput(output.items.to(dtype), output.balance)

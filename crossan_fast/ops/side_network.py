@@ -248,7 +248,9 @@ def side_network(
     _check(states, weights, structure, ids, scales, present)
     device, default = states[0].device.type, weights.gate[0].dtype
     dtype = compute_dtype(device, default)
-    features = ("states_grad",) if any(s.requires_grad for s in states) else ()
+    features = features_of(structure, *weights.down_weight[0].shape[:2])
+    if any(s.requires_grad for s in states):
+        features = ("states_grad", *features)
     choice = choose("side_network", device, dtype, features, backend)
     if choice.backend == "eager":
         hidden = side_network_reference(
@@ -270,6 +272,17 @@ def side_network(
         choice.backend,
     )
     return outputs[: len(structure.sources)]
+
+
+def features_of(structure: SideNetworkStructure, levels: int, rank: int) -> tuple[str, ...]:
+    """What a backend may have limits on, as `Request.features`: sizes of the model, never of a batch."""
+    features = [
+        f"cross={structure.cross}",
+        f"widths={','.join(map(str, structure.widths))}",
+        f"levels={levels}",
+        f"rank={rank}",
+    ]
+    return (*features, "unequal_pairs") if structure.narrowed_towers else tuple(features)
 
 
 def _check(

@@ -265,6 +265,11 @@ CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
       "side_network_backward(Tensor[] grad_outputs, Tensor[] saved, Tensor[] states, Tensor[] scales, "
       "Tensor? ids, Tensor? present, Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");
 #undef CROSSAN_STATIC
+  library.def("side_network_widest(int levels) -> int", [](int64_t levels) {
+    TORCH_CHECK_VALUE(levels >= 1 && levels <= kCrossanMaxLevels, "levels: expected 1 to ",
+                      int(kCrossanMaxLevels), ", got ", levels);
+    return int64_t{crossan_side_network_widest(static_cast<int>(levels))};
+  });
 }
 
 CROSSAN_LIBRARY_IMPL(CROSSAN_NAMESPACE, CROSSAN_DISPATCH_KEY, library) {

@@ -43,6 +43,28 @@ int crossan_routing_backward(const float* grad_share, const float* grad_mean, co
                              const float* share, const float* weights, const float* total, int64_t count,
                              int experts, float* grad_logits, void* stream);
 
+// experts: MOMEF's experts, each on the items with a share of it, and the sum by share (fusion.h). `joined`
+// [items, experts · width], `output`, `grad_output` [items, width] of kind `compute_kind` (float16 or bfloat16);
+// weights of `weight_kind`; `share` and what comes back of it and of `joined` fp32. `width` is a multiple of 8 up
+// to 128, `hidden` a multiple of 8. Where an expert does not run, the backward writes nothing: zeros before.
+enum { kCrossanMaxExperts = 16, kCrossanMaxExpertWidth = 128 };
+
+struct CrossanExperts {
+  int64_t items;
+  int experts, width, hidden, compute_kind, weight_kind;
+  const void* joined;
+  const float* share;             // [items, experts]; 0: does not run
+  const void *w1, *b1, *w2, *b2;  // [experts, hidden, width], [experts, hidden], [experts, width, hidden], …
+  void* output;                   // forward
+  const void* grad_output;        // backward
+  float *grad_joined, *grad_share;
+  void *grad_w1, *grad_b1, *grad_w2, *grad_b2;  // of `weight_kind`, shaped as the weights
+};
+
+size_t crossan_experts_workspace(const struct CrossanExperts* experts, int backward);
+int crossan_experts_forward(const struct CrossanExperts* experts, void* workspace, void* stream);
+int crossan_experts_backward(const struct CrossanExperts* experts, void* workspace, void* stream);
+
 // side_network: see crossan_fast/ops/side_network.py. Widths must be multiples of 64 and equal among a tower's
 // sources, rank a multiple of 8 up to 64, at most 8 levels and 4 sources a tower; states float16, bfloat16,
 // float8_e4m3fn or int8. Weights are `weight_kind`, everything else of kind `compute_kind` (float16 or bfloat16).
@@ -75,6 +97,9 @@ struct CrossanSideNetwork {
       *grad_up_weight[kCrossanMaxTowers], *grad_up_bias[kCrossanMaxTowers], *grad_gate[kCrossanMaxTowers];
   void* grad_cross_gate[kCrossanMaxTowers][kCrossanMaxSources - 1];
 };
+
+// The widest tower that the current device's shared memory holds, forward and backward; 0: none.
+int crossan_side_network_widest(int levels);
 
 // Bytes of scratch, 1,024-aligned, for one call in one direction.
 size_t crossan_side_network_workspace(const struct CrossanSideNetwork* network, int backward);

@@ -230,6 +230,10 @@ __device__ __forceinline__ void wgmma_64x32x16(float (&acc)[16], uint64_t a, uin
 
 namespace crossan {
 
+// Byte offset of 16-byte chunk `chunk` of a row of 128 bytes, placed so that eight rows' equal chunks, and
+// eight chunks of a row, lie in different banks; wgmma and the copy engine know the layout as 128B swizzle.
+__device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+
 // A tile of 128-byte rows, swizzled (16-byte chunk c of row i lies at c ^ (i % 8)), whose rows are M or N and
 // whose columns are K: layout 128B, 1,024 bytes between groups of 8 rows. `bytes` moves along K.
 __device__ __forceinline__ uint64_t wgmma_operand(const unsigned char* tile, int bytes) {

@@ -1,8 +1,6 @@
 // routing: MOMEF's router after its logits: softmax over present experts, the top k (ties to the expert that
 // comes first), their renormalised shares, and the sums behind the load-balance loss.
-//
-// The experts themselves stay dense: at 4·d hidden units they are a twentieth of a tower's arithmetic, less
-// than what sorting items by expert would cost.
+// An expert that was not chosen has a share of exactly 0, and then does not run (fusion.cu).
 #include "interface.h"
 #include "numeric.h"
 
@@ -13,7 +11,7 @@ using std::exp;
 namespace crossan {
 namespace {
 
-constexpr int kThreads = 256, kMaxExperts = 16;
+constexpr int kThreads = 256;
 constexpr float kTiny = 1.17549435e-38f;  // the reference's guard: the smallest normal number
 
 __device__ __forceinline__ bool has(const uint8_t* present, int64_t item, int experts, int expert) {
@@ -130,7 +128,7 @@ extern "C" int crossan_routing_forward(const float* logits, const uint8_t* prese
                                        int64_t count, int experts, int top_k, float* probability,
                                        float* share, float* assigned, float* mean, float* total,
                                        void* stream) {
-  if (count < 0 || experts < 1 || experts > kMaxExperts || top_k < 0 || top_k > experts)
+  if (count < 0 || experts < 1 || experts > kCrossanMaxExperts || top_k < 0 || top_k > experts)
     return kCrossanBadSize;
   if (int error = launch(route, blocks_for(count), kThreads, 0, stream, 1, logits, present, count, experts,
                          top_k, probability, share))
@@ -143,7 +141,7 @@ extern "C" int crossan_routing_backward(const float* grad_share, const float* gr
                                         const float* probability, const float* share, const float* weights,
                                         const float* total, int64_t count, int experts, float* grad_logits,
                                         void* stream) {
-  if (count < 0 || experts < 1 || experts > kMaxExperts) return kCrossanBadSize;
+  if (count < 0 || experts < 1 || experts > kCrossanMaxExperts) return kCrossanBadSize;
   return launch(route_backward, blocks_for(count), kThreads, 0, stream, 1, grad_share, grad_mean, probability,
                 share, weights, total, count, experts, grad_logits);
 }

@@ -161,14 +161,16 @@ Walk part_of(Walk walk, int64_t first, int64_t count) {
   return walk;
 }
 
+size_t shared_of(bool hopper, int width, int groups) {
+  return hopper ? walk_hopper_shared(width, groups) : walk_shared(width, groups);
+}
+
 // One group of 32 items a block while that keeps multiprocessors busy that two would leave idle.
 int run_walk(const CrossanSideNetwork& n, const Walk& walk, bool backward, void* stream) {
   DeviceLimits device = device_limits();
   bool hopper = n.path == kCrossanPathHopper || (n.path == kCrossanPathAuto && device.architecture == 90);
   if (hopper && device.architecture != 90) return kCrossanBadPath;
-  auto shared = [&](int groups) {
-    return hopper ? walk_hopper_shared(walk.max_width, groups) : walk_shared(walk.max_width, groups);
-  };
+  auto shared = [&](int groups) { return shared_of(hopper, walk.max_width, groups); };
   int64_t blocks_of_two = (walk.items + 2 * kGroupItems - 1) / (2 * kGroupItems) * n.towers;
   auto limit = static_cast<size_t>(device.shared_per_block);
   int groups = blocks_of_two >= device.multiprocessors && shared(2) <= limit ? 2 : 1;
@@ -182,6 +184,15 @@ int run_walk(const CrossanSideNetwork& n, const Walk& walk, bool backward, void*
 }  // namespace crossan
 
 using namespace crossan;
+
+extern "C" int crossan_side_network_widest(int levels) {
+  DeviceLimits device = device_limits();
+  auto limit = static_cast<size_t>(device.shared_per_block);
+  int width = 0;
+  if (weight_gradient_shared(levels) > limit) return 0;
+  while (shared_of(device.architecture == 90, width + kTile, 1) <= limit) width += kTile;
+  return width;
+}
 
 extern "C" size_t crossan_side_network_workspace(const CrossanSideNetwork* network, int backward) {
   return check(*network) ? 0 : make_plan(*network, backward, nullptr).bytes;

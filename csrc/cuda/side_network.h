@@ -14,6 +14,7 @@
 // Forward and backward walk are one template (side_network_walk.h): the same two thin products per level.
 #pragma once
 
+#include "activation.h"
 #include "primitives.h"
 
 namespace crossan {
@@ -25,8 +26,6 @@ constexpr int kGroupItems = 32;              // items of a group of 128 threads
 constexpr int kPanelBytes = kGroupItems * 128;  // 32 items × 64 columns
 constexpr int kMaxModalities = 8, kMaxTowers = 16, kMaxSources = 4, kMaxLevels = 8;
 constexpr int kCoefficients = 1 + kMaxSources;
-
-enum Activation : int { kGelu = 0, kRelu = 1 };
 
 // A source of a tower: one modality's cached states.
 struct Source {
@@ -60,10 +59,6 @@ struct Walk {
   int wide, modalities, tower_count, levels, rank, activation, max_width;
 };
 
-// Byte offset of 16-byte chunk `chunk` of a row of 128 bytes, placed so that eight rows' equal chunks, and
-// eight chunks of a row, lie in different banks; wgmma and the copy engine know the layout as 128B swizzle.
-__device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
-
 struct Item {
   int64_t row;     // of the states
   uint32_t flags;  // bit s: source s is present; kExists: the tower exists
@@ -81,16 +76,6 @@ __device__ __forceinline__ Item find_item(const Walk& walk, const Tower& tower, 
   if (item.flags & ((1u << tower.owners) - 1)) item.flags |= kExists;
   else item.flags = 0;
   return item;
-}
-
-__device__ __forceinline__ float activate(float z, int activation) {
-  if (activation == kRelu) return z > 0 ? z : 0.0f;
-  return 0.5f * z * (1.0f + erff(z * 0.70710678118654752f));
-}
-
-__device__ __forceinline__ float activate_grad(float z, int activation) {
-  if (activation == kRelu) return z > 0 ? 1.0f : 0.0f;
-  return 0.5f * (1.0f + erff(z * 0.70710678118654752f)) + z * 0.39894228040143268f * expf(-0.5f * z * z);
 }
 
 // What prepare() writes for the other kernels, and the ids that it checks for them: a function call for the

@@ -10,6 +10,7 @@ from crossan_fast.ops.fusion import FusionWeights, fusion_reference
 from crossan_fast.ops.side_network import (
     SideNetworkStructure,
     SideNetworkWeights,
+    features_of,
     side_network_reference,
 )
 
@@ -49,7 +50,7 @@ def _flatten(weights: FusionWeights) -> list[torch.Tensor]:
     return [*weights.head_weight, *weights.head_bias, *weights[2:]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [None, 1, 2])
 @pytest.mark.parametrize("presence, counted", [(False, False), (True, True)])
 def test_fusion(emulated, dtype, top_k, presence, counted):
@@ -138,6 +139,51 @@ def test_auto_passes_the_unmeasured_backend_over(monkeypatch):
 def test_refusals(device, dtype, features, reason):
     request = _dispatch.Request("side_network", device, dtype, features)
     assert reason in _dispatch.refusal(request, "cuda")
+
+
+@pytest.mark.parametrize(
+    "widths, pairs, cross, levels, rank, reason",
+    [
+        ((64, 64), (), "side", 7, 64, "rules out"),
+        ((64, 100), (), "none", 7, 64, "multiples of 64, not [64, 100]"),
+        ((64, 128), ((0, 1),), "none", 7, 64, "pair towers of equal widths only"),
+        ((64, 128), (), "backbone", 7, 64, "states at equal widths only, not [64, 128]"),
+        ((64,) * 5, (), "backbone", 7, 64, "at most 4 modalities with cross='backbone', not 5"),
+        ((64,) * 9, (), "none", 7, 64, "at most 8 modalities with cross='none', not 9"),
+        ((64, 64), (), "backbone", 9, 64, "at most 8 levels, not 9"),
+        ((64, 64), (), "backbone", 7, 128, "multiples of 8 up to 64, not 128"),
+        ((64, 64), (), "backbone", 7, 12, "multiples of 8 up to 64, not 12"),
+        ((64, 4096), (), "none", 7, 64, "up to width 3008 on this GPU, not 4096"),
+        ((64, 128), (), "none", 8, 8, None),
+        ((768,) * 3, ((0, 1), (0, 2), (1, 2)), "none", 7, 64, None),
+        ((768,) * 4, (), "backbone", 7, 64, None),
+    ],
+)
+def test_structures_are_refused_by_the_limit_s_name(
+    emulated, emulate, monkeypatch, widths, pairs, cross, levels, rank, reason
+):
+    emulate(architecture=90, shared=227 * 1024)
+    monkeypatch.setattr(
+        _cuda, "_refuses", lambda request, dtypes: None
+    )  # a GPU is here, and the part is built
+    structure = SideNetworkStructure(widths, (*((m,) for m in range(len(widths))), *pairs), cross)
+    features = features_of(structure, levels, rank)
+    found = _dispatch.refusal(_dispatch.Request("side_network", "cuda", torch.bfloat16, features), "cuda")
+    assert reason in found if reason else found is None
+
+
+@pytest.mark.parametrize(
+    "features, dtype, reason",
+    [
+        (("width=60",), torch.bfloat16, "multiples of 8 up to 128, not 60"),
+        (("width=136",), torch.bfloat16, "multiples of 8 up to 128, not 136"),
+        (("hidden=12",), torch.bfloat16, "a multiple of 8, not 12"),
+        (("modalities=17",), torch.bfloat16, "at most 16 modalities, not 17"),
+        (("modalities=4", "hidden=256", "width=64"), torch.float32, "computes in bfloat16, float16"),
+    ],
+)
+def test_fusions_are_refused_by_the_limit_s_name(features, dtype, reason):
+    assert reason in _dispatch.refusal(_dispatch.Request("fusion", "cuda", dtype, features), "cuda")
 
 
 def test_build_says_what_is_missing(monkeypatch):

@@ -285,6 +285,15 @@ def test_paths_agree_with_each_other(ops, emulate):
         assert _error(a, b) < torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize(
+    "architecture, kilobytes, levels, widest",
+    [(90, 227, 8, 3008), (80, 163, 8, 1984), (86, 99, 4, 960), (86, 99, 5, 0)],
+)
+def test_widest_tower_is_the_shared_memory_s(ops, emulate, architecture, kilobytes, levels, widest):
+    emulate(architecture=architecture, shared=kilobytes * 1024)
+    assert ops.side_network_widest(levels) == widest
+
+
 def test_limits_of_the_device(ops, emulate):
     states, _, ids, _, weights, _ = SMALL.make()
     emulate(architecture=80)
