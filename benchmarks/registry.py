@@ -58,7 +58,7 @@ class Runnable:
         backward: from the set's number and the outputs to the gradients; None for what has none.
         memory: whether the peak memory of a call can be seen from outside (not inside a CUDA graph's pool).
         begin: called before each call, untimed.
-        once: timed in one call without warm-up: an epoch.
+        once: timed one call at a time, a few in all and none for warm-up: an epoch.
     """
 
     forward: Callable[[int], Sequence[Tensor]]

@@ -106,7 +106,13 @@ def _ratio(
 _PAPER, _WHOLE = _ENCODER.format(704), _ENCODER.format(20_314)
 _LOSS = "in_batch_loss/rows=10240,columns=11264,d=64"
 _STEP_64, _STEP_1024 = _STEP.format(64, "in_batch"), _STEP.format(1024, "in_batch")
-_SMALL = "step/B=64,M=2,D=384,loss={}"
+_EPOCH = "epoch/data=scientific,B=64,M=2,D=384"
+_LOSSES = (
+    ("in-batch loss, B = 64", "in_batch_loss/rows=640,columns=704,d=64"),
+    ("in-batch loss, B = 1,024", _LOSS),
+    ("full softmax, B = 64", "full_loss/rows=640,columns=20314,d=64"),
+    ("full softmax, B = 1,024", "full_loss/rows=10240,columns=20314,d=64"),
+)
 _MAPPED = "step_mapped/items={},B=64,M=2,D=384"
 
 TARGETS = (
@@ -143,7 +149,18 @@ TARGETS = (
     ),
     _ratio("side network, 704 items, bf16", "cpu", _SIDE.format(704), "bf16", 8, "autocast"),
     Target("memory of a step, B = 64", "cpu", _STEP_64, "fp32", "memory", 10, (_STEP_64, "fp32", "eager")),
-    _ratio("recipe's step (M = 2, D = 384, B = 64)", "cpu", _SMALL.format("in_batch"), "fp32", 4, "eager"),
+    Target(
+        "memory of the side network, 704 items",
+        "cpu",
+        _SIDE.format(704),
+        "fp32",
+        "memory",
+        10,
+        (_SIDE.format(704), "fp32", "eager"),
+    ),
+    *(_ratio(what, "cpu", case, "fp32", 3, "eager") for what, case in _LOSSES),
+    _ratio("epoch of the Scientific recipe, fp32", "cpu", _EPOCH, "fp32", 4, "eager"),
+    Target("the same, bf16, against eager fp32", "cpu", _EPOCH, "bf16", "time", 4, (_EPOCH, "fp32", "eager")),
     Target(
         "catalogue × 10, memory-mapped",
         "cpu",
