@@ -96,7 +96,7 @@ def test_the_epoch_needs_the_data(monkeypatch, tmp_path):
         step.build_epoch(Setting(CPU, torch.float32))
 
 
-def test_an_epoch_is_one_call(monkeypatch, tmp_path):
+def test_an_epoch_is_called_a_few_times_whatever_the_minimum(monkeypatch, tmp_path):
     folder = tmp_path / "scientific"
     folder.mkdir()
     (folder / "items.tsv").write_text("".join(f"i{n}\ttitle {n}\n" for n in range(1, 31)))
@@ -108,5 +108,5 @@ def test_an_epoch_is_one_call(monkeypatch, tmp_path):
     runnable = workload.implementations["eager"]()
     workload.check("eager", runnable)
     samples = timing.interleaved({"eager": runnable}, CPU, 1, 1.0, 20)["eager"]
-    assert len(samples.passes["run"]) == 1
+    assert len(samples.passes["run"]) == timing.LONG_ROUNDS
     assert runnable.forward(0)[0].shape == (2,)  # 70 users in batches of 64
