@@ -23,7 +23,7 @@ from crossan_fast.cache.format import (
     scales_file,
     states_file,
 )
-from crossan_fast.cache.quantize import dequantize
+from crossan_fast.cache.staging import CudaTransport, StagingRing, read_rows
 from crossan_fast.cache.tiers import (
     PageToucher,
     Placement,
@@ -33,7 +33,6 @@ from crossan_fast.cache.tiers import (
     free_memory,
     host_memory,
     map_file,
-    pick_rows,
 )
 from crossan_fast.cache.validate import FLOATS, checked_present, checked_states, reject_nonfinite
 from crossan_fast.cache.verify import verify_cache
@@ -381,9 +380,10 @@ class HiddenStateCache:
         """`(ids, gather(ids))` of each batch in order, the next `depth` being read by a background thread
         meanwhile.
 
-        For tiers `pinned` and `mmap`; a resident cache is gathered from at once. Rows for a GPU go through
-        page-locked memory and a stream of their own; the yielded tensors are ready on the current stream. An
-        error of a batch is raised where that batch would have been yielded.
+        For tiers `pinned` and `mmap`; a resident cache is gathered from at once. Rows for a GPU go through a
+        ring of page-locked buffers and a stream of their own (`crossan_fast.cache.staging`); the yielded
+        tensors are ready on the current stream. An error of a batch is raised where that batch would have
+        been yielded.
         """
         if depth < 1:
             raise ValueError(f"depth: expected at least 1, got {depth}")
@@ -393,7 +393,8 @@ class HiddenStateCache:
                 yield ids, self._gather(self._checked_ids(ids), target, dtype)
             return
         checked = (self._checked_ids(ids).cpu() for ids in batches)
-        yield from gather_ahead(checked, lambda ids: self._gather(ids, target, dtype), target, depth)
+        ring = StagingRing(CudaTransport(target)) if target.type == "cuda" else None
+        yield from gather_ahead(checked, lambda ids: self._gather(ids, target, dtype, ring), target, depth)
 
     def touch(self, ids: Tensor) -> None:
         """Start reading the files' pages of rows `ids` `[n]` in the background, and return at once.
@@ -411,16 +412,12 @@ class HiddenStateCache:
     def _toucher(self) -> PageToucher:
         return PageToucher([*self._states, *(self._scales or ())])
 
-    def _gather(self, ids: Tensor, target: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def _gather(
+        self, ids: Tensor, target: torch.device, dtype: torch.dtype | None, ring: StagingRing | None = None
+    ) -> dict[str, Tensor]:
         states, scales = self._loaded.get(target, (self._states, self._scales))
-        rows = ids.to(states[0].device)
-        result = {}
-        for index, modality in enumerate(self.modalities):
-            picked = pick_rows(states[index], rows, target)
-            if scales is not None:
-                picked = dequantize(picked, pick_rows(scales[index], rows, target), dtype or torch.float32)
-            result[modality.name] = picked if dtype is None else picked.to(dtype)
-        return result
+        rows = read_rows(states, scales, ids, target, dtype, ring)
+        return {modality.name: tensor for modality, tensor in zip(self.modalities, rows, strict=True)}
 
     def _checked_ids(self, ids: Tensor) -> Tensor:
         check_tensor("ids", ids, ("n",), dtypes=(torch.int64, torch.int32))
