@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from crossan_fast.kernels._blocks import on_device
-from crossan_fast.kernels.side_network_launch import GroupGradient, Items, Level, Parameters, forward_group
+from crossan_fast.kernels.side_network_gradient import GroupGradient
+from crossan_fast.kernels.side_network_launch import forward_group
+from crossan_fast.kernels.side_network_parameters import Items, Level, Parameters
 from crossan_fast.kernels.side_network_plan import Source, Tower, group_towers
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
 
@@ -95,7 +97,9 @@ def backward(
             towers, derived = _towers(p, chunk)
             groups = group_towers(towers)
             if not gradients:
-                gradients = [GroupGradient(group, level, chunk.items.count) for group in groups]
+                gradients = [
+                    GroupGradient.tuned(group, level, chunk.items, g_chunk, z_chunk) for group in groups
+                ]
             grad_x = _grad_x(p, chunk, p.levels) if derived else None
             for gradient, group in zip(gradients, groups, strict=True):
                 gradient.add(group, chunk.items, g_chunk, z_chunk, grad_x)
@@ -377,7 +381,7 @@ def _side_backward(
         gate_sum = torch.zeros_like(grads.gate_sum[:, :1])
         z = [t[:, number : number + 1].contiguous() for t in saved]
         for group in group_towers(towers):
-            gradient = GroupGradient(group, one, chunk.count)
+            gradient = GroupGradient.tuned(group, one, chunk.items, g, z)
             gradient.add(group, chunk.items, g, z, dx)
             gradient.finish(*fresh, gate_sum)
         for total, new in zip(grads.towers, fresh, strict=True):

@@ -20,106 +20,14 @@ import triton
 import triton.language as tl
 
 from crossan_fast.kernels._common import activate, dot, narrow, pick, pick_constant
-from crossan_fast.kernels.side_network_tiles import exists_mask, mix, open_sources, read_level
-
-
-@triton.jit
-def coefficients_kernel(
-    gates,
-    cross_gates,
-    coef,
-    carry,
-    inverse_temperature,
-    KINDS: tl.constexpr,
-    PAIRED: tl.constexpr,
-    L: tl.constexpr,
-    K: tl.constexpr,
-    BL: tl.constexpr,
-):
-    """coef [T, L, K] and carry [T, L] (fp32) of all gates. One program: these are a few hundred numbers.
-
-    KINDS[t·K + k]: −1 μ, −2 1 − μ, −3 no such source, n ≥ 0 tanh(cross_gates[n]). PAIRED[t]: carry 1.
-    """
-    level = tl.arange(0, BL)
-    mask = level < L
-    for t in tl.static_range(len(gates)):
-        theta = tl.load(gates[t] + level, mask=mask, other=0.0).to(tl.float32)
-        mu = tl.sigmoid(theta * inverse_temperature)
-        tl.store(carry + t * L + level, 1.0 if PAIRED[t] else 1.0 - mu, mask=mask)
-        for k in tl.static_range(K):
-            if KINDS[t * K + k] == -1:
-                value = mu
-            elif KINDS[t * K + k] == -2:
-                value = 1.0 - mu
-            elif KINDS[t * K + k] == -3:
-                value = tl.zeros_like(mu)
-            else:
-                value = tanh(tl.load(cross_gates[KINDS[t * K + k]] + level, mask=mask, other=0.0))
-            tl.store(coef + (t * L + level) * K + k, value, mask=mask)
-
-
-@triton.jit
-def tanh(x):
-    """fp32 tanh; near 0, where gates start, by its series, which keeps what 2·sigmoid − 1 loses."""
-    x = x.to(tl.float32)
-    s = x * x
-    series = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
-    return tl.where(s < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
-
-
-@triton.jit
-def mixing_kernel(
-    down_weight,
-    up_weight,
-    carry,
-    mixing,
-    WIDTHS: tl.constexpr,
-    L: tl.constexpr,
-    R: tl.constexpr,
-    BR: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """G [T, L(L−1)/2, BR, BR], pair (l, p) at l(l−1)/2 + p, zero beyond R. A program: one BT × BT tile.
-
-    ALIGNED: every width is a multiple of 16, so that rows can be read 16 bytes at a time.
-    """
-    pair = tl.program_id(0)
-    tower = tl.program_id(1)
-    tile = tl.program_id(2)
-    later = tl.full((), 1, tl.int32)
-    while later * (later + 1) // 2 <= pair:
-        later += 1
-    earlier = pair - later * (later - 1) // 2
-    width = pick_constant(WIDTHS, tower)
-    if ALIGNED:
-        width = tl.multiple_of(width, 16)
-    offs_i = (tile // (BR // BT)) * BT + tl.arange(0, BT)
-    offs_j = (tile % (BR // BT)) * BT + tl.arange(0, BT)
-    mask_i = offs_i < R
-    mask_j = offs_j < R
-    down = pick(down_weight, tower) + later.to(tl.int64) * R * width
-    up = pick(up_weight, tower) + earlier.to(tl.int64) * R * width
-    acc = tl.zeros((BT, BT), tl.float32)
-    for d in range(0, width, BD):
-        offs_d = d + tl.arange(0, BD)
-        mask_d = offs_d < width
-        a = tl.load(
-            down + offs_i[:, None] * width + offs_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0
-        )
-        b = tl.load(
-            up + offs_d[:, None] * R + offs_j[None, :], mask=mask_d[:, None] & mask_j[None, :], other=0
-        )
-        acc = dot(a, b, acc, PRECISION)
-    kappa = tl.full((), 1.0, tl.float32)
-    for j in range(earlier + 1, later + 1):
-        kappa *= tl.load(carry + tower * L + j)
-    at = (tower.to(tl.int64) * (L * (L - 1) // 2) + pair) * BR * BR
-    tl.store(
-        mixing + at + offs_i[:, None] * BR + offs_j[None, :], narrow(acc * kappa, mixing.dtype.element_ty)
-    )
+from crossan_fast.kernels.side_network_tiles import (
+    advance,
+    exists_mask,
+    mix,
+    open_sources,
+    read_level,
+    sum_splits,
+)
 
 
 @triton.jit
@@ -158,12 +66,13 @@ def down_levels(
     for _ in tl.static_range(COUNT):
         z = z + (tl.zeros((BN, BR), tl.float32),)
     offs_d = begin + tl.arange(0, BD)
-    tiles = read_level(pointers, masks, strides, 0, offs_d, offs_d < end, K)
+    tiles = read_level(pointers, masks, offs_d, offs_d < end, K)
     for d in range(begin, end, BD):
         offs_d = d + tl.arange(0, BD)
         mask_d = offs_d < end
         u = tl.zeros((BN, BD), tl.float32)
         z_next = ()
+        at = pointers
         for level in tl.static_range(FIRST + COUNT):
             current = tiles
             if level >= FIRST:
@@ -173,9 +82,10 @@ def down_levels(
                     other=0,
                 )
             if level + 1 < FIRST + COUNT:
-                tiles = read_level(pointers, masks, strides, level + 1, offs_d, mask_d, K)
+                at = advance(at, strides, K)
+                tiles = read_level(at, masks, offs_d, mask_d, K)
             else:
-                tiles = read_level(pointers, masks, strides, 0, offs_d + BD, offs_d + BD < end, K)
+                tiles = read_level(pointers, masks, offs_d + BD, offs_d + BD < end, K)
             if level > 0:
                 u = u * tl.load(carry + level)
             u = mix(u, current, scale_pointers, masks, coef, level, K)  # x_l without its up-projections
@@ -193,11 +103,13 @@ def down_levels(
 
 
 @triton.jit
-def walk_levels(
-    z,
+def walk_level(
+    pre,
+    level,
     mixing,
     down_bias,
     saved,
+    activations,
     offs_n,
     mask_n,
     exists,
@@ -207,28 +119,66 @@ def walk_levels(
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Finish z level by level and save it; returns activations, [BN, BR] a level, in the compute dtype."""
+    """Finish z of one level from `pre` [BN, BR], the product with u; save it and its activations.
+
+    `activations` are this block's pointers [BN, BR] to level 0. Levels go through memory (that is, through
+    L1): held in registers they would unroll into L(L − 1)/2 products that spill.
+    """
     offs_r = tl.arange(0, BR)
     mask_r = offs_r < R
-    tile = offs_r[:, None] + BR * offs_r[None, :]  # G transposed: [r of a, r of z]
-    activations = ()
-    for level in tl.static_range(L):
-        pre = z[level]
-        for p in tl.static_range(level):
-            pair = level * (level - 1) // 2 + p
-            pre = dot(activations[p], tl.load(mixing + pair * BR * BR + tile), pre, PRECISION)
-        pre += tl.load(down_bias + level * R + offs_r, mask=mask_r, other=0).to(tl.float32)[None, :]
-        pre = tl.where(exists[:, None], pre, 0.0)
-        tl.store(
-            saved + (offs_n.to(tl.int64)[:, None] * L + level) * R + offs_r[None, :],
-            narrow(pre, saved.dtype.element_ty),
-            mask=mask_n[:, None] & mask_r[None, :],
-        )
-        activations = activations + (narrow(activate(pre, GELU), mixing.dtype.element_ty),)
-    return activations
+    tile = mixing + offs_r[:, None] + BR * offs_r[None, :]  # G transposed: [r of a, r of z]
+    pair = level * (level - 1) // 2
+    for p in tl.range(0, level, num_stages=3):
+        a = tl.load(activations + p * BR, mask=mask_n[:, None], other=0)
+        pre = dot(a, tl.load(tile + (pair + p) * (BR * BR)), pre, PRECISION)
+    pre += tl.load(down_bias + level * R + offs_r, mask=mask_r, other=0).to(tl.float32)[None, :]
+    pre = tl.where(exists[:, None], pre, 0.0)
+    tl.store(
+        saved + (offs_n.to(tl.int64)[:, None] * L + level) * R + offs_r[None, :],
+        narrow(pre, saved.dtype.element_ty),
+        mask=mask_n[:, None] & mask_r[None, :],
+    )
+    a = narrow(activate(pre, GELU), activations.dtype.element_ty)
+    tl.store(activations + level * BR, a, mask=mask_n[:, None])
+    tl.debug_barrier()  # other threads of this program read it for the levels after
 
 
 @triton.jit
+def up_columns(
+    activations,
+    carry,
+    up_weight,
+    out,
+    offs_n,
+    mask_n,
+    exists,
+    begin,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = u_L (already there) + Σ_l κ_{L,l} W_up,l a_l for BD columns, by Horner's rule over the levels."""
+    offs_d = begin + tl.arange(0, BD)
+    offs_r = tl.arange(0, BR)
+    mask_d = offs_d < D
+    weight = up_weight + offs_d[None, :] * R + offs_r[:, None]  # [BR, BD]
+    mask_w = mask_d[None, :] & (offs_r < R)[:, None]
+    acc = tl.zeros((BN, BD), tl.float32)
+    for level in tl.range(0, L, num_stages=3):
+        a = tl.load(activations + level * BR, mask=mask_n[:, None], other=0)
+        w = tl.load(weight + level * D * R, mask=mask_w, other=0)
+        acc = dot(a, w, acc * tl.load(carry + level), PRECISION)
+    at = out + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+    mask = mask_n[:, None] & mask_d[None, :]
+    acc += tl.load(at, mask=mask, other=0).to(tl.float32)
+    tl.store(at, narrow(tl.where(exists[:, None], acc, 0.0), at.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N"])
 def down_kernel(
     states,
     row_strides,
@@ -245,6 +195,7 @@ def down_kernel(
     out,
     partial,
     N,
+    span,
     TOWERS: tl.constexpr,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -259,10 +210,9 @@ def down_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
-    SPAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """*down* alone, for SPAN columns a program: partial [splits, T, N, L, BR] and u_L in `out`."""
+    """*down* alone, for `span` columns a program: partial [splits, T, N, L, BR] and u_L in `out`."""
     tower = tl.program_id(0)
     split = tl.program_id(2)
     offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -286,7 +236,7 @@ def down_kernel(
         K,
         STATIC,
     )
-    begin = split * SPAN
+    begin = split * span
     z = down_levels(
         sources,
         coef + index * L * K,
@@ -297,7 +247,7 @@ def down_kernel(
         offs_n,
         mask_n,
         begin,
-        tl.minimum(begin + SPAN, D),
+        tl.minimum(begin + span, D),
         FIRST,
         COUNT,
         L,
@@ -315,7 +265,7 @@ def down_kernel(
         tl.store(at + (FIRST + level) * BR, z[level], mask=mask_n[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def walk_kernel(
     partial,
     mixing,
@@ -325,10 +275,10 @@ def walk_kernel(
     present,
     present_stride,
     N,
+    splits,
     TOWERS: tl.constexpr,
     EXISTS_FIRST: tl.constexpr,
     EXISTS_SECOND: tl.constexpr,
-    SPLITS: tl.constexpr,
     L: tl.constexpr,
     R: tl.constexpr,
     BN: tl.constexpr,
@@ -344,33 +294,27 @@ def walk_kernel(
     row = tower.to(tl.int64) * N + offs_n
     at = (row * L * BR)[:, None] + tl.arange(0, BR)[None, :]
     split_stride = tl.num_programs(0).to(tl.int64) * N * L * BR
-    z = ()
-    for level in tl.static_range(L):
-        total = tl.zeros((BN, BR), tl.float32)
-        for split in range(SPLITS):
-            total += tl.load(
-                partial + split * split_stride + at + level * BR, mask=mask_n[:, None], other=0.0
-            )
-        z = z + (total,)
-    a = walk_levels(
-        z,
-        mixing + index * (L * (L - 1) // 2 * BR * BR),
-        pick(down_bias, tower),
-        pick(saved, tower),
-        offs_n,
-        mask_n,
-        exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND),
-        L,
-        R,
-        BR,
-        GELU,
-        PRECISION,
-    )
-    for level in tl.static_range(L):
-        tl.store(activations + at + level * BR, a[level], mask=mask_n[:, None])
+    exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
+    for level in range(L):
+        walk_level(
+            sum_splits(partial + at + level * BR, mask_n, splits, split_stride, BN, BR),
+            level,
+            mixing + index * (L * (L - 1) // 2 * BR * BR),
+            pick(down_bias, tower),
+            pick(saved, tower),
+            activations + at,
+            offs_n,
+            mask_n,
+            exists,
+            L,
+            R,
+            BR,
+            GELU,
+            PRECISION,
+        )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def up_kernel(
     activations,
     carry,
@@ -390,30 +334,31 @@ def up_kernel(
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """*up* alone: out = u_L (already there) + Σ_l κ_{L,l} W_up,l a_l, by Horner's rule over the levels."""
+    """*up* alone, BD columns a program."""
     tower = tl.program_id(0)
     offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    offs_d = tl.program_id(2) * BD + tl.arange(0, BD)
-    offs_r = tl.arange(0, BR)
     mask_n = offs_n < N
-    mask_d = offs_d < D
-    carry += pick_constant(TOWERS, tower) * L
-    weight = pick(up_weight, tower) + offs_d[None, :] * R + offs_r[:, None]
-    mask_w = mask_d[None, :] & (offs_r < R)[:, None]
-    rows = activations + ((tower.to(tl.int64) * N + offs_n) * L * BR)[:, None] + offs_r[None, :]
-    acc = tl.zeros((BN, BD), tl.float32)
-    for level in range(L):
-        a = tl.load(rows + level * BR, mask=mask_n[:, None], other=0)
-        w = tl.load(weight + level * D * R, mask=mask_w, other=0)
-        acc = dot(a, w, acc * tl.load(carry + level), PRECISION)
-    exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
-    at = pick(out, tower) + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
-    mask = mask_n[:, None] & mask_d[None, :]
-    acc += tl.load(at, mask=mask, other=0).to(tl.float32)
-    tl.store(at, narrow(tl.where(exists[:, None], acc, 0.0), at.dtype.element_ty), mask=mask)
+    row = tower.to(tl.int64) * N + offs_n
+    up_columns(
+        activations + (row * L * BR)[:, None] + tl.arange(0, BR)[None, :],
+        carry + pick_constant(TOWERS, tower) * L,
+        pick(up_weight, tower),
+        pick(out, tower),
+        offs_n,
+        mask_n,
+        exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND),
+        tl.program_id(2) * BD,
+        L,
+        D,
+        R,
+        BN,
+        BD,
+        BR,
+        PRECISION,
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def fused_kernel(
     states,
     row_strides,
@@ -432,6 +377,7 @@ def fused_kernel(
     up_bias,
     out,
     saved,
+    activations,
     N,
     TOWERS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -498,36 +444,40 @@ def fused_kernel(
         PRECISION,
     )
     exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
-    a = walk_levels(
-        z,
-        mixing + index.to(tl.int64) * (L * (L - 1) // 2 * BR * BR),
-        pick(down_bias, tower),
-        pick(saved, tower),
-        offs_n,
-        mask_n,
-        exists,
-        L,
-        R,
-        BR,
-        GELU,
-        PRECISION,
-    )
-    tl.debug_barrier()  # u_L was written by other threads of this program
-    offs_r = tl.arange(0, BR)
-    mask_r = offs_r < R
-    weight = pick(up_weight, tower)
-    for d in range(0, D, BU):
-        offs_d = d + tl.arange(0, BU)
-        mask_d = offs_d < D
-        at = here + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
-        mask = mask_n[:, None] & mask_d[None, :]
-        u = tl.load(at, mask=mask, other=0).to(tl.float32)
-        acc = tl.zeros((BN, BU), tl.float32)
-        for level in tl.static_range(L):
-            w = tl.load(  # [BR, BU]
-                weight + level * D * R + offs_d[None, :] * R + offs_r[:, None],
-                mask=mask_d[None, :] & mask_r[:, None],
-                other=0,
-            )
-            acc = dot(a[level], w, acc * tl.load(carry + index * L + level), PRECISION)
-        tl.store(at, narrow(tl.where(exists[:, None], u + acc, 0.0), at.dtype.element_ty), mask=mask)
+    row = tower.to(tl.int64) * N + offs_n
+    rows = activations + (row * L * BR)[:, None] + tl.arange(0, BR)[None, :]
+    for level in tl.static_range(L):
+        walk_level(
+            z[level],
+            level,
+            mixing + index.to(tl.int64) * (L * (L - 1) // 2 * BR * BR),
+            pick(down_bias, tower),
+            pick(saved, tower),
+            rows,
+            offs_n,
+            mask_n,
+            exists,
+            L,
+            R,
+            BR,
+            GELU,
+            PRECISION,
+        )
+    for begin in range(0, D, BU):  # u_L and the activations were written before walk_level's last barrier
+        up_columns(
+            rows,
+            carry + index * L,
+            pick(up_weight, tower),
+            here,
+            offs_n,
+            mask_n,
+            exists,
+            begin,
+            L,
+            D,
+            R,
+            BN,
+            BU,
+            BR,
+            PRECISION,
+        )

@@ -124,9 +124,28 @@ def group_towers(towers: Sequence[Tower]) -> list[Group]:
 
 # ------------------------------------------------------------------------------------------ tile sizes
 
-# Accumulators that a program of 8 warps holds without spilling: all levels' z of one block of items, or all
-# levels' shares of two weight gradients; fp32 numbers. The rest of the register file is tiles in flight.
+# Accumulators that a program of 8 warps holds without spilling: all levels' z of one block of items; fp32
+# numbers. The rest of the register file is tiles in flight.
 _ACCUMULATORS = 28_672
+
+
+# Before Hopper a product's operands wait in registers too, so that tiles are half as large.
+_BEFORE_HOPPER = {"sm_80", "sm_86", "sm_87", "sm_89"}
+
+
+class Problem(NamedTuple):
+    """All that a config depends on. `items` is a bucket's upper end, never an exact number of items."""
+
+    device: str
+    multiprocessors: int
+    items: int
+    towers: int
+    levels: int
+    sources: int
+    width: int
+    rank: int
+    dtype: torch.dtype
+    stored_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -146,103 +165,127 @@ class ForwardConfig:
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """Blocks of items, of columns, and how many levels' shares a launch keeps: of dW_down, then of dW_up."""
+    """Tiles of the weight gradients.
 
+    Attributes:
+        walk: *grad_walk*'s, and of the products with g before it.
+        items, columns, levels, splits, warps: *down_gradient*'s blocks, how many levels' shares a launch
+            keeps, and how many ranges the items are cut into.
+        up_items, up_columns, up_warps, up_stages: *up_gradient*'s.
+        combine_columns: *combine*'s and *finish*'s.
+    """
+
+    walk: ForwardConfig
     items: int
     columns: int
     levels: int
-    up_items: int
-    up_columns: int
-    up_levels: int
     splits: int
     warps: int
+    up_items: int
+    up_columns: int
+    up_warps: int
+    up_stages: int
+    combine_columns: int
 
 
-def forward_config(
-    device: str, count: int, towers: int, levels: int, width: int, rank: int, dtype: torch.dtype, sms: int
-) -> ForwardConfig:
+def forward_config(problem: Problem) -> ForwardConfig:
     """Tiles of the forward pass, and of the products with g in the backward one.
 
     Large batches run fused: each weight crosses L2 once a block of items. A small one would leave most of the
     device idle that way, so *down* is split along D until every multiprocessor has a program.
     """
-    br = power_of_two(rank)
-    if device == "interpreter":
+    br = power_of_two(problem.rank)
+    levels, towers, sms = problem.levels, problem.towers, problem.multiprocessors
+    if problem.device == "interpreter":
         items, columns, budget = 16, 32, 16 * br * 3
-    elif dtype == torch.float32:
+    elif problem.dtype == torch.float32:
         # No matrix instruction without tf32: products run on the vector units, operands wait in registers.
         items, columns, budget = 32, 32, _ACCUMULATORS // 2
     else:
-        items, columns, budget = 64, 32, _ACCUMULATORS
+        items, columns, budget = (32 if problem.device in _BEFORE_HOPPER else 64), 32, _ACCUMULATORS
     while items > 16 and levels * br * items > budget:
         items //= 2
     group = max(1, min(levels, budget // (items * br)))
-    columns = min(columns, power_of_two(width))
-    blocks = cdiv(count, items)
+    columns = min(columns, power_of_two(problem.width))
+    blocks = cdiv(problem.items, items)
     fused = group == levels and blocks * towers >= 2 * sms
-    parts = cdiv(width, columns)
+    parts = cdiv(problem.width, columns)
     # Only whole divisors: every part is then the same number of full tiles.
     wanted = 1 if blocks * towers >= sms else cdiv(sms, max(1, blocks * towers))
     splits = next((s for s in range(min(wanted, parts), parts + 1) if parts % s == 0), parts)
-    span = cdiv(parts, splits) * columns
-    walk_items = max(16, min(items, _ACCUMULATORS // (levels * br) // 16 * 16 or 16))
-    walk_items = 1 << (walk_items.bit_length() - 1)
     return ForwardConfig(
         fused=fused,
         items=items,
         columns=columns,
-        up_columns=min(64 if dtype != torch.float32 else 32, power_of_two(width)),
-        walk_items=walk_items,
+        up_columns=min(64 if problem.dtype != torch.float32 else 32, power_of_two(problem.width)),
+        walk_items=16,
         levels=group,
         splits=splits,
-        span=span,
-        warps=4 if device == "interpreter" else 8,
+        span=cdiv(parts, splits) * columns,
+        warps=4 if problem.device == "interpreter" else 8,
     )
 
 
-def forward_candidates(
-    device: str, count: int, towers: int, levels: int, width: int, rank: int, dtype: torch.dtype, sms: int
-) -> list[ForwardConfig]:
+def forward_candidates(problem: Problem) -> list[ForwardConfig]:
     """`forward_config`'s choice, then what autotuning may try instead."""
-    first = forward_config(device, count, towers, levels, width, rank, dtype, sms)
-    others = [replace(first, warps=4)]
-    if first.levels == levels:
-        others += [replace(first, fused=not first.fused), replace(first, fused=not first.fused, warps=4)]
+    first = forward_config(problem)
+    others = [replace(first, items=first.items // 2, warps=4)] if first.items > 16 else []
+    if first.levels == problem.levels:
+        others.append(replace(first, fused=not first.fused))
+    if not first.fused:
+        others.append(replace(first, walk_items=32))
     return [first, *others]
 
 
-def gradient_config(
-    device: str, count: int, towers: int, levels: int, width: int, rank: int, dtype: torch.dtype, sms: int
-) -> GradientConfig:
+def gradient_config(problem: Problem) -> GradientConfig:
     """Tiles of the weight gradients, and how many ranges the items are cut into.
 
     A range more fills the device better and adds a share of every weight to write and sum: the number of
     ranges minimises waves × (blocks a range + 2), the 2 being what writing a share costs in blocks.
     """
-    br = power_of_two(rank)
-    if device == "interpreter":
-        items, up_items, columns, up_columns, budget = 16, 16, 32, 16, 32 * br * 3
-    elif dtype == torch.float32:
-        items, up_items, columns, up_columns, budget = 32, 32, 32, 32, _ACCUMULATORS // 4
+    br = power_of_two(problem.rank)
+    warps, half = 8, problem.dtype != torch.float32
+    up_items, up_columns, up_warps, up_stages = 64, 128, 4, 3
+    if problem.device == "interpreter":
+        items, columns, budget, warps = 16, 32, 32 * br * 3, 4
+        up_items, up_columns = 16, 32
+    elif problem.dtype == torch.float32:
+        items, columns, budget = 32, 32, _ACCUMULATORS // 4
+        up_items, up_columns, up_stages = 32, 32, 2
+    elif problem.device in _BEFORE_HOPPER or 1 in problem.stored_bytes:  # decoding fp8 takes registers too
+        items, columns, budget = 32, 16, _ACCUMULATORS // 4
+        warps = 4 if problem.device in _BEFORE_HOPPER else 8
     else:
-        # 64 items would make every product a wgmma, and spills (aot.csv has what this choice costs).
-        items, up_items, columns, up_columns, budget = 32, 64, 32, 32, _ACCUMULATORS // 2
-    group = max(1, min(levels, budget // (br * columns)))
-    up_group = max(1, min(levels, budget // (br * up_columns)))
-    blocks = cdiv(count, up_items)
-    programs = towers * cdiv(width, columns)
+        items, columns, budget = 32, 32, _ACCUMULATORS // 2
+    group = max(1, min(problem.levels, budget // (br * columns)))
+    blocks = cdiv(problem.items, items)
+    programs = problem.towers * cdiv(problem.width, columns)
 
     def cost(splits: int) -> int:
-        return cdiv(programs * splits, sms) * (cdiv(blocks, splits) + 2)
+        return cdiv(programs * splits, problem.multiprocessors) * (cdiv(blocks, splits) + 2)
 
     splits = min(range(1, max(2, min(9, blocks + 1))), key=lambda s: (cost(s), s))
     return GradientConfig(
+        walk=forward_config(problem),
         items=items,
         columns=columns,
         levels=group,
+        splits=splits,
+        warps=warps,
         up_items=up_items,
         up_columns=up_columns,
-        up_levels=up_group,
-        splits=splits,
-        warps=4 if device == "interpreter" else 8,
+        up_warps=up_warps,
+        up_stages=up_stages,
+        combine_columns=64 if half and problem.device not in _BEFORE_HOPPER else 32,
     )
+
+
+def gradient_candidates(problem: Problem) -> list[GradientConfig]:
+    """`gradient_config`'s choice, then what autotuning may try instead."""
+    first = gradient_config(problem)
+    walks = [replace(first, walk=walk) for walk in forward_candidates(problem)[1:]]
+    splits = {max(1, first.splits // 2), first.splits, min(8, first.splits * 2)} - {first.splits}
+    others = [replace(first, splits=s) for s in sorted(splits)]
+    if first.items > 16:
+        others.append(replace(first, items=first.items // 2, warps=4))
+    return [first, *others, *walks]

@@ -106,13 +106,22 @@ def exists_mask(present, present_stride, tower, offs_n, mask_n, FIRST: tl.conste
 
 
 @triton.jit
-def read_level(pointers, masks, strides, level, offs_d, mask_d, K: tl.constexpr):
-    """The stored tiles of one level, one [BN, BD] per source; 0 where absent."""
+def read_level(pointers, masks, offs_d, mask_d, K: tl.constexpr):
+    """The stored tiles of the level that `pointers` are at, one [BN, BD] per source; 0 where absent."""
     tiles = ()
     for k in tl.static_range(K):
-        at = pointers[k][:, None] + (level * strides[k] + offs_d)[None, :]
+        at = pointers[k][:, None] + offs_d[None, :]
         tiles = tiles + (tl.load(at, mask=masks[k][:, None] & mask_d[None, :], other=0),)
     return tiles
+
+
+@triton.jit
+def advance(pointers, strides, K: tl.constexpr):
+    """The pointers a level further. Not `level · stride` each time: L·K products would wait in registers."""
+    moved = ()
+    for k in tl.static_range(K):
+        moved = moved + (pointers[k] + strides[k],)
+    return moved
 
 
 @triton.jit
@@ -143,3 +152,12 @@ def mix(x, tiles, scale_pointers, masks, coef, level, K: tl.constexpr):
         value = source_value(tiles, scale_pointers, masks, level, k)
         x += value * tl.load(coef + level * K + k)
     return x
+
+
+@triton.jit
+def sum_splits(at, mask_n, splits, split_stride, BN: tl.constexpr, BR: tl.constexpr):
+    """Partial products [BN, BR] at pointers `at`, summed over the splits of D in a fixed order."""
+    total = tl.zeros((BN, BR), tl.float32)
+    for split in range(splits):
+        total += tl.load(at + split * split_stride, mask=mask_n[:, None], other=0.0)
+    return total

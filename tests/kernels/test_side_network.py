@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossan_fast.cache.quantize import quantize
 from crossan_fast.kernels import side_network as kernel
-from crossan_fast.kernels import side_network_launch as host
+from crossan_fast.kernels import side_network_launch, side_network_plan
 from crossan_fast.ops.side_network import (
     SideNetworkStructure,
     SideNetworkWeights,
@@ -266,21 +266,23 @@ def test_chunks_of_items_add_up(structure, device: torch.device, monkeypatch: py
 @pytest.mark.parametrize("fused", [True, False])
 def test_one_launch_and_three_agree_with_the_reference(fused, device, monkeypatch) -> None:
     """Which of the two serves is a matter of size; here both do, the split one along D as well."""
-    choose = host.forward_config
+    choose = side_network_plan.forward_config
 
-    def forced(*args):
-        config = choose(*args)
-        return replace(config, fused=fused, levels=args[3], splits=1 if fused else 3, columns=16, span=16)
+    def forced(problem):
+        splits = 1 if fused else 3
+        return replace(
+            choose(problem), fused=fused, levels=problem.levels, splits=splits, columns=16, span=16
+        )
 
-    monkeypatch.setattr(host, "forward_config", forced)
-    monkeypatch.setattr(host, "forward_candidates", lambda *args: [forced(*args)])
+    monkeypatch.setattr(side_network_plan, "forward_config", forced)
+    monkeypatch.setattr(side_network_launch, "forward_candidates", lambda problem: [forced(problem)])
     check(Case(BACKBONE, items=18), device)
 
 
 def test_scratch_of_a_split_batch_is_read_only_where_written(device: torch.device, monkeypatch) -> None:
     """A range of items without an item still owns a share of every weight: zeros, not what was there."""
-    choose = host.gradient_config
-    monkeypatch.setattr(host, "gradient_config", lambda *a: replace(choose(*a), splits=4))
+    choose = side_network_plan.gradient_config
+    monkeypatch.setattr(side_network_plan, "gradient_config", lambda p: replace(choose(p), splits=4))
     check(Case(BACKBONE, items=20), device)
 
 
