@@ -85,17 +85,18 @@ struct Plan {
   const Sizes& sizes;
   const Inputs& inputs;
   const Weights<const T*>& weights;
-  std::vector<PackedTransposes<T>> heads;
-  PackedTransposes<T> w1, w2;
+  std::vector<PackedWeights<T>> heads;
+  PackedWeights<T> w1, w2;
 
   Plan(const Sizes& s, const Inputs& in, const Weights<const T*>& w, bool backward)
       : sizes(s),
         inputs(in),
         weights(w),
-        w1(w.w1, s.modalities, s.expansion, s.width),
-        w2(w.w2, s.modalities, s.width, s.expansion) {
+        w1(w.w1, s.modalities, s.expansion, s.width, As::transposed),
+        w2(w.w2, s.modalities, s.width, s.expansion, As::transposed) {
     for (int64_t m = 0; !backward && m < s.modalities; ++m)
-      heads.emplace_back(w.head_weight[static_cast<size_t>(m)], 1, s.width, s.widths[static_cast<size_t>(m)]);
+      heads.emplace_back(w.head_weight[static_cast<size_t>(m)], 1, s.width, s.widths[static_cast<size_t>(m)],
+                         As::transposed);
   }
 };
 

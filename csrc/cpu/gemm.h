@@ -48,6 +48,13 @@ void pack_panel(const T* b, int64_t row, int64_t column, int64_t depth, int64_t 
 
 enum class Into { overwrite, add };
 
+// Memory to fetch while a tile is computed, a line at a time: a burst would fill the core's few fill buffers and hold
+// the arithmetic up. It may lie beyond the matrix, and is never read.
+struct Fetch {
+  const char* data;
+  int64_t step;  // bytes
+};
+
 namespace detail {
 
 // C[rows, vectors·lanes] of one tile. The sum over k starts at zero (or the bias) and meets C only at its end:
@@ -55,10 +62,8 @@ namespace detail {
 template <class T, class V, int rows, int vectors>
 inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column,
                                                 const T* b, int64_t b_row, const T* bias, T* c, int64_t c_row,
-                                                Into into) {
+                                                Into into, Fetch next) {
   constexpr int lanes = kLanes<T, V>;
-  for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < vectors; ++v) __builtin_prefetch(c + i * c_row + v * lanes, 1);
   V sum[rows][vectors];
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
@@ -66,17 +71,26 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) sum[i][v] = start;
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    V right[vectors];
+  int64_t k = 0;
+  const auto steps_to = [&](int64_t end) __attribute__((always_inline)) {
+    for (; k < end; ++k) {
+      __builtin_prefetch(next.data + k * next.step, 0, 2);
+      V right[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + k * b_row + v * lanes);
+      for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + k * b_row + v * lanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      const V left = broadcast<V>(a[i * a_row + k * a_column]);
+      for (int i = 0; i < rows; ++i) {
+        const V left = broadcast<V>(a[i * a_row + k * a_column]);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
+        for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
+      }
     }
+  };
+  for (int i = 0; i < rows; ++i) {  // a row of C at a time, for the same reason
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(c + i * c_row + v * lanes, 1);
+    steps_to((i + 1) * depth / (2 * rows));
   }
+  steps_to(depth);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
@@ -88,25 +102,31 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64
 
 template <class T, class V, int vectors>
 void column_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                     int64_t b_row, const T* bias, T* c, int64_t c_row, Into into, const T* next = nullptr) {
+                     int64_t b_row, const T* bias, T* c, int64_t c_row, Into into, const T* next, int64_t next_rows) {
+  constexpr int lanes = kLanes<T, V>;
   int64_t i = 0;
-  // Rows of B's next panel, or next rows of this one, are fetched while this one is in use.
-  int64_t ahead = 0;
-  const int64_t stride = next ? (depth * kRowsPerTile + rows - 1) / rows : 0;
-  for (; i + kRowsPerTile <= rows; i += kRowsPerTile) {
-    for (const int64_t end = std::min(depth, ahead + stride); ahead < end; ++ahead)
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(next + ahead * b_row + v * kLanes<T, V>, 0, 2);
+  const int64_t tiles = rows / kRowsPerTile;
+  // Where rows of B touch, the tiles share the next rows evenly; else each takes a line of every row beside these.
+  const auto share = [&](int64_t n) -> Fetch {
+    if (b_row == kPanel<T>) {
+      const int64_t bytes = next_rows * b_row * static_cast<int64_t>(sizeof(T));
+      const int64_t step = bytes / std::max<int64_t>(1, tiles * depth) + 1;
+      return {reinterpret_cast<const char*>(next) + n * depth * step, step};
+    }
+    return {reinterpret_cast<const char*>(next + n % vectors * lanes), b_row * static_cast<int64_t>(sizeof(T))};
+  };
+  for (int n = 0; i + kRowsPerTile <= rows; i += kRowsPerTile, ++n)
     tile<T, V, kRowsPerTile, vectors>(depth, a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
-                                      into);
-  }
+                                      into, share(n));
+  const Fetch fetch{reinterpret_cast<const char*>(b), 0};
   a += i * a_row;
   c += i * c_row;
   switch (rows - i) {
-    case 5: return tile<T, V, 5, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into);
-    case 4: return tile<T, V, 4, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into);
-    case 3: return tile<T, V, 3, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into);
-    case 2: return tile<T, V, 2, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into);
-    case 1: return tile<T, V, 1, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into);
+    case 5: return tile<T, V, 5, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 4: return tile<T, V, 4, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 3: return tile<T, V, 3, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 2: return tile<T, V, 2, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 1: return tile<T, V, 1, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
     default: return;
   }
 }
@@ -130,20 +150,19 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
       const T* from = a + k * a_column;
       const T* panel = b.data + (j / kPanel<T>)*b.panel + k * b.row;
       const T* start = k == 0 && bias ? bias + j : nullptr;
+      const bool beside = b.row != kPanel<T> && k + deep == depth;
+      const T* next = beside ? b.data + (j / kPanel<T> + 1) * b.panel : panel + deep * b.row;
       if (width == kPanel<T>) {
-        const T* next = k + deep < depth       ? panel + deep * b.row
-                        : j + kPanel<T> < columns ? b.data + (j / kPanel<T> + 1) * b.panel
-                                                  : nullptr;
         detail::column_of_tiles<T, Vec<T>, kVectorsPerPanel>(rows, deep, from, a_row, a_column, panel, b.row, start,
-                                                             c + j, c_row, now, next);
+                                                             c + j, c_row, now, next, deep);
       } else {
         int64_t v = 0;
         for (; v + lanes <= width; v += lanes)
           detail::column_of_tiles<T, Vec<T>, 1>(rows, deep, from, a_row, a_column, panel + v, b.row,
-                                                start ? start + v : nullptr, c + j + v, c_row, now);
+                                                start ? start + v : nullptr, c + j + v, c_row, now, next, deep);
         for (; v < width; ++v)
           detail::column_of_tiles<T, T, 1>(rows, deep, from, a_row, a_column, panel + v, b.row,
-                                           start ? start + v : nullptr, c + j + v, c_row, now);
+                                           start ? start + v : nullptr, c + j + v, c_row, now, next, deep);
       }
       k += deep;
     } while (k < depth);

@@ -7,17 +7,23 @@
 
 namespace crossan_fast {
 
-// B = Wᵀ of W [count][rows, columns], each packed in panels for `multiply`.
+enum class As { plain, transposed };
+
+// B of W [count][rows, columns], each packed in panels for `multiply`: W itself, or Wᵀ.
 template <class T>
-class PackedTransposes {
+class PackedWeights {
  public:
-  PackedTransposes(const T* weight, int64_t count, int64_t rows, int64_t columns)
-      : depth_(columns), each_(packed_size<T>(columns, rows)), memory_(count * each_) {
-    const int64_t panels = (rows + kPanel<T> - 1) / kPanel<T>;
+  PackedWeights(const T* weight, int64_t count, int64_t rows, int64_t columns, As as)
+      : depth_(as == As::plain ? rows : columns) {
+    const int64_t width = as == As::plain ? columns : rows;
+    const int64_t row = as == As::plain ? columns : 1, column = as == As::plain ? 1 : columns;
+    const int64_t panels = (width + kPanel<T> - 1) / kPanel<T>;
+    each_ = packed_size<T>(depth_, width);
+    memory_ = Buffer<T>(count * each_);
     run_tasks(workers_for(count * panels), count * panels, [&](int64_t, int64_t i) {
       const int64_t which = i / panels, panel = i % panels;
-      pack_panel(weight + which * rows * columns, int64_t(1), columns, columns, panel * kPanel<T>, rows,
-                 memory_.data() + which * each_ + panel * columns * kPanel<T>);
+      pack_panel(weight + which * rows * columns, row, column, depth_, panel * kPanel<T>, width,
+                 memory_.data() + which * each_ + panel * depth_ * kPanel<T>);
     });
   }
   RightSide<T> operator[](int64_t which) const { return packed(memory_.data() + which * each_, depth_); }

@@ -26,15 +26,15 @@ class BackwardWalk {
         grads_(grads),
         gates_(gates),
         turns_(turns),
-        states_(plan, block),
-        z_(block * s_.rank),
-        a_(block * s_.rank),
-        dz_(block * s_.rank),
-        x_(block * padded<T>(plan.widest)),
-        narrow_(plan.pair_weight.empty() ? 0 : block * padded<T>(plan.widest)) {
+        inputs_(plan, block),
+        z_(block * s_.levels * s_.rank) {
     for (const Tower& tower : s_.towers) {
       const int64_t size = block * padded<T>(s_.width(tower));
+      a_.emplace_back(block * s_.levels * s_.rank);
+      slope_.emplace_back(block * s_.levels * s_.rank);
+      dz_.emplace_back(block * s_.rank);
       g_.emplace_back(size);
+      x_.emplace_back(size);
       if (s_.cross == Cross::side) next_.emplace_back(size);
       history_.emplace_back((s_.levels - 1) * size);
       history_step_.push_back(size);
@@ -49,10 +49,10 @@ class BackwardWalk {
           d_down_.push_back({Buffer<T>(s_.rank * s_.widths[c.from]), s_.rank * s_.widths[c.from]});
           d_up_.push_back({Buffer<T>(s_.widths[m] * s_.rank), s_.widths[m] * s_.rank});
         }
+    before_.resize(s_.towers.size());
+    dots_.assign(s_.towers.size(), std::vector<double>(s_.widths.size() + 2));
     weight_.resize(s_.widths.size() + 1);
     source_.resize(s_.widths.size() + 1);
-    pair_.resize(s_.widths.size() + 1);
-    dots_.resize(s_.widths.size() + 2);
   }
 
   void run(int64_t block, int64_t first, int64_t count, const Tensors& grad_outputs, const Tensors& saved) {
@@ -60,7 +60,7 @@ class BackwardWalk {
     first_ = first;
     count_ = count;
     step_ = 0;
-    saved_ = &saved;
+    for (size_t t = 0; t < s_.towers.size(); ++t) read_bottlenecks(t, saved);
     for (int64_t l = 0; l + 1 < s_.levels; ++l) recompute(l);
     for (size_t t = 0; t < s_.towers.size(); ++t) {
       const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
@@ -71,11 +71,7 @@ class BackwardWalk {
                      g_[t].data() + i * row, width, T(1));
       plan_.zero_absent(s_.towers[t], first, count, g_[t].data(), row, width);
     }
-    for (int64_t l = s_.levels; l-- > 0;) {
-      states_.read(l, first, count);
-      for (size_t t = 0; t < s_.towers.size(); ++t) level_back(t, l);
-      if (s_.cross == Cross::side) exchange(l);
-    }
+    for (int64_t l = s_.levels; l-- > 0;) level_back(l);
     if (d_down_.empty()) return;
     turns_.wait(block_, step_);
     for (size_t p = 0; p < d_down_.size(); ++p) {
@@ -86,160 +82,106 @@ class BackwardWalk {
   }
 
  private:
-  // h of a tower before level l; null at the first, where it is zero.
-  T* h_before(size_t t, int64_t l) { return l == 0 ? nullptr : history_[t].data() + (l - 1) * history_step_[t]; }
-
-  const T* cross_rows(int from, int64_t l, int64_t i) {  // s[n, l] of one item; the caller has l > 0 for `side`
-    if (s_.cross == Cross::side) return h_before(from, l) + i * padded<T>(s_.widths[from]);
-    return states_.row(from, i);
-  }
-  const T* cross_matrix(int from, int64_t l) {
-    return s_.cross == Cross::side ? h_before(from, l) : states_.matrix(from);
+  // h of the towers before level l; null at the first, where it is zero.
+  const std::vector<T*>& h_before(int64_t l) {
+    for (size_t t = 0; t < before_.size(); ++t)
+      before_[t] = l == 0 ? nullptr : history_[t].data() + (l - 1) * history_step_[t];
+    return before_;
   }
 
-  void read_bottleneck(size_t t, int64_t l) {
-    for (int64_t i = 0; i < count_; ++i)
-      convert_from(saved_->type,
-                   static_cast<const char*>(saved_->data[t]) +
-                       ((first_ + i) * s_.levels + l) * s_.rank * bytes_of(saved_->type),
-                   z_.data() + i * s_.rank, s_.rank, T(1));
-    activate(s_.activation, count_ * s_.rank, z_.data(), a_.data());
+  // act(z) and its slope at all levels, [count, L·r].
+  void read_bottlenecks(size_t t, const Tensors& saved) {
+    const int64_t row = s_.levels * s_.rank;
+    convert_from(saved.type, static_cast<const char*>(saved.data[t]) + first_ * row * bytes_of(saved.type), z_.data(),
+                 count_ * row, T(1));
+    activate_both(s_.activation, count_ * row, z_.data(), a_[t].data(), slope_[t].data());
   }
-
-  // The terms of x that are plain rows: fills weight_ and pair_ for a level, source_ for an item.
-  int list_terms(size_t t, int64_t l) {
-    const Tower& tower = s_.towers[t];
-    const T mu = plan_.mu[t][l];
-    weight_[0] = mu;
-    if (tower.second >= 0) {
-      weight_[1] = T(1) - mu;
-      return 2;
-    }
-    int terms = 1;
-    if (crosses(l))
-      for (const auto& c : plan_.incoming[t])
-        if (c.projection < 0) {
-          weight_[terms] = c.gate[l];
-          pair_[terms++] = c.pair;
-        }
-    return terms;
-  }
-  bool crosses(int64_t l) const { return s_.cross == Cross::backbone || l > 0; }
-
-  void point_terms(size_t t, int64_t l, int64_t i) {
-    const Tower& tower = s_.towers[t];
-    if (tower.second >= 0) {
-      const int wide = plan_.narrowing[t] < 0 ? -1 : s_.wide(tower);
-      const int64_t row = padded<T>(s_.width(tower));
-      source_[0] = tower.first == wide ? narrow_.data() + i * row : states_.row(tower.first, i);
-      source_[1] = tower.second == wide ? narrow_.data() + i * row : states_.row(tower.second, i);
-      return;
-    }
-    source_[0] = states_.row(tower.first, i);
-    int terms = 1;
-    if (crosses(l))
-      for (const auto& c : plan_.incoming[t])
-        if (c.projection < 0) source_[terms++] = cross_rows(c.from, l, i);
-  }
-
-  // The terms of x that are products: `low` ← gate · s down, kept for the gradients; x += low up.
-  void add_projected(size_t t, int64_t l, T* x, int64_t row) {
-    if (s_.towers[t].second >= 0 || !crosses(l)) return;
-    const int64_t width = s_.width(s_.towers[t]);
-    for (const auto& c : plan_.incoming[t]) {
-      if (c.projection < 0) continue;
-      const int64_t from = s_.widths[c.from];
-      T* low = low_[c.projection].data();
-      multiply<T>(count_, s_.rank, from, cross_matrix(c.from, l), padded<T>(from), 1,
-                  plan_.cross_down[c.projection][0], low, s_.rank, Into::overwrite);
-      for (int64_t i = 0; i < count_ * s_.rank; ++i) low[i] *= c.gate[l];
-      multiply<T>(count_, width, s_.rank, low, s_.rank, 1, plan_.cross_up[c.projection][0], x, row, Into::add);
-    }
-  }
-
-  void narrow(size_t t, int64_t l) {
-    const int which = plan_.narrowing[t];
-    if (which < 0) return;
-    const int wide = s_.wide(s_.towers[t]);
-    const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
-    multiply<T>(count_, width, s_.widths[wide], states_.matrix(wide), padded<T>(s_.widths[wide]), 1,
-                plan_.pair_weight[which][l], narrow_.data(), row, Into::overwrite,
-                plan_.weights.pair_bias[which] + l * width);
-    plan_.zero_absent({wide, -1}, first_, count_, narrow_.data(), row, width);
-  }
-
-  T keeps(size_t t, int64_t l) const { return s_.towers[t].second >= 0 ? T(1) : T(1) - plan_.mu[t][l]; }
 
   // h before level l + 1, from h before level l.
   void recompute(int64_t l) {
-    states_.read(l, first_, count_);
-    for (size_t t = 0; t < s_.towers.size(); ++t) {
-      const Tower& tower = s_.towers[t];
-      const int64_t width = s_.width(tower), row = padded<T>(width);
-      const T* h = h_before(t, l);
-      T* after = h_before(t, l + 1);
-      narrow(t, l);
-      const int terms = list_terms(t, l);
-      for (int64_t i = 0; i < count_; ++i) {
-        point_terms(t, l, i);
-        mix<T>(width, h ? h + i * row : nullptr, keeps(t, l), terms, source_.data(), weight_.data(),
-               after + i * row);
+    inputs_.read(l, first_, count_, h_before(l));
+    for (int64_t i = 0; i < count_; ++i)
+      for (size_t t = 0; t < s_.towers.size(); ++t) {
+        const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
+        T* after = history_[t].data() + l * history_step_[t] + i * row;
+        mix<T>(width, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t),
+               inputs_.rows(t, i), inputs_.weights(t), after);
       }
-      add_projected(t, l, after, row);
-      read_bottleneck(t, l);
-      multiply<T>(count_, width, s_.rank, a_.data(), s_.rank, 1, plan_.up[t][l], after, row, Into::add,
-                  plan_.weights.up_bias[t] + l * width);
-      plan_.zero_absent(tower, first_, count_, after, row, width);
+    for (size_t t = 0; t < s_.towers.size(); ++t) {
+      const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank;
+      T* after = history_[t].data() + l * history_step_[t];
+      inputs_.add_projected(t, after, [&](int p) { return low_[p].data(); });
+      multiply<T>(count_, width, rank, a_[t].data() + l * rank, s_.levels * rank, 1, plan_.up[t][l], after, row,
+                  Into::add, plan_.weights.up_bias[t] + l * width);
+      plan_.zero_absent(s_.towers[t], first_, count_, after, row, width);
     }
   }
 
-  void level_back(size_t t, int64_t l) {
-    const Tower& tower = s_.towers[t];
-    const int64_t width = s_.width(tower), row = padded<T>(width), rank = s_.rank;
+  void level_back(int64_t l) {
+    for (size_t t = 0; t < s_.towers.size(); ++t) back_to_x(t, l);
+    inputs_.read(l, first_, count_, h_before(l));
+    for (auto& dots : dots_) std::fill(dots.begin(), dots.end(), 0.0);
+    // Item by item, so that its states serve every tower from L1.
+    for (int64_t i = 0; i < count_; ++i)
+      for (size_t t = 0; t < s_.towers.size(); ++t) {
+        const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
+        mix_backward<T>(width, g_[t].data() + i * row, shares_x(t) ? T(1) : plan_.keeps(t, l),
+                        l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t),
+                        inputs_.rows(t, i), inputs_.weights(t), x_[t].data() + i * row, dots_[t].data());
+      }
+    for (size_t t = 0; t < s_.towers.size(); ++t) add_input_grads(t, l);
+    if (s_.cross == Cross::side) exchange(l);
+  }
+
+  // Whether others than the tower's own h take the gradient of its x.
+  bool shares_x(size_t t) const {
+    return s_.cross == Cross::side || plan_.narrowing[t] >= 0 || !plan_.cross_down.empty();
+  }
+
+  // g: from the gradient of tower t's h to that of its x.
+  void back_to_x(size_t t, int64_t l) {
+    const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank, wide = s_.levels * rank;
     const bool add = block_ > 0;
-    const Into into = add ? Into::add : Into::overwrite;
     T* g = g_[t].data();
-    read_bottleneck(t, l);
-    multiply<T>(count_, rank, width, g, row, 1, plain(plan_.weights.up_weight[t] + l * width * rank, rank),
-                dz_.data(), rank, Into::overwrite);
-    activate_backward(s_.activation, count_ * rank, z_.data(), dz_.data());
+    T* dz = dz_[t].data();
+    const T* a = a_[t].data() + l * rank;
+    const T* slope = slope_[t].data() + l * rank;
+    multiply<T>(count_, rank, width, g, row, 1, plain(plan_.weights.up_weight[t] + l * width * rank, rank), dz, rank,
+                Into::overwrite);
+    for (int64_t i = 0; i < count_; ++i)
+      for (int64_t k = 0; k < rank; ++k) dz[i * rank + k] *= slope[i * wide + k];
 
     turns_.wait(block_, step_);
-    multiply<T>(width, rank, count_, g, 1, row, plain(a_.data(), rank), grads_.up_weight[t] + l * width * rank, rank,
-                into);
+    multiply<T>(width, rank, count_, g, 1, row, plain(a, wide), grads_.up_weight[t] + l * width * rank, rank,
+                add ? Into::add : Into::overwrite);
     sum_rows(count_, width, g, row, add, grads_.up_bias[t] + l * width);
-    sum_rows(count_, rank, dz_.data(), rank, add, grads_.down_bias[t] + l * rank);
+    sum_rows(count_, rank, dz, rank, add, grads_.down_bias[t] + l * rank);
     turns_.pass(block_, step_++);
 
-    multiply<T>(count_, width, rank, dz_.data(), rank, 1,
-                plain(plan_.weights.down_weight[t] + l * rank * width, width), g, row, Into::add);
-    // g is the gradient of x from here on.
-    narrow(t, l);
-    const int terms = list_terms(t, l);
-    const bool shared = s_.cross == Cross::side || plan_.narrowing[t] >= 0 || !plan_.cross_down.empty();
-    const T scale = shared ? T(1) : keeps(t, l);
-    std::fill(dots_.begin(), dots_.end(), 0.0);
-    const T* h = h_before(t, l);
-    for (int64_t i = 0; i < count_; ++i) {
-      point_terms(t, l, i);
-      mix_backward<T>(width, g + i * row, scale, h ? h + i * row : nullptr, keeps(t, l), terms, source_.data(),
-                      weight_.data(), x_.data() + i * row, dots_.data());
-    }
-    add_projected(t, l, x_.data(), row);
+    multiply<T>(count_, width, rank, dz, rank, 1, plan_.down_plain[t][l], g, row, Into::add);
+  }
+
+  // Everything that takes x or its gradient g.
+  void add_input_grads(size_t t, int64_t l) {
+    const Tower& tower = s_.towers[t];
+    const int64_t width = s_.width(tower), row = padded<T>(width), rank = s_.rank;
+    const int terms = inputs_.terms(t);
+    T* g = g_[t].data();
+    inputs_.add_projected(t, x_[t].data(), [&](int p) { return low_[p].data(); });
 
     turns_.wait(block_, step_);
-    multiply<T>(rank, width, count_, dz_.data(), 1, rank, plain(x_.data(), row),
-                grads_.down_weight[t] + l * rank * width, width, into);
-    gates_.mu[t][l] += tower.second >= 0 ? dots_[0] - dots_[1] : dots_[0] - dots_[terms];
+    multiply<T>(rank, width, count_, dz_[t].data(), 1, rank, plain(x_[t].data(), row),
+                grads_.down_weight[t] + l * rank * width, width, block_ > 0 ? Into::add : Into::overwrite);
+    gates_.mu[t][l] += tower.second >= 0 ? dots_[t][0] - dots_[t][1] : dots_[t][0] - dots_[t][terms];
     if (tower.second < 0)
-      for (int j = 1; j < terms; ++j) gates_.cross[pair_[j]][l] += dots_[j];
-    if (shared) {
+      for (int j = 1; j < terms; ++j) gates_.cross[inputs_.pair(t, j)][l] += dots_[t][j];
+    if (shares_x(t)) {
       projected_back(t, l, g, row);
       narrowed_back(t, l, g, row);
     }
     turns_.pass(block_, step_++);
-    if (shared && s_.cross != Cross::side && tower.second < 0) {
-      const T keep = keeps(t, l);
+    if (shares_x(t) && s_.cross != Cross::side && tower.second < 0) {
+      const T keep = plan_.keeps(t, l);
       for (int64_t i = 0; i < count_ * row; ++i) g[i] *= keep;
     }
   }
@@ -254,7 +196,7 @@ class BackwardWalk {
       const int64_t from = s_.widths[c.from];
       T* d_up = d_up_[c.projection].first.data();
       T* d_down = d_down_[c.projection].first.data();
-      if (!crosses(l)) {
+      if (!plan_.crosses(l)) {
         if (!add) {
           std::fill_n(d_up, width * rank, T(0));
           std::fill_n(d_down, rank * from, T(0));
@@ -267,12 +209,12 @@ class BackwardWalk {
       multiply<T>(count_, rank, width, dx, row, 1, plain(plan_.weights.cross_up[c.projection], rank), d_low, rank,
                   Into::overwrite);
       // ⟨d_low, s down⟩ with s down computed anew: dividing `low` by a gate near zero would lose it.
-      multiply<T>(count_, rank, from, cross_matrix(c.from, l), padded<T>(from), 1,
+      multiply<T>(count_, rank, from, inputs_.cross_matrix(c.from), padded<T>(from), 1,
                   plan_.cross_down[c.projection][0], z_.data(), rank, Into::overwrite);
       gates_.cross[c.pair][l] += static_cast<double>(dot(count_ * rank, d_low, z_.data()));
       for (int64_t i = 0; i < count_ * rank; ++i) d_low[i] *= c.gate[l];
-      multiply<T>(rank, from, count_, d_low, 1, rank, plain(cross_matrix(c.from, l), padded<T>(from)), d_down, from,
-                  add ? Into::add : Into::overwrite);
+      multiply<T>(rank, from, count_, d_low, 1, rank, plain(inputs_.cross_matrix(c.from), padded<T>(from)), d_down,
+                  from, add ? Into::add : Into::overwrite);
     }
   }
 
@@ -282,13 +224,13 @@ class BackwardWalk {
     const int wide = s_.wide(s_.towers[t]);
     const int64_t width = s_.width(s_.towers[t]), from = s_.widths[wide];
     const T weight = wide == s_.towers[t].first ? plan_.mu[t][l] : T(1) - plan_.mu[t][l];
-    for (int64_t i = 0; i < count_; ++i)  // narrow_ has served its turn and takes the gradient
-      mix<T>(width, dx + i * row, weight, 0, nullptr, nullptr, narrow_.data() + i * row);
-    plan_.zero_absent({wide, -1}, first_, count_, narrow_.data(), row, width);
+    for (int64_t i = 0; i < count_; ++i)  // the narrowed rows have served their turn; the gradient takes their place
+      mix<T>(width, dx + i * row, weight, 0, nullptr, nullptr, inputs_.narrowed(t) + i * row);
+    plan_.zero_absent({wide, -1}, first_, count_, inputs_.narrowed(t), row, width);
     const bool add = block_ > 0;
-    multiply<T>(width, from, count_, narrow_.data(), 1, row, plain(states_.matrix(wide), padded<T>(from)),
+    multiply<T>(width, from, count_, inputs_.narrowed(t), 1, row, plain(inputs_.matrix(wide), padded<T>(from)),
                 grads_.pair_weight[which] + l * width * from, from, add ? Into::add : Into::overwrite);
-    sum_rows(count_, width, narrow_.data(), row, add, grads_.pair_bias[which] + l * width);
+    sum_rows(count_, width, inputs_.narrowed(t), row, add, grads_.pair_bias[which] + l * width);
   }
 
   // Sums that the levels share are built per block, or the levels of two blocks would meet in any order.
@@ -310,7 +252,7 @@ class BackwardWalk {
               weight_[terms] = c.gate[l];
               source_[terms++] = g_[m].data() + i * row;
             }
-        mix<T>(width, g_[n].data() + i * row, keeps(n, l), terms, source_.data(), weight_.data(),
+        mix<T>(width, g_[n].data() + i * row, plan_.keeps(n, l), terms, source_.data(), weight_.data(),
                next_[n].data() + i * row);
       }
       for (size_t m = 0; l > 0 && m < modalities; ++m)
@@ -328,20 +270,20 @@ class BackwardWalk {
   const Weights<T*>& grads_;
   GateSums& gates_;
   Turns& turns_;
-  BlockStates<T> states_;
-  Buffer<T> z_, a_, dz_;         // [block, rank]
-  Buffer<T> x_, narrow_;         // [block, D]
-  std::vector<Buffer<T>> g_;     // per tower [block, D]: the gradient of its h, then of its x
-  std::vector<Buffer<T>> next_;  // likewise, of the level before (cross = side)
-  std::vector<Buffer<T>> history_;
+  LevelInputs<T> inputs_;
+  Buffer<T> z_;                         // [block, L·r]; then any [block, r]
+  std::vector<Buffer<T>> a_, slope_;    // per tower [block, L·r]
+  std::vector<Buffer<T>> dz_;           // per tower [block, r]
+  std::vector<Buffer<T>> g_, x_;        // per tower [block, D]: the gradient of its h, then of its x; x
+  std::vector<Buffer<T>> next_;         // likewise, the gradient of h of the level before (cross = side)
+  std::vector<Buffer<T>> history_;      // per tower [L − 1][block, D]: h before each level but the first
   std::vector<int64_t> history_step_;
   std::vector<Buffer<T>> low_, d_low_;  // per projected pair [block, rank]
   std::vector<std::pair<Buffer<T>, int64_t>> d_down_, d_up_;  // likewise, the block's gradients and their sizes
+  std::vector<T*> before_;
+  std::vector<std::vector<double>> dots_;  // per tower: ⟨g, row⟩ of its terms, then of h
   std::vector<T> weight_;
   std::vector<const T*> source_;
-  std::vector<int> pair_;
-  std::vector<double> dots_;
-  const Tensors* saved_ = nullptr;
   int64_t block_ = 0, first_ = 0, count_ = 0, step_ = 0;
 };
 

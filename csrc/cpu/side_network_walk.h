@@ -46,7 +46,8 @@ struct Plan {
   std::vector<std::vector<CrossSource<T>>> incoming;  // per tower
   std::vector<int> narrowing;                         // per tower, its index among the narrowed ones, or −1
   std::vector<bool> dense;                            // modalities whose rows must stand in one matrix
-  std::vector<PackedTransposes<T>> down, up, cross_down, cross_up, pair_weight;
+  // As right sides: Wᵀ each, but W itself of `down_plain`, which the backward needs and `down` it does not.
+  std::vector<PackedWeights<T>> down, down_plain, up, cross_down, cross_up, pair_weight;
   std::vector<T> zeros;
   int64_t widest;
 
@@ -63,8 +64,8 @@ struct Plan {
       for (int64_t l = 0; l < levels; ++l) source.gate.push_back(std::tanh(w.cross_gate[p][l]));
       if (s.widths[m] != s.widths[n]) {
         source.projection = static_cast<int>(projected);
-        cross_down.emplace_back(w.cross_down[projected], 1, rank, s.widths[n]);
-        cross_up.emplace_back(w.cross_up[projected], 1, s.widths[m], rank);
+        cross_down.emplace_back(w.cross_down[projected], 1, rank, s.widths[n], As::transposed);
+        cross_up.emplace_back(w.cross_up[projected], 1, s.widths[m], rank, As::transposed);
         dense[n] = true;
         ++projected;
       }
@@ -76,15 +77,26 @@ struct Plan {
       for (int64_t l = 0; l < levels; ++l)
         mu[t].push_back(
             static_cast<T>(1.0 / (1.0 + std::exp(-static_cast<double>(w.gate[t][l]) / s.temperature))));
-      if (!backward) down.emplace_back(w.down_weight[t], levels, rank, s.width(tower));
-      up.emplace_back(w.up_weight[t], levels, s.width(tower), rank);
+      if (backward)
+        down_plain.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::plain);
+      else
+        down.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::transposed);
+      up.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::transposed);
       narrowing.push_back(s.narrowed(tower) ? static_cast<int>(pair_weight.size()) : -1);
       if (s.narrowed(tower)) {
         const int wide = s.wide(tower);
-        pair_weight.emplace_back(w.pair_weight[narrowing[t]], levels, s.width(tower), s.widths[wide]);
+        pair_weight.emplace_back(w.pair_weight[narrowing[t]], levels, s.width(tower), s.widths[wide],
+                                 As::transposed);
         dense[wide] = true;
       }
     }
+  }
+
+  // Whether the cross sums of a level have terms: towers' h before the first level is zero.
+  bool crosses(int64_t level) const { return structure.cross == Cross::backbone || level > 0; }
+  // The share of h that a tower's x keeps.
+  T keeps(size_t tower, int64_t level) const {
+    return structure.towers[tower].second >= 0 ? T(1) : T(1) - mu[tower][level];
   }
 
   bool exists(const Tower& tower, int64_t item) const {
@@ -118,15 +130,13 @@ class BlockStates {
 
   void read(int64_t level, int64_t first, int64_t count) {
     const Inputs& in = plan_.inputs;
-    const int64_t modalities = plan_.structure.modalities();
     for (size_t m = 0; m < rows_.size(); ++m) {
       const States& s = in.states[m];
       const int64_t width = plan_.structure.widths[m];
       for (int64_t i = 0; i < count; ++i) {
         const int64_t item = first + i, id = in.ids ? in.ids[item] : item;
-        const bool here = !in.present || in.present[item * modalities + static_cast<int64_t>(m)];
-        const auto* from =
-            static_cast<const char*>(s.data) + (id * s.row + level * s.level) * bytes_of(s.type);
+        const bool here = present(m, item);
+        const char* from = stored(m, level, item);
         T* to = copies(m) ? memory_[m].data() + i * stride(m) : nullptr;
         const T*& row = rows_[m][static_cast<size_t>(i)];
         if (!to) {
@@ -144,6 +154,15 @@ class BlockStates {
   }
 
  private:
+  bool present(size_t m, int64_t item) const {
+    const bool* all = plan_.inputs.present;
+    return !all || all[item * plan_.structure.modalities() + static_cast<int64_t>(m)];
+  }
+  const char* stored(size_t m, int64_t level, int64_t item) const {
+    const States& s = plan_.inputs.states[m];
+    const int64_t id = plan_.inputs.ids ? plan_.inputs.ids[item] : item;
+    return static_cast<const char*>(s.data) + (id * s.row + level * s.level) * bytes_of(s.type);
+  }
   bool copies(size_t m) const {
     const States& s = plan_.inputs.states[m];
     const Stored own = sizeof(T) == 8 ? Stored::f64 : Stored::f32;
@@ -153,6 +172,125 @@ class BlockStates {
   const Plan<T>& plan_;
   std::vector<std::vector<const T*>> rows_;
   std::vector<Buffer<T>> memory_;
+};
+
+// What enters the towers at one level of a block: x[t] = keep · h[t] + Σ weight · row over its terms, and the cross
+// terms that are products.
+template <class T>
+class LevelInputs {
+ public:
+  LevelInputs(const Plan<T>& plan, int64_t block) : plan_(plan), states_(plan, block) {
+    const Structure& s = plan.structure;
+    towers_.resize(s.towers.size());
+    for (size_t t = 0; t < towers_.size(); ++t)
+      if (plan.narrowing[t] >= 0) towers_[t].narrow = Buffer<T>(block * padded<T>(s.width(s.towers[t])));
+    source_.resize(s.widths.size() + 1);
+  }
+
+  // `before[n]`: tower n's h of the level before, [count, D]; read where cross = side and beyond the first level.
+  void read(int64_t level, int64_t first, int64_t count, const std::vector<T*>& before) {
+    const Structure& s = plan_.structure;
+    level_ = level;
+    count_ = count;
+    before_ = &before;
+    states_.read(level, first, count);
+    for (size_t t = 0; t < towers_.size(); ++t) {
+      const Tower& tower = s.towers[t];
+      Terms& terms = towers_[t];
+      terms.weight.clear();
+      terms.from.clear();
+      const T mu = plan_.mu[t][level];
+      add_term(terms, mu, tower.first, -1);
+      if (tower.second >= 0) {
+        narrow(t, level, first);
+        add_term(terms, T(1) - mu, tower.second, -1);
+      } else if (plan_.crosses(level)) {
+        for (const auto& c : plan_.incoming[t])
+          if (c.projection < 0) add_term(terms, c.gate[level], c.from, c.pair);
+      }
+    }
+  }
+
+  int terms(size_t t) const { return static_cast<int>(towers_[t].from.size()); }
+  const T* weights(size_t t) const { return towers_[t].weight.data(); }
+  int pair(size_t t, int j) const { return towers_[t].from[static_cast<size_t>(j)].pair; }
+  T* narrowed(size_t t) const { return towers_[t].narrow.data(); }
+  const T* matrix(int modality) const { return states_.matrix(static_cast<size_t>(modality)); }
+
+  // The rows of item i that tower t's terms weigh.
+  const T* const* rows(size_t t, int64_t i) {
+    const Structure& s = plan_.structure;
+    const Tower& tower = s.towers[t];
+    const int wide = plan_.narrowing[t] < 0 ? -1 : s.wide(tower);
+    const auto& from = towers_[t].from;
+    for (size_t j = 0; j < from.size(); ++j) {
+      const int m = from[j].modality;
+      source_[j] = m == wide ? towers_[t].narrow.data() + i * padded<T>(s.width(tower))
+                   : from[j].pair >= 0 && s.cross == Cross::side
+                       ? (*before_)[static_cast<size_t>(m)] + i * padded<T>(s.widths[m])
+                       : states_.row(static_cast<size_t>(m), i);
+    }
+    return source_.data();
+  }
+
+  // s[n, level] of a modality whose rows a product reads.
+  const T* cross_matrix(int from) const {
+    return plan_.structure.cross == Cross::side ? (*before_)[static_cast<size_t>(from)] : matrix(from);
+  }
+
+  // low ← gate · s down, and x += low up, for each cross source of another width; `low(projection)` is [count, r].
+  template <class Low>
+  void add_projected(size_t t, T* x, const Low& low) const {
+    const Structure& s = plan_.structure;
+    if (s.towers[t].second >= 0 || !plan_.crosses(level_)) return;
+    const int64_t width = s.width(s.towers[t]);
+    for (const auto& c : plan_.incoming[t]) {
+      if (c.projection < 0) continue;
+      const int64_t from = s.widths[c.from];
+      T* own = low(c.projection);
+      multiply<T>(count_, s.rank, from, cross_matrix(c.from), padded<T>(from), 1,
+                  plan_.cross_down[c.projection][0], own, s.rank, Into::overwrite);
+      for (int64_t i = 0; i < count_ * s.rank; ++i) own[i] *= c.gate[level_];
+      multiply<T>(count_, width, s.rank, own, s.rank, 1, plan_.cross_up[c.projection][0], x, padded<T>(width),
+                  Into::add);
+    }
+  }
+
+ private:
+  struct From {
+    int modality;
+    int pair;  // of cross_pairs, or −1
+  };
+  struct Terms {
+    std::vector<T> weight;
+    std::vector<From> from;
+    Buffer<T> narrow;  // the wider state of a pair, narrowed: [block, D]
+  };
+
+  static void add_term(Terms& terms, T weight, int modality, int pair) {
+    terms.weight.push_back(weight);
+    terms.from.push_back({modality, pair});
+  }
+
+  void narrow(size_t t, int64_t level, int64_t first) {
+    const int which = plan_.narrowing[t];
+    if (which < 0) return;
+    const Structure& s = plan_.structure;
+    const int wide = s.wide(s.towers[t]);
+    const int64_t width = s.width(s.towers[t]), row = padded<T>(width);
+    T* to = towers_[t].narrow.data();
+    multiply<T>(count_, width, s.widths[wide], matrix(wide), padded<T>(s.widths[wide]), 1,
+                plan_.pair_weight[which][level], to, row, Into::overwrite,
+                plan_.weights.pair_bias[which] + level * width);
+    plan_.zero_absent({wide, -1}, first, count_, to, row, width);
+  }
+
+  const Plan<T>& plan_;
+  BlockStates<T> states_;
+  std::vector<Terms> towers_;
+  std::vector<const T*> source_;
+  const std::vector<T*>* before_ = nullptr;
+  int64_t level_ = 0, count_ = 0;
 };
 
 }  // namespace crossan_fast::side
