@@ -1,21 +1,41 @@
-"""nvcc compiles every kernel for every target without spills; Hopper's path holds its instructions."""
+"""nvcc compiles every kernel for every target without spills; Hopper's path holds its instructions; the
+bindings compile as they would for a GPU. About a minute and a half of one core."""
 
 import functools
 import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 SOURCES = sorted((Path(__file__).parents[3] / "csrc" / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc") or next(
     (str(p) for p in [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")] if p.exists()),
     None,
 )
-TARGETS = ("80", "90a")
+TOOLKITS = [
+    *([Path(NVCC).resolve().parents[1]] if NVCC else []),
+    Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")),
+]
+CUDA_INCLUDES = next(
+    (t / "include" for t in TOOLKITS if (t / "include" / "cuda_runtime_api.h").exists()), None
+)
+
+
+def _targets() -> tuple[str, ...]:
+    """Blackwell too, where nvcc knows it: it takes the paths of sm_80."""
+    if NVCC is None:
+        return ("80", "90a")
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return ("80", "90a", "100a") if "compute_100" in known else ("80", "90a")
+
+
+TARGETS = _targets()
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,6 +89,21 @@ def test_compiles_without_spills(cubins, source, target):
     assert not any(map(int, spills)), messages[-4000:]
     # E.g. wgmma that the compiler had to wait for one by one.
     assert "Performance Loss" not in messages, messages[-4000:]
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES[0].parent.glob("*.cpp")), ids=lambda s: s.stem)
+def test_bindings_compile_for_a_gpu(tmp_path, source):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or CUDA_INCLUDES is None:
+        pytest.skip("needs g++ or clang++, and CUDA's headers beside nvcc")
+    # The one header of torch's that its CPU wheels leave out.
+    missing = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    missing.parent.mkdir(parents=True)
+    missing.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    folders = [*cpp_extension.include_paths(), tmp_path, CUDA_INCLUDES, sysconfig.get_path("include")]
+    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Werror", *(f"-isystem{folder}" for folder in folders)]
+    done = subprocess.run([compiler, *flags, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_hopper_path_uses_hopper_instructions(cubins):
