@@ -121,7 +121,7 @@ class CrossanModel(nn.Module):
                 f"items: expected at most window={self.config.window} places, got {describe(items)}"
             )
         with span("sequence_encoder"):
-            return self.sequence_encoder(items, mask)
+            return self.sequence_encoder(items, mask, backend=self._backend("sequence_encoder"))
 
     def encode_catalogue(
         self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = _CHUNK

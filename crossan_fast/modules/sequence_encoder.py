@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
-
-EPS = 1e-6
+from crossan_fast.ops._dispatch import choose
+from crossan_fast.ops.sequence_encoder import (
+    EPS,
+    SequenceEncoderBlock,
+    SequenceEncoderWeights,
+    sequence_encoder,
+)
 
 
 class Attention(nn.Module):
@@ -70,6 +77,23 @@ class Block(nn.Module):
         self.forward_norm = nn.LayerNorm(width, eps=EPS)
         self.dropout = nn.Dropout(dropout)
 
+    def weights(self) -> SequenceEncoderBlock:
+        attention, after, last = self.attention, self.attention_norm, self.forward_norm
+        return SequenceEncoderBlock(
+            attention.query.weight,
+            attention.key.weight,
+            attention.value.weight,
+            attention.out.weight,
+            after.weight,
+            after.bias,
+            self.widen.weight,
+            self.widen.bias,
+            self.narrow.weight,
+            self.narrow.bias,
+            last.weight,
+            last.bias,
+        )
+
     def forward(self, x: Tensor, mask: Tensor, packed: bool) -> Tensor:
         x = self.attention_norm(x + self.dropout(self.attention(x, mask, packed)))
         return self.forward_norm(x + self.dropout(self.narrow(F.relu(self.widen(x)))))
@@ -77,6 +101,9 @@ class Block(nn.Module):
 
 class SequenceEncoder(nn.Module):
     """Learned positions, LayerNorm, dropout, then the blocks.
+
+    `backend="eager"` runs the modules below one by one; the compiled op (`crossan_fast.ops.sequence_encoder`)
+    takes their weights and runs them as one, on the real places alone.
 
     Raises:
         ImportError: `attention="xformers"` where xformers is not installed.
@@ -91,25 +118,43 @@ class SequenceEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, config.attention_heads, config.dropout) for _ in range(config.blocks)
         )
+        self.heads = config.attention_heads
         self.packed = config.attention == "xformers"
         if self.packed:
             import xformers.ops  # noqa: F401  (fail at construction, not at the first step)
         self.apply(_initialise)
 
-    def forward(self, items: Tensor, mask: Tensor) -> Tensor:
+    def weights(self) -> SequenceEncoderWeights:
+        blocks = [cast(Block, block).weights() for block in self.blocks]
+        return SequenceEncoderWeights(self.position.weight, self.norm.weight, self.norm.bias, blocks)
+
+    def forward(self, items: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
         """items `[B, S, d]`, mask bool `[B, S]` → users `[B, S, d]`; the last place is the user's vector.
 
-        Sequences shorter than the window stand at its end, as left padding puts them.
+        Sequences shorter than the window stand at its end, as left padding puts them. Nobody reads the output
+        at padding; it is zeros from the op.
         """
         if self.packed and items.device.type != "cuda":
             raise ValueError(
                 f"attention: 'xformers' runs on CUDA, expected a CUDA device, got {items.device}"
             )
+        dtype = torch.promote_types(items.dtype, self.position.weight.dtype)
+        choice = choose("sequence_encoder", items.device.type, dtype, (), backend)
+        if choice.backend != "eager":
+            return self._fused(items, mask, choice.backend)
         places = self.position.weight[-items.shape[1] :]
         x = self.dropout(self.norm(items + places))
         for block in self.blocks:
             x = block(x, mask, self.packed)
         return x
+
+    def _fused(self, items: Tensor, mask: Tensor, backend: str) -> Tensor:
+        p = self.dropout.p if self.training else 0.0
+        # From torch's own generator: a run repeats under torch.manual_seed, and no two steps drop the same.
+        seed = torch.randint(2**63 - 1, (), device=items.device) if p else None
+        return sequence_encoder(
+            items, mask, self.weights(), self.heads, dropout=p, seed=seed, backend=backend
+        )
 
 
 def _initialise(module: nn.Module) -> None:

@@ -6,6 +6,12 @@ from crossan_fast.ops.full_loss import full_loss, full_loss_reference
 from crossan_fast.ops.fusion import FusionOutput, FusionWeights, fusion, fusion_reference
 from crossan_fast.ops.in_batch_loss import in_batch_loss, in_batch_loss_by_place, in_batch_loss_reference
 from crossan_fast.ops.rank_of_target import rank_of_target, rank_of_target_reference
+from crossan_fast.ops.sequence_encoder import (
+    SequenceEncoderBlock,
+    SequenceEncoderWeights,
+    sequence_encoder,
+    sequence_encoder_reference,
+)
 from crossan_fast.ops.side_network import (
     SideNetworkStructure,
     SideNetworkWeights,
@@ -20,6 +26,8 @@ __all__ = [
     "FallbackWarning",
     "FusionOutput",
     "FusionWeights",
+    "SequenceEncoderBlock",
+    "SequenceEncoderWeights",
     "SideNetworkStructure",
     "SideNetworkWeights",
     "TopK",
@@ -36,6 +44,8 @@ __all__ = [
     "in_batch_loss_reference",
     "rank_of_target",
     "rank_of_target_reference",
+    "sequence_encoder",
+    "sequence_encoder_reference",
     "side_network",
     "side_network_reference",
     "topk_scores",

@@ -123,7 +123,7 @@ def _call(name: str) -> Callable[..., Any]:
 
 _register("side_network", _side_network, _side_network_backward)
 _register("fusion", _fusion, _fusion_backward)
-for _name in ("in_batch_loss", "full_loss"):
+for _name in ("sequence_encoder", "in_batch_loss", "full_loss"):
     _register(_name, _call(_name), _call(f"{_name}_backward"))
 for _name in ("topk_scores", "rank_of_target", "deduplicate"):
     _register(_name, _call(_name))

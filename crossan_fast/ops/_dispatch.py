@@ -23,6 +23,7 @@ BACKENDS = ("eager", "cpp", "triton", "cuda")
 OPS = (
     "side_network",
     "fusion",
+    "sequence_encoder",
     "in_batch_loss",
     "full_loss",
     "topk_scores",
@@ -42,6 +43,14 @@ _ORDER = {
         "cuda": "next after triton; not yet measured on a GPU",
         "eager": "nothing faster serves this op here",
     },
+}
+
+# Where torch's own kernels are what an op is meant to run on, with the reason; no warning is due there.
+_EAGER_BY_DESIGN = {
+    (
+        "sequence_encoder",
+        "cuda",
+    ): "torch's scaled_dot_product_attention, or xformers' where the config says so, captured with the step",
 }
 
 # Registration modules; imported when a backend is first asked for, and free of side effects until then.
@@ -197,6 +206,8 @@ def _choose(request: Request, wanted: str) -> Choice:
                 f"{request.dtype}, but {reason}"
             )
         return Choice(wanted, "asked for by name")
+    if by_design := _EAGER_BY_DESIGN.get((request.op, request.device)):
+        return Choice("eager", by_design)
     rejected: list[tuple[str, str]] = []
     for backend, reason_for in _ORDER.get(request.device, {}).items():
         if reason := _passed_over(request, backend) or refusal(request, backend):

@@ -52,11 +52,13 @@ inline V broadcast(T value) {
 
 template <class T>
 inline T sum_of_lanes(Vec<T> value) {
-  T lanes[kLanes<T, Vec<T>>];
-  store(lanes, value);
-  for (int width = kLanes<T, Vec<T>> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  constexpr int lanes = kLanes<T, Vec<T>>;
+  using Index = decltype(value < value);
+  Index index{};
+  for (int i = 0; i < lanes; ++i) index[i] = i;
+#pragma GCC unroll 4
+  for (int width = lanes / 2; width > 0; width /= 2) value += __builtin_shuffle(value, index ^ width);
+  return value[0];
 }
 
 // The types rows may be stored in; the numbers travel through the C++ boundary only.

@@ -105,6 +105,28 @@ def fusion(ops) -> None:
     assert [g.shape for g in back] == [t.shape for t in (*hidden, *weights)]
 
 
+def sequence_encoder(ops) -> None:
+    heads, each = random.choice([1, 2, 3]), random.choice([1, 5, 16, 33])
+    batch, places, width, inner = random.choice([0, 1, 7, 150]), random.randint(0, 12), heads * each, 24
+    shapes = [(places + random.randint(0, 3), width), (width,), (width,)]
+    block = (
+        [(width, width)] * 4 + [(width,)] * 2 + [(inner, width), (inner,), (width, inner)] + [(width,)] * 3
+    )
+    shapes += block * random.randint(0, 2)
+    weights = [values(*shape, dtype=random.choice(FLOATS)) for shape in shapes]
+    if random.random() < 0.05:
+        weights[random.randrange(len(weights))] = values(2, 2)
+    items = values(batch, places, width, dtype=random.choice(FLOATS))
+    mask, dtype = strided(torch.rand(batch, places) > random.choice([0, 0.4, 1])), random.choice(FLOATS)
+    seed = torch.randint(-(2**63), 2**63 - 1, ()) if random.random() < 0.7 else None
+    dropout = 0.0 if seed is None else random.choice([0.0, 0.3, 0.999999])
+    arguments = (items, mask, weights, heads, 1e-6, dropout, seed)
+    users, kept = ops.sequence_encoder(*arguments, random.random() < 0.8, dtype)
+    if len(kept) == batch * places:
+        back = ops.sequence_encoder_backward(strided(users), kept, *arguments, dtype)
+        assert [g.shape for g in back] == [t.shape for t in (items, *weights)]
+
+
 def losses(ops) -> None:
     batch, sequence, width = random.randint(0, 20), random.randint(0, 12), random.choice([1, 5, 64, 130])
     columns, dtype = random.choice([1, 4, 239, 241, 700]), random.choice(FLOATS)
@@ -139,7 +161,7 @@ def main(seconds: float, seed: int) -> None:
     while time.monotonic() < end:
         torch.set_num_threads(random.choice([1, 2, 3]))
         try:
-            random.choice([side_network, fusion, losses, rankings])(ops)
+            random.choice([side_network, fusion, sequence_encoder, losses, rankings])(ops)
         except REFUSED:
             refused += 1
         runs += 1

@@ -1,0 +1,309 @@
+"""sequence_encoder: SASRec as IISAN has it (SPEC, "Sequence encoder"), over a batch of left-padded sequences.
+
+    x = drop(LN(item + position)), then for each block
+    x ← LN(x + drop(W_out A(x))),      A(x) = drop(softmax(q kᵀ / √d_head)) v a head, over real places so far
+    x ← LN(x + drop(W_narrow relu(W_widen x + b_widen) + b_narrow))
+
+Dropout's mask is a function of (seed, site, place, column) alone, so the backward draws it again and nothing
+of it is stored: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) keyed
+by the seed. Site 0 follows the first norm; block l has 3l + 1 on the attention probabilities (column
+head · S + s for the key at s), 3l + 2 after W_out and 3l + 3 after W_narrow. Places count b · S + s, padding
+included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crossan_fast._checks import check_tensor, describe
+from crossan_fast.ops._dispatch import choose, implementation
+
+EPS = 1e-6
+
+
+class SequenceEncoderBlock(NamedTuple):
+    """One block's tensors; item width d, feed-forward width f (4d). No bias in attention.
+
+    Attributes:
+        query, key, value, out: `[d, d]`.
+        attention_gain, attention_bias: `[d]`, the norm after attention.
+        widen, widen_bias: `[f, d]`, `[f]`.
+        narrow, narrow_bias: `[d, f]`, `[d]`.
+        forward_gain, forward_bias: `[d]`, the norm after the feed-forward.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    attention_gain: Tensor
+    attention_bias: Tensor
+    widen: Tensor
+    widen_bias: Tensor
+    narrow: Tensor
+    narrow_bias: Tensor
+    forward_gain: Tensor
+    forward_bias: Tensor
+
+
+class SequenceEncoderWeights(NamedTuple):
+    """The trainable tensors.
+
+    Attributes:
+        position: `[window, d]`; sequences shorter than the window use its last rows.
+        gain, bias: `[d]`, the norm before the blocks.
+        blocks: see `SequenceEncoderBlock`.
+    """
+
+    position: Tensor
+    gain: Tensor
+    bias: Tensor
+    blocks: Sequence[SequenceEncoderBlock]
+
+    def flatten(self) -> list[Tensor]:
+        return [self.position, self.gain, self.bias, *(tensor for block in self.blocks for tensor in block)]
+
+
+def sequence_encoder_reference(
+    items: Tensor,
+    mask: Tensor,
+    weights: SequenceEncoderWeights,
+    heads: int,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The definition, in plain torch, usable in float64.
+
+    Args:
+        items: `[B, S, d]`, S at most the window.
+        mask: bool `[B, S]`, True at real items; what stands elsewhere is not read.
+        weights: see `SequenceEncoderWeights`.
+        heads: a divisor of d.
+        dropout: the probability p of a zero; what is kept is divided by 1 − p.
+        seed: int64 scalar, needed where `dropout` is not 0.
+
+    Returns:
+        `[B, S, d]`, a vector for each prefix, zeros at padding.
+    """
+    batch, places, width = items.shape
+    real = mask[..., None]
+
+    def drop(x: Tensor, site: int) -> Tensor:
+        """x `[B, S, columns]`."""
+        if not dropout:
+            return x
+        assert seed is not None
+        keep = dropout_mask(seed, site, batch * places, x.shape[-1], dropout).view_as(x)
+        return torch.where(keep, x / (1 - dropout), 0)
+
+    def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,), gain, bias, EPS)
+
+    def split(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    causal = torch.ones(places, places, dtype=torch.bool, device=mask.device).tril()
+    # A padding place sees itself, so that its softmax is not over nothing.
+    itself = torch.eye(places, dtype=torch.bool, device=mask.device)
+    seen = ((causal & mask[:, None, :]) | itself)[:, None]
+    x = torch.where(real, items, 0) + weights.position[weights.position.shape[0] - places :]
+    x = drop(norm(x, weights.gain, weights.bias), 0)
+    for index, block in enumerate(weights.blocks):
+        q, k, v = split(x, block.query), split(x, block.key), split(x, block.value)
+        scores = (q @ k.mT) * (width // heads) ** -0.5
+        probability = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+        by_place = probability.transpose(1, 2).reshape(batch, places, heads * places)
+        probability = drop(by_place, 3 * index + 1).view(batch, places, heads, places).transpose(1, 2)
+        mixed = (probability @ v).transpose(1, 2).reshape(batch, places, width)
+        attended = drop(F.linear(mixed, block.out), 3 * index + 2)
+        x = norm(x + attended, block.attention_gain, block.attention_bias)
+        inner = F.relu(F.linear(x, block.widen, block.widen_bias))
+        forwarded = drop(F.linear(inner, block.narrow, block.narrow_bias), 3 * index + 3)
+        x = norm(x + forwarded, block.forward_gain, block.forward_bias)
+    return torch.where(real, x, 0)
+
+
+def dropout_mask(seed: Tensor, site: int, places: int, columns: int, probability: float) -> Tensor:
+    """Which numbers dropout keeps: bool `[places, columns]`; see the top of the file.
+
+    Column c takes word `c % 64 // 16` of the counter (`c // 64 · 16 + c % 16`, low place, site, high place),
+    and is dropped where that is below p · 2^32.
+    """
+    low, device = 0xFFFFFFFF, seed.device
+    column, place = torch.arange(columns, device=device), torch.arange(places, device=device)[:, None]
+    shape = (places, columns)
+    state = [column // 64 * 16 + column % 16, place & low, torch.full((), site, device=device), place >> 32]
+    a, b, c, d = (word.expand(shape) for word in state)
+    keys = [seed & low, (seed >> 32) & low]
+    for _ in range(10):
+        # Products of two 32-bit numbers wrap into int64's sign; shifted and masked they are what they were.
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = ((q >> 32) & low) ^ b ^ keys[0], q & low, ((p >> 32) & low) ^ d ^ keys[1], p & low
+        keys = [(keys[0] + 0x9E3779B9) & low, (keys[1] + 0xBB67AE85) & low]
+    words = torch.stack([a, b, c, d])
+    which = (column % 64 // 16).expand(shape)
+    return words.gather(0, which[None])[0] >= min(round(probability * 2**32), low)
+
+
+def sequence_encoder(
+    items: Tensor,
+    mask: Tensor,
+    weights: SequenceEncoderWeights,
+    heads: int,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """User vectors from item embeddings, differentiable in `items` and all weights.
+
+    Arguments as `sequence_encoder_reference`. The result has the type that items and weights promote to, as
+    the modules' has under autocast too; the compiled op computes in fp32 at least.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        BackendUnavailable: `backend` was asked for by name and can't serve.
+    """
+    _check(items, mask, weights, heads, dropout, seed)
+    dtype = torch.promote_types(items.dtype, weights.position.dtype)
+    choice = choose("sequence_encoder", items.device.type, dtype, (), backend)
+    if choice.backend == "eager":
+        with torch.autocast(items.device.type, enabled=False):
+            return sequence_encoder_reference(
+                items.to(dtype), mask, weights, heads, dropout=dropout, seed=seed
+            )
+    flat = weights.flatten()
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (items, *flat))
+    return torch.ops.crossan_fast.sequence_encoder(
+        items, mask, flat, heads, dropout, seed, keep, dtype, choice.backend
+    )[0]
+
+
+def _check(
+    items: Tensor,
+    mask: Tensor,
+    weights: SequenceEncoderWeights,
+    heads: int,
+    dropout: float,
+    seed: Tensor | None,
+) -> None:
+    width = weights.gain.shape[0]
+    check_tensor("items", items, (None, None, width))
+    device = items.device
+    check_tensor("mask", mask, (None, None), dtypes=(torch.bool,), device=device)
+    if mask.shape != items.shape[:2]:
+        raise ValueError(f"mask: expected {list(items.shape[:2])} as in items, got {describe(mask)}")
+    check_tensor("position", weights.position, (None, width), device=device)
+    if items.shape[1] > weights.position.shape[0]:
+        raise ValueError(
+            f"items: expected at most {weights.position.shape[0]} places, the rows of position, "
+            f"got {describe(items)}"
+        )
+    check_tensor("bias", weights.bias, (width,), device=device)
+    for index, block in enumerate(weights.blocks):
+        inner = block.widen.shape[0]
+        shapes = [(width, width)] * 4 + [(width,)] * 2 + [(inner, width), (inner,), (width, inner)]
+        shapes += [(width,)] * 3
+        for name, tensor, shape in zip(block._fields, block, shapes, strict=True):
+            # The names are put together only for a complaint: this runs at every step.
+            if tensor.shape != shape or tensor.device != device:
+                check_tensor(f"blocks[{index}].{name}", tensor, shape, device=device)
+    if heads < 1 or width % heads:
+        raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+    if seed is not None:
+        check_tensor("seed", seed, (), dtypes=(torch.int64,), device=device)
+    elif dropout:
+        raise ValueError(f"seed: dropout={dropout} needs an int64 scalar, got None")
+
+
+_COMMON = "Tensor items, Tensor mask, Tensor[] weights, int heads, float dropout, Tensor? seed"
+_NAME = "crossan_fast::sequence_encoder"
+
+# Registered by hand where other ops use torch.library.custom_op, whose autograd takes lists of tensors apart
+# leaf by leaf in Python: for these weights a fifth of the op's time in a step.
+_library = torch.library.Library("crossan_fast", "FRAGMENT")
+_library.define(
+    f"sequence_encoder({_COMMON}, bool keep, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"sequence_encoder_backward(Tensor grad_users, Tensor kept, {_COMMON}, ScalarType dtype, str backend) "
+    "-> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_NAME, "default", lib=_library)
+def _forward(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
+    """Users, and with `keep` what the backward reads: `[B·S, kept_width]`, else no rows of it."""
+    return implementation("sequence_encoder", backend).forward(
+        items, mask, weights, heads, EPS, dropout, seed, keep, dtype
+    )
+
+
+@torch.library.impl(f"{_NAME}_backward", "default", lib=_library)
+def _backward(grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend):
+    """Gradients of `items`, then of `weights`."""
+    backward = implementation("sequence_encoder", backend).backward
+    assert backward is not None
+    return backward(grad_users, kept, items, mask, weights, heads, EPS, dropout, seed, dtype)
+
+
+def kept_width(width: int, inner: int, heads: int, blocks: int) -> int:
+    """Numbers kept of a place. Of each block q, k, v, what attention mixed, two normalised rows and the inner
+    row, each with 16 to spare, a log-sum-exp a head and two scales; before the blocks two rows and a scale.
+    """
+    rows = (3 * width + 16) + 3 * (width + 16) + (inner + 16)
+    return blocks * (rows + heads + 2) + 2 * (width + 16) + 1
+
+
+@torch.library.register_fake(_NAME, lib=_library)
+def _(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
+    blocks = (len(weights) - 3) // 12
+    inner = weights[9].shape[0] if blocks else 0
+    wide = torch.promote_types(dtype, torch.float32)
+    kept = (items.shape[0] * items.shape[1] if keep else 0, kept_width(items.shape[2], inner, heads, blocks))
+    return items.new_empty(items.shape, dtype=dtype), items.new_empty(kept, dtype=wide)
+
+
+@torch.library.register_fake(f"{_NAME}_backward", lib=_library)
+def _(grad_users, kept, items, mask, weights, *rest):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (items, *weights)]
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mask, heads, dropout, seed, keep, dtype, backend, items, *weights):
+        with torch._C._AutoDispatchBelowAutograd():
+            users, kept = torch.ops.crossan_fast.sequence_encoder(
+                items, mask, weights, heads, dropout, seed, keep, dtype, backend
+            )
+        ctx.static = heads, dropout, dtype, backend
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(kept, items, mask, seed, *weights)
+        return users, kept
+
+    @staticmethod
+    def backward(ctx, grad_users, _):
+        kept, items, mask, seed, *weights = ctx.saved_tensors
+        heads, dropout, dtype, backend = ctx.static
+        grads = [None] * (1 + len(weights))
+        if grad_users is not None:
+            grads = torch.ops.crossan_fast.sequence_encoder_backward(
+                grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend
+            )
+        return (None,) * 7 + tuple(grads)
+
+
+@torch.library.impl(_NAME, "Autograd", lib=_library)
+def _(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
+    return _Differentiable.apply(mask, heads, dropout, seed, keep, dtype, backend, items, *weights)

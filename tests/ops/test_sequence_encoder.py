@@ -1,0 +1,415 @@
+"""The sequence encoder: its definition against the module, and the compiled op against the definition."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from crossan_fast import CrossanConfig, Modality, _build
+from crossan_fast.modules.sequence_encoder import SequenceEncoder
+from crossan_fast.ops import _dispatch
+from crossan_fast.ops.sequence_encoder import (
+    SequenceEncoderBlock,
+    SequenceEncoderWeights,
+    dropout_mask,
+    kept_width,
+    sequence_encoder,
+    sequence_encoder_reference,
+)
+
+compiled = pytest.mark.skipif(
+    _build.PARTS["cpu"].missing() is not None, reason=f"cannot build: {_build.PARTS['cpu'].missing()}"
+)
+SEED = torch.tensor(-(2**40) - 12345)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh tensors hold NaN and fresh C++ memory −1.7e38, so that a read of what was not written shows."""
+    perturb = getattr(ctypes.CDLL(None), "mallopt", None)
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    if perturb:
+        perturb(-6, 1)  # M_PERTURB
+    yield
+    if perturb:
+        perturb(-6, 0)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def problem(batch=4, places=3, width=6, inner=10, blocks=2, window=5, dtype=torch.float64, full=False):
+    """items, mask, and flat weights."""
+
+    def r(*shape):
+        return (torch.randn(*shape, dtype=torch.float64) * shape[-1] ** -0.5).to(dtype)
+
+    lengths = torch.randint(0, places + 1, (batch, 1)).clamp_min(places if full else 0)
+    mask = torch.arange(places) >= places - lengths
+    d, f = width, inner
+    shapes = [(d, d)] * 4 + [(d,)] * 2 + [(f, d), (f,), (d, f), (d,), (d,), (d,)]
+    flat = [r(window, d), r(d), r(d), *(r(*shape) for _ in range(blocks) for shape in shapes)]
+    return r(batch, places, d) * d**0.5, mask, flat
+
+
+def grouped(flat) -> SequenceEncoderWeights:
+    blocks = [SequenceEncoderBlock(*flat[i : i + 12]) for i in range(3, len(flat), 12)]
+    return SequenceEncoderWeights(*flat[:3], blocks)
+
+
+def run(items, mask, flat, heads, function=sequence_encoder, **kwargs) -> list[Tensor]:
+    """Users, then the gradients of items and weights."""
+    leaves = [t.detach().requires_grad_() for t in (items, *flat)]
+    users = function(leaves[0], mask, grouped(leaves[1:]), heads, **kwargs)
+    cotangent = torch.randn(users.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    found = torch.autograd.grad(users, leaves, cotangent.to(users.dtype))
+    return [users.detach(), *found]
+
+
+def encoder(**overrides) -> SequenceEncoder:
+    torch.manual_seed(3)
+    config = CrossanConfig([Modality("text", 4, 2)], embedding_dim=16, window=5, **overrides)
+    module = SequenceEncoder(config)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+MASK = torch.arange(5) >= torch.tensor([[0], [2], [5], [4]])
+
+
+# -- the definition --------------------------------------------------------------------------------------
+
+
+def test_reference_equals_the_module():
+    module = encoder().double().eval()
+    items = torch.randn(4, 5, 16, dtype=torch.float64)
+    want = module(items, MASK, backend="eager")
+    have = sequence_encoder_reference(items, MASK, module.weights(), module.heads)
+    torch.testing.assert_close(have[MASK], want[MASK], rtol=1e-12, atol=1e-12)
+    assert not have[~MASK].any()
+
+
+def test_mask_is_philox():
+    """Counter and key of all ones and of π's digits: the known answers of Random123's test vectors."""
+
+    def philox(counter, key):
+        for _ in range(10):
+            p, q = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+            counter = [
+                (q >> 32) ^ counter[1] ^ key[0],
+                q & 0xFFFFFFFF,
+                (p >> 32) ^ counter[3] ^ key[1],
+                p & 0xFFFFFFFF,
+            ]
+            key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+        return counter
+
+    ones = philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2)
+    assert ones == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    digits = philox([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0])
+    assert digits == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+    key = [int(SEED) & 0xFFFFFFFF, (int(SEED) >> 32) & 0xFFFFFFFF]
+    mask = dropout_mask(SEED, 5, 3, 150, 0.3)
+    for place, column in itertools.product(range(3), range(150)):
+        word = philox([column // 64 * 16 + column % 16, place, 5, 0], key)[column % 64 // 16]
+        assert bool(mask[place, column]) == (word >= round(0.3 * 2**32))
+
+
+def test_mask_statistics():
+    """Rates, and correlations between columns, places, sites and steps, within five standard errors."""
+    p, places, columns = 0.2, 2000, 64
+    count = places * columns
+    masks = [
+        dropout_mask(torch.tensor(seed), site, places, columns, p).double()
+        for seed, site in ((1, 0), (1, 1), (2, 0))
+    ]
+    for mask in masks:
+        assert abs(mask.mean() - (1 - p)) < 5 * (p * (1 - p) / count) ** 0.5
+        assert (mask.mean(0) - (1 - p)).abs().max() < 5 * (p * (1 - p) / places) ** 0.5
+
+    def correlation(a, b):
+        return ((a - (1 - p)) * (b - (1 - p))).mean() / (p * (1 - p))
+
+    base = masks[0]
+    pairs = [*itertools.combinations(masks, 2), (base[1:], base[:-1]), (base[:, 1:], base[:, :-1])]
+    pairs += [(base[:, 16:], base[:, :-16])]
+    assert all(abs(correlation(a, b)) < 5 * a.numel() ** -0.5 for a, b in pairs)
+
+
+def test_reference_gradients():
+    items, mask, flat = problem()
+
+    def call(items, *flat):
+        return sequence_encoder_reference(items, mask, grouped(flat), 2, dropout=0.3, seed=SEED)
+
+    leaves = [t.requires_grad_() for t in (items, *flat)]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+# -- the compiled op -------------------------------------------------------------------------------------
+
+SHAPES = [
+    # batch, places, width, heads, inner, blocks, window
+    (5, 4, 6, 2, 10, 2, 7),
+    (64, 10, 64, 2, 256, 2, 10),
+    (3, 37, 48, 3, 50, 1, 40),  # longer than a block of rows
+    (300, 10, 16, 1, 64, 1, 10),  # more rows than a part of the backward
+    (2, 3, 130, 13, 70, 3, 3),
+    (9, 5, 8, 4, 8, 0, 5),
+]
+
+
+@compiled
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_definition(shape, dropout):
+    batch, places, width, heads, inner, blocks, window = shape
+    items, mask, flat = problem(batch, places, width, inner, blocks, window)
+    kwargs = {"dropout": dropout, "seed": SEED if dropout else None}
+    want = run(items, mask, flat, heads, sequence_encoder_reference, **kwargs)
+    for have, truth in zip(run(items, mask, flat, heads, backend="cpp", **kwargs), want, strict=True):
+        torch.testing.assert_close(have, truth, rtol=1e-9, atol=1e-11)
+
+
+@compiled
+def test_any_mask():
+    """Holes, rows of padding, and none."""
+    items, _, flat = problem(40, 6, window=6)
+    for mask in (torch.rand(40, 6) > 0.5, torch.zeros(40, 6).bool(), torch.ones(40, 6).bool()):
+        want = run(items, mask, flat, 3, sequence_encoder_reference, dropout=0.2, seed=SEED)
+        for have, truth in zip(
+            run(items, mask, flat, 3, backend="cpp", dropout=0.2, seed=SEED), want, strict=True
+        ):
+            torch.testing.assert_close(have, truth, rtol=1e-9, atol=1e-11)
+
+
+@compiled
+@pytest.mark.parametrize("size", [(0, 3), (3, 0)])
+def test_empty(size):
+    items, _, flat = problem()
+    users, grad, *rest = run(items.new_zeros(*size, 6), torch.ones(size).bool(), flat, 2, backend="cpp")
+    assert users.shape == grad.shape == (*size, 6)
+    assert not any(g.any() for g in rest)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("batch", [64, 700])
+def test_errors_are_no_worse_than_eagers(dtype, dropout, batch):
+    items, mask, flat = problem(batch, 10, 64, 256, 2, 10, dtype)
+    kwargs = {"dropout": dropout, "seed": SEED}
+    truth = run(items.double(), mask, [w.double() for w in flat], 2, sequence_encoder_reference, **kwargs)
+    eager = run(items, mask, flat, 2, sequence_encoder_reference, **kwargs)
+    got = run(items, mask, flat, 2, backend="cpp", **kwargs)
+    for index, (x, y, z) in enumerate(zip(got, eager, truth, strict=True)):
+        assert x.dtype == y.dtype
+        error, allowed = (x - z).norm(), 2 * (y - z).norm()
+        assert error <= allowed + torch.finfo(dtype).eps * z.norm(), (index, error, allowed)
+
+
+@compiled
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck_on_the_compiled_code(dropout):
+    items, mask, flat = problem()
+
+    def call(items, *flat):
+        return sequence_encoder(items, mask, grouped(flat), 2, dropout=dropout, seed=SEED, backend="cpp")
+
+    assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in (items, *flat)])
+
+
+@compiled
+def test_registration():
+    items, mask, flat = problem(full=True)
+    op = torch.ops.crossan_fast.sequence_encoder
+    for seed, dropout in ((None, 0.0), (SEED, 0.4)):
+        torch.library.opcheck(op.default, (items, mask, flat, 2, dropout, seed, False, torch.float64, "cpp"))
+        leaves = [t.detach().requires_grad_() for t in (items, *flat)]
+        arguments = (leaves[0], mask, leaves[1:], 2, dropout, seed, True, torch.float64, "cpp")
+        # What is kept has gaps that nobody writes, where a run differs from the next; what is made of it by a
+        # traced graph is compared in the test below.
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op.default, arguments, test_utils=utils)
+    assert op(*arguments)[1].shape == (mask.numel(), kept_width(6, 10, 2, 2))
+
+
+@compiled
+def test_compiles_whole_with_dynamic_sizes():
+    module = encoder(dropout=0.3)
+
+    def step(items, mask):
+        return module(items, mask, backend="cpp").square().sum()
+
+    traced = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (4, 2, 3):
+        items, mask = torch.randn(batch, 5, 16), MASK[:batch]
+        found = []
+        for call in (traced, step):
+            torch.manual_seed(11)
+            module.zero_grad()
+            call(items, mask).backward()
+            found.append([p.grad.clone() for p in module.parameters()])
+        for have, want in zip(*found, strict=True):
+            torch.testing.assert_close(have, want)
+
+
+@compiled
+def test_same_bits_on_any_number_of_threads():
+    items, mask, flat = problem(300, 10, 64, 256, 2, 10, torch.float32)
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(run(items, mask, flat, 2, backend="cpp", dropout=0.2, seed=SEED))
+    finally:
+        torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@compiled
+def test_users_do_not_depend_on_their_batch():
+    """Neither on how rows are packed: the same user alone, and among others, has the same bits."""
+    items, mask, flat = problem(30, 10, 64, 256, 2, 10, torch.float32)
+    weights = grouped(flat)
+    whole = sequence_encoder(items, mask, weights, 2, backend="cpp")
+    for b in range(30):
+        assert torch.equal(
+            sequence_encoder(items[b : b + 1], mask[b : b + 1], weights, 2, backend="cpp")[0], whole[b]
+        )
+
+
+@compiled
+def test_padding_reaches_nothing():
+    items, mask, flat = problem(20, 10, 64, 256, 2, 10)
+    poisoned = torch.where(mask[..., None], items, float("nan"))
+    clean = run(items, mask, flat, 2, backend="cpp", dropout=0.2, seed=SEED)
+    for a, b in zip(run(poisoned, mask, flat, 2, backend="cpp", dropout=0.2, seed=SEED), clean, strict=True):
+        assert torch.equal(a, b)
+    assert not clean[0][~mask].any() and not clean[1][~mask].any()
+
+
+@compiled
+def test_strides_and_partial_gradients():
+    items, mask, flat = problem(8, 4, 12, 20)
+    views = [w.T.contiguous().T if w.dim() == 2 else w.repeat_interleave(2)[::2] for w in flat]
+    items_view = items.transpose(0, 1).contiguous().transpose(0, 1)
+    want = run(items, mask, flat, 2, backend="cpp")
+    for a, b in zip(run(items_view, mask.T.contiguous().T, views, 2, backend="cpp"), want, strict=True):
+        assert torch.equal(a, b)
+    flat[6].requires_grad_()  # one block's output product, nothing else
+    users = sequence_encoder(items, mask, grouped(flat), 2, backend="cpp")
+    (found,) = torch.autograd.grad(users.sum(), [flat[6]])
+    reference = sequence_encoder_reference(items, mask, grouped(flat), 2)
+    torch.testing.assert_close(found, torch.autograd.grad(reference.sum(), [flat[6]])[0])
+
+
+# -- the module ------------------------------------------------------------------------------------------
+
+
+@compiled
+def test_module_in_eval_equals_eager():
+    module = encoder(dropout=0.5).eval()
+    items = torch.randn(4, 5, 16)
+    want = module(items, MASK, backend="eager")
+    torch.testing.assert_close(module(items, MASK, backend="cpp")[MASK], want[MASK])
+    assert _dispatch.choose("sequence_encoder", "cpu", torch.float32).backend == "cpp"
+
+
+@compiled
+def test_module_under_autocast_keeps_the_type_of_eager():
+    module = encoder()
+    for dtype in (torch.float32, torch.bfloat16):
+        items = torch.randn(4, 5, 16).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            have, want = (module(items, MASK, backend=backend) for backend in ("cpp", "eager"))
+        assert have.dtype == want.dtype == torch.float32
+        have.sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@compiled
+def test_module_dropout_repeats_under_a_seed_and_differs_between_steps():
+    module, items = encoder(dropout=0.3), torch.randn(4, 5, 16)
+    torch.manual_seed(5)
+    first, second = module(items, MASK, backend="cpp"), module(items, MASK, backend="cpp")
+    torch.manual_seed(5)
+    assert torch.equal(module(items, MASK, backend="cpp"), first)
+    assert not torch.equal(first, second)
+
+
+@compiled
+def test_module_dropout_is_eagers_in_the_mean():
+    """Over many draws both have one mean and one variance: the same places are dropped, at the same rate."""
+    module, items, draws = encoder(dropout=0.3, blocks=1), torch.randn(1, 5, 16), 3000
+    moments = []
+    for backend in ("eager", "cpp"):
+        many = items.expand(draws, -1, -1), torch.ones(draws, 5).bool()
+        with torch.no_grad():
+            users = module(*many, backend=backend).double()
+        moments.append((users.mean(0), users.std(0)))
+    (mean, std), (other_mean, other_std) = moments
+    assert ((mean - other_mean).abs() / std).max() < 5 * (2 / draws) ** 0.5
+    assert (std / other_std - 1).abs().max() < 0.12
+
+
+def test_module_on_cuda_is_eager_by_design(recwarn):
+    choice = _dispatch.choose("sequence_encoder", "cuda", torch.float32)
+    assert choice.backend == "eager" and "scaled_dot_product_attention" in choice.reason
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mask": torch.ones(4, 2).bool()}, ValueError, r"mask: expected \[4, 3\]"),
+        ({"mask": torch.ones(4, 3)}, TypeError, r"mask: expected dtype bool, got float32"),
+        ({"items": torch.randn(4, 3, 5)}, ValueError, r"items: expected shape \[\?, \?, 6\]"),
+        ({"items": torch.randn(4, 9, 6), "mask": torch.ones(4, 9).bool()}, ValueError, r"items: .* 5 places"),
+        ({"heads": 4}, ValueError, r"heads: expected a divisor of the width 6, got 4"),
+        ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        ({"dropout": 0.1}, ValueError, r"seed: dropout=0.1 needs an int64 scalar"),
+        ({"seed": torch.tensor([1])}, ValueError, r"seed: expected shape \[\]"),
+    ],
+)
+def test_bad_arguments_are_named(changes, error, message):
+    items, mask, flat = problem(dtype=torch.float32)
+    arguments = {"items": items, "mask": mask, "weights": grouped(flat), "heads": 2, **changes}
+    with pytest.raises(error, match=message):
+        sequence_encoder(**arguments)
+
+
+def test_a_weight_of_the_wrong_shape_is_named():
+    items, mask, flat = problem()
+    flat[9] = torch.randn(3, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"blocks\[0\].widen: expected shape \[3, 6\], got float64 \[3, 7\]"):
+        sequence_encoder(items, mask, grouped(flat), 2)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (2, [torch.zeros(1)], r"weights: expected 3 tensors and 12 a block, got 1"),
+        (3, 5, r"heads: expected a divisor of 6, got 5"),
+        (4, 0.0, r"eps: expected a positive number"),
+        (5, 1.5, r"dropout: expected a probability"),
+        (6, torch.zeros(2, dtype=torch.int64), r"seed: expected shape \[\]"),
+        (1, torch.ones(3, 4).bool(), r"mask: expected shape \[4, 3\]"),
+    ],
+)
+def test_the_library_checks_for_itself(index, value, message):
+    items, mask, flat = problem()
+    arguments = [items, mask, flat, 2, 1e-6, 0.1, SEED, True, torch.float64]
+    arguments[index] = value
+    _build.load("cpu")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.crossan_fast_cpp.sequence_encoder(*arguments)
