@@ -104,6 +104,8 @@ void copy_async_wait() {
   }
 }
 
+inline void prefetch(const void*) {}
+
 inline float shuffle_xor(float value, int mask) {
   struct Lane {
     float given, received;
@@ -195,13 +197,19 @@ inline void wgmma_commit() {}
 
 namespace shim {
 
-// Element k of row `row` of a 128-byte-swizzled operand: bits 7–9 of its address are added to bits 4–6.
+// Element k of row (M or N) `row` of a swizzled operand with rows of 128 bytes (layout 1: bits 7–9 of an address
+// are added to bits 4–6) or 64 (layout 2: bits 7–8 to bits 4–5); transposed, memory's rows are k.
 template <class T>
-float operand_element(uint64_t operand, int row, int k) {
-  if (operand >> 62 != 1) throw std::logic_error("wgmma operand: not the layout that is emulated");
-  uint64_t address = ((operand & 0x3FFF) << 4) + row / 8 * ((operand >> 32 & 0x3FFF) << 4) + row % 8 * 128 + 2 * k;
+float operand_element(uint64_t operand, bool transposed, int row, int k) {
+  uint64_t layout = operand >> 62, row_bytes = layout == 1 ? 128 : 64, mask = layout == 1 ? 7 : 3;
+  if (layout != 1 && layout != 2) throw std::logic_error("wgmma operand: not a layout that is emulated");
+  int line = transposed ? k : row, column = transposed ? row : k;
+  if (transposed && 2u * column >= row_bytes) throw std::logic_error("wgmma operand: wider than its rows");
+  uint64_t start = (operand & 0x3FFF) << 4, group = (operand >> 32 & 0x3FFF) << 4;
+  if (start % (8 * row_bytes) >= row_bytes) throw std::logic_error("wgmma operand: starts within a group");
+  uint64_t address = start + line / 8 * group + line % 8 * row_bytes + 2 * column;
   T element;
-  std::memcpy(&element, shared_memory() + (address ^ (address >> 7 & 7) << 4), 2);
+  std::memcpy(&element, shared_memory() + (address ^ (address >> 7 & mask) << 4), 2);
   return to_float(element);
 }
 
@@ -213,8 +221,8 @@ void run_products(std::vector<void*>& warpgroup) {
     const Product& first = static_cast<Fiber*>(warpgroup[0])->products[index];
     float left[64][16], right[32][16];
     for (int k = 0; k < 16; ++k) {
-      for (int row = 0; row < 64; ++row) left[row][k] = operand_element<T>(first.a, row, k);
-      for (int row = 0; row < 32; ++row) right[row][k] = operand_element<T>(first.b, row, k);
+      for (int row = 0; row < 64; ++row) left[row][k] = operand_element<T>(first.a, first.trans_a, row, k);
+      for (int row = 0; row < 32; ++row) right[row][k] = operand_element<T>(first.b, first.trans_b, row, k);
     }
     for (int thread = 0; thread < 128; ++thread) {
       const Product& own = static_cast<Fiber*>(warpgroup[thread])->products.at(index);
@@ -231,14 +239,15 @@ void run_products(std::vector<void*>& warpgroup) {
 
 }  // namespace shim
 
-template <class T>
+template <class T, bool kTransA = false, bool kTransB = false>
 void wgmma_64x32x16(float (&acc)[16], uint64_t a, uint64_t b) {
   shim::Fiber& fiber = *shim::machine.current;
-  fiber.products.push_back({acc, a, b});
+  fiber.products.push_back({acc, a, b, kTransA, kTransB});
   fiber.run_products = shim::run_products<T>;
 }
 
-inline void wgmma_wait(float (&)[16]) {
+template <class... Accumulators>
+void wgmma_wait(Accumulators&...) {
   shim::Fiber& fiber = *shim::machine.current;
   shim::meet(fiber.block->warpgroups[fiber.thread / 128], 128, fiber.thread % 128, &fiber,
              fiber.run_products);

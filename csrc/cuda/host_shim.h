@@ -54,6 +54,7 @@ struct Block;
 struct Product {
   float* acc;
   uint64_t a, b;
+  bool trans_a, trans_b;
 };
 
 struct Fiber {

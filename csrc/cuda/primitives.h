@@ -93,6 +93,11 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Asks for the cache line of an address, for reads to come.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
+}
+
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
@@ -193,27 +198,33 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
-// Waits for all of the warpgroup's wgmma; the accumulator is an operand, so that no use of it moves above.
-__device__ __forceinline__ void wgmma_wait(float (&acc)[16]) {
+template <int kCount>
+__device__ __forceinline__ void pin(float (&acc)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
+// Waits for all of the warpgroup's wgmma; the accumulators are operands, so that no use of them moves above.
+template <class... Accumulators>
+__device__ __forceinline__ void wgmma_wait(Accumulators&... acc) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int i = 0; i < 16; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+  (pin(acc), ...);
 #endif
 }
 
 // acc [64, 32] += A [64, 16] · B [32, 16]ᵀ by a warpgroup. Warp w holds rows 16·w …; of the j-th 8 columns a
 // lane holds row lane / 4, columns 2·(lane % 4) + {0, 1} in acc[4·j + {0, 1}], row + 8 in acc[4·j + {2, 3}].
+// With `kTransA` (`kTransB`) the operand's rows in memory are K.
 #define CROSSAN_WGMMA(type)                                                                                \
   asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                 \
                " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, " \
-               "0, 0;"                                                                                     \
+               "%18, %19;"                                                                                 \
                : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]),       \
                  "+f"(acc[6]), "+f"(acc[7]), "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]),     \
                  "+f"(acc[12]), "+f"(acc[13]), "+f"(acc[14]), "+f"(acc[15])                                \
-               : "l"(a), "l"(b))
+               : "l"(a), "l"(b), "n"(kTransA), "n"(kTransB))
 
-template <class T>
+template <class T, bool kTransA = false, bool kTransB = false>
 __device__ __forceinline__ void wgmma_64x32x16(float (&acc)[16], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (kind_of<T> == kBFloat16)
@@ -234,11 +245,21 @@ namespace crossan {
 // eight chunks of a row, lie in different banks; wgmma and the copy engine know the layout as 128B swizzle.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// A tile of 128-byte rows, swizzled (16-byte chunk c of row i lies at c ^ (i % 8)), whose rows are M or N and
-// whose columns are K: layout 128B, 1,024 bytes between groups of 8 rows. `bytes` moves along K.
+// The same for rows of 64 bytes.
+__device__ __forceinline__ int swizzled_half(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
+
+// A swizzled tile of 128-byte rows, 1,024 bytes between groups of 8 rows: layout 128B. Rows are M or N and
+// columns K, where `bytes` moves along a row; or, for a transposed operand, rows are K and columns M or N, 64 of
+// them, where `bytes` moves by 2,048 to the next 16 rows. Tiles start at multiples of 1,024.
 __device__ __forceinline__ uint64_t wgmma_operand(const unsigned char* tile, int bytes) {
   uint64_t address = (shared_address(tile) + bytes) & 0x3FFFF;
   return address >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// Likewise for rows of 64 bytes, a transposed operand's 32 columns: layout 64B, 512 bytes between groups of 8.
+__device__ __forceinline__ uint64_t wgmma_operand_half(const unsigned char* tile, int bytes) {
+  uint64_t address = (shared_address(tile) + bytes) & 0x3FFFF;
+  return address >> 4 | uint64_t(1) << 16 | uint64_t(512 >> 4) << 32 | uint64_t(2) << 62;
 }
 
 }  // namespace crossan

@@ -161,6 +161,14 @@ Walk part_of(Walk walk, int64_t first, int64_t count) {
   return walk;
 }
 
+bool takes_hopper(const CrossanSideNetwork& n) {
+  return n.path == kCrossanPathHopper || (n.path == kCrossanPathAuto && device_limits().architecture == 90);
+}
+
+size_t gradient_shared_of(bool hopper, int levels) {
+  return hopper ? weight_gradient_hopper_shared(levels) : weight_gradient_shared(levels);
+}
+
 size_t shared_of(bool hopper, int width, int groups) {
   return hopper ? walk_hopper_shared(width, groups) : walk_shared(width, groups);
 }
@@ -168,7 +176,7 @@ size_t shared_of(bool hopper, int width, int groups) {
 // One group of 32 items a block while that keeps multiprocessors busy that two would leave idle.
 int run_walk(const CrossanSideNetwork& n, const Walk& walk, bool backward, void* stream) {
   DeviceLimits device = device_limits();
-  bool hopper = n.path == kCrossanPathHopper || (n.path == kCrossanPathAuto && device.architecture == 90);
+  bool hopper = takes_hopper(n);
   if (hopper && device.architecture != 90) return kCrossanBadPath;
   auto shared = [&](int groups) { return shared_of(hopper, walk.max_width, groups); };
   int64_t blocks_of_two = (walk.items + 2 * kGroupItems - 1) / (2 * kGroupItems) * n.towers;
@@ -189,8 +197,9 @@ extern "C" int crossan_side_network_widest(int levels) {
   DeviceLimits device = device_limits();
   auto limit = static_cast<size_t>(device.shared_per_block);
   int width = 0;
-  if (weight_gradient_shared(levels) > limit) return 0;
-  while (shared_of(device.architecture == 90, width + kTile, 1) <= limit) width += kTile;
+  bool hopper = device.architecture == 90;
+  if (gradient_shared_of(hopper, levels) > limit) return 0;
+  while (shared_of(hopper, width + kTile, 1) <= limit) width += kTile;
   return width;
 }
 
@@ -211,7 +220,8 @@ extern "C" int crossan_side_network_backward(const CrossanSideNetwork* network, 
   const CrossanSideNetwork& n = *network;
   const int64_t kept = backward_items(n) > 0 ? backward_items(n) : 1;
   Plan plan = make_plan(n, true, workspace);
-  if (weight_gradient_shared(n.levels) > static_cast<size_t>(device_limits().shared_per_block))
+  const bool hopper = takes_hopper(n);
+  if (gradient_shared_of(hopper, n.levels) > static_cast<size_t>(device_limits().shared_per_block))
     return kCrossanTooLarge;
   if (int error = launch_prepare(plan.prepare, stream)) return error;
   const Walk whole = plan.gradient.walk;
@@ -224,7 +234,9 @@ extern "C" int crossan_side_network_backward(const CrossanSideNetwork* network, 
     // The walk reads the backward's tiles, the weight gradients the forward's.
     for (int t = 0; t < walk.tower_count; ++t) walk.towers[t].weights = plan.gradient.backward_tiles[t];
     if (int error = run_walk(n, walk, true, stream)) return error;
-    if (int error = launch_weight_gradient(plan.gradient, n.compute_kind, stream)) return error;
+    int error = hopper ? launch_weight_gradient_hopper(plan.gradient, n.compute_kind, stream)
+                       : launch_weight_gradient(plan.gradient, n.compute_kind, stream);
+    if (error) return error;
   }
   return launch_reduce(plan.reduce, stream);
 }

@@ -121,15 +121,32 @@ __host__ __device__ constexpr int64_t partial_floats(int levels, int width) {
   return int64_t(levels) * (2 * kRank * width + kRank + width);
 }
 
+__device__ __forceinline__ void add_or_store(float* target, float value, bool add) {
+  *target = add ? *target + value : value;
+}
+
+struct Four {
+  float value[4];
+};
+
+__device__ __forceinline__ void add_or_store(float* target, Four sum, bool add) {
+  Raw8 raw = add ? load16(target) : Raw8{};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) raw.words[i] = float_to_bits(bits_to_float(raw.words[i]) + sum.value[i]);
+  store16(target, raw);
+}
+
 // The launches, one translation unit each; side_network.cu puts them in order.
 int launch_prepare(const Prepare& prepare, void* stream);
 int launch_walk(const Walk& walk, int kind, bool backward, int groups, size_t shared, void* stream);
 int launch_walk_hopper(const Walk& walk, int kind, bool backward, int groups, size_t shared, unsigned blocks,
                        void* stream);
 int launch_weight_gradient(const WeightGradient& gradient, int kind, void* stream);
+int launch_weight_gradient_hopper(const WeightGradient& gradient, int kind, void* stream);
 int launch_reduce(const Reduce& reduce, void* stream);
 size_t walk_shared(int max_width, int groups);
 size_t walk_hopper_shared(int max_width, int groups);
 size_t weight_gradient_shared(int levels);
+size_t weight_gradient_hopper_shared(int levels);
 
 }  // namespace crossan

@@ -28,11 +28,6 @@ struct Layout {
 // memory: column 4·(lane % 4) + 2·j + e. The matrix unit's n-th column is memory's memory_column(n).
 __device__ __forceinline__ int memory_column(int n) { return n % 8 / 2 * 4 + n / 8 * 2 + n % 2; }
 
-// Rows of 64 bytes (32 columns): as swizzled(), for half the width.
-__device__ __forceinline__ int swizzled_half(int row, int chunk) {
-  return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
-}
-
 template <class T>
 struct Block {
   const WeightGradient& p;
@@ -233,21 +228,6 @@ struct Loads {
     unpack8(all, kind, values);  // the first four
   }
 };
-
-__device__ __forceinline__ void add_or_store(float* target, float value, bool add) {
-  *target = add ? *target + value : value;
-}
-
-struct Four {
-  float value[4];
-};
-
-__device__ __forceinline__ void add_or_store(float* target, Four sum, bool add) {
-  Raw8 raw = add ? load16(target) : Raw8{};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) raw.words[i] = float_to_bits(bits_to_float(raw.words[i]) + sum.value[i]);
-  store16(target, raw);
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) weight_gradient(const __grid_constant__ WeightGradient p) {

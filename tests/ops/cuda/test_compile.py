@@ -106,16 +106,34 @@ def test_bindings_compile_for_a_gpu(tmp_path, source):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_hopper_path_uses_hopper_instructions(cubins):
+@pytest.mark.parametrize(
+    "source, kernel, count, instructions",
+    [
+        # bf16 and fp16; forward and backward, one and two groups.
+        (
+            "side_network_hopper",
+            "hopper_kernel",
+            8,
+            ("HGMMA.64x32x16.F32", "UBLKCP", ".MULTICAST", "STSM.16.MT88.4", "SYNCS"),
+        ),
+        (
+            "side_network_weight_gradient_hopper",
+            "weight_gradient_hopper",
+            2,
+            ("HGMMA.64x32x16.F32", ".tnspA.tnspB"),
+        ),
+    ],
+)
+def test_hopper_path_uses_hopper_instructions(cubins, source, kernel, count, instructions):
     knobs = pytest.importorskip("triton").knobs
     cuobjdump = shutil.which("cuobjdump") or knobs.nvidia.cuobjdump.path
     _compile(cubins)
-    cubin = cubins / "side_network_hopper.90a.cubin"
+    cubin = cubins / f"{source}.90a.cubin"
     listing = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True)
-    kernels = [k for k in listing.stdout.split("Function : ") if "hopper_kernel" in k.splitlines()[0]]
-    assert len(kernels) == 8  # bf16 and fp16, forward and backward, one and two groups
-    for kernel in kernels:
-        for instruction in ("HGMMA.64x32x16.F32", "UBLKCP", ".MULTICAST", "STSM.16.MT88.4", "SYNCS"):
-            assert instruction in kernel, f"{instruction} is missing"
+    kernels = [k for k in listing.stdout.split("Function : ") if kernel in k.splitlines()[0]]
+    assert len(kernels) == count
+    for sass in kernels:
+        for instruction in instructions:
+            assert instruction in sass, f"{instruction} is missing"
         # Registers never spill to, or index, local memory.
-        assert "LDL" not in kernel and "STL" not in kernel
+        assert "LDL" not in sass and "STL" not in sass
