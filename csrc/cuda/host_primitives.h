@@ -250,7 +250,9 @@ template <class... Accumulators>
 void wgmma_wait(Accumulators&...) {
   shim::Fiber& fiber = *shim::machine.current;
   shim::meet(fiber.block->warpgroups[fiber.thread / 128], 128, fiber.thread % 128, &fiber,
-             fiber.run_products);
+             [&](std::vector<void*>& warpgroup) {
+               if (!fiber.products.empty()) fiber.run_products(warpgroup);
+             });
 }
 
 }  // namespace crossan

@@ -19,6 +19,7 @@ template <class T>
 struct WgmmaEngine {
   Ring ring;
   int group, used = 0;
+  bool running = false;
   float acc[16] = {};  // [64 rows of the weights, 32 items], see wgmma_64x32x16
 
   __device__ WgmmaEngine(const Ring& ring, int group) : ring(ring), group(group) {}
@@ -33,11 +34,11 @@ struct WgmmaEngine {
     return ring.tiles + stage * kTileBytes;
   }
 
-  // After product() has waited, so that no warp reads the tile any more.
-  __device__ __forceinline__ void release() {
+  __device__ __forceinline__ void finish() {
+    wgmma_wait(acc);
     int lane = threadIdx.x % 32;
-    if (lane < kCluster) mbarrier_arrive_at(ring.empty + used % kStages, lane);
-    ++used;
+    if (running && lane < kCluster) mbarrier_arrive_at(ring.empty + (used - 1) % kStages, lane);
+    running = false;
   }
 
   __device__ __forceinline__ void clear() {
@@ -51,7 +52,8 @@ struct WgmmaEngine {
     for (int step = 0; step < kTile / 16; ++step)
       wgmma_64x32x16<T>(acc, wgmma_operand(tile, 32 * step), wgmma_operand(items, 32 * step));
     wgmma_commit();
-    wgmma_wait(acc);
+    running = true;
+    ++used;
   }
 
   // The accumulator's 8 × 8 blocks, transposed to items × columns: blocks (row, item) of a quarter `pair`.

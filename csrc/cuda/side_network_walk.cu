@@ -40,7 +40,7 @@ struct MmaEngine {
     fetch();
     return ring + used++ % kStages * kTileBytes;
   }
-  __device__ __forceinline__ void release() {}
+  __device__ __forceinline__ void finish() {}
   __device__ __forceinline__ void sync() { __syncthreads(); }
 
   __device__ __forceinline__ void clear() {

@@ -3,8 +3,8 @@
 // multiplies the tiles is the Engine: mma.sync (side_network_walk.cu) or wgmma (side_network_hopper.cu):
 //
 //   acquire()   makes what the group wrote visible to product(), waits for the next tile of weights
-//   product()   acc += items [32, 64] · tile [64, 64]ᵀ
-//   release()   the tile is no longer needed
+//   product()   acc += items [32, 64] · tile [64, 64]ᵀ, perhaps in the background
+//   finish()    waits for the product before, if any; its tile is no longer needed
 //   store()     acc + bias → a tile of 32 items × 64
 //   add()       panel ← (panel + acc + bias) · scale
 //   sync()      the group's threads meet
@@ -180,9 +180,10 @@ __device__ __forceinline__ void walk_tower(const Walk& walk, const Tower& tower,
           loads.start(tower, levels, items, level + last, last ? 0 : panel + 1, at.chunk);
       }
       const unsigned char* tile = engine.acquire();
+      engine.finish();  // so the product ran while this panel was mixed
       engine.product(own, tile);
-      engine.release();
     }
+    engine.finish();
     engine.store(memory.bottleneck, kBackward ? nullptr : tower.down_bias + level * kRank);
     engine.sync();
     bottleneck_pass<T, kBackward>(walk, tower, memory.bottleneck, at, items, first_item, level);
@@ -191,7 +192,7 @@ __device__ __forceinline__ void walk_tower(const Walk& walk, const Tower& tower,
       const unsigned char* tile = engine.acquire();
       engine.clear();
       engine.product(memory.bottleneck, tile);
-      engine.release();
+      engine.finish();
       engine.add(memory.panels + panel * kPanelBytes,
                  kBackward ? nullptr : tower.up_bias + int64_t(level) * tower.width + panel * kTile,
                  kBackward ? coefficients[0] : 1.0f);
