@@ -18,21 +18,29 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 
-from crossan_fast.kernels import side_network
+from crossan_fast.kernels import (
+    full_loss,
+    fusion,
+    in_batch_loss,
+    rank_of_target,
+    side_network,
+    topk_scores,
+)
 from crossan_fast.kernels._common import Launch, record_launches
+from crossan_fast.ops.fusion import FusionWeights
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
 
 RESULTS = Path(__file__).parent / "results" / "aot.csv"
 ARCHITECTURES = (80, 90)
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
-MATRIX = {80: "HMMA", 90: "HGMMA"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Case:
         dtype: what it computes in.
         run: calls the host functions.
         hot: kernels that must not spill.
-        matrix: kernels whose products must be matrix instructions of their architecture.
+        matrix: kernels whose products must be matrix instructions.
+        wide: those of them whose tiles have the 64 rows of sm_90's own instruction, and so must use it.
     """
 
     name: str
@@ -52,6 +61,7 @@ class Case:
     run: Callable[[], object]
     hot: frozenset[str] = frozenset()
     matrix: frozenset[str] = frozenset()
+    wide: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Row:
     """One compiled kernel; spills are bytes of stack a thread, the rest counts of instructions."""
 
     arch: str
+    triton: str
     case: str
     dtype: str
     kernel: str
@@ -74,9 +85,9 @@ class Row:
     local: int
 
 
-def compile_case(case: Case, arch: int) -> list[Row]:
+def compile_case(case: Case, arch: int, hot_only: bool = False) -> list[Row]:
     """One row for each different kernel the case launches."""
-    with record_launches(arch) as launches:
+    with record_launches(arch, case.hot if hot_only else None) as launches:
         case.run()
     seen: dict[int, Row] = {}
     for launch in launches:
@@ -96,10 +107,43 @@ def failures(rows: Iterable[Row], cases: Iterable[Case]) -> list[str]:
             problems.append(f"{where} spills {row.spill_bytes} bytes, {row.local} local accesses")
         if row.shared_bytes > SHARED_LIMIT[arch]:
             problems.append(f"{where} needs {row.shared_bytes} bytes of shared memory")
-        counts = {"HMMA": row.hmma, "HGMMA": row.hgmma}
-        if row.kernel in case.matrix and not counts[MATRIX[arch]]:
-            problems.append(f"{where} has no {MATRIX[arch]}")
+        if row.kernel in case.matrix and not row.hmma + row.hgmma:
+            problems.append(f"{where} has no matrix instruction")
+        if arch == 90 and row.kernel in case.wide and not row.hgmma:
+            problems.append(f"{where} has no HGMMA")
     return problems
+
+
+def differences(rows: Iterable[Row], table: list[dict[str, str]]) -> list[str]:
+    """Rows that the recorded table does not have, in words; empty where another Triton wrote the table.
+
+    Compilation repeats exactly, so shared memory and matrix instructions must agree. Registers may differ by
+    8, the unit in which they are given to a thread: below that nothing changes on the device.
+    """
+    where = ("arch", "case", "dtype", "kernel", "warps")
+    exact = ("shared_bytes", "hgmma", "hmma")
+    problems = []
+    for row in rows:
+        mine = {key: str(value) for key, value in asdict(row).items()}
+        same = [r for r in table if all(r[key] == mine[key] for key in where)]
+        if any(r["triton"] != mine["triton"] for r in same):
+            continue
+        near = [r for r in same if abs(int(r["registers"]) - row.registers) <= 8]
+        if not any(all(r[key] == mine[key] for key in exact) for r in near):
+            found = [{key: r[key] for key in ("registers", *exact)} for r in same]
+            problems.append(
+                f"{' '.join(mine[key] for key in where)}: {row.registers} registers, "
+                f"{row.shared_bytes} shared bytes, {row.hgmma} HGMMA, {row.hmma} HMMA; recorded: "
+                f"{found or 'nothing'}. `python -m benchmarks.aot` records anew."
+            )
+    return problems
+
+
+def recorded() -> list[dict[str, str]]:
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _measure(launch: Launch, case: Case, arch: int) -> Row:
@@ -118,6 +162,7 @@ def _measure(launch: Launch, case: Case, arch: int) -> Row:
 
     return Row(
         arch=f"sm_{arch}",
+        triton=triton.__version__,
         case=case.name,
         dtype=case.dtype,
         kernel=launch.name,
@@ -141,15 +186,17 @@ def _output(*command: str | Path) -> str:
 # ------------------------------------------------------------------------------------------------- cases
 
 
-def _side_network(
-    items: int, width: int, dtype: torch.dtype, *, rank: int = 64, stored: torch.dtype | None = None
-) -> None:
+def _new(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, device="meta", dtype=kind)
+
+
+def _side_network(items: int, width: int, dtype: torch.dtype, stored: torch.dtype | None = None) -> None:
     """Forward and backward of CROSSAN's four towers of 7 levels, gathered by id from a resident cache."""
-    towers, levels, rows = 4, 7, 20_315
+    towers, levels, rank, rows = 4, 7, 64, 20_315
     structure = SideNetworkStructure((width,) * towers, tuple((m,) for m in range(towers)))
 
-    def new(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*shape, device="meta", dtype=kind)
+    def new(*shape: int) -> torch.Tensor:
+        return _new(*shape, kind=dtype)
 
     weights = SideNetworkWeights(
         [new(levels, rank, width)] * towers,
@@ -159,34 +206,107 @@ def _side_network(
         [new(levels)] * towers,
         [new(levels) for _ in structure.cross_pairs],
     )
-    states = [new(rows, levels, width, kind=stored or dtype) for _ in range(towers)]
-    scales = [new(rows, levels, kind=torch.float32) for _ in range(towers)] if stored else None
-    ids = new(items, kind=torch.int64)
+    states = [_new(rows, levels, width, kind=stored or dtype) for _ in range(towers)]
+    scales = [_new(rows, levels, kind=torch.float32) for _ in range(towers)] if stored else None
+    ids = _new(items, kind=torch.int64)
     outputs, saved = side_network.forward(states, scales, ids, None, weights, structure, dtype)
     side_network.backward(outputs, saved, states, scales, ids, None, weights, structure, dtype)
 
 
+def _fusion(items: int, dtype: torch.dtype) -> None:
+    """MOMEF of four towers of width 768 into d = 64, every expert chosen, weights of the compute dtype."""
+    modalities, width, d = 4, 768, 64
+
+    def new(*shape: int) -> torch.Tensor:
+        return _new(*shape, kind=dtype)
+
+    weights = FusionWeights(
+        [new(d, width)] * modalities,
+        [new(d)] * modalities,
+        new(modalities, modalities * d),
+        new(modalities),
+        new(modalities, 4 * d, d),
+        new(modalities, 4 * d),
+        new(modalities, d, 4 * d),
+        new(modalities, d),
+    )
+    hidden = [new(items, width)] * modalities
+    grad, _, probability, saved = fusion.forward(hidden, weights, None, None, None, dtype)
+    fusion.backward(grad, probability, saved, hidden, weights, None, None, None, dtype)
+
+
+def _in_batch_loss(sequences: int, columns: int, dtype: torch.dtype) -> None:
+    users, items = _new(sequences, 10, 64, kind=dtype), _new(columns, 64, kind=dtype)
+    slots, counts = _new(sequences, 11, kind=torch.int64), _new(columns, kind=torch.int64)
+    rest = (users, items, slots, counts, _new(columns, kind=torch.float32))
+    loss, lse = in_batch_loss.forward(*rest)
+    in_batch_loss.backward(loss, lse, *rest)
+
+
+def _full_loss(rows: int, dtype: torch.dtype) -> None:
+    rest = (_new(rows, 64, kind=dtype), _new(20_315, 64, kind=dtype), _new(rows, kind=torch.int64))
+    loss, lse = full_loss.forward(*rest)
+    full_loss.backward(loss, lse, *rest)
+
+
+def _ranking(op: Callable[..., object], argument: int | torch.Tensor, dtype: torch.dtype) -> None:
+    """12,076 users, 20,314 items, histories of 10."""
+    users, items = _new(12_076, 64, kind=dtype), _new(20_315, 64, kind=dtype)
+    op(users, items, argument, _new(12_076, 10, kind=torch.int64))
+
+
 _WALKS = frozenset({"fused_kernel", "down_kernel", "walk_kernel", "up_kernel", "grad_down_kernel"})
 _SIDE_NETWORK = _WALKS | {"grad_walk_kernel", "up_gradient_kernel", "down_gradient_kernel"}
+_FUSION = frozenset({"forward_kernel", "items_kernel", "heads_kernel", "experts_kernel"})
+_LOSS = frozenset({"forward_kernel", "backward_rows_kernel", "backward_columns_kernel"})
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-AOT_CASES: tuple[Case, ...] = tuple(
-    Case(
-        f"side_network n={items} D={width} r=64" + (" fp8" if stored else ""),
-        "bf16",
-        lambda items=items, width=width, stored=stored: _side_network(  # type: ignore[misc]
-            items, width, torch.bfloat16, stored=stored
-        ),
-        hot=_SIDE_NETWORK,
-        matrix=_SIDE_NETWORK | {"mixing_kernel"},
-    )
-    for items, width, stored in (
-        (704, 768, None),
-        (20_314, 768, None),
-        (20_314, 768, torch.float8_e4m3fn),
-        (20_314, 1024, None),
-        (20_314, 4096, None),
-    )
-)
+
+def _cases() -> Iterator[Case]:
+    for items, width, dtype, stored in (
+        (704, 768, "bf16", None),
+        (20_314, 768, "bf16", None),
+        (20_314, 768, "bf16", torch.float8_e4m3fn),
+        (704, 768, "fp32", None),
+        (20_314, 1024, "bf16", None),
+        (704, 4096, "bf16", None),
+        (20_314, 4096, "bf16", None),
+    ):
+        half = dtype == "bf16"
+        yield Case(
+            f"side_network n={items} D={width} r=64" + (" fp8" if stored else ""),
+            dtype,
+            partial(_side_network, items, width, _DTYPES[dtype], stored),
+            hot=_SIDE_NETWORK,
+            matrix=_SIDE_NETWORK | {"mixing_kernel", "combine_kernel"} if half else frozenset(),
+            # *walk* and *grad_walk* alone take 16 items, for the number of programs; fused ones take 64.
+            wide=_SIDE_NETWORK - {"walk_kernel", "grad_walk_kernel"} if half else frozenset(),
+        )
+    for dtype, kind in _DTYPES.items():
+        # A product of fp32 takes matrix units only where torch's own switch allows tf32.
+        fusion_products, loss_products = (_FUSION, _LOSS) if dtype == "bf16" else (frozenset(), frozenset())
+        for items in (704, 20_314):
+            run = partial(_fusion, items, kind)
+            # In fp32 the forward's products hold both operands in registers and spill (kernels/README.md).
+            hot = _FUSION if dtype == "bf16" else _FUSION - {"forward_kernel"}
+            yield Case(f"fusion n={items} D=768 d=64", dtype, run, hot, fusion_products)
+        for sequences, columns in ((64, 704), (1_024, 11_264)):
+            run = partial(_in_batch_loss, sequences, columns, kind)
+            name = f"in_batch_loss rows={sequences * 10} columns={columns} d=64"
+            yield Case(name, dtype, run, _LOSS, loss_products, loss_products)
+        run = partial(_full_loss, 640, kind)
+        yield Case("full_loss rows=640 columns=20315 d=64", dtype, run, _LOSS, loss_products, loss_products)
+        for k in (10, 200):
+            run = partial(_ranking, topk_scores.forward, k, kind)
+            matrix = frozenset({"topk_kernel"} if dtype == "bf16" else ())
+            yield Case(f"topk_scores k={k} d=64", dtype, run, frozenset({"topk_kernel"}), matrix)
+        targets = _new(12_076, kind=torch.int64)
+        run = partial(_ranking, rank_of_target.forward, targets, kind)
+        matrix = frozenset({"rank_kernel"} if dtype == "bf16" else ())
+        yield Case("rank_of_target d=64", dtype, run, frozenset({"rank_kernel"}), matrix, matrix)
+
+
+AOT_CASES: tuple[Case, ...] = tuple(_cases())
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -195,22 +315,29 @@ AOT_CASES: tuple[Case, ...] = tuple(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    parser.add_argument("--only", default="", help="part of a case's name")
-    parser.add_argument("--check", action="store_true", help="fail on a broken limit; write nothing")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of cases' names and dtypes")
+    parser.add_argument("--hot", action="store_true", help="hot kernels only; with --check")
+    parser.add_argument(
+        "--check", action="store_true", help="fail on a broken limit or another figure; write nothing"
+    )
     options = parser.parse_args(arguments)
-    cases = [case for case in AOT_CASES if options.only in case.name]
+    if options.hot and not options.check:
+        parser.error("--hot records less than a table row's case has: use it with --check")
+    cases = [c for c in AOT_CASES if any(only in f"{c.name} {c.dtype}" for only in options.only)]
     rows = []
     for arch in options.arch:
         for case in cases:
-            for row in compile_case(case, arch):
+            for row in compile_case(case, arch, options.hot):
                 rows.append(row)
                 print(
-                    f"{row.arch}  {row.case:38s} {row.dtype}  {row.kernel:24s} {row.warps:2d} warps "
+                    f"{row.arch}  {row.case:46s} {row.dtype}  {row.kernel:24s} {row.warps:2d} warps "
                     f"{row.registers:4d} regs {row.spill_bytes:5d} spill {row.shared_bytes:7d} shared "
                     f"{row.hgmma:4d} HGMMA {row.hmma:4d} HMMA {row.ldg128:4d}/{row.ldg} LDG.128",
                     flush=True,
                 )
     problems = failures(rows, cases)
+    if options.check:
+        problems += differences(rows, recorded())
     print("\n".join(problems), file=sys.stderr)
     if options.check:
         return 1 if problems else 0
@@ -220,10 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _write(rows: list[Row], done: set[tuple[str, str, str]]) -> None:
     """Replace the rows of what was compiled, keep the others; the file appears whole."""
-    kept = []
-    if RESULTS.exists():
-        with RESULTS.open(newline="") as file:
-            kept = [r for r in csv.DictReader(file) if (r["arch"], r["case"], r["dtype"]) not in done]
+    kept = [r for r in recorded() if (r["arch"], r["case"], r["dtype"]) not in done]
     table = [*kept, *({k: str(v) for k, v in asdict(row).items()} for row in rows)]
     table.sort(key=lambda r: (r["arch"], r["case"], r["dtype"], r["kernel"], r["registers"]))
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

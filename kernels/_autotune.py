@@ -58,6 +58,11 @@ def tuned(
     return candidates[_found[name]]
 
 
+def bucket(count: int) -> int:
+    """The least power of two ≥ count: what keys hold in place of a size that varies from batch to batch."""
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
 def path() -> Path:
     """Where results are kept: CROSSAN_FAST_AUTOTUNE_FILE, or a file in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

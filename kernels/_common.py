@@ -96,6 +96,7 @@ class Launch:
 @dataclass
 class _Recorder:
     capability: int
+    only: frozenset[str] | None
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -105,6 +106,8 @@ _recorder: _Recorder | None = None
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` on `grid`; inside `record_launches`, compile it instead."""
     if _recorder is not None:
+        if _recorder.only is not None and kernel.__name__ not in _recorder.only:
+            return
         compiled = kernel.warmup(*args, grid=grid, **options)
         _recorder.launches.append(Launch(kernel.__name__, compiled))
     else:
@@ -130,8 +133,12 @@ class _TargetOnly:
 
 
 @contextmanager
-def record_launches(capability: int) -> Iterator[list[Launch]]:
+def record_launches(capability: int, only: frozenset[str] | None = None) -> Iterator[list[Launch]]:
     """Compile for sm_`capability` what the host functions would launch; call them on meta tensors.
+
+    Args:
+        capability: 80, 90, …
+        only: names of the kernels to compile; None: all.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET=1, where nothing is compiled.
@@ -141,7 +148,7 @@ def record_launches(capability: int) -> Iterator[list[Launch]]:
         raise RuntimeError("record_launches: kernels were loaded with TRITON_INTERPRET=1; nothing compiles")
     from triton.runtime import driver
 
-    before, _recorder = _recorder, _Recorder(capability)
+    before, _recorder = _recorder, _Recorder(capability, only)
     driver.set_active(_TargetOnly(capability))
     try:
         yield _recorder.launches
@@ -159,6 +166,11 @@ def device_class(device: torch.device) -> str:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def device_name(device: torch.device) -> str:
+    """What autotuned configs belong to: cards of one class differ in multiprocessors and bandwidth."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device_class(device)
 
 
 def multiprocessors(device: torch.device) -> int:

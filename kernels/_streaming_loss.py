@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from crossan_fast.kernels import _streaming_softmax as kernels
+from crossan_fast.kernels._autotune import bucket, tuned
 from crossan_fast.kernels._blocks import cdiv, on_device, split
-from crossan_fast.kernels._common import device_class, dot_precision, launch, power_of_two
+from crossan_fast.kernels._common import device_class, device_name, dot_precision, launch, power_of_two
 
 # Rows per program of the cheap per-row kernels, and programs that count rows.
 _ROWS, _COUNTERS = 1024, 32
@@ -41,6 +43,17 @@ def config(device: str, dtype: torch.dtype, tf32: bool, width: int, backward: bo
     return Config(64, 64, 4, 3) if device == "sm_90" else Config(64, 32, 4, 3)
 
 
+def candidates(device: str, dtype: torch.dtype, tf32: bool, width: int, backward: bool) -> list[Config]:
+    """`config`'s choice, then what autotuning may try instead."""
+    first = config(device, dtype, tf32, width, backward)
+    others = [replace(first, warps=8 if first.warps == 4 else 4)]
+    if first.columns > 32:
+        others.append(replace(first, columns=first.columns // 2))
+    if first.stages > 1:
+        others.append(replace(first, stages=first.stages - 1))
+    return [first, *others]
+
+
 @dataclass(frozen=True)
 class Problem:
     """One loss: rows `[R, d]`, columns `[C, d]`, and what says which column a row predicts.
@@ -67,10 +80,13 @@ class Problem:
     def places(self) -> int:
         return self.slots.shape[1] if self.in_batch else 0
 
-    def config(self, backward: bool) -> Config:
-        dtype = self.users.dtype
+    def config(self, run: Callable[[Config], object], backward: bool) -> Config:
+        """The table's tile for this problem, or the one `run` is fastest with where autotuning is on."""
+        device, dtype, (rows, width) = self.users.device, self.users.dtype, self.users.shape
         tf32 = dot_precision(dtype) == "tf32"
-        return config(device_class(self.users.device), dtype, tf32, self.users.shape[1], backward)
+        sizes = (bucket(rows), bucket(self.items.shape[0]), self.places, width)
+        choices = candidates(device_class(device), dtype, tf32, width, backward)
+        return tuned("loss", (device_name(device), dtype, tf32, backward, *sizes), choices, run)
 
     def constants(self, tile: Config) -> dict[str, object]:
         # A block of rows starts anywhere in a sequence, so it may touch one more than it could fill.
@@ -100,14 +116,21 @@ class Problem:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """(loss, a scalar; log-sum-exp `[R]`, +inf where a row has no target), both fp32."""
-    users, tile = problem.users, problem.config(backward=False)
+    if problem.users.shape[0] == 0:
+        return problem.users.new_zeros((), dtype=torch.float32), problem.users.new_empty(
+            0, dtype=torch.float32
+        )
+    return _forward(problem.config(lambda tile: _forward(tile, problem), backward=False), problem)
+
+
+def _forward(tile: Config, problem: Problem) -> tuple[Tensor, Tensor]:
+    users = problem.users
     rows, columns, _, places, _ = problem.sizes()
     lse = users.new_empty(rows, dtype=torch.float32)
-    if rows == 0:
-        return users.new_zeros((), dtype=torch.float32), lse
     blocks, programs = cdiv(rows, tile.rows), cdiv(rows, _ROWS)
     parts, length = split(blocks, cdiv(columns, tile.columns))
-    maximum, total = users.new_empty((2, parts, rows), dtype=torch.float32)
+    # Two tensors: the second half of one starts at an address whose alignment, and so its kernel, varies.
+    maximum, total = (users.new_empty((parts, rows), dtype=torch.float32) for _ in range(2))
     positive = users.new_empty(rows, dtype=torch.float32)
     partial = users.new_empty((programs, 2), dtype=torch.float32)
     loss = users.new_empty((), dtype=torch.float32)
@@ -148,10 +171,15 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def backward(grad_loss: Tensor, lse: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Gradients of users and items, in their dtype."""
-    users, items, tile = problem.users, problem.items, problem.config(backward=True)
+    if problem.users.shape[0] == 0:
+        return torch.zeros_like(problem.users), torch.zeros_like(problem.items)
+    tile = problem.config(lambda tile: _backward(tile, grad_loss, lse, problem), backward=True)
+    return _backward(tile, grad_loss, lse, problem)
+
+
+def _backward(tile: Config, grad_loss: Tensor, lse: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    users, items = problem.users, problem.items
     rows, columns, _, places, _ = problem.sizes()
-    if rows == 0:
-        return torch.zeros_like(users), torch.zeros_like(items)
     counted = users.new_empty(_COUNTERS, dtype=torch.int32)
     coefficient = users.new_empty(rows, dtype=torch.float32)
     row_blocks, column_blocks = cdiv(rows, tile.rows), cdiv(columns, tile.columns)

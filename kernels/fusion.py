@@ -5,7 +5,7 @@ Kernels are in `fusion_forward` and `fusion_backward`, which say what each keeps
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from crossan_fast.kernels import fusion_backward, fusion_forward
+from crossan_fast.kernels._autotune import bucket, tuned
 from crossan_fast.kernels._blocks import cdiv, on_device, split
-from crossan_fast.kernels._common import device_class, dot_precision, launch, power_of_two, uniform
+from crossan_fast.kernels._common import (
+    device_class,
+    device_name,
+    dot_precision,
+    launch,
+    power_of_two,
+    uniform,
+)
 
 if TYPE_CHECKING:
     from crossan_fast.ops.fusion import FusionWeights
@@ -38,10 +46,19 @@ class Config(NamedTuple):
 def config(device: str, dtype: torch.dtype, tf32: bool, width: int, count: int) -> Config:
     """The default tile: few items per program fill a GPU at small counts, many spare L2 at large ones."""
     if dtype == torch.float32 and not tf32:
-        return Config(16, 32, 32, 4, 1)
+        return Config(16, 32, 32, 8, 1)
     if width > 64 or dtype == torch.float32:
         return Config(16 if width > 128 else 32, 32, 32, 4, 1)
-    return Config(32 if count <= 4096 else 64, 64, 32, 4, 2)
+    return Config(32, 64, 32, 4, 2) if count <= 4096 else Config(64, 64, 32, 8, 2)
+
+
+def candidates(device: str, dtype: torch.dtype, tf32: bool, width: int, count: int) -> list[Config]:
+    """`config`'s choice, then what autotuning may try instead."""
+    first = config(device, dtype, tf32, width, count)
+    others = [first._replace(items=first.items // 2)] if first.items > 16 else []
+    if width <= 64 and first.items < 64:
+        others.append(first._replace(items=first.items * 2, warps=8))
+    return [first, *others, first._replace(stages=1 if first.stages > 1 else 2)]
 
 
 @dataclass(frozen=True)
@@ -73,11 +90,10 @@ def _problem(
     top_k: int | None,
     counts: Tensor | None,
     dtype: torch.dtype,
+    tile: Config,
 ) -> _Problem:
     modalities, inner, width = weights.w1.shape
     precision = dot_precision(dtype)
-    device = device_class(weights.w1.device)
-    tile = config(device, dtype, precision == "tf32", width, hidden[0].shape[0])
     everything = [*weights.head_weight, *weights.head_bias, *weights[2:]]
     # A program reads all weights once: converting them first pays where there are many programs.
     packed = uniform(everything, dtype if hidden[0].shape[0] > 4096 else None)
@@ -109,6 +125,25 @@ def _problem(
     )
 
 
+def _tile(
+    direction: str,
+    hidden: Sequence[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+    run: Callable[[Config], object],
+) -> Config:
+    """The table's tile for this call, or the fastest where autotuning is on."""
+    device, count, (modalities, inner, width) = hidden[0].device, hidden[0].shape[0], weights.w1.shape
+    options = (top_k, present is None, counts is None, dtype, weights.w1.dtype, dot_precision(dtype))
+    key = (device_name(device), modalities, inner, width, *(h.shape[1] for h in hidden), *options)
+    tf32 = dot_precision(dtype) == "tf32"
+    choices = candidates(device_class(device), dtype, tf32, width, count)
+    return tuned(f"fusion_{direction}", (*key, bucket(count)), choices, run)
+
+
 def forward(
     hidden: Sequence[Tensor],
     weights: FusionWeights,
@@ -123,7 +158,20 @@ def forward(
         (items `[N, d]` in `dtype`; shares of assignments `[M]` and mean router probabilities `[M]`, fp32;
         saved: e `[N, M·d]` in `dtype` and the router's logits `[N, M]` in fp32).
     """
-    p = _problem(hidden, weights, present, top_k, counts, dtype)
+    inputs = (hidden, weights, present, top_k, counts, dtype)
+    return _forward(_tile("forward", *inputs, lambda tile: _forward(tile, *inputs)), *inputs)
+
+
+def _forward(
+    tile: Config,
+    hidden: Sequence[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    p = _problem(hidden, weights, present, top_k, counts, dtype, tile)
     count, (modalities, _, width) = p.count, weights.w1.shape
     like = weights.w1
     items = like.new_empty((count, width), dtype=dtype)
@@ -179,11 +227,32 @@ def backward(
     dtype: torch.dtype,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of `hidden`, and of the weights in field order; each in its tensor's own dtype."""
-    p = _problem(hidden, weights, present, top_k, counts, dtype)
+    if hidden[0].shape[0] == 0:
+        flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
+        return [torch.zeros_like(h) for h in hidden], [torch.zeros_like(w) for w in flat]
+    inputs = (hidden, weights, present, top_k, counts, dtype)
+
+    def run(tile: Config) -> tuple[list[Tensor], list[Tensor]]:
+        return _backward(tile, grad_items, grad_probability, saved, *inputs)
+
+    return run(_tile("backward", *inputs, run))
+
+
+def _backward(
+    tile: Config,
+    grad_items: Tensor,
+    grad_probability: Tensor,
+    saved: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    weights: FusionWeights,
+    present: Tensor | None,
+    top_k: int | None,
+    counts: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor]]:
+    p = _problem(hidden, weights, present, top_k, counts, dtype, tile)
     count, (modalities, inner, _) = p.count, weights.w1.shape
     flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
-    if count == 0:
-        return [torch.zeros_like(h) for h in hidden], [torch.zeros_like(w) for w in flat]
     grad_items, (embedded, logits) = grad_items.contiguous(), (t.contiguous() for t in saved)
     grad_hidden = [torch.empty_like(h) for h in p.hidden]
     grad_flat = [

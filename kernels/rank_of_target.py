@@ -15,7 +15,7 @@ from torch import Tensor
 from crossan_fast.kernels import _ranking
 from crossan_fast.kernels._blocks import cdiv, load_block, on_device, split
 from crossan_fast.kernels._common import dot_precision, launch, power_of_two
-from crossan_fast.kernels._ranking import scores
+from crossan_fast.kernels._ranking import Tile, best_tile, scores
 
 
 @triton.jit
@@ -98,11 +98,21 @@ def rank_kernel(
 def forward(users: Tensor, items: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Tensor:
     """int64 ranks `[B]`, 1 … I; see `rank_of_target_reference` for the arguments."""
     batch, width = users.shape
-    columns, history = items.shape[0], 0 if exclude is None else exclude.shape[1]
     if batch == 0:
         return targets.new_empty(0)
+    first = _ranking.tile(users.dtype, width, dot_precision(users.dtype) == "tf32")
+    choices = [first, first._replace(warps=8 if first.warps == 4 else 4), first._replace(stages=1)]
+    inputs = (users, items, targets, exclude)
+    history = 0 if exclude is None else exclude.shape[1]
+    tile = best_tile("rank_of_target", choices, users, items, lambda tile: _forward(tile, *inputs), history)
+    return _forward(tile, *inputs)
+
+
+def _forward(tile: Tile, users: Tensor, items: Tensor, targets: Tensor, exclude: Tensor | None) -> Tensor:
+    block_u, block_i, warps, stages = tile
+    batch, width = users.shape
+    columns, history = items.shape[0], 0 if exclude is None else exclude.shape[1]
     precision = dot_precision(users.dtype)
-    block_u, block_i, warps, stages = _ranking.tile(users.dtype, width, precision == "tf32")
     blocks = cdiv(batch, block_u)
     parts, length = split(blocks, cdiv(columns, block_i))
     ranks = targets.new_empty((parts, batch))

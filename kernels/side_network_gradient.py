@@ -12,7 +12,7 @@ from crossan_fast.kernels import side_network_backward as kernels
 from crossan_fast.kernels import side_network_finish as finish_kernels
 from crossan_fast.kernels._autotune import tuned
 from crossan_fast.kernels._blocks import cdiv
-from crossan_fast.kernels._common import launch, power_of_two
+from crossan_fast.kernels._common import device_name, launch, power_of_two
 from crossan_fast.kernels.side_network_launch import problem_of
 from crossan_fast.kernels.side_network_parameters import Items, Level
 from crossan_fast.kernels.side_network_plan import GradientConfig, Group, gradient_candidates
@@ -47,7 +47,7 @@ class GroupGradient:
         problem = problem_of(group, level, items)
         config = tuned(
             "side_network_backward",
-            problem,
+            (device_name(level.coef.device), *problem),
             gradient_candidates(problem),
             lambda c: cls(group, level, c).add(group, items, grad_outputs, saved),
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from crossan_fast.kernels import side_network_forward as kernels
 from crossan_fast.kernels._autotune import tuned
 from crossan_fast.kernels._blocks import cdiv
-from crossan_fast.kernels._common import device_class, launch, multiprocessors, power_of_two
+from crossan_fast.kernels._common import device_class, device_name, launch, multiprocessors, power_of_two
 from crossan_fast.kernels.side_network_parameters import Items, Level
 from crossan_fast.kernels.side_network_plan import ForwardConfig, Group, Problem, forward_candidates
 
@@ -40,7 +40,7 @@ def forward_group(
     problem = problem_of(group, level, items)
     config = tuned(
         "side_network",
-        problem,
+        (device_name(level.coef.device), *problem),
         forward_candidates(problem),
         lambda c: _forward_group(c, group, level, items, outputs, saved),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast.kernels import side_network_gates as gate_kernels
+from crossan_fast.kernels._autotune import bucket
 from crossan_fast.kernels._common import dot_precision, launch, power_of_two, uniform
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
 
@@ -185,7 +186,7 @@ class Items:
     @property
     def bucket(self) -> int:
         """The least power of two ≥ count: configs depend on no more."""
-        return 1 << (self.count - 1).bit_length()
+        return bucket(self.count)
 
     def rows(self) -> dict[str, Any]:
         stride = 0 if self.present is None else self.present.stride(0)

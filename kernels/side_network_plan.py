@@ -200,7 +200,7 @@ def forward_config(problem: Problem) -> ForwardConfig:
         items, columns, budget = 16, 32, 16 * br * 3
     elif problem.dtype == torch.float32:
         # No matrix instruction without tf32: products run on the vector units, operands wait in registers.
-        items, columns, budget = 32, 32, _ACCUMULATORS // 2
+        items, columns, budget = 32, 16, _ACCUMULATORS // 4
     else:
         items, columns, budget = (32 if problem.device in _BEFORE_HOPPER else 64), 32, _ACCUMULATORS
     while items > 16 and levels * br * items > budget:
@@ -208,7 +208,7 @@ def forward_config(problem: Problem) -> ForwardConfig:
     group = max(1, min(levels, budget // (items * br)))
     columns = min(columns, power_of_two(problem.width))
     blocks = cdiv(problem.items, items)
-    fused = group == levels and blocks * towers >= 2 * sms
+    fused = group == levels and 2 * blocks * towers >= 3 * sms
     parts = cdiv(problem.width, columns)
     # Only whole divisors: every part is then the same number of full tiles.
     wanted = 1 if blocks * towers >= sms else cdiv(sms, max(1, blocks * towers))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crossan_fast.kernels._blocks import cdiv, load_block, on_device, split
 from crossan_fast.kernels._common import dot_precision, launch, power_of_two
-from crossan_fast.kernels._ranking import scores
+from crossan_fast.kernels._ranking import Tile, best_tile, scores
 
 # The key of no candidate, below every other: −2^63 is no score's, whose top half is at least −(2^31 − 1).
 EMPTY = tl.constexpr(-(2**63))
@@ -110,17 +110,28 @@ def forward(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None)
 
     A score that is NaN makes its item no candidate.
     """
+    block_i = max(power_of_two(k), 64)
+    first = Tile(16, block_i, 8 if block_i > 128 else 4, 2)
+    choices = [first, first._replace(users=32), first._replace(warps=12 - first.warps)]
+    history = 0 if exclude is None else exclude.shape[1]
+    inputs = (users, items, k, exclude)
+    tile = best_tile("topk_scores", choices, users, items, lambda tile: _forward(tile, *inputs), k, history)
+    return _forward(tile, *inputs)
+
+
+def _forward(
+    tile: Tile, users: Tensor, items: Tensor, k: int, exclude: Tensor | None
+) -> tuple[Tensor, Tensor]:
     batch, width = users.shape
     columns, history = items.shape[0], 0 if exclude is None else exclude.shape[1]
     scores, ids = users.new_empty((batch, k)), users.new_empty((batch, k), dtype=torch.int64)
     if batch == 0:
         return scores, ids
-    block_u, block_k = 16, power_of_two(k)
-    block_i = max(block_k, 64)
+    block_u, block_i, warps, stages = tile
+    block_k = power_of_two(k)
     blocks = cdiv(batch, block_u)
     parts, length = split(blocks, cdiv(columns, block_i))
     keys = users.new_empty((parts, batch, block_k), dtype=torch.int64)
-    warps = 8 if block_i > 128 else 4
     with on_device(users):
         launch(
             topk_kernel,
@@ -140,7 +151,7 @@ def forward(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None)
             BLOCK_D=power_of_two(width),
             PRECISION=dot_precision(users.dtype),
             num_warps=warps,
-            num_stages=2,
+            num_stages=stages,
         )
         launch(
             merge_kernel,

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
+import torch
+import triton
 
-from crossan_fast.kernels import _autotune
+from crossan_fast.kernels import (
+    _autotune,
+    full_loss,
+    fusion,
+    in_batch_loss,
+    rank_of_target,
+    side_network,
+    topk_scores,
+)
+from crossan_fast.ops.fusion import FusionWeights
+from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
+
+# The interpreter computes on the CPU; with TRITON_INTERPRET=0 the very same tests run on a GPU.
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 
 COST = {"slow": 3.0, "fast": 1.0, "middling": 2.0}
 CANDIDATES = ("slow", "fast", "middling")
@@ -59,3 +75,89 @@ def test_a_broken_file_is_named(search):
     _autotune.path().write_text("{")
     with pytest.raises(ValueError, match=r"tuned\.json.*remove it"):
         search()
+
+
+def _normal(*shape, seed=0):
+    return (0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE)
+
+
+def _network(count):
+    towers, levels, rank, width = 2, 2, 16, 48
+    structure = SideNetworkStructure((width,) * towers, ((0,), (1,)))
+    shapes = ((levels, rank, width), (levels, rank), (levels, width, rank), (levels, width), (levels,))
+    groups = [[_normal(*shape, seed=i + 10 * t) for t in range(towers)] for i, shape in enumerate(shapes)]
+    weights = SideNetworkWeights(*groups, cross_gate=[_normal(levels, seed=90 + i) for i in range(2)])
+    states = [_normal(9, levels, width, seed=50 + t) for t in range(towers)]
+    ids = torch.arange(count, device=DEVICE) % 9
+    rest = (states, None, ids, None, weights, structure, torch.float32)
+    outputs, saved = side_network.forward(*rest)
+    grads = [_normal(count, width, seed=70 + t) for t in range(towers)]
+    return [*outputs, *saved, *side_network.backward(grads, saved, *rest)]
+
+
+def _fusion(count):
+    m, width, d = 2, 24, 16
+    shapes = ((m, m * d), (m,), (m, 4 * d, d), (m, 4 * d), (m, d, 4 * d), (m, d))
+    rest = [_normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+    heads = [_normal(d, width, seed=20 + i) for i in range(m)], [_normal(d, seed=30 + i) for i in range(m)]
+    hidden, weights = [_normal(count, width, seed=40 + i) for i in range(m)], FusionWeights(*heads, *rest)
+    items, _, probability, saved = fusion.forward(hidden, weights, None, None, None, torch.float32)
+    grads = fusion.backward(items, probability, saved, hidden, weights, None, None, None, torch.float32)
+    return [items, probability, *grads[0], *grads[1]]
+
+
+def _full_loss(count):
+    rest = _normal(count, 8), _normal(20, 8, seed=1), torch.arange(count, device=DEVICE)
+    loss, lse = full_loss.forward(*rest)
+    return [loss, lse, *full_loss.backward(loss, lse, *rest)]
+
+
+def _in_batch_loss(count):
+    slots = torch.arange(count * 3, device=DEVICE).view(count, 3) % 7
+    rest = (_normal(count, 2, 8), _normal(7, 8, seed=1), slots, slots.new_ones(7), _normal(7, seed=2))
+    loss, lse = in_batch_loss.forward(*rest)
+    return [loss, lse, *in_batch_loss.backward(loss, lse, *rest)]
+
+
+def _topk(count):
+    return list(topk_scores.forward(_normal(count, 8), _normal(30, 8, seed=1), 5))
+
+
+def _rank(count):
+    targets = torch.arange(1, count + 1, device=DEVICE)
+    return [rank_of_target.forward(_normal(count, 8), _normal(30, 8, seed=1), targets)]
+
+
+@pytest.mark.parametrize(
+    ("call", "ops"),
+    [
+        pytest.param(_network, {"side_network", "side_network_backward"}, id="side_network"),
+        pytest.param(_fusion, {"fusion_forward", "fusion_backward"}, id="fusion"),
+        pytest.param(_full_loss, {"loss"}, id="full_loss"),
+        pytest.param(_in_batch_loss, {"loss"}, id="in_batch_loss"),
+        pytest.param(_topk, {"topk_scores"}, id="topk_scores"),
+        pytest.param(_rank, {"rank_of_target"}, id="rank_of_target"),
+    ],
+)
+def test_every_op_searches_once_a_bucket_and_computes_the_same(call, ops, search, monkeypatch):
+    """A clock that likes the last candidate best: what is computed with it agrees with the default's."""
+    timed = []
+
+    def clock(function, **_):
+        function()
+        timed.append(function)
+        return -len(timed)
+
+    monkeypatch.setattr(triton.testing, "do_bench", clock)
+    monkeypatch.delenv("CROSSAN_FAST_AUTOTUNE")
+    default = call(7)
+    assert not timed
+    monkeypatch.setenv("CROSSAN_FAST_AUTOTUNE", "1")
+    for got, want in zip(call(7), default, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    found = json.loads(_autotune.path().read_text())
+    assert {name.split("/")[0] for name in found} == ops
+    assert all(choice > 0 for choice in found.values())
+    searched = len(timed)
+    call(5), call(8)
+    assert len(timed) == searched, "another size of the same bucket searched again"
