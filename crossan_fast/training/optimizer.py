@@ -31,21 +31,19 @@ def decays(name: str) -> bool:
 
 
 def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups for an optimizer: part × decay, each with `names` beside `params` and its `base_lr`."""
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    """Groups for an optimizer, each with `names` beside `params` and its `base_lr`.
+
+    Parameters of one learning rate and one decay share a group: each group is a call of its own, which a
+    small model's step feels.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, decay = part_of(name), decays(name)
+        rate = config.learning_rate * getattr(config, part_of(name))
+        decay = config.weight_decay if decays(name) else 0.0
         group = groups.setdefault(
-            (part, decay),
-            {
-                "params": [],
-                "names": [],
-                "part": part,
-                "base_lr": config.learning_rate * getattr(config, part),
-                "weight_decay": config.weight_decay if decay else 0.0,
-            },
+            (rate, decay), {"params": [], "names": [], "base_lr": rate, "weight_decay": decay}
         )
         group["params"].append(parameter)
         group["names"].append(name)

@@ -8,6 +8,7 @@ import torch
 from crossan_fast import CrossanConfig, CrossanModel, Modality
 from crossan_fast.training.config import OptimizerConfig
 from crossan_fast.training.optimizer import (
+    PARTS,
     clip_gradients,
     decays,
     load_optimizer_tensors,
@@ -25,19 +26,21 @@ def model() -> CrossanModel:
     return CrossanModel(CrossanConfig([Modality("cross", 8, 2), Modality("norm", 12, 2)], embedding_dim=4))
 
 
-def test_every_parameter_is_in_one_group_with_its_part_and_decay(model: CrossanModel) -> None:
-    config = OptimizerConfig(
-        learning_rate=0.1, side_network=2, fusion=3, sequence_encoder=5, weight_decay=0.01
-    )
-    groups = parameter_groups(model, config)
+@pytest.mark.parametrize("factors", [(2, 3, 5), (1, 1, 1)])
+@pytest.mark.parametrize("weight_decay", [0.01, 0.0])
+def test_every_parameter_is_in_one_group_with_its_rate_and_decay(
+    model: CrossanModel, factors: tuple[int, ...], weight_decay: float
+) -> None:
+    parts = dict(zip(PARTS, factors, strict=True))
+    groups = parameter_groups(model, OptimizerConfig(learning_rate=0.1, weight_decay=weight_decay, **parts))
     named = dict(model.named_parameters())
     assert sorted(name for group in groups for name in group["names"]) == sorted(named)
+    assert len(groups) == len(set(factors)) * (2 if weight_decay else 1)
     for group in groups:
-        factor = {"side_network": 2, "fusion": 3, "sequence_encoder": 5}[group["part"]]
-        assert group["base_lr"] == pytest.approx(0.1 * factor)
         for name, parameter in zip(group["names"], group["params"], strict=True):
             assert named[name] is parameter
-            assert group["weight_decay"] == (0.01 if decays(name) else 0)
+            assert group["base_lr"] == pytest.approx(0.1 * parts[part_of(name)])
+            assert group["weight_decay"] == (weight_decay if decays(name) else 0)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,8 @@ def test_warm_up_is_linear_then_constant(model: CrossanModel) -> None:
     shares = []
     for step in range(6):
         set_learning_rate(optimizer, step, warmup_steps=4)
-        rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
+        rates = {part_of(group["names"][0]): group["lr"] for group in optimizer.param_groups}
+        assert rates.keys() == {"side_network", "fusion"}  # the sequence encoder shares fusion's group
         assert rates["side_network"] == pytest.approx(0.5 * rates["fusion"])
         shares.append(rates["fusion"])
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
