@@ -10,7 +10,8 @@
 //   weight gradients: dh, x and dx = dh + W_downᵀ dz are linear in g, c, act(z) and dz with no product over
 //                     the width D, so a block owns 32 columns of one tower for all levels, keeps their
 //                     gradients in registers while it streams items, and rebuilds both chains on the way:
-//                     dW_up += dh ⊗ act(z) on the way down, dW_down += dz ⊗ x and dα = ⟨dx, ·⟩ on the way up.
+//                     dW_up += dh ⊗ act(z) on the way down, dW_down += dz ⊗ x and dα = ⟨dx, ·⟩ on the way up
+//                     (one after the other with mma.sync, at once by two warpgroups with wgmma).
 // Forward and backward walk are one template (side_network_walk.h): the same two thin products per level.
 #pragma once
 

@@ -6,7 +6,7 @@
 namespace crossan {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kCheckedItems = 2048;
 
 // Tile `tile` of a level, element [row, column]. First product of the forward: W_down [r, D]; second:
 // W_up [D, r]; of the backward: W_upᵀ and W_downᵀ.
@@ -45,11 +45,12 @@ __global__ void __launch_bounds__(kThreads) pack_tiles(const __grid_constant__ P
 
 __device__ __forceinline__ float sigmoid(float value) { return 1.0f / (1.0f + expf(-value)); }
 
-// A block a tower, and one that checks the ids.
+// A block a tower, and one for each `kCheckedItems` ids to check.
 __global__ void __launch_bounds__(kThreads) pack_scalars(const __grid_constant__ Prepare p) {
   int tower = blockIdx.x;
-  if (tower == p.tower_count) {
-    for (int64_t item = threadIdx.x; item < p.items; item += kThreads)
+  if (tower >= p.tower_count) {
+    int64_t first = int64_t(tower - p.tower_count) * kCheckedItems, last = first + kCheckedItems;
+    for (int64_t item = first + threadIdx.x; item < last && item < p.items; item += kThreads)
       checked_row(p.ids, item, p.wide, p.rows);
     return;
   }
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) pack_scalars(const __grid_constant__
 }  // namespace
 
 int launch_prepare(const Prepare& p, void* stream) {
-  if (int error = launch(pack_scalars, p.tower_count + 1, kThreads, 0, stream, 1, p)) return error;
+  auto checks = static_cast<unsigned>((p.items + kCheckedItems - 1) / kCheckedItems);
+  if (int error = launch(pack_scalars, p.tower_count + checks, kThreads, 0, stream, 1, p)) return error;
   int directions = p.backward_tiles[0] ? 2 : 1;
   unsigned blocks = directions * p.tower_count * p.levels * 2 * (p.max_width / kTile);
   return p.compute_kind == kBFloat16 ? launch(pack_tiles<bfloat16>, blocks, kThreads, 0, stream, 1, p)

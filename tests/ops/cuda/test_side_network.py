@@ -304,6 +304,15 @@ def test_limits_of_the_device(ops, emulate):
         ops.side_network_forward(states, [], ids, None, weights.flatten(), *_static(SMALL, MMA))
 
 
+@pytest.mark.parametrize("place", [0, 2047, 2048, 4099])
+def test_a_wrong_id_is_found_wherever_it_stands(ops, emulate, place):
+    case = replace(SMALL, items=4100, widths=(64,), levels=1, rank=8)
+    states, _, ids, _, weights, _ = case.make()
+    ids[place] = case.rows
+    with pytest.raises(RuntimeError, match=r"ids: an id is outside of the states' rows \(got 57\)"):
+        ops.side_network_forward(states, [], ids, None, weights.flatten(), *_static(case, MMA))
+
+
 def test_errors_name_the_argument(ops, emulate):
     states, _, ids, _, weights, grads = SMALL.make()
     flat, static = weights.flatten(), _static(SMALL, MMA)
