@@ -22,9 +22,13 @@ class Dropout {
   Dropout() = default;
   Dropout(double probability, int64_t seed)
       : threshold_(static_cast<uint32_t>(std::min(std::round(probability * 0x1p32), 0x1p32 - 1))),
-        scale_(1.0 / (1.0 - probability)),
-        low_(static_cast<uint32_t>(seed)),
-        high_(static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)) {}
+        scale_(1.0 / (1.0 - probability)) {
+    auto low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+    for (int round = 0; round < kRounds; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {
+      low_[round] = low;
+      high_[round] = high;
+    }
+  }
 
   bool on() const { return threshold_ > 0; }
 
@@ -41,39 +45,50 @@ class Dropout {
   }
 
  private:
+  static constexpr int kRounds = 10;
+
   void block(uint32_t first, uint32_t site, uint64_t place, uint32_t* __restrict words) const {
     const auto place_low = static_cast<uint32_t>(place), place_high = static_cast<uint32_t>(place >> 32);
-    constexpr uint32_t left = 0xD2511F53u, right = 0xCD9E8D57u, step_low = 0x9E3779B9u, step_high = 0xBB67AE85u;
+    constexpr uint32_t left = 0xD2511F53u, right = 0xCD9E8D57u;
 #if defined(__AVX512F__)
-    // Half a counter's state in each 64-bit lane: a product then is where it is needed, and nothing is shuffled.
-    constexpr int kHalf = kLanes / 2;
+    // A counter's words in 64-bit lanes: a product then is where it is needed, and nothing is shuffled. Only the low
+    // 32 bits of a lane count; what stands above them is never read.
+    const __m512i by_left = _mm512_set1_epi64(left), by_right = _mm512_set1_epi64(right);
+    const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i a[2], b[2], c[2], d[2];
     for (int half = 0; half < 2; ++half) {
-      const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-      __m512i a = _mm512_add_epi64(lanes, _mm512_set1_epi64(first + half * kHalf));
-      __m512i b = _mm512_set1_epi64(place_low), c = _mm512_set1_epi64(site), d = _mm512_set1_epi64(place_high);
-      const __m512i by_left = _mm512_set1_epi64(left), by_right = _mm512_set1_epi64(right);
-      uint32_t low = low_, high = high_;
-#pragma GCC unroll 10
-      for (int round = 0; round < 10; ++round, low += step_low, high += step_high) {
-        // Only the low 32 bits of a lane count; what stands above them is never read.
-        const __m512i p = _mm512_mul_epu32(a, by_left), q = _mm512_mul_epu32(c, by_right);
-        a = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(q, 32), b), _mm512_set1_epi64(low));
-        c = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(p, 32), d), _mm512_set1_epi64(high));
-        b = q;
-        d = p;
-      }
-      const __m512i state[] = {a, b, c, d};
-      for (int word = 0; word < 4; ++word)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + word * kLanes + half * kHalf),
-                            _mm512_cvtepi64_epi32(state[word]));
+      a[half] = _mm512_add_epi64(lanes, _mm512_set1_epi64(first + half * kLanes / 2));
+      b[half] = _mm512_set1_epi64(place_low);
+      c[half] = _mm512_set1_epi64(site);
+      d[half] = _mm512_set1_epi64(place_high);
     }
+#pragma GCC unroll 10
+    for (int round = 0; round < kRounds; ++round) {
+      const __m512i low = _mm512_set1_epi64(low_[round]), high = _mm512_set1_epi64(high_[round]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m512i p = _mm512_mul_epu32(a[half], by_left), q = _mm512_mul_epu32(c[half], by_right);
+        a[half] = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(q, 32), b[half]), low);
+        c[half] = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(p, 32), d[half]), high);
+        b[half] = q;
+        d[half] = p;
+      }
+    }
+    const auto put = [&](int word, const __m512i* halves) {
+      const __m512i low = _mm512_castsi256_si512(_mm512_cvtepi64_epi32(halves[0]));
+      _mm512_storeu_si512(words + word * kLanes, _mm512_inserti64x4(low, _mm512_cvtepi64_epi32(halves[1]), 1));
+    };
+    put(0, a);
+    put(1, b);
+    put(2, c);
+    put(3, d);
 #else
     for (uint32_t lane = 0; lane < kLanes; ++lane) {
-      uint32_t a = first + lane, b = place_low, c = site, d = place_high, low = low_, high = high_;
-      for (int round = 0; round < 10; ++round, low += step_low, high += step_high) {
+      uint32_t a = first + lane, b = place_low, c = site, d = place_high;
+      for (int round = 0; round < kRounds; ++round) {
         const uint64_t p = uint64_t{left} * a, q = uint64_t{right} * c;
-        a = static_cast<uint32_t>(q >> 32) ^ b ^ low;
-        c = static_cast<uint32_t>(p >> 32) ^ d ^ high;
+        a = static_cast<uint32_t>(q >> 32 ^ b ^ low_[round]);
+        c = static_cast<uint32_t>(p >> 32 ^ d ^ high_[round]);
         b = static_cast<uint32_t>(q);
         d = static_cast<uint32_t>(p);
       }
@@ -87,7 +102,7 @@ class Dropout {
 
   uint32_t threshold_ = 0;
   double scale_ = 1;
-  uint32_t low_ = 0, high_ = 0;
+  int64_t low_[kRounds] = {}, high_[kRounds] = {};  // keys, as wide as the lanes that they are added to
 };
 
 }  // namespace crossan_fast

@@ -37,11 +37,48 @@ int64_t packed_size(int64_t depth, int64_t columns) {
   return depth * ((columns + kPanel<T> - 1) / kPanel<T>)*kPanel<T>;
 }
 
+namespace detail {
+
+// to[k, j] = from[j, k] for a vector's worth of each: half of every pair of rows changes places, by ever longer halves.
+template <class T>
+inline void transpose_square(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int lanes = kLanes<T, Vec<T>>;
+  using Index = decltype(Vec<T>{} < Vec<T>{});
+  Vec<T> rows[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) rows[i] = load<Vec<T>>(from + i * from_row);
+#pragma GCC unroll 4
+  for (int half = 1; half < lanes; half *= 2) {
+    Index low{}, high{};
+    for (int i = 0; i < lanes; ++i) {
+      low[i] = i & half ? i - half + lanes : i;
+      high[i] = i & half ? i + lanes : i + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & half) continue;
+      const Vec<T> a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store(to + i * to_row, rows[i]);
+}
+
+}  // namespace detail
+
 // One panel of B [K, N] given by two strides: panel[k, j] = B[k, first + j], zeros beyond N.
 template <class T>
 void pack_panel(const T* b, int64_t row, int64_t column, int64_t depth, int64_t first, int64_t columns, T* panel) {
+  constexpr int64_t lanes = kLanes<T, Vec<T>>;
   const int64_t count = std::min(kPanel<T>, columns - first);
-  for (int64_t k = 0; k < depth; ++k)
+  int64_t k = 0;
+  if (row == 1 && count == kPanel<T>)  // a transposed weight
+    for (; k + lanes <= depth; k += lanes)
+      for (int64_t j = 0; j < kPanel<T>; j += lanes)
+        detail::transpose_square(b + k + (first + j) * column, column, panel + k * kPanel<T> + j, kPanel<T>);
+  for (; k < depth; ++k)
     for (int64_t j = 0; j < kPanel<T>; ++j)
       panel[k * kPanel<T> + j] = j < count ? b[k * row + (first + j) * column] : T(0);
 }

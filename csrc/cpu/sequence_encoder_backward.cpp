@@ -217,13 +217,16 @@ void multiply_all(int64_t rows, const std::vector<Product<T>>& products, Into in
   for (size_t i = 0; i < products.size(); ++i)
     for (int64_t out = 0; out < products[i].out; out += kHeight)
       for (int64_t in = 0; in < products[i].in; in += kPanel<T>) pieces.push_back({i, out, in});
-  const auto count = static_cast<int64_t>(pieces.size());
-  run_tasks(workers_for(count), count, [&](int64_t, int64_t i) {
-    const Piece& piece = pieces[static_cast<size_t>(i)];
-    const Product<T>& p = products[piece.product];
-    multiply<T>(std::min(kHeight, p.out - piece.out), std::min(kPanel<T>, p.in - piece.in), rows,
-                p.left.data + piece.out, 1, p.left.stride, plain(p.right.data + piece.in, p.right.stride),
-                p.grad + piece.out * p.in + piece.in, p.in, into);
+  // A run of pieces a worker: neighbours share a side, which another core would have to fetch too.
+  const auto count = static_cast<int64_t>(pieces.size()), workers = workers_for(count);
+  run_workers(workers, [&](int64_t w) {
+    for (int64_t i = w * count / workers; i < (w + 1) * count / workers; ++i) {
+      const Piece& piece = pieces[static_cast<size_t>(i)];
+      const Product<T>& p = products[piece.product];
+      multiply<T>(std::min(kHeight, p.out - piece.out), std::min(kPanel<T>, p.in - piece.in), rows,
+                  p.left.data + piece.out, 1, p.left.stride, plain(p.right.data + piece.in, p.right.stride),
+                  p.grad + piece.out * p.in + piece.in, p.in, into);
+    }
   });
 }
 
