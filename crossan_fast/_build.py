@@ -240,6 +240,16 @@ def built(name: str) -> BuildInfo | None:
     return None if part.missing() else _read_stamp(build_folder(part))
 
 
+def introspect(name: str) -> str | None:
+    """What a built part's library says about itself: its vectors, its compiler, which bf16 products it takes.
+
+    None where it is not built, can't be loaded, or has nothing to say (`cuda`).
+    """
+    if name != "cpu" or built(name) is None or problem(name) is not None:
+        return None
+    return str(torch.ops.crossan_fast_cpp.build_info())
+
+
 def ahead_of_time(name: str) -> BuildInfo | None:
     """The library that came with the wheel, whether or not it fits this machine."""
     info = _read_stamp(AHEAD_OF_TIME / name)

@@ -95,6 +95,8 @@ def _extension() -> Iterator[tuple[str, str]]:
         if info is not None:
             how = "came with the wheel" if info.ahead_of_time else f"compiled in {info.seconds:.0f} s"
             yield name, f"{how}: {info.library} ({info.instruction_set})"
+            if said := build.introspect(name):
+                yield f"{name} library", said
         else:
             yield name, f"cannot be built: {missing}" if missing else "not built yet; built on first use"
 

@@ -11,8 +11,8 @@ enum class Activation { gelu, relu };
 
 inline double fast_exp(double x) { return std::exp(x); }
 
-// e^x for x in [−87, 88.7], where it is a normal number; relative error below 2e-7: 2^(x / ln 2) by its nearest integer
-// and a minimax polynomial of the rest.
+// e^x for x in [−87, 88.7], where it is a normal number; relative error below 2e-7: 2^(x / ln 2) by its nearest
+// integer and a minimax polynomial of the rest.
 inline float exp_within(float x) {
   constexpr float magic = 0x1.8p23f;  // adding it rounds to the nearest integer and leaves that in the low bits
   const float shifted = x * 1.44269504f + magic;

@@ -14,6 +14,7 @@ class ForwardWalk {
   ForwardWalk(const Plan<T>& plan, int64_t block)
       : plan_(plan),
         inputs_(plan, block),
+        products_(plan.in_pairs),
         z_(block * plan.structure.rank),
         a_(block * plan.structure.rank),
         low_(plan.cross_down.empty() ? 0 : block * plan.structure.rank) {
@@ -42,6 +43,7 @@ class ForwardWalk {
         }
       for (size_t t = 0; t < s.towers.size(); ++t) run_tower(t, l, first, count, outputs, saved);
     }
+    products_.end();
   }
 
  private:
@@ -51,15 +53,15 @@ class ForwardWalk {
     const int64_t width = s.width(tower), row = padded<T>(width), rank = s.rank;
     T* h = h_[t].data();
     inputs_.add_projected(t, h, [&](int) { return low_.data(); });
-    multiply<T>(count, rank, width, h, row, 1, plan_.down[t][l], z_.data(), rank, Into::overwrite,
-                plan_.weights.down_bias[t] + l * rank);
+    products_.weigh(count, rank, width, h, row, plan_.down[t], l, z_.data(), rank, Into::overwrite,
+                    plan_.weights.down_bias[t] + l * rank);
     plan_.zero_absent(tower, first, count, z_.data(), rank, rank);
     for (int64_t i = 0; i < count; ++i)
       convert_to(saved.type, z_.data() + i * rank,
                  static_cast<char*>(saved.data[t]) + ((first + i) * s.levels + l) * rank * bytes_of(saved.type), rank);
     activate(s.activation, count * rank, z_.data(), a_.data());
-    multiply<T>(count, width, rank, a_.data(), rank, 1, plan_.up[t][l], h, row, Into::add,
-                plan_.weights.up_bias[t] + l * width);
+    products_.weigh(count, width, rank, a_.data(), rank, plan_.up[t], l, h, row, Into::add,
+                    plan_.weights.up_bias[t] + l * width);
     plan_.zero_absent(tower, first, count, h, row, width);
     if (l + 1 == s.levels)
       for (int64_t i = 0; i < count; ++i)
@@ -69,6 +71,7 @@ class ForwardWalk {
 
   const Plan<T>& plan_;
   LevelInputs<T> inputs_;
+  Products<T> products_;
   Buffer<T> z_, a_, low_;       // [block, rank] each
   std::vector<Buffer<T>> h_;    // per tower [block, D]
   std::vector<Buffer<T>> copies_;  // per modality's tower, its h of the level before (cross = side)
@@ -82,7 +85,7 @@ void forward(const Structure& structure, const Inputs& inputs, const Weights<con
              const Tensors& outputs, const Tensors& saved) {
   const Blocks blocks(structure.items);
   if (blocks.count == 0) return;
-  const Plan<T> plan(structure, inputs, weights, false);
+  const Plan<T> plan(structure, inputs, weights, outputs.type, false);
   const int64_t workers = workers_for(blocks.count);
   std::vector<std::unique_ptr<ForwardWalk<T>>> walks;
   for (int64_t w = 0; w < workers; ++w) walks.push_back(std::make_unique<ForwardWalk<T>>(plan, blocks.size));

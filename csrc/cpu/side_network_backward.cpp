@@ -27,6 +27,7 @@ class BackwardWalk {
         gates_(gates),
         turns_(turns),
         inputs_(plan, block),
+        products_(plan.in_pairs),
         z_(block * s_.levels * s_.rank) {
     for (const Tower& tower : s_.towers) {
       const int64_t size = block * padded<T>(s_.width(tower));
@@ -72,6 +73,7 @@ class BackwardWalk {
       plan_.zero_absent(s_.towers[t], first, count, g_[t].data(), row, width);
     }
     for (int64_t l = s_.levels; l-- > 0;) level_back(l);
+    products_.end();
     if (d_down_.empty()) return;
     turns_.wait(block_, step_);
     for (size_t p = 0; p < d_down_.size(); ++p) {
@@ -111,8 +113,8 @@ class BackwardWalk {
       const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank;
       T* after = history_[t].data() + l * history_step_[t];
       inputs_.add_projected(t, after, [&](int p) { return low_[p].data(); });
-      multiply<T>(count_, width, rank, a_[t].data() + l * rank, s_.levels * rank, 1, plan_.up[t][l], after, row,
-                  Into::add, plan_.weights.up_bias[t] + l * width);
+      products_.weigh(count_, width, rank, a_[t].data() + l * rank, s_.levels * rank, plan_.up[t], l, after, row,
+                      Into::add, plan_.weights.up_bias[t] + l * width);
       plan_.zero_absent(s_.towers[t], first_, count_, after, row, width);
     }
   }
@@ -146,19 +148,18 @@ class BackwardWalk {
     T* dz = dz_[t].data();
     const T* a = a_[t].data() + l * rank;
     const T* slope = slope_[t].data() + l * rank;
-    multiply<T>(count_, rank, width, g, row, 1, plain(plan_.weights.up_weight[t] + l * width * rank, rank), dz, rank,
-                Into::overwrite);
+    products_.weigh(count_, rank, width, g, row, plan_.up_plain[t], l, dz, rank, Into::overwrite);
     for (int64_t i = 0; i < count_; ++i)
       for (int64_t k = 0; k < rank; ++k) dz[i * rank + k] *= slope[i * wide + k];
 
     turns_.wait(block_, step_);
-    multiply<T>(width, rank, count_, g, 1, row, plain(a, wide), grads_.up_weight[t] + l * width * rank, rank,
-                add ? Into::add : Into::overwrite);
+    products_.correlate(width, rank, count_, g, row, a, wide, grads_.up_weight[t] + l * width * rank, rank,
+                        add ? Into::add : Into::overwrite);
     sum_rows(count_, width, g, row, add, grads_.up_bias[t] + l * width);
     sum_rows(count_, rank, dz, rank, add, grads_.down_bias[t] + l * rank);
     turns_.pass(block_, step_++);
 
-    multiply<T>(count_, width, rank, dz, rank, 1, plan_.down_plain[t][l], g, row, Into::add);
+    products_.weigh(count_, width, rank, dz, rank, plan_.down_plain[t], l, g, row, Into::add);
   }
 
   // Everything that takes x or its gradient g.
@@ -170,8 +171,8 @@ class BackwardWalk {
     inputs_.add_projected(t, x_[t].data(), [&](int p) { return low_[p].data(); });
 
     turns_.wait(block_, step_);
-    multiply<T>(rank, width, count_, dz_[t].data(), 1, rank, plain(x_[t].data(), row),
-                grads_.down_weight[t] + l * rank * width, width, block_ > 0 ? Into::add : Into::overwrite);
+    products_.correlate(rank, width, count_, dz_[t].data(), rank, x_[t].data(), row,
+                        grads_.down_weight[t] + l * rank * width, width, block_ > 0 ? Into::add : Into::overwrite);
     gates_.mu[t][l] += tower.second >= 0 ? dots_[t][0] - dots_[t][1] : dots_[t][0] - dots_[t][terms];
     if (tower.second < 0)
       for (int j = 1; j < terms; ++j) gates_.cross[inputs_.pair(t, j)][l] += dots_[t][j];
@@ -271,6 +272,7 @@ class BackwardWalk {
   GateSums& gates_;
   Turns& turns_;
   LevelInputs<T> inputs_;
+  Products<T> products_;
   Buffer<T> z_;                         // [block, L·r]; then any [block, r]
   std::vector<Buffer<T>> a_, slope_;    // per tower [block, L·r]
   std::vector<Buffer<T>> dz_;           // per tower [block, r]
@@ -308,7 +310,7 @@ template <class T>
 void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights,
               const Tensors& grad_outputs, const Tensors& saved, const Weights<T*>& grads) {
   const Blocks blocks(structure.items);
-  const Plan<T> plan(structure, inputs, weights, true);
+  const Plan<T> plan(structure, inputs, weights, saved.type, true);
   const auto levels = static_cast<size_t>(structure.levels);
   GateSums gates{std::vector<std::vector<double>>(structure.towers.size(), std::vector<double>(levels)),
                  std::vector<std::vector<double>>(structure.cross_pairs().size(), std::vector<double>(levels))};

@@ -8,6 +8,7 @@
 
 #include "packing.h"
 #include "parallel.h"
+#include "products.h"
 #include "rows.h"
 #include "side_network.h"
 
@@ -46,13 +47,19 @@ struct Plan {
   std::vector<std::vector<CrossSource<T>>> incoming;  // per tower
   std::vector<int> narrowing;                         // per tower, its index among the narrowed ones, or −1
   std::vector<bool> dense;                            // modalities whose rows must stand in one matrix
-  // As right sides: Wᵀ each, but W itself of `down_plain`, which the backward needs and `down` it does not.
-  std::vector<PackedWeights<T>> down, down_plain, up, cross_down, cross_up, pair_weight;
+  // As right sides: Wᵀ each, but W itself of the `_plain` ones, which the backward needs.
+  std::vector<LevelWeights<T>> down, up, down_plain, up_plain;
+  std::vector<PackedWeights<T>> cross_down, cross_up, pair_weight;
+  bool in_pairs;  // products in bf16 through brgemm
   std::vector<T> zeros;
   int64_t widest;
 
-  Plan(const Structure& s, const Inputs& in, const Weights<const T*>& w, bool backward)
-      : structure(s), inputs(in), weights(w), dense(s.widths.size(), false) {
+  Plan(const Structure& s, const Inputs& in, const Weights<const T*>& w, Stored type, bool backward)
+      : structure(s),
+        inputs(in),
+        weights(w),
+        dense(s.widths.size(), false),
+        in_pairs(sizeof(T) == 4 && type == Stored::bf16 && use_brgemm()) {
     const int64_t levels = s.levels, rank = s.rank;
     widest = *std::max_element(s.widths.begin(), s.widths.end());
     zeros.assign(static_cast<size_t>(widest), T(0));
@@ -77,11 +84,13 @@ struct Plan {
       for (int64_t l = 0; l < levels; ++l)
         mu[t].push_back(
             static_cast<T>(1.0 / (1.0 + std::exp(-static_cast<double>(w.gate[t][l]) / s.temperature))));
-      if (backward)
-        down_plain.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::plain);
-      else
-        down.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::transposed);
-      up.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::transposed);
+      if (backward) {
+        down_plain.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::plain, in_pairs);
+        up_plain.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::plain, in_pairs);
+      } else {
+        down.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::transposed, in_pairs);
+      }
+      up.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::transposed, in_pairs);
       narrowing.push_back(s.narrowed(tower) ? static_cast<int>(pair_weight.size()) : -1);
       if (s.narrowed(tower)) {
         const int wide = s.wide(tower);

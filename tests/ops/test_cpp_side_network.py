@@ -155,6 +155,46 @@ def test_error_is_no_worse_than_eagers(name, dtype):
     assert_no_worse_than_eager(states, weights, structure, draws=4)
 
 
+@pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs", "none, relu"])
+def test_brgemm_is_no_worse_than_eager(name, monkeypatch):
+    """The path of CPUs with AMX, forced: oneDNN runs the same products on any CPU."""
+    monkeypatch.setenv("CROSSAN_FAST_CPU_BF16", "brgemm")
+    _build.load("cpu")
+    assert "in brgemm (CROSSAN_FAST_CPU_BF16=brgemm)" in torch.ops.crossan_fast_cpp.build_info()
+    structure, levels = STRUCTURES[name], 4
+    weights = in_dtype(make_weights(structure, levels, 17), torch.bfloat16)
+    states = [s.bfloat16() for s in make_states(structure, 301, levels)]
+    assert_no_worse_than_eager(states, weights, structure, draws=4)
+
+
+def test_brgemm_rounds_where_fp32_does_not_and_nowhere_else(monkeypatch):
+    """Small integers are exact in bf16: there both paths agree bit for bit; other values tell them apart."""
+    structure, levels, rows = SideNetworkStructure((70, 70), ((0,), (1,)), "none", "relu"), 1, 131
+    generator = torch.Generator().manual_seed(5)
+    shapes = [w.shape for w in make_weights(structure, levels, 17).flatten()]
+    whole = structure.unflatten(
+        [
+            torch.full(shape, 100.0)  # μ = 1: x is the state
+            if len(shape) == 1
+            else torch.randint(-1, 2, shape, generator=generator).float()
+            for shape in shapes
+        ]
+    )
+    whole = SideNetworkWeights(*([w.bfloat16().requires_grad_() for w in group] for group in whole))
+    states = [torch.randint(-1, 2, (rows, levels, 70), generator=generator).bfloat16() for _ in range(2)]
+    broken = in_dtype(make_weights(structure, levels, 17), torch.bfloat16)
+    results = {}
+    for way in ("fp32", "brgemm"):
+        monkeypatch.setenv("CROSSAN_FAST_CPU_BF16", way)
+        exact = side_network(states, whole, structure, backend="cpp")
+        # The gradients' operands have to be exact too: ones.
+        grads = torch.autograd.grad(exact, whole.up_weight, [torch.ones_like(o) for o in exact])
+        results[way] = [*exact, *grads], outputs_and_grads(compiled, states, broken, structure)
+    for x, y in zip(results["fp32"][0], results["brgemm"][0], strict=True):
+        assert torch.equal(x, y)
+    assert not all(torch.equal(x, y) for x, y in zip(results["fp32"][1], results["brgemm"][1], strict=True))
+
+
 def test_error_at_the_papers_size():
     structure = SideNetworkStructure((768,) * 2, ((0,), (1,)))
     weights = in_dtype(make_weights(structure, 7, 64), torch.float32)

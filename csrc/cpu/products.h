@@ -1,0 +1,159 @@
+// Products of one block of items in bf16, by torch's brgemm: AMX tiles where the CPU has them.
+//
+// Operands round to bf16, sums are fp32. Weights are packed once a call (`PairedWeights`), the other operands here.
+// Without AMX the same products run through oneDNN's AVX-512 code, slower than `multiply` in fp32 (131 ms where that
+// takes 84: 704 items, M = 4, D = 768, two cores with avx512_bf16); tests ask for it.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "gemm.h"
+#include "packing.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace crossan_fast {
+
+// Whether bf16 products are to go through brgemm, and why: CROSSAN_FAST_CPU_BF16 = auto (where AMX is), brgemm, fp32.
+bool use_brgemm();
+const char* brgemm_reason();
+
+// C[M, N] += A[M, K] · B: A row-major with K even, B one panel of pairs.
+void brgemm_panel(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, const uint16_t* pairs, float* c,
+                  int64_t c_row);
+void end_brgemm();  // gives the thread's tiles back
+
+inline constexpr int64_t kPairPanel = 64;  // columns of B walked at a time
+
+inline int64_t even(int64_t depth) { return (depth + 1) / 2 * 2; }
+inline int64_t pair_row(int64_t columns) { return (columns + 15) / 16 * 16; }  // oneDNN takes no other distance
+inline int64_t pairs_size(int64_t depth, int64_t columns) { return even(depth) * pair_row(columns); }
+
+// Panels of B [K, N] given by two strides: pairs[panel][k / 2][column][k % 2], zeros beyond K and N.
+inline void pack_pairs(const float* b, int64_t row, int64_t column, int64_t depth, int64_t columns, uint16_t* pairs) {
+  for (int64_t first = 0; first < columns; first += kPairPanel) {
+    const int64_t count = std::min(kPairPanel, columns - first);
+    for (int64_t k = 0; k < depth; k += 2)
+      for (int64_t j = 0; j < pair_row(count); ++j) {
+        const float* from = b + k * row + (first + j) * column;
+        *pairs++ = j < count ? to_bf16(from[0]) : uint16_t{0};
+        *pairs++ = j < count && k + 1 < depth ? to_bf16(from[row]) : uint16_t{0};
+      }
+  }
+}
+
+// B of W [count][rows, columns] as pairs: W itself, or Wᵀ.
+class PairedWeights {
+ public:
+  PairedWeights(const float* weight, int64_t count, int64_t rows, int64_t columns, As as) {
+    const bool plain = as == As::plain;
+    const int64_t depth = plain ? rows : columns, width = plain ? columns : rows;
+    each_ = pairs_size(depth, width);
+    memory_ = Buffer<uint16_t>(count * each_);
+    run_tasks(workers_for(count), count, [&](int64_t, int64_t i) {
+      pack_pairs(weight + i * rows * columns, plain ? columns : 1, plain ? 1 : columns, depth, width,
+                 memory_.data() + i * each_);
+    });
+  }
+  const uint16_t* operator[](int64_t which) const { return memory_.data() + which * each_; }
+
+ private:
+  int64_t each_;
+  Buffer<uint16_t> memory_;
+};
+
+// A thread's operands on their way to bf16.
+class PairedProducts {
+ public:
+  // C = (C +) bias + A · B as `multiply`, with B packed as pairs.
+  void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
+                const uint16_t* pairs, float* c, int64_t c_row, Into into, const float* bias = nullptr) {
+    if (rows == 0) return;
+    const int64_t deep = even(depth);
+    left_.resize(static_cast<size_t>(rows * deep));
+    for (int64_t i = 0; i < rows; ++i) {
+      uint16_t* to = left_.data() + i * deep;
+      for (int64_t k = 0; k < depth; ++k) to[k] = to_bf16(a[i * a_row + k * a_column]);
+      if (deep > depth) to[depth] = 0;
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        float& value = c[i * c_row + j];
+        value = (into == Into::add ? value : 0.0f) + (bias ? bias[j] : 0.0f);
+      }
+    for (int64_t j = 0; deep > 0 && j < columns; j += kPairPanel)
+      brgemm_panel(rows, std::min(kPairPanel, columns - j), deep, left_.data(), pairs + j * deep, c + j, c_row);
+  }
+
+  // The same with B [K, N] row-major in fp32.
+  void multiply_plain(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
+                const float* b, int64_t b_row, float* c, int64_t c_row, Into into) {
+    right_.resize(static_cast<size_t>(pairs_size(depth, columns)));
+    pack_pairs(b, b_row, 1, depth, columns, right_.data());
+    multiply(rows, columns, depth, a, a_row, a_column, right_.data(), c, c_row, into);
+  }
+
+ private:
+  std::vector<uint16_t> left_, right_;
+};
+
+// The weights of a product, level by level, as its right side.
+template <class T>
+class LevelWeights {
+ public:
+  LevelWeights(const T* weight, int64_t levels, int64_t rows, int64_t columns, As as, bool in_pairs) {
+    if constexpr (std::is_same_v<T, float>)
+      if (in_pairs) pairs_.emplace(weight, levels, rows, columns, as);
+    if (!in_pairs) fp_.emplace(weight, levels, rows, columns, as);
+  }
+
+  const std::optional<PairedWeights>& pairs() const { return pairs_; }
+  RightSide<T> operator[](int64_t level) const { return (*fp_)[level]; }
+
+ private:
+  std::optional<PairedWeights> pairs_;
+  std::optional<PackedWeights<T>> fp_;
+};
+
+// One thread's products: in T, or in bf16 where the weights are pairs.
+template <class T>
+class Products {
+ public:
+  explicit Products(bool in_pairs) : in_pairs_(in_pairs) {}
+
+  // C = (C +) bias + A · weights[level]
+  void weigh(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, const LevelWeights<T>& weights,
+             int64_t level, T* c, int64_t c_row, Into into, const T* bias = nullptr) {
+    if constexpr (std::is_same_v<T, float>)
+      if (weights.pairs()) {
+        paired_.multiply(rows, columns, depth, a, a_row, 1, (*weights.pairs())[level], c, c_row, into, bias);
+        return;
+      }
+    multiply<T>(rows, columns, depth, a, a_row, 1, weights[level], c, c_row, into, bias);
+  }
+
+  // C = (C +) Aᵀ · B, sums over items: A [items, rows], B [items, columns].
+  void correlate(int64_t rows, int64_t columns, int64_t items, const T* a, int64_t a_row, const T* b, int64_t b_row,
+                 T* c, int64_t c_row, Into into) {
+    if constexpr (std::is_same_v<T, float>)
+      if (in_pairs_) {
+        paired_.multiply_plain(rows, columns, items, a, 1, a_row, b, b_row, c, c_row, into);
+        return;
+      }
+    multiply<T>(rows, columns, items, a, 1, a_row, plain(b, b_row), c, c_row, into);
+  }
+
+  // After a block: the thread's tiles belong to others too.
+  void end() const {
+    if (in_pairs_) end_brgemm();
+  }
+
+ private:
+  bool in_pairs_;
+  PairedProducts paired_;
+};
+
+}  // namespace crossan_fast
