@@ -53,6 +53,12 @@ class Processes:
             torch.manual_seed(int(mixed[0]))
 
 
+# Groups that were left, kept to the end of the process. A DistributedDataParallel that outlives its group
+# would otherwise drop the last reference while it holds Python's lock, and wait for the group's threads, of which
+# one may still be waiting for that lock to drop a tensor: seen as a process that never ended.
+_left: list[dist.ProcessGroup] = []
+
+
 @contextmanager
 def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Meet the processes that `torchrun` started (nccl on GPUs, one each; gloo on CPUs), and part at the end.
@@ -79,4 +85,6 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     finally:
+        if dist.group.WORLD is not None:
+            _left.append(dist.group.WORLD)
         dist.destroy_process_group()
