@@ -54,8 +54,8 @@ class Processes:
 
 
 # Groups that were left, kept to the end of the process. A DistributedDataParallel that outlives its group
-# would otherwise drop the last reference while it holds Python's lock, and wait for the group's threads, of which
-# one may still be waiting for that lock to drop a tensor: seen as a process that never ended.
+# would otherwise drop the last reference while it holds Python's lock, and wait for the group's threads, one
+# of which may still be waiting for that lock to drop a tensor: seen as a process that never ended.
 _left: list[dist.ProcessGroup] = []
 
 
