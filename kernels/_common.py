@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Device classes whose products wait for their operands in registers: tiles that fit Hopper spill there.
+BEFORE_HOPPER = frozenset({"sm_80", "sm_86", "sm_87", "sm_89"})
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

@@ -31,7 +31,7 @@ def config(device: str, dtype: torch.dtype, tf32: bool, width: int, backward: bo
     """The default tile: the widest whose kernels compile without a spill (benchmarks/results/aot.csv)."""
     if dtype == torch.float32 and not tf32:
         # Without matrix units a product keeps both operands in registers as well.
-        return Config(32, 32, 4, 2) if width <= 64 else Config(16, 16, 4, 1)
+        return Config(32, 32, 8, 2) if width <= 64 else Config(16, 16, 4, 1)
     if width > 256:
         return Config(16, 16, 8, 1)
     if width > 128:
@@ -40,7 +40,7 @@ def config(device: str, dtype: torch.dtype, tf32: bool, width: int, backward: bo
         return Config(64, 32, 4, 2)
     if not backward:
         return Config(64, 128, 4, 3)
-    return Config(64, 64, 4, 3) if device == "sm_90" else Config(64, 32, 4, 3)
+    return Config(64, 64, 4, 3) if device == "sm_90" else Config(64, 32, 4, 2)
 
 
 def candidates(device: str, dtype: torch.dtype, tf32: bool, width: int, backward: bool) -> list[Config]:

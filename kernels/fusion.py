@@ -18,6 +18,7 @@ from crossan_fast.kernels import fusion_backward, fusion_forward
 from crossan_fast.kernels._autotune import bucket, tuned
 from crossan_fast.kernels._blocks import cdiv, on_device, split
 from crossan_fast.kernels._common import (
+    BEFORE_HOPPER,
     device_class,
     device_name,
     dot_precision,
@@ -49,6 +50,8 @@ def config(device: str, dtype: torch.dtype, tf32: bool, width: int, count: int) 
         return Config(16, 32, 32, 8, 1)
     if width > 64 or dtype == torch.float32:
         return Config(16 if width > 128 else 32, 32, 32, 4, 1)
+    if device in BEFORE_HOPPER:
+        return Config(32, 64, 32, 8, 2)
     return Config(32, 64, 32, 4, 2) if count <= 4096 else Config(64, 64, 32, 8, 2)
 
 

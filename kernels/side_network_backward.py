@@ -460,6 +460,7 @@ def down_gradient_kernel(
                 dz = tl.load(grad_z_rows + level * BR, mask=mask_n[:, None], other=0)
                 dw_next = dw_next + (dot(tl.trans(dz), narrow(x, dz.dtype), dw[level - FIRST], PRECISION),)
             u = x + tl.load(bias + level * D, mask=mask_d, other=0).to(tl.float32)[None, :]
+            tl.debug_barrier()  # keeps loads of several levels from waiting in registers at once
         dw = dw_next
         gates = gates_next
     for level in tl.static_range(FIRST, FIRST + COUNT):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast.kernels._blocks import cdiv
-from crossan_fast.kernels._common import as_storage, power_of_two
+from crossan_fast.kernels._common import BEFORE_HOPPER, as_storage, power_of_two
 
 
 class Source(NamedTuple):
@@ -129,10 +129,6 @@ def group_towers(towers: Sequence[Tower]) -> list[Group]:
 _ACCUMULATORS = 28_672
 
 
-# Before Hopper a product's operands wait in registers too, so that tiles are half as large.
-_BEFORE_HOPPER = {"sm_80", "sm_86", "sm_87", "sm_89"}
-
-
 class Problem(NamedTuple):
     """All that a config depends on. `items` is a bucket's upper end, never an exact number of items."""
 
@@ -202,7 +198,7 @@ def forward_config(problem: Problem) -> ForwardConfig:
         # No matrix instruction without tf32: products run on the vector units, operands wait in registers.
         items, columns, budget = 32, 16, _ACCUMULATORS // 4
     else:
-        items, columns, budget = (32 if problem.device in _BEFORE_HOPPER else 64), 32, _ACCUMULATORS
+        items, columns, budget = (32 if problem.device in BEFORE_HOPPER else 64), 32, _ACCUMULATORS
     while items > 16 and levels * br * items > budget:
         items //= 2
     group = max(1, min(levels, budget // (items * br)))
@@ -251,10 +247,12 @@ def gradient_config(problem: Problem) -> GradientConfig:
         up_items, up_columns = 16, 32
     elif problem.dtype == torch.float32:
         items, columns, budget = 32, 32, _ACCUMULATORS // 4
+        if problem.device in BEFORE_HOPPER:
+            items, columns, budget = 16, 16, _ACCUMULATORS // 8
         up_items, up_columns, up_stages = 32, 32, 2
-    elif problem.device in _BEFORE_HOPPER or 1 in problem.stored_bytes:  # decoding fp8 takes registers too
+    elif problem.device in BEFORE_HOPPER or 1 in problem.stored_bytes:  # decoding fp8 takes registers too
         items, columns, budget = 32, 16, _ACCUMULATORS // 4
-        warps = 4 if problem.device in _BEFORE_HOPPER else 8
+        warps = 4 if problem.device in BEFORE_HOPPER else 8
     else:
         items, columns, budget = 32, 32, _ACCUMULATORS // 2
     group = max(1, min(problem.levels, budget // (br * columns)))
@@ -276,7 +274,7 @@ def gradient_config(problem: Problem) -> GradientConfig:
         up_columns=up_columns,
         up_warps=up_warps,
         up_stages=up_stages,
-        combine_columns=64 if half and problem.device not in _BEFORE_HOPPER else 32,
+        combine_columns=64 if half and problem.device not in BEFORE_HOPPER else 32,
     )
 
 
