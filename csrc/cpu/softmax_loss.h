@@ -81,10 +81,12 @@ class SoftmaxBlock {
         sum[i] *= fast_exp(maximum[i] - shift[i]);
         maximum[i] = top[i];
       }
+      T part[kBlockRows] = {};  // a tile's sum by itself: one long sum would lose digits of the gradients
       for (int64_t u = 0; u < height; ++u) {
         const T* s = tile_.data() + u * kBlockRows;
-        for (int64_t i = 0; i < kBlockRows; ++i) sum[i] += fast_exp(s[i] - shift[i]);
+        for (int64_t i = 0; i < kBlockRows; ++i) part[i] += fast_exp(s[i] - shift[i]);
       }
+      for (int64_t i = 0; i < kBlockRows; ++i) sum[i] += part[i];
     }
     double total = 0;
     for (int64_t i = 0; i < count_; ++i) {
