@@ -25,11 +25,11 @@ def weights(setting: Setting) -> list[Tensor]:
     flat = [
         torch.randn(shape, device=setting.device, generator=generator) * shape[-1] ** -0.5 for shape in shapes
     ]
-    for block in range(BLOCKS):
+    for index in range(BLOCKS):
         # Half the units on, half off, none near ReLU's kink: of millions of them rounding would switch a few,
         # each a jump in the gradients that says nothing about anyone's sums.
-        flat[12 * block + 9].mul_(0.1)
-        flat[12 * block + 10].sign_()
+        flat[12 * index + 9].mul_(0.1)
+        flat[12 * index + 10].sign_()
     return flat
 
 
