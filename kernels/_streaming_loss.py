@@ -11,7 +11,14 @@ from torch import Tensor
 from crossan_fast.kernels import _streaming_softmax as kernels
 from crossan_fast.kernels._autotune import bucket, tuned
 from crossan_fast.kernels._blocks import cdiv, on_device, split
-from crossan_fast.kernels._common import device_class, device_name, dot_precision, launch, power_of_two
+from crossan_fast.kernels._common import (
+    BEFORE_HOPPER,
+    device_class,
+    device_name,
+    dot_precision,
+    launch,
+    power_of_two,
+)
 
 # Rows per program of the cheap per-row kernels, and programs that count rows.
 _ROWS, _COUNTERS = 1024, 32
@@ -31,7 +38,8 @@ def config(device: str, dtype: torch.dtype, tf32: bool, width: int, backward: bo
     """The default tile: the widest whose kernels compile without a spill (benchmarks/results/aot.csv)."""
     if dtype == torch.float32 and not tf32:
         # Without matrix units a product keeps both operands in registers as well.
-        return Config(32, 32, 8, 2) if width <= 64 else Config(16, 16, 4, 1)
+        warps = 8 if device in BEFORE_HOPPER else 4
+        return Config(32, 32, warps, 2) if width <= 64 else Config(16, 16, 4, 1)
     if width > 256:
         return Config(16, 16, 8, 1)
     if width > 128:
