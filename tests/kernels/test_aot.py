@@ -1,10 +1,9 @@
 """Kernels compile for GPUs that are not here: no spills, shared memory within limits, matrix instructions.
 
 Really compiled, in a process of their own (this one's kernels are the interpreter's) and with a cache of
-their own: the hot kernels of the paper's size for sm_90 at 704 items. `python -m benchmarks.aot` makes the full
-table (both architectures, 20,314 items, the fp8 cache, D = 1,024 and 4,096, fp32, the other ops), and the rows
-recorded there are what the figures here are compared with. Where another Triton wrote them, limits alone are
-checked.
+their own: the hot kernels of the paper's size for sm_90 at 704 items. `python -m benchmarks.aot` makes the
+full table (both architectures, 20,314 items, fp8 caches, D = 1,024 and 4,096, fp32, the other ops), and its
+rows are what the figures here are compared with. Where another Triton wrote them, limits alone are checked.
 """
 
 from __future__ import annotations
