@@ -37,23 +37,25 @@ def table(runs: dict[str, list[Row]], epochs: dict[str, list[Row]]) -> str:
         "",
         f"{int(first['users']):,} users ranked among all {int(first['candidates']):,} items, "
         f"filter_history={first['filter_history']}, ties against the target; in %. "
-        f"{first['device']}, threads: {first['threads']}, torch {first['torch']}. "
-        "Seconds are wall time, other work of the machine included.",
+        f"{first['device']}, torch {first['torch']}. Seconds are wall time, other work of the machine and "
+        "pauses for it included: they bound an epoch's time from above.",
         "",
-        "| loss | seed | batch | learning rate | epoch | HR@5 | HR@10 | NDCG@10 | HR@20 | MRR | train s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| loss | seed | threads | batch | learning rate | average | best epoch | of "
+        "| HR@5 | HR@10 | NDCG@10 | HR@20 | MRR | train s |",
+        "| --- " * 14 + "|",
     ]
     metrics = ("hr@5", "hr@10", "ndcg@10", "hr@20", "mrr")
     for variant, rows in runs.items():
         for row in sorted(rows, key=lambda row: int(row["seed"])):
             values = " | ".join(_percent(row[f"test_{name}"]) for name in metrics)
             lines.append(
-                f"| {variant} | {row['seed']} | {row['batch_size']} | {row['learning_rate']} "
-                f"| {row['best_epoch']} | {values} | {float(row['train_seconds']):.0f} |"
+                f"| {variant} | {row['seed']} | {row['threads']} | {row['batch_size']} "
+                f"| {row['learning_rate']} | {row['average']} | {row['best_epoch']} | {row['epochs']} "
+                f"| {values} | {float(row['train_seconds']):.0f} |"
             )
         means = [statistics.fmean(float(row[f"test_{name}"]) for row in rows) for name in metrics]
         values = " | ".join(f"**{100 * mean:.2f}**" for mean in means)
-        lines.append(f"| {variant} | mean of {len(rows)} | | | | {values} | |")
+        lines.append(f"| {variant} | mean of {len(rows)} | | | | | | | {values} | |")
     if len(epochs) > 1:
         lines += ["", "## Validation NDCG@10 of both losses, mean over seeds", "", *compare(epochs)]
     lines += ["", "![curve](scientific.png)", "", "Drawn by `python -m benchmarks.recipes.report`."]
@@ -98,7 +100,7 @@ def draw(epochs: dict[str, list[Row]], path: Path) -> None:
             left.plot(numbers, percent, **style)
             right.plot(seconds, percent, **style)
     left.set(xlabel="epoch", ylabel="validation NDCG@10, %")
-    right.set(xlabel="seconds of training")
+    right.set(xlabel="seconds of training, shared machine")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

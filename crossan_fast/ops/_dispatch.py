@@ -35,7 +35,7 @@ OPS = (
 # accepts is picked.
 _ORDER = {
     "cpu": {
-        "cpp": "measured ahead of eager elsewhere; `python -m benchmarks run` measures this machine",
+        "cpp": "measured ahead of eager with AVX-512 (benchmarks/results); `benchmarks run` measures here",
         "eager": "nothing faster serves this op here",
     },
     "cuda": {
