@@ -108,7 +108,11 @@ def test_equal_epochs_and_equal_time_by_hand() -> None:
     lines = report.compare({"in_batch": fast, "full": slow})
     assert lines[2] == "| after 3 epochs | 3.00 | 6.00 |"
     assert lines[3:] == [
-        "| after 2 s of training | 1.00 | 0.00 |",
+        "| after 2 s of training | 1.00 | not yet evaluated |",
         "| after 3 s of training | 3.00 | 5.00 |",
+        "| after 4 s of training | 3.00 | 5.00 |",
         "| after 6 s of training | 4.00 | 5.00 |",
+        "| after 9 s of training | 4.00 | 6.00 |",
     ]
+    slow[1]["train_seconds"], slow[2]["train_seconds"] = "600", "603"  # a pause is no epoch's time
+    assert report.compare({"in_batch": fast, "full": slow}) == lines
