@@ -1,17 +1,11 @@
 // fusion's border: checks every argument, then hands pointers to the kernels.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include "bridge.h"
+#include "library.h"
 #include "fusion.h"
 
-namespace crossan_fast {
+namespace crossan_fast::library {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
 
 struct Arguments {
   fusion::Sizes sizes;
@@ -87,16 +81,18 @@ fusion::Weights<P> group(size_t modalities, F&& pointer) {
   return w;
 }
 
-std::vector<Tensor> forward(TensorList hidden, TensorList weights, const OptionalTensor& present,
-                            std::optional<int64_t> top_k, const OptionalTensor& counts, at::ScalarType dtype) {
+}  // namespace
+
+std::vector<Tensor> fusion(TensorList hidden, TensorList weights, const OptionalTensor& present,
+                           std::optional<int64_t> top_k, const OptionalTensor& counts, at::ScalarType dtype) {
   const Arguments args = read_arguments(hidden, weights, present, top_k, counts);
   const fusion::Sizes& s = args.sizes;
   return in_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto given = at::TensorOptions().dtype(dtype), wide = at::TensorOptions().dtype(kScalarType<T>);
-    Tensor items = at::empty({s.items, s.width}, given), e = at::empty({s.items, s.modalities * s.width}, given);
-    Tensor logits = at::empty({s.items, s.modalities}, wide);
-    Tensor assigned = at::zeros({s.modalities}, wide), probability = at::zeros({s.modalities}, wide);
+    constexpr at::ScalarType wide = kScalarType<T>;
+    Tensor items = empty({s.items, s.width}, dtype), e = empty({s.items, s.modalities * s.width}, dtype);
+    Tensor logits = empty({s.items, s.modalities}, wide);
+    Tensor assigned = zeros({s.modalities}, wide), probability = zeros({s.modalities}, wide);
     if (s.items > 0) {
       std::vector<Tensor> own;
       for (const Tensor& weight : weights) own.push_back(in_type<T>(weight));
@@ -110,9 +106,9 @@ std::vector<Tensor> forward(TensorList hidden, TensorList weights, const Optiona
   });
 }
 
-std::vector<Tensor> backward(const Tensor& grad_items, const Tensor& grad_probability, TensorList saved,
-                             TensorList hidden, TensorList weights, const OptionalTensor& present,
-                             std::optional<int64_t> top_k, const OptionalTensor& counts, at::ScalarType dtype) {
+std::vector<Tensor> fusion_backward(const Tensor& grad_items, const Tensor& grad_probability, TensorList saved,
+                                    TensorList hidden, TensorList weights, const OptionalTensor& present,
+                                    std::optional<int64_t> top_k, const OptionalTensor& counts, at::ScalarType dtype) {
   const Arguments args = read_arguments(hidden, weights, present, top_k, counts);
   const fusion::Sizes& s = args.sizes;
   check_device("grad_items", grad_items, at::kCPU);
@@ -131,11 +127,11 @@ std::vector<Tensor> backward(const Tensor& grad_items, const Tensor& grad_probab
     std::vector<Tensor> grads, grad_weights;
     std::vector<void*> grad_hidden;
     for (const Tensor& tensor : hidden) {
-      grads.push_back(at::empty(tensor.sizes(), at::TensorOptions().dtype(tensor.scalar_type())));
+      grads.push_back(empty(tensor.sizes(), tensor.scalar_type()));
       grad_hidden.push_back(grads.back().mutable_data_ptr());
     }
     for (const Tensor& weight : weights) {
-      grad_weights.push_back(at::empty(weight.sizes(), at::TensorOptions().dtype(kScalarType<T>)));
+      grad_weights.push_back(empty(weight.sizes(), kScalarType<T>));
       if (s.items == 0) grad_weights.back().zero_();
     }
     if (s.items > 0) {
@@ -156,18 +152,5 @@ std::vector<Tensor> backward(const Tensor& grad_items, const Tensor& grad_probab
   });
 }
 
-}  // namespace
 
-TORCH_LIBRARY_FRAGMENT(crossan_fast_cpp, library) {
-  library.def("fusion(Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, "
-              "ScalarType dtype) -> Tensor[]");
-  library.def("fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor[] saved, Tensor[] hidden, "
-              "Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(crossan_fast_cpp, CPU, library) {
-  library.impl("fusion", forward);
-  library.impl("fusion_backward", backward);
-}
-
-}  // namespace crossan_fast
+}  // namespace crossan_fast::library

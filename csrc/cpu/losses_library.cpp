@@ -1,16 +1,11 @@
 // in_batch_loss and full_loss: their border, and which rows and columns each gives to the streaming softmax.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include "bridge.h"
+#include "library.h"
 #include "softmax_loss.h"
 
-namespace crossan_fast {
+namespace crossan_fast::library {
 namespace {
-
-using at::Tensor;
-using Pair = std::tuple<Tensor, Tensor>;
 
 void check_embeddings(const char* name, const Tensor& tensor, int64_t dims, at::ScalarType type) {
   check_device(name, tensor, at::kCPU);
@@ -92,8 +87,8 @@ auto with_full(const Tensor& users, const Tensor& items, const Tensor& targets, 
 
 template <class T>
 Pair forward(const SoftmaxLoss<T>& loss, at::IntArrayRef rows) {
-  const auto options = at::TensorOptions().dtype(kScalarType<T>);
-  Tensor value = at::empty({}, options), lse = at::zeros(rows, options);
+  constexpr at::ScalarType type = kScalarType<T>;
+  Tensor value = empty({}, type), lse = zeros(rows, type);
   *value.template mutable_data_ptr<T>() = softmax_loss(loss, lse.template mutable_data_ptr<T>());
   return {value, lse};
 }
@@ -101,18 +96,20 @@ Pair forward(const SoftmaxLoss<T>& loss, at::IntArrayRef rows) {
 template <class T>
 Pair backward(const SoftmaxLoss<T>& loss, const Tensor& grad, const Tensor& lse, const Tensor& users,
               const Tensor& items, int64_t skipped) {
-  const auto options = at::TensorOptions().dtype(kScalarType<T>);
+  constexpr at::ScalarType type = kScalarType<T>;
   check_device("grad_loss", grad, at::kCPU);
   check_device("lse", lse, at::kCPU);
   TORCH_CHECK_VALUE(grad.numel() == 1, "grad_loss: expected a scalar, got ", described(grad));
   check_shape("lse", lse, users.sizes().slice(0, static_cast<size_t>(users.dim() - 1)));
   const Tensor own = in_type<T>(lse), scale = in_type<T>(grad);
-  Tensor grad_users = at::zeros(users.sizes(), options), grad_items = at::zeros(items.sizes(), options);
+  Tensor grad_users = zeros(users.sizes(), type), grad_items = zeros(items.sizes(), type);
   softmax_loss_backward(loss, *scale.template const_data_ptr<T>(), own.template const_data_ptr<T>(),
                         grad_users.template mutable_data_ptr<T>(),
                         grad_items.template mutable_data_ptr<T>() + skipped * loss.width);
   return {grad_users.to(users.scalar_type()), grad_items.to(items.scalar_type())};
 }
+
+}  // namespace
 
 Pair in_batch_loss(const Tensor& users, const Tensor& items, const Tensor& slots, const Tensor& counts,
                    const Tensor& log_popularity) {
@@ -138,23 +135,5 @@ Pair full_loss_backward(const Tensor& grad, const Tensor& lse, const Tensor& use
                    [&](const auto& loss, auto) { return backward(loss, grad, lse, users, items, 1); });
 }
 
-}  // namespace
 
-#define IN_BATCH "Tensor users, Tensor items, Tensor slots, Tensor counts, Tensor log_popularity"
-
-TORCH_LIBRARY_FRAGMENT(crossan_fast_cpp, library) {
-  library.def("in_batch_loss(" IN_BATCH ") -> (Tensor, Tensor)");
-  library.def("in_batch_loss_backward(Tensor grad_loss, Tensor lse, " IN_BATCH ") -> (Tensor, Tensor)");
-  library.def("full_loss(Tensor users, Tensor items, Tensor targets) -> (Tensor, Tensor)");
-  library.def("full_loss_backward(Tensor grad_loss, Tensor lse, Tensor users, Tensor items, Tensor targets) "
-              "-> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(crossan_fast_cpp, CPU, library) {
-  library.impl("in_batch_loss", in_batch_loss);
-  library.impl("in_batch_loss_backward", in_batch_loss_backward);
-  library.impl("full_loss", full_loss);
-  library.impl("full_loss_backward", full_loss_backward);
-}
-
-}  // namespace crossan_fast
+}  // namespace crossan_fast::library

@@ -1,17 +1,13 @@
 // The border of topk_scores, rank_of_target and deduplicate.
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "bridge.h"
+#include "library.h"
 #include "ranking.h"
 
-namespace crossan_fast {
+namespace crossan_fast::library {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // `run(ranking)` while the tensors behind it live.
 template <class F>
@@ -43,28 +39,6 @@ auto with_ranking(const Tensor& users, const Tensor& items, const OptionalTensor
                              exclude ? excluded.const_data_ptr<int64_t>() : nullptr,
                              exclude ? excluded.size(1) : 0};
     return run(ranking, zero);
-  });
-}
-
-Tensor rank(const Tensor& users, const Tensor& items, const Tensor& targets, const OptionalTensor& exclude) {
-  return with_ranking(users, items, exclude, [&](const auto& ranking, auto) {
-    check_device("targets", targets, at::kCPU);
-    check_shape("targets", targets, {users.size(0)});
-    const Tensor ids = checked_ids("targets", targets, 1, items.size(0));
-    Tensor ranks = at::empty({users.size(0)}, at::TensorOptions().dtype(at::kLong));
-    rank_of_target(ranking, ids.const_data_ptr<int64_t>(), ranks.mutable_data_ptr<int64_t>());
-    return ranks;
-  });
-}
-
-std::tuple<Tensor, Tensor> topk(const Tensor& users, const Tensor& items, int64_t k, const OptionalTensor& exclude) {
-  TORCH_CHECK_VALUE(k >= 1, "k: expected at least 1, got ", k);
-  return with_ranking(users, items, exclude, [&](const auto& ranking, auto zero) {
-    using T = decltype(zero);
-    Tensor scores = at::empty({users.size(0), k}, at::TensorOptions().dtype(kScalarType<T>));
-    Tensor ids = at::empty({users.size(0), k}, at::TensorOptions().dtype(at::kLong));
-    topk_scores(ranking, k, scores.template mutable_data_ptr<T>(), ids.mutable_data_ptr<int64_t>());
-    return std::tuple(scores.to(users.scalar_type()), ids);
   });
 }
 
@@ -119,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> slots_of(const Set& distinct, const Tensor& p
   TORCH_CHECK_VALUE(!capacity || distinct.size() <= *capacity, "capacity: ", distinct.size(),
                     " slots needed (padding included), got ", *capacity);
   const int64_t size = capacity.value_or(distinct.size());
-  Tensor ids = at::empty({size}, places.options()), counts = at::empty({size}, places.options());
-  Tensor slots = at::empty(places.sizes(), places.options());
+  Tensor ids = empty({size}, at::kLong), counts = empty({size}, at::kLong);
+  Tensor slots = empty(places.sizes(), at::kLong);
   int64_t* id = ids.mutable_data_ptr<int64_t>();
   int64_t* slot = slots.mutable_data_ptr<int64_t>();
   int64_t* times = counts.mutable_data_ptr<int64_t>();
@@ -134,6 +108,30 @@ std::tuple<Tensor, Tensor, Tensor> slots_of(const Set& distinct, const Tensor& p
   }
   times[0] = 0;
   return {ids, slots, counts};
+}
+
+}  // namespace
+
+Tensor rank_of_target(const Tensor& users, const Tensor& items, const Tensor& targets, const OptionalTensor& exclude) {
+  return with_ranking(users, items, exclude, [&](const auto& ranking, auto) {
+    check_device("targets", targets, at::kCPU);
+    check_shape("targets", targets, {users.size(0)});
+    const Tensor ids = checked_ids("targets", targets, 1, items.size(0));
+    Tensor ranks = empty({users.size(0)}, at::kLong);
+    crossan_fast::rank_of_target(ranking, ids.const_data_ptr<int64_t>(), ranks.mutable_data_ptr<int64_t>());
+    return ranks;
+  });
+}
+
+Pair topk_scores(const Tensor& users, const Tensor& items, int64_t k, const OptionalTensor& exclude) {
+  TORCH_CHECK_VALUE(k >= 1, "k: expected at least 1, got ", k);
+  return with_ranking(users, items, exclude, [&](const auto& ranking, auto zero) {
+    using T = decltype(zero);
+    Tensor scores = empty({users.size(0), k}, kScalarType<T>);
+    Tensor ids = empty({users.size(0), k}, at::kLong);
+    crossan_fast::topk_scores(ranking, k, scores.template mutable_data_ptr<T>(), ids.mutable_data_ptr<int64_t>());
+    return std::tuple(scores.to(users.scalar_type()), ids);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> deduplicate(const Tensor& item_ids, std::optional<int64_t> capacity) {
@@ -150,18 +148,5 @@ std::tuple<Tensor, Tensor, Tensor> deduplicate(const Tensor& item_ids, std::opti
   return slots_of(SortedSet(place, count), places, capacity);
 }
 
-}  // namespace
 
-TORCH_LIBRARY_FRAGMENT(crossan_fast_cpp, library) {
-  library.def("rank_of_target(Tensor users, Tensor items, Tensor targets, Tensor? exclude) -> Tensor");
-  library.def("topk_scores(Tensor users, Tensor items, int k, Tensor? exclude) -> (Tensor, Tensor)");
-  library.def("deduplicate(Tensor item_ids, int? capacity) -> (Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(crossan_fast_cpp, CPU, library) {
-  library.impl("rank_of_target", rank);
-  library.impl("topk_scores", topk);
-  library.impl("deduplicate", deduplicate);
-}
-
-}  // namespace crossan_fast
+}  // namespace crossan_fast::library

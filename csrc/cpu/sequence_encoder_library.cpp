@@ -1,17 +1,11 @@
 // sequence_encoder's border: checks every argument, then hands pointers to the kernels.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include "bridge.h"
+#include "library.h"
 #include "sequence_encoder.h"
 
-namespace crossan_fast {
+namespace crossan_fast::library {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr size_t kShared = 3, kPerLayer = 12;  // weights before the blocks; weights of a block
 
@@ -94,17 +88,16 @@ std::vector<Tensor> in_types(TensorList weights) {
   return own;
 }
 
-// users [B, S, d], zeros at padding, and what the backward needs: [B·S, kept_width], or no rows where nothing does.
-std::tuple<Tensor, Tensor> forward(const Tensor& items, const Tensor& mask, TensorList weights, int64_t heads,
-                                   double eps, double dropout, const OptionalTensor& seed, bool keep,
-                                   at::ScalarType dtype) {
+}  // namespace
+
+Pair sequence_encoder(const Tensor& items, const Tensor& mask, TensorList weights, int64_t heads, double eps,
+                      double dropout, const OptionalTensor& seed, bool keep, at::ScalarType dtype) {
   const Arguments args = read_arguments(items, mask, weights, heads, eps, dropout, seed);
   const auto& s = args.sizes;
   return in_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Tensor users = at::zeros({s.batch, s.places, s.width}, at::TensorOptions().dtype(dtype));
-    Tensor kept = at::empty({keep ? s.batch * s.places : 0, sequence_encoder::kept_width(s)},
-                            at::TensorOptions().dtype(kScalarType<T>));
+    Tensor users = zeros({s.batch, s.places, s.width}, dtype);
+    Tensor kept = empty({keep ? s.batch * s.places : 0, sequence_encoder::kept_width(s)}, kScalarType<T>);
     const std::vector<Tensor> own = in_types<T>(weights);
     const auto grouped = group<const T*>(s.layers, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
     sequence_encoder::forward<T>(s, args.inputs, grouped, stored_type(dtype), users.mutable_data_ptr(),
@@ -113,9 +106,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& items, const Tensor& mask, Tens
   });
 }
 
-std::vector<Tensor> backward(const Tensor& grad_users, const Tensor& kept, const Tensor& items, const Tensor& mask,
-                             TensorList weights, int64_t heads, double eps, double dropout,
-                             const OptionalTensor& seed, at::ScalarType dtype) {
+std::vector<Tensor> sequence_encoder_backward(const Tensor& grad_users, const Tensor& kept, const Tensor& items,
+                                              const Tensor& mask, TensorList weights, int64_t heads, double eps,
+                                              double dropout, const OptionalTensor& seed, at::ScalarType dtype) {
   const Arguments args = read_arguments(items, mask, weights, heads, eps, dropout, seed);
   const auto& s = args.sizes;
   check_device("grad_users", grad_users, at::kCPU);
@@ -126,10 +119,10 @@ std::vector<Tensor> backward(const Tensor& grad_users, const Tensor& kept, const
   return in_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     check_type("kept", kept, {kScalarType<T>});
-    std::vector<Tensor> grads{at::zeros(items.sizes(), at::TensorOptions().dtype(items.scalar_type()))};
+    std::vector<Tensor> grads{zeros(items.sizes(), items.scalar_type())};
     std::vector<Tensor> sums;
     for (const Tensor& weight : weights)
-      sums.push_back(at::empty(weight.sizes(), at::TensorOptions().dtype(kScalarType<T>)));
+      sums.push_back(empty(weight.sizes(), kScalarType<T>));
     const std::vector<Tensor> own = in_types<T>(weights);
     const auto grouped = group<const T*>(s.layers, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
     const auto into = group<T*>(s.layers, [&](size_t i) { return sums[i].template mutable_data_ptr<T>(); });
@@ -141,19 +134,5 @@ std::vector<Tensor> backward(const Tensor& grad_users, const Tensor& kept, const
   });
 }
 
-}  // namespace
 
-#define ARGUMENTS                                                                                         \
-  "Tensor items, Tensor mask, Tensor[] weights, int heads, float eps, float dropout, Tensor? seed"
-
-TORCH_LIBRARY_FRAGMENT(crossan_fast_cpp, library) {
-  library.def("sequence_encoder(" ARGUMENTS ", bool keep, ScalarType dtype) -> (Tensor, Tensor)");
-  library.def("sequence_encoder_backward(Tensor grad_users, Tensor kept, " ARGUMENTS ", ScalarType dtype) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(crossan_fast_cpp, CPU, library) {
-  library.impl("sequence_encoder", forward);
-  library.impl("sequence_encoder_backward", backward);
-}
-
-}  // namespace crossan_fast
+}  // namespace crossan_fast::library

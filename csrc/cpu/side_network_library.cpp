@@ -1,16 +1,11 @@
 // side_network's border: checks every argument, then hands pointers to the kernels.
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include "bridge.h"
+#include "library.h"
 #include "side_network.h"
 
-namespace crossan_fast {
+namespace crossan_fast::library {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-using OptionalTensor = std::optional<Tensor>;
 
 side::Structure read_structure(at::IntArrayRef widths, at::IntArrayRef sources, c10::string_view cross,
                                c10::string_view activation, double temperature) {
@@ -172,21 +167,22 @@ side::Tensors pointers(const std::vector<Tensor>& tensors, at::ScalarType dtype)
   return result;
 }
 
-std::vector<Tensor> forward(TensorList states, TensorList scales, const OptionalTensor& ids,
-                            const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
-                            at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                            double temperature, at::ScalarType dtype) {
+}  // namespace
+
+std::vector<Tensor> side_network(TensorList states, TensorList scales, const OptionalTensor& ids,
+                                 const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
+                                 at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
+                                 double temperature, at::ScalarType dtype) {
   const Arguments args = read_arguments(states, scales, ids, present, weights,
                                         read_structure(widths, sources, cross, activation, temperature));
   const side::Structure& s = args.structure;
   check_weights(s, weights);
-  const auto options = at::TensorOptions().dtype(dtype);
   return in_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     std::vector<Tensor> outputs, saved;
     for (const auto& tower : s.towers) {
-      outputs.push_back(at::empty({s.items, s.width(tower)}, options));
-      saved.push_back(at::empty({s.items, s.levels, s.rank}, options));
+      outputs.push_back(empty({s.items, s.width(tower)}, dtype));
+      saved.push_back(empty({s.items, s.levels, s.rank}, dtype));
     }
     const auto own = all_in_type<T>(weights);
     const auto grouped =
@@ -197,10 +193,11 @@ std::vector<Tensor> forward(TensorList states, TensorList scales, const Optional
   });
 }
 
-std::vector<Tensor> backward(TensorList grad_outputs, TensorList saved, TensorList states, TensorList scales,
-                             const OptionalTensor& ids, const OptionalTensor& present, TensorList weights,
-                             at::IntArrayRef widths, at::IntArrayRef sources, c10::string_view cross,
-                             c10::string_view activation, double temperature, at::ScalarType dtype) {
+std::vector<Tensor> side_network_backward(TensorList grad_outputs, TensorList saved, TensorList states,
+                                          TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
+                                          TensorList weights, at::IntArrayRef widths, at::IntArrayRef sources,
+                                          c10::string_view cross, c10::string_view activation, double temperature,
+                                          at::ScalarType dtype) {
   const Arguments args = read_arguments(states, scales, ids, present, weights,
                                         read_structure(widths, sources, cross, activation, temperature));
   const side::Structure& s = args.structure;
@@ -211,7 +208,7 @@ std::vector<Tensor> backward(TensorList grad_outputs, TensorList saved, TensorLi
     using T = decltype(zero);
     std::vector<Tensor> grads;
     for (const Tensor& weight : weights) {
-      grads.push_back(at::empty(weight.sizes(), at::TensorOptions().dtype(kScalarType<T>)));
+      grads.push_back(empty(weight.sizes(), kScalarType<T>));
       if (s.items == 0) grads.back().zero_();
     }
     if (s.items > 0) {
@@ -226,20 +223,5 @@ std::vector<Tensor> backward(TensorList grad_outputs, TensorList saved, TensorLi
   });
 }
 
-}  // namespace
 
-#define STRUCTURE "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype"
-
-TORCH_LIBRARY_FRAGMENT(crossan_fast_cpp, library) {
-  library.def("side_network(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, "
-              STRUCTURE ") -> Tensor[]");
-  library.def("side_network_backward(Tensor[] grad_outputs, Tensor[] saved, Tensor[] states, Tensor[] scales, "
-              "Tensor? ids, Tensor? present, Tensor[] weights, " STRUCTURE ") -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(crossan_fast_cpp, CPU, library) {
-  library.impl("side_network", forward);
-  library.impl("side_network_backward", backward);
-}
-
-}  // namespace crossan_fast
+}  // namespace crossan_fast::library

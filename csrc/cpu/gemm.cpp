@@ -1,0 +1,171 @@
+#include "gemm.h"
+
+namespace crossan_fast {
+namespace {
+
+// to[k, j] = from[j, k] for a vector's worth of each: half of every pair of rows changes places, by ever longer halves.
+template <class T>
+inline void transpose_square(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int lanes = kLanes<T, Vec<T>>;
+  using Index = decltype(Vec<T>{} < Vec<T>{});
+  Vec<T> rows[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) rows[i] = load<Vec<T>>(from + i * from_row);
+#pragma GCC unroll 4
+  for (int half = 1; half < lanes; half *= 2) {
+    Index low{}, high{};
+    for (int i = 0; i < lanes; ++i) {
+      low[i] = i & half ? i - half + lanes : i;
+      high[i] = i & half ? i + lanes : i + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & half) continue;
+      const Vec<T> a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) store(to + i * to_row, rows[i]);
+}
+
+// Memory to fetch while a tile is computed, a line at a time: a burst would fill the core's few fill buffers and hold
+// the arithmetic up. It may lie beyond the matrix, and is never read.
+struct Fetch {
+  const char* data;
+  int64_t step;  // bytes
+};
+
+// C[rows, vectors·lanes] of one tile. The sum over k starts at zero (or the bias) and meets C only at its end:
+// long sums are thus built from short ones, which keeps their rounding small.
+template <class T, class V, int rows, int vectors>
+inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column,
+                                                const T* b, int64_t b_row, const T* bias, T* c, int64_t c_row,
+                                                Into into, Fetch next) {
+  constexpr int lanes = kLanes<T, V>;
+  V sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < vectors; ++v) {
+    const V start = bias ? load<V>(bias + v * lanes) : V{};
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) sum[i][v] = start;
+  }
+  int64_t k = 0;
+  const auto steps_to = [&](int64_t end) __attribute__((always_inline)) {
+    for (; k < end; ++k) {
+      __builtin_prefetch(next.data + k * next.step, 0, 2);
+      V right[vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + k * b_row + v * lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const V left = broadcast<V>(a[i * a_row + k * a_column]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
+      }
+    }
+  };
+  for (int i = 0; i < rows; ++i) {  // a row of C at a time, for the same reason
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(c + i * c_row + v * lanes, 1);
+    steps_to((i + 1) * depth / (2 * rows));
+  }
+  steps_to(depth);
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      T* to = c + i * c_row + v * lanes;
+      store(to, into == Into::add ? load<V>(to) + sum[i][v] : sum[i][v]);
+    }
+}
+
+template <class T, class V, int vectors>
+void column_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
+                     int64_t b_row, const T* bias, T* c, int64_t c_row, Into into, const T* next, int64_t next_rows) {
+  constexpr int lanes = kLanes<T, V>;
+  int64_t i = 0;
+  const int64_t tiles = rows / kRowsPerTile;
+  // Where rows of B touch, the tiles share the next rows evenly; else each takes a line of every row beside these.
+  const auto share = [&](int64_t n) -> Fetch {
+    if (b_row == kPanel<T>) {
+      const int64_t bytes = next_rows * b_row * static_cast<int64_t>(sizeof(T));
+      const int64_t step = bytes / std::max<int64_t>(1, tiles * depth) + 1;
+      return {reinterpret_cast<const char*>(next) + n * depth * step, step};
+    }
+    return {reinterpret_cast<const char*>(next + n % vectors * lanes), b_row * static_cast<int64_t>(sizeof(T))};
+  };
+  for (int n = 0; i + kRowsPerTile <= rows; i += kRowsPerTile, ++n)
+    tile<T, V, kRowsPerTile, vectors>(depth, a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
+                                      into, share(n));
+  const Fetch fetch{reinterpret_cast<const char*>(b), 0};
+  a += i * a_row;
+  c += i * c_row;
+  switch (rows - i) {
+    case 5: return tile<T, V, 5, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 4: return tile<T, V, 4, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 3: return tile<T, V, 3, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 2: return tile<T, V, 2, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 1: return tile<T, V, 1, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    default: return;
+  }
+}
+
+}  // namespace
+
+template <class T>
+void pack_panel(const T* b, int64_t row, int64_t column, int64_t depth, int64_t first, int64_t columns, T* panel) {
+  constexpr int64_t lanes = kLanes<T, Vec<T>>;
+  const int64_t count = std::min(kPanel<T>, columns - first);
+  int64_t k = 0;
+  if (row == 1 && count == kPanel<T>)  // a transposed weight
+    for (; k + lanes <= depth; k += lanes)
+      for (int64_t j = 0; j < kPanel<T>; j += lanes)
+        transpose_square(b + k + (first + j) * column, column, panel + k * kPanel<T> + j, kPanel<T>);
+  for (; k < depth; ++k)
+    for (int64_t j = 0; j < kPanel<T>; ++j)
+      panel[k * kPanel<T> + j] = j < count ? b[k * row + (first + j) * column] : T(0);
+}
+
+template <class T>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
+              RightSide<T> b, T* c, int64_t c_row, Into into, const T* bias) {
+  constexpr int64_t kDepth = 128;  // 128 rows of a panel are 32 kB: B stays in L1 while the rows of A pass
+  constexpr int lanes = kLanes<T, Vec<T>>;
+  if (rows == 0) return;
+  for (int64_t j = 0; j < columns; j += kPanel<T>) {
+    const int64_t width = std::min(kPanel<T>, columns - j);
+    int64_t k = 0;
+    do {
+      const int64_t deep = std::min(kDepth, depth - k);
+      const Into now = k == 0 ? into : Into::add;
+      const T* from = a + k * a_column;
+      const T* panel = b.data + (j / kPanel<T>)*b.panel + k * b.row;
+      const T* start = k == 0 && bias ? bias + j : nullptr;
+      const bool beside = b.row != kPanel<T> && k + deep == depth;
+      const T* next = beside ? b.data + (j / kPanel<T> + 1) * b.panel : panel + deep * b.row;
+      if (width == kPanel<T>) {
+        column_of_tiles<T, Vec<T>, kVectorsPerPanel>(rows, deep, from, a_row, a_column, panel, b.row, start,
+                                                             c + j, c_row, now, next, deep);
+      } else {
+        int64_t v = 0;
+        for (; v + lanes <= width; v += lanes)
+          column_of_tiles<T, Vec<T>, 1>(rows, deep, from, a_row, a_column, panel + v, b.row,
+                                                start ? start + v : nullptr, c + j + v, c_row, now, next, deep);
+        for (; v < width; ++v)
+          column_of_tiles<T, T, 1>(rows, deep, from, a_row, a_column, panel + v, b.row,
+                                           start ? start + v : nullptr, c + j + v, c_row, now, next, deep);
+      }
+      k += deep;
+    } while (k < depth);
+  }
+}
+
+#define INSTANTIATE(T)                                                                                               \
+  template void pack_panel(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);                               \
+  template void multiply(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, RightSide<T>, T*, int64_t, Into, \
+                         const T*);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace crossan_fast
