@@ -30,7 +30,7 @@ CURVES = (
     (
         "catalogue",
         "step against catalogue, memory-mapped",
-        r"step_mapped/items=(\d+),.*",
+        r"step_mapped/items=(\d+),B=64,M=2,D=384",
         "items in the cache",
     ),
 )

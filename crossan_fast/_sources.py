@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast.cache.staging import Rows
 from crossan_fast.config import CrossanConfig
 
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
+
+# What `cache.prefetch` or `cache.prefetch_stored` read ahead.
+Gathered = Mapping[str, Tensor] | Rows
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,12 @@ def cached(
     cache: HiddenStateCache,
     device: torch.device,
     ids: Tensor | None = None,
-    gathered: Mapping[str, Tensor] | None = None,
+    gathered: Gathered | None = None,
 ) -> Source:
     """The items `ids` of a cache; None: all, where they can be read by id.
 
     Args:
-        gathered: their states `{name: [N, L, D_m]}`, where they were read ahead.
+        gathered: their states `{name: [N, L, D_m]}`, or rows as they are stored, where they were read ahead.
 
     Raises:
         ValueError: a cache without the config's modalities; rows that are not those of `ids`.
@@ -101,14 +105,18 @@ def cached(
     if ids is None:
         raise ValueError(f"cache: expected states resident on {device}, got tier {cache.tier!r}")
     if gathered is None:
-        gathered = cache.gather(ids, device)
-    chosen = [gathered[name] for name in config.modality_names]
-    for name, rows in zip(config.modality_names, chosen, strict=True):
+        gathered = cache.gather_stored(ids, device)
+    elif not isinstance(gathered, Rows):
+        gathered = Rows(dict(gathered))
+    names = config.modality_names
+    chosen = [gathered.states[name] for name in names]
+    for name, rows in zip(names, chosen, strict=True):
         if rows.shape[0] != ids.shape[0]:
             raise ValueError(
                 f"gathered[{name!r}]: expected a row for each of {len(ids)} ids, got {describe(rows)}"
             )
-    return Source(chosen, None, None, present)
+    picked = None if gathered.scales is None else [gathered.scales[name] for name in names]
+    return Source(chosen, picked, None, present)
 
 
 def present_in(config: CrossanConfig, cache: HiddenStateCache, device: torch.device) -> Tensor | None:

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from crossan_fast import _sources, distributed, iisan, ops, serialization
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast._profiling import span
-from crossan_fast._sources import Source
+from crossan_fast._sources import Gathered, Source
+from crossan_fast.cache.staging import Rows
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
@@ -150,7 +151,7 @@ class CrossanModel(nn.Module):
         *,
         cache: HiddenStateCache | None = None,
         present: Tensor | None = None,
-        gathered: Mapping[str, Tensor] | None = None,
+        gathered: Gathered | None = None,
         capacity: int | None = None,
     ) -> CrossanOutput:
         """One training step's loss.
@@ -160,8 +161,9 @@ class CrossanModel(nn.Module):
             states: per modality `[B, S + 1, L, D_m]`; places of one id hold the same states.
             cache: in place of `states`: rows are read by id.
             present: with `states`, bool `[B, S + 1, M]`; None: all present.
-            gathered: with `cache`, the states `{name: [U, L, D_m]}` of the batch's distinct ids as
-                `ops.deduplicate(item_ids).ids` has them, where `cache.prefetch` read them ahead.
+            gathered: with `cache`, the states of the batch's distinct ids as `ops.deduplicate(item_ids).ids`
+                has them, where `cache.prefetch` (`{name: [U, L, D_m]}`) or `cache.prefetch_stored` read them
+                ahead.
             capacity: how many distinct ids there are at most, padding counted; where it is known, a GPU need
                 not work on a slot for every place.
 
@@ -351,18 +353,16 @@ class CrossanModel(nn.Module):
 
     def _parts(
         self, cache: HiddenStateCache, ids: Tensor, size: int
-    ) -> Iterator[tuple[Tensor, Mapping[str, Tensor] | None]]:
+    ) -> Iterator[tuple[Tensor, Gathered | None]]:
         """`ids` in parts, with their rows read ahead where the op can't read them by id."""
         parts = ids.split(size)
         if _sources.read_by_id(cache, self._device()):
             yield from ((part, None) for part in parts)
         else:
-            ahead = cache.prefetch(iter(parts), self._device())
+            ahead = cache.prefetch_stored(iter(parts), self._device())
             yield from ((part, rows) for part, (_, rows) in zip(parts, ahead, strict=True))
 
-    def _encode_ids(
-        self, cache: HiddenStateCache, ids: Tensor, gathered: Mapping[str, Tensor] | None
-    ) -> Tensor:
+    def _encode_ids(self, cache: HiddenStateCache, ids: Tensor, gathered: Gathered | None) -> Tensor:
         source = _sources.cached(self.config, cache, self._device(), ids, gathered)
         return self._encode(source, None)[0]
 
@@ -428,11 +428,12 @@ class CrossanModel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_gathered(gathered: Mapping[str, Tensor], cache: HiddenStateCache | None) -> int:
+def _check_gathered(gathered: Gathered, cache: HiddenStateCache | None) -> int:
     """How many rows there are."""
     if cache is None:
         raise ValueError("gathered: goes with cache, which it was read from; got states")
-    return next(iter(gathered.values())).shape[0]
+    states = gathered.states if isinstance(gathered, Rows) else gathered
+    return next(iter(states.values())).shape[0]
 
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:

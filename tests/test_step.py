@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality, _sources, ops
+from crossan_fast.cache.staging import Rows
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.training import Batches, OptimizerConfig, TrainStep, make_optimizer
 from crossan_fast.training.feed import bucket, feed
@@ -21,8 +22,8 @@ MODALITIES = (Modality("text", 12, LEVELS), Modality("image", 20, LEVELS))
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> HiddenStateCache:
+def written(folder: Path, dtype: torch.dtype | None = None) -> HiddenStateCache:
+    """A cache of random states, some absent, opened."""
     generator = torch.Generator().manual_seed(0)
     states = {m.name: torch.randn(ITEMS + 1, LEVELS, m.width, generator=generator) for m in MODALITIES}
     present = torch.rand(ITEMS + 1, 2, generator=generator) < 0.8
@@ -30,9 +31,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> HiddenStateCache:
     present[0] = False
     for column, state in enumerate(states.values()):
         state[~present[:, column]] = 0
-    folder = tmp_path_factory.mktemp("step") / "cache"
-    write_cache(folder, states, present=present)
+    write_cache(folder, states, present=present, dtype=dtype)
     return HiddenStateCache.open(folder)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> HiddenStateCache:
+    return written(tmp_path_factory.mktemp("step") / "cache")
+
+
+@pytest.fixture(scope="module", params=[torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HiddenStateCache:
+    return written(tmp_path_factory.mktemp("step") / "cache", request.param)
 
 
 def make_model(**options: Any) -> CrossanModel:
@@ -88,13 +98,13 @@ def test_the_catalogue_is_gathered_in_chunks(
     """The full softmax holds a chunk's states at a time, and gathers it again for the backward."""
     monkeypatch.setattr("crossan_fast.model._CHUNK", 16)
     sizes: list[int] = []
-    whole = HiddenStateCache.gather
+    whole = HiddenStateCache.gather_stored
 
-    def gather(self: HiddenStateCache, ids: Tensor, *rest: Any, **options: Any) -> dict[str, Tensor]:
+    def gather(self: HiddenStateCache, ids: Tensor, *rest: Any) -> Rows:
         sizes.append(len(ids))
-        return whole(self, ids, *rest, **options)
+        return whole(self, ids, *rest)
 
-    monkeypatch.setattr(HiddenStateCache, "gather", gather)
+    monkeypatch.setattr(HiddenStateCache, "gather_stored", gather)
     gradients(make_model(loss="full"), item_ids=draw(), cache=cache)
     assert sorted(sizes) == [9, 9, 16, 16, 16, 16]
 
@@ -110,10 +120,35 @@ def test_rows_read_ahead_are_used_and_checked(
     with pytest.raises(ValueError, match="gathered: goes with cache"):
         states = {m.name: torch.zeros(*ids.shape, LEVELS, m.width) for m in MODALITIES}
         model(ids, states=states, gathered=ahead)
+    monkeypatch.setattr(HiddenStateCache, "gather_stored", None)
+    for rows in (ahead, Rows(ahead)):
+        loss, given = gradients(model, item_ids=ids, cache=cache, gathered=rows)
+        assert torch.equal(loss, expected)
+        torch.testing.assert_close(given, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["in_batch", "full"])
+def test_stored_rows_reach_the_op_as_they_are(
+    quantized: HiddenStateCache, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """Codes and scales, for the op to convert, as it does where it reads a resident cache by id."""
+    model, ids = make_model(loss=loss), draw()
+    expected, wanted = gradients(model, item_ids=ids, cache=quantized)
+    request.getfixturevalue("out_of_reach")
     monkeypatch.setattr(HiddenStateCache, "gather", None)
-    loss, given = gradients(model, item_ids=ids, cache=cache, gathered=ahead)
-    assert torch.equal(loss, expected)
-    torch.testing.assert_close(given, wanted, rtol=0, atol=0)
+    ahead = {"gathered": quantized.gather_stored(ops.deduplicate(ids).ids, CPU)} if loss == "in_batch" else {}
+    seen = []
+    side_network = ops.side_network
+
+    def op(states: list[Tensor], *rest: Any, **options: Any) -> Any:
+        seen.append((options["ids"], {state.dtype for state in states}, len(options["scales"])))
+        return side_network(states, *rest, **options)
+
+    monkeypatch.setattr("crossan_fast.modules.side_network.side_network", op)
+    given_loss, given = gradients(model, item_ids=ids, cache=quantized, **ahead)
+    assert seen and all(call == (None, {quantized.dtype}, 2) for call in seen)
+    torch.testing.assert_close(given_loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-6)
 
 
 # -- feed --------------------------------------------------------------------------------------------------
@@ -146,20 +181,20 @@ def test_distinct_counts_are_deduplicates_own() -> None:
 
 
 def test_rows_out_of_reach_come_gathered(cache: HiddenStateCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = HiddenStateCache.prefetch
+    whole = HiddenStateCache.prefetch_stored
 
     def prefetch(self: HiddenStateCache, batches: Iterator[Tensor], device: Any) -> Iterator[Any]:
         return whole(self, batches, CPU)
 
-    monkeypatch.setattr(HiddenStateCache, "prefetch", prefetch)
+    monkeypatch.setattr(HiddenStateCache, "prefetch_stored", prefetch)
     monkeypatch.setattr(Tensor, "to", lambda self, *rest, **options: self)
     batches = Batches(draw(60), 16, seed=0)
     fed = list(feed(batches, 1, cache, Elsewhere()))  # type: ignore[arg-type]
     for (item_ids, known), wanted in zip(fed, batches.epoch(1), strict=True):
         assert torch.equal(item_ids, wanted)
         expected = cache.gather(ops.deduplicate(item_ids).ids, CPU)
-        assert known["gathered"].keys() == expected.keys()
-        assert all(torch.equal(rows, expected[name]) for name, rows in known["gathered"].items())
+        assert known["gathered"].scales is None and known["gathered"].states.keys() == expected.keys()
+        assert all(torch.equal(rows, expected[name]) for name, rows in known["gathered"].states.items())
 
 
 def test_pages_of_the_next_batch_are_touched_first(
@@ -167,6 +202,7 @@ def test_pages_of_the_next_batch_are_touched_first(
 ) -> None:
     events: list[str] = []
     monkeypatch.setattr(HiddenStateCache, "tier", "mmap")
+    monkeypatch.setattr(HiddenStateCache, "warm", lambda self: events.append("warm"))
     monkeypatch.setattr(HiddenStateCache, "touch", lambda self, ids: events.append(f"touch {ids.sum()}"))
     batches = Batches(draw(40), 16, seed=0)
     sums = [int(item_ids.sum()) for item_ids in batches.epoch(1)]
@@ -174,6 +210,7 @@ def test_pages_of_the_next_batch_are_touched_first(
         events.append(f"step {item_ids.sum()}")
         assert known == {}
     a, b, c = sums
+    assert events.pop(0) == "warm"
     assert events == [f"touch {a}", f"touch {b}", f"step {a}", f"touch {c}", f"step {b}", f"step {c}"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -111,25 +112,36 @@ def build_gather(shape: Shape, rows: int, setting: Setting) -> Workload:
     return Workload(8, {"eager": make}, check, {"run": Floor(size)})
 
 
-def build_step(rows: int, setting: Setting) -> Workload:
-    """The step at B = 64 with the states in a memory-mapped file, the next batch's rows read ahead."""
+def build_step(rows: int, in_memory: bool, setting: Setting) -> Workload:
+    """The step at B = 64 with the states in a memory-mapped file, the next batch's rows read ahead.
+
+    Args:
+        in_memory: whether the files were read whole before, as they are soon after training began where they
+            fit the memory; else every batch's rows come from the disk.
+    """
     folder = TemporaryCache(RECIPE, rows)
     cache = HiddenStateCache.open(folder.path)
     generator = setting.generator(f"catalogue/{rows}")
-    batches = [random_sequences(64, rows, setting.device, generator) for _ in range(64)]
+    batches = [random_sequences(64, rows, setting.device, generator) for _ in range(512)]
     bench = StepBench(setting, RECIPE.config(), cache, batches, torch.ones(rows + 1))
     workload = bench.workload()
     distinct = replace(RECIPE, items=sum(b.unique().numel() for b in batches) // len(batches))
+    turns = itertools.count()
 
     def ahead(make: Callable[[], Runnable]) -> Runnable:
         inner = make()
 
-        def step(index: int) -> Sequence[Tensor]:
-            cache.touch(batches[(index + 1) % len(batches)].reshape(-1))
-            return inner.forward(index)
+        def step(_: int) -> Sequence[Tensor]:
+            # A batch that no implementation has had, whose rows are nowhere yet.
+            turn = next(turns)
+            cache.touch(batches[(turn + 1) % len(batches)].reshape(-1))
+            return inner.forward(turn % len(batches))
 
-        # After writing, the files' pages are in memory, which a catalogue of that size would not be.
-        folder.forget()
+        if in_memory:
+            if not cache.warm(wait=True):
+                raise Unavailable(f"{cache.nbytes / 1e9:.1f} GB of states do not fit the free memory")
+        else:
+            folder.forget()
         return replace(inner, forward=step)
 
     made = {name: partial(ahead, workload.implementations[name]) for name in ("eager", *BACKENDS)}
@@ -137,11 +149,11 @@ def build_step(rows: int, setting: Setting) -> Workload:
     return replace(workload, implementations=made, floors=floor)
 
 
-for rows in (10_000, 100_000, 1_000_000):
+for rows, where in ((10_000, ""), (100_000, ""), (1_000_000, ""), (1_000_000, ",pages=disk")):
     register(
         Case(
-            name=f"step_mapped/items={rows},B=64,M={RECIPE.modalities},D={RECIPE.width}",
-            build=partial(build_step, rows),
+            name=f"step_mapped/items={rows},B=64,M={RECIPE.modalities},D={RECIPE.width}{where}",
+            build=partial(build_step, rows, not where),
             dtypes=("fp32",),
             devices=("cpu",),
             tags=frozenset({"catalogue"}),

@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from crossan_fast.cache.staging import Rows
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-States = dict[str, Tensor]
 
 
 def read_ahead(
@@ -39,8 +40,8 @@ def read_ahead(
 
 
 def gather_ahead(
-    batches: Iterable[Tensor], gather: Callable[[Tensor], States], device: torch.device, depth: int
-) -> Iterator[tuple[Tensor, States]]:
+    batches: Iterable[Tensor], gather: Callable[[Tensor], Rows], device: torch.device, depth: int
+) -> Iterator[tuple[Tensor, Rows]]:
     """`read_ahead` of rows for `device`.
 
     For a GPU they come on a stream of their own, and are ready on the stream that is current when yielded.
@@ -50,13 +51,13 @@ def gather_ahead(
         return
     side = torch.cuda.Stream(device)
 
-    def on_side(ids: Tensor) -> tuple[States, torch.cuda.Event]:
+    def on_side(ids: Tensor) -> tuple[Rows, torch.cuda.Event]:
         with torch.cuda.stream(side):
             return gather(ids), side.record_event()
 
     for ids, (rows, event) in read_ahead(batches, on_side, depth):
         current = torch.cuda.current_stream(device)
         current.wait_event(event)
-        for tensor in rows.values():
+        for tensor in rows.tensors():
             tensor.record_stream(current)  # else its memory could be given out again while still in use
         yield ids, rows

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast._checks import check_tensor
 from crossan_fast.cache.ahead import gather_ahead
 from crossan_fast.cache.format import (
     NAMES,
@@ -23,9 +23,10 @@ from crossan_fast.cache.format import (
     scales_file,
     states_file,
 )
-from crossan_fast.cache.staging import CudaTransport, StagingRing, read_rows
+from crossan_fast.cache.names import ItemNames
+from crossan_fast.cache.pages import PageReader
+from crossan_fast.cache.staging import CudaTransport, Rows, StagingRing, read_rows, read_stored
 from crossan_fast.cache.tiers import (
-    PageToucher,
     Placement,
     Tier,
     choose_tier,
@@ -34,12 +35,11 @@ from crossan_fast.cache.tiers import (
     host_memory,
     map_file,
 )
-from crossan_fast.cache.validate import FLOATS, checked_present, checked_states, reject_nonfinite
+from crossan_fast.cache.validate import checked_present, checked_states, checked_stored, reject_nonfinite
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
 
 _CHUNK_BYTES = 4 << 20
-_NAMES_COMPARED = 50_000
 
 
 class HiddenStateCache:
@@ -85,9 +85,8 @@ class HiddenStateCache:
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
         self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
-        self._names_size = names_size
-        if names is not None:
-            self.item_names = ["", *names]
+        file = None if folder is None else folder / NAMES
+        self._names = ItemNames(self.num_items, names, file, names_size)
         if folder is not None:
             self._placement = Placement(
                 torch.device("cpu"), "mmap", "opened; to(device) picks the fastest that fits"
@@ -156,63 +155,20 @@ class HiddenStateCache:
                 is a NaN or inf (the item is named).
         """
         modalities, names = checked_states(states, item_names)
-        first = states[modalities[0].name]
-        allowed = (*FLOATS, torch.int8, torch.float8_e4m3fn)
-        for name, tensor in states.items():
-            check_tensor(f"states[{name!r}]", tensor, tensor.shape, dtypes=allowed, device=first.device)
-            if tensor.dtype != first.dtype:
-                raise TypeError(
-                    f"states[{name!r}]: expected {first.dtype} like the first, got {describe(tensor)}"
-                )
-            reject_nonfinite(tensor, name, names)
-        if is_quantized(first.dtype) != (scales is not None):
-            raise ValueError(
-                f"scales: int8 and fp8 states need them and no others, got states of {first.dtype}"
-            )
-        ordered = None
-        if scales is not None:
-            _known_names("scales", scales, modalities)
-            ordered = []
-            for m in modalities:
-                shape = (len(names) + 1, m.levels)
-                name = f"scales[{m.name!r}]"
-                ordered.append(
-                    check_tensor(name, scales[m.name], shape, dtypes=(torch.float32,), device=first.device)
-                )
-                reject_nonfinite(scales[m.name], m.name, names)
+        ordered = checked_stored(states, scales, modalities, names)
         flags = checked_present(present, modalities, len(names))
         return cls(modalities, list(states.values()), ordered, flags, names=names)
 
     # Items
 
-    @cached_property
+    @property
     def item_names(self) -> Sequence[str]:
         """Row -> item name, '' for row 0; read on first use."""
-        assert self.folder is not None
-        with open(self.folder / NAMES, "rb") as file:
-            names = ["", *file.read(self._names_size).decode().split("\n")[:-1]]
-        if len(names) != self.num_items + 1:
-            raise CorruptCacheError(
-                f"{self.folder / NAMES}: expected {self.num_items} lines, got {len(names) - 1}"
-            )
-        return names
-
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {name: row for row, name in enumerate(self.item_names) if row}
+        return self._names.by_row
 
     def row_of(self, name: str) -> int:
         """The row of an item. Raises KeyError, with the nearest known name, for an unknown one."""
-        row = self._rows.get(name)
-        if row is None:
-            # Comparing a name with millions takes minutes; those with the same beginning are the likely ones.
-            known: Iterable[str] = self._rows
-            if self.num_items > _NAMES_COMPARED:
-                known = (other for other in self._rows if other[:3] == str(name)[:3])
-            raise KeyError(
-                f"name: no item {name!r} among the cache's {self.num_items}{nearest(str(name), known)}"
-            )
-        return row
+        return self._names.row_of(name)
 
     def rows_of(self, names: Sequence[str]) -> Tensor:
         """Rows int64 `[n]` of item names; an unknown one raises as in `row_of`."""
@@ -346,7 +302,7 @@ class HiddenStateCache:
         for start in range(0, len(source), step):
             chunk = source[start : start + step]
             if self.folder is not None:
-                reject_nonfinite(chunk, name, _Lazy(self), start)
+                reject_nonfinite(chunk, name, self._names, start)
             copy[start : start + step].copy_(chunk)
         return copy
 
@@ -365,9 +321,11 @@ class HiddenStateCache:
         Raises:
             TypeError: ids of another dtype. ValueError: ids of another shape. IndexError: ids out of range.
         """
-        checked = self._checked_ids(ids)
-        target = self.device if device is None else exact_device(device)
-        return self._gather(checked, target, dtype)
+        return self._gather(self._checked_ids(ids), self._target(device), dtype).states
+
+    def gather_stored(self, ids: Tensor, device: str | torch.device | None = None) -> Rows:
+        """As `gather`, as they are stored: int8 and fp8 rows with their scales, for an op to convert."""
+        return self._gather(self._checked_ids(ids), self._target(device), stored=True)
 
     def prefetch(
         self,
@@ -385,16 +343,39 @@ class HiddenStateCache:
         tensors are ready on the current stream. An error of a batch is raised where that batch would have
         been yielded.
         """
+        for ids, rows in self._prefetch(batches, self._target(device), depth, dtype):
+            yield ids, rows.states
+
+    def prefetch_stored(
+        self, batches: Iterable[Tensor], device: str | torch.device | None = None, *, depth: int = 2
+    ) -> Iterator[tuple[Tensor, Rows]]:
+        """`prefetch` of `gather_stored`: what crosses to a GPU, and stays there, is what is stored."""
+        yield from self._prefetch(batches, self._target(device), depth, stored=True)
+
+    def _prefetch(
+        self,
+        batches: Iterable[Tensor],
+        target: torch.device,
+        depth: int,
+        dtype: torch.dtype | None = None,
+        stored: bool = False,
+    ) -> Iterator[tuple[Tensor, Rows]]:
         if depth < 1:
             raise ValueError(f"depth: expected at least 1, got {depth}")
-        target = self.device if device is None else exact_device(device)
+        checked = (self._checked_ids(ids) for ids in batches)
         if target in self._loaded and self._loaded[target][0][0].device == target:
-            for ids in batches:
-                yield ids, self._gather(self._checked_ids(ids), target, dtype)
+            for ids in checked:
+                yield ids, self._gather(ids, target, dtype, stored)
             return
-        checked = (self._checked_ids(ids).cpu() for ids in batches)
         ring = StagingRing(CudaTransport(target)) if target.type == "cuda" else None
-        yield from gather_ahead(checked, lambda ids: self._gather(ids, target, dtype, ring), target, depth)
+        pages = None if target in self._loaded else self._pages
+
+        def gather(ids: Tensor) -> Rows:
+            if pages is not None:
+                pages.request(ids)
+            return self._gather(ids, target, dtype, stored, ring)
+
+        yield from gather_ahead((ids.cpu() for ids in checked), gather, target, depth)
 
     def touch(self, ids: Tensor) -> None:
         """Start reading the files' pages of rows `ids` `[n]` in the background, and return at once.
@@ -404,20 +385,61 @@ class HiddenStateCache:
         the two calls before this one are still being served.
         """
         ids = self._checked_ids(ids).cpu()
+        if self._pages is not None:
+            self._pages.read(ids)
+
+    def warm(self, *, wait: bool = False) -> bool:
+        """Start reading the files whole in the background where they fit the free memory.
+
+        For tier `mmap`, before an epoch: in order a disk reads many times as fast as row by row, and
+        gathering then meets no page that is not in memory. They stay the system's to take back.
+
+        Args:
+            wait: return when all is read.
+
+        Returns:
+            Whether they are, or will be, in memory.
+        """
+        if self._pages is None:
+            return True
+        fits = self._pages.read_all()
+        if wait:
+            self._pages.wait()
+        return fits
+
+    @property
+    def _pages(self) -> PageReader | None:
+        """None where the CPU has a copy in memory, or never had files."""
         if self.folder is None or torch.device("cpu") in self._loaded:
-            return
-        self._toucher.submit(ids)
+            return None
+        return self._reader
 
     @cached_property
-    def _toucher(self) -> PageToucher:
-        return PageToucher([*self._states, *(self._scales or ())])
+    def _reader(self) -> PageReader:
+        assert self.folder is not None
+        names = [states_file(m) for m in self.modalities]
+        names += [scales_file(m) for m in self.modalities if self._scales is not None]
+        files = [self.folder / name for name in names]
+        return PageReader([*self._states, *(self._scales or ())], files)
 
     def _gather(
-        self, ids: Tensor, target: torch.device, dtype: torch.dtype | None, ring: StagingRing | None = None
-    ) -> dict[str, Tensor]:
+        self,
+        ids: Tensor,
+        target: torch.device,
+        dtype: torch.dtype | None = None,
+        stored: bool = False,
+        ring: StagingRing | None = None,
+    ) -> Rows:
         states, scales = self._loaded.get(target, (self._states, self._scales))
-        rows = read_rows(states, scales, ids, target, dtype, ring)
-        return {modality.name: tensor for modality, tensor in zip(self.modalities, rows, strict=True)}
+        names = [modality.name for modality in self.modalities]
+        if not stored or scales is None:
+            return Rows(dict(zip(names, read_rows(states, scales, ids, target, dtype, ring), strict=True)))
+        rows, factors = read_stored(states, scales, ids, target, ring)
+        by_name = None if factors is None else dict(zip(names, factors, strict=True))
+        return Rows(dict(zip(names, rows, strict=True)), by_name)
+
+    def _target(self, device: str | torch.device | None) -> torch.device:
+        return self.device if device is None else exact_device(device)
 
     def _checked_ids(self, ids: Tensor) -> Tensor:
         check_tensor("ids", ids, ("n",), dtypes=(torch.int64, torch.int32))
@@ -432,25 +454,3 @@ class HiddenStateCache:
         parts = ", ".join(f"{m.name} {m.levels}×{m.width}" for m in self.modalities)
         kind = dtype_name(self.dtype) if self.dtype != torch.float64 else "fp64"
         return f"HiddenStateCache({self.num_items} items, {parts}, {kind}, {self.tier} on {self.device})"
-
-
-class _Lazy(Sequence[str]):
-    """Names of rows 1..I, read from the folder only if an error has to name an item."""
-
-    def __init__(self, cache: HiddenStateCache) -> None:
-        self._cache = cache
-
-    def __len__(self) -> int:
-        return self._cache.num_items
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._cache.item_names[index + 1]
-
-
-def _known_names(what: str, given: Iterable[str], modalities: Sequence[Modality]) -> None:
-    known = [m.name for m in modalities]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{what}: unknown modality {name!r}, expected {known}{nearest(name, known)}")
-    if missing := [name for name in known if name not in given]:
-        raise ValueError(f"{what}: expected all of {known}, got none for {missing}")

@@ -7,7 +7,7 @@ in page-locked memory itself, row by row over the bus, so that nothing is staged
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,24 @@ from crossan_fast.cache.tiers import pick_rows
 
 _ALIGNMENT = 256  # bytes, of a source's rows in a buffer: what any kernel's vector loads want
 _GROWTH = 1.25  # batches differ in size; a buffer that is too small costs a system call of milliseconds
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a cache as they are stored, by modality name.
+
+    Attributes:
+        states: `[n, L, D_m]` in the cache's dtype.
+        scales: fp32 `[n, L]` for int8 and fp8 states; else None.
+    """
+
+    states: dict[str, Tensor]
+    scales: dict[str, Tensor] | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them."""
+        yield from self.states.values()
+        yield from (self.scales or {}).values()
 
 
 class Passed(Protocol):
@@ -117,22 +135,34 @@ def read_rows(
         dtype: of the result; None: the states', fp32 for quantized ones.
         ring: for rows that cross from the host to a GPU; None: a buffer of their own for each.
     """
-    factors: Sequence[Tensor | None] = scales or [None] * len(states)
     wanted = dtype or (states[0].dtype if scales is None else torch.float32)
     kernel = gather_kernel(target)
     if kernel is not None and states[0].is_pinned() and torch.float64 not in (states[0].dtype, wanted):
         on_device = ids.to(target, non_blocking=True)
+        factors: Sequence[Tensor | None] = scales or [None] * len(states)
         return [
             kernel(state, factor, on_device, wanted) for state, factor in zip(states, factors, strict=True)
         ]
+    picked, picked_scales = read_stored(states, scales, ids, target, ring)
+    factors = picked_scales or [None] * len(states)
+    return [as_floats(p, f, dtype) for p, f in zip(picked, factors, strict=True)]
+
+
+def read_stored(
+    states: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    ids: Tensor,
+    target: torch.device,
+    ring: StagingRing | None = None,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """As `read_rows`, as they are stored: rows of `states`, and of `scales` where there are some."""
     rows = ids.to(states[0].device)
     sources = [*states, *(scales or ())]
     if ring is not None:
         picked = ring.move(sources, rows)
     else:
         picked = [pick_rows(source, rows, target) for source in sources]
-    factors = [*picked[len(states) :]] or [None] * len(states)
-    return [as_floats(p, f, dtype) for p, f in zip(picked[: len(states)], factors, strict=True)]
+    return picked[: len(states)], None if scales is None else picked[len(states) :]
 
 
 def as_floats(picked: Tensor, scales: Tensor | None, dtype: torch.dtype | None) -> Tensor:

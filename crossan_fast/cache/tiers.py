@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -112,32 +109,6 @@ def map_file(path: Path, size: int) -> Tensor:
         else:
             mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     return torch.frombuffer(mapping, dtype=torch.uint8, count=size)
-
-
-class PageToucher:
-    """Brings the pages of rows of mapped files into memory, in a thread of its own."""
-
-    def __init__(self, mapped: Sequence[Tensor]) -> None:
-        # One byte of each page of a row, and its last: enough to make the system read them all.
-        rows = [tensor.view(torch.uint8).flatten(1) for tensor in mapped]
-        self._marks = [(row[:, :: mmap.PAGESIZE], row[:, -1:]) for row in rows]
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="crossan_fast-touch")
-        self._last: deque[Future[None]] = deque(maxlen=2)
-
-    def submit(self, ids: Tensor) -> None:
-        """Read the pages of rows `ids` soon; forgotten where two calls are still waiting."""
-        if len(self._last) < 2 or self._last[0].done():
-            self._last.append(self._pool.submit(self._touch, ids))
-
-    def wait(self) -> None:
-        """Return when all that was taken on is read."""
-        for future in list(self._last):
-            future.result()
-
-    def _touch(self, ids: Tensor) -> None:
-        for marks, ends in self._marks:
-            marks.index_select(0, ids)
-            ends.index_select(0, ids)
 
 
 def pick_rows(source: Tensor, rows: Tensor, target: torch.device) -> Tensor:

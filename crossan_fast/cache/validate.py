@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
+from crossan_fast._checks import check_tensor, describe, nearest
 from crossan_fast.cache.format import check_item_names, is_quantized
 from crossan_fast.config import Modality
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_STORED = (*FLOATS, torch.int8, torch.float8_e4m3fn)
 
 
 def nonfinite_rows(block: Tensor) -> Tensor:
@@ -88,3 +89,38 @@ def checked_present(present: Tensor | None, modalities: Sequence[Modality], num_
     if bool(flags[0].any()):
         raise ValueError("present: row 0 is padding and must be all False")
     return flags
+
+
+def checked_stored(
+    states: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor] | None,
+    modalities: Sequence[Modality],
+    names: Sequence[str],
+) -> list[Tensor] | None:
+    """`scales` in the order of `modalities`, after checking types, devices and values of both."""
+    first = states[modalities[0].name]
+    for name, tensor in states.items():
+        check_tensor(f"states[{name!r}]", tensor, tensor.shape, dtypes=_STORED, device=first.device)
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"states[{name!r}]: expected {first.dtype} like the first, got {describe(tensor)}"
+            )
+        reject_nonfinite(tensor, name, names)
+    if is_quantized(first.dtype) != (scales is not None):
+        raise ValueError(f"scales: int8 and fp8 states need them and no others, got states of {first.dtype}")
+    if scales is None:
+        return None
+    known = [m.name for m in modalities]
+    for name in scales:
+        if name not in known:
+            raise ValueError(f"scales: unknown modality {name!r}, expected {known}{nearest(name, known)}")
+    if missing := [name for name in known if name not in scales]:
+        raise ValueError(f"scales: expected all of {known}, got none for {missing}")
+    ordered = []
+    for m in modalities:
+        what, shape = f"scales[{m.name!r}]", (len(names) + 1, m.levels)
+        ordered.append(
+            check_tensor(what, scales[m.name], shape, dtypes=(torch.float32,), device=first.device)
+        )
+        reject_nonfinite(scales[m.name], m.name, names)
+    return ordered

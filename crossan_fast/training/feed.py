@@ -10,13 +10,14 @@ from torch import Tensor
 
 from crossan_fast import ops
 from crossan_fast.cache import HiddenStateCache
+from crossan_fast.cache.staging import Rows
 from crossan_fast.training.batches import Batches
 
 
 class Known(TypedDict, total=False):
     """What `CrossanModel.forward` takes beside the ids; see there."""
 
-    gathered: dict[str, Tensor]
+    gathered: Rows
     capacity: int
 
 
@@ -28,8 +29,11 @@ def feed(
     Resident on a GPU: the op reads rows by id; batches come with their number of slots in buckets
     (`slots`: off where shapes have to agree between processes). Pinned or memory-mapped for a GPU: the next
     batches' distinct rows are gathered in the background; `batches` must then be on the CPU, since the host
-    reads the rows. On the CPU: the next batch's pages are read from disk meanwhile.
+    reads the rows. On the CPU: the next batch's pages are read from disk meanwhile. Memory-mapped files that
+    fit the free memory are read whole in the background, too.
     """
+    if cache.tier == "mmap":
+        cache.warm()
     if device.type == "cpu":
         for item_ids in _touched(batches.epoch(number), cache):
             yield item_ids, {}
@@ -71,5 +75,5 @@ def _gathered(
             drawn.append(item_ids)
             yield ops.deduplicate(item_ids).ids
 
-    for _, rows in cache.prefetch(distinct(), device):
+    for _, rows in cache.prefetch_stored(distinct(), device):
         yield drawn.pop(0).to(device, non_blocking=True), {"gathered": rows}

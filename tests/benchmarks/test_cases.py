@@ -33,7 +33,8 @@ def _small(monkeypatch):
         partial(cache.build_open, SMALL, 50),
         partial(cache.build_write, SMALL, 50),
         partial(cache.build_gather, SMALL, 50),
-        partial(cache.build_step, 500),
+        partial(cache.build_step, 500, True),
+        partial(cache.build_step, 500, False),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

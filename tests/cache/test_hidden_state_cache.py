@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -254,33 +255,65 @@ def test_touching_reads_rows_and_changes_nothing(tmp_path: Path) -> None:
     cache = HiddenStateCache.open(tmp_path / "c")
     for _ in range(5):
         cache.touch(torch.tensor([50, 0, 7, 7], dtype=torch.int32))
-    cache._toucher.wait()
+    cache._reader.wait()
     assert not cache.gather(torch.arange(51))["text"].any()
     with pytest.raises(IndexError, match="ids: expected rows 0 to 50, got 51"):
         cache.touch(torch.tensor([51]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="counts page faults through /proc")
-def test_touched_rows_cause_no_page_fault_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["touch", "warm"])
+def test_pages_that_were_read_cause_no_fault_later(tmp_path: Path, how: str) -> None:
     modality = Modality("text", 4096, 3)
     sparse_cache(tmp_path / "c", modality, 400)
     ids = torch.arange(1, 400, 40)
 
-    def faults_of_gathering(touch: bool) -> int:
+    def faults_of_gathering(how: str | None) -> int:
         cache = HiddenStateCache.open(tmp_path / "c")
-        if touch:
+        if how == "touch":
             cache.touch(ids)
-            cache._toucher.wait()
-        rows, before = (
-            cache.states("cpu")[0].view(torch.uint8).flatten(1),
-            resource.getrusage(resource.RUSAGE_SELF),
-        )
+            cache._reader.wait()
+        elif how == "warm":
+            assert cache.warm(wait=True)
+        rows = cache.states("cpu")[0].view(torch.uint8).flatten(1)
+        before = resource.getrusage(resource.RUSAGE_SELF)
         for row in ids.tolist():
             assert not rows[row].any()
         after = resource.getrusage(resource.RUSAGE_SELF)
         return after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
 
-    assert faults_of_gathering(touch=True) < 0.5 * faults_of_gathering(touch=False)
+    assert faults_of_gathering(how) < 0.5 * faults_of_gathering(None)
+
+
+def test_files_larger_than_memory_are_not_read_whole(
+    shared_cache: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = HiddenStateCache.open(shared_cache[0])
+    monkeypatch.setattr("crossan_fast.cache.pages.host_memory", lambda: cache.nbytes)
+    assert not cache.warm(wait=True)
+    monkeypatch.setattr("crossan_fast.cache.pages.host_memory", lambda: 2 * cache.nbytes)
+    assert cache.warm() and cache.warm(wait=True)
+    requested: list[int] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda *arguments: requested.append(1))
+    cache.touch(torch.tensor([1, 2]))
+    list(cache.prefetch([torch.tensor([1, 2])]))
+    assert not requested  # all of it is in memory
+    assert HiddenStateCache.open(shared_cache[0]).to("cpu", "resident").warm()
+
+
+def test_rows_read_ahead_are_asked_of_the_disk_exactly(
+    shared_cache: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = HiddenStateCache.open(shared_cache[0])
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda *arguments: asked.append(arguments[1:]))
+    cache.touch(torch.tensor([5, 2]))
+    cache._reader.wait()
+    list(cache.prefetch([torch.tensor([4])]))
+    sizes = [state[0].numel() * state.element_size() for state in cache.states("cpu")]
+    expected = [(row * size, size, os.POSIX_FADV_WILLNEED) for size in sizes for row in (5, 2)]
+    expected += [(4 * size, size, os.POSIX_FADV_WILLNEED) for size in sizes]
+    assert asked == expected
 
 
 def test_tier_is_chosen_by_size_and_says_why() -> None:

@@ -1,0 +1,61 @@
+"""Item names of a cache's rows, read from its folder on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from crossan_fast._checks import nearest
+from crossan_fast.cache.format import CorruptCacheError
+
+_COMPARED = 50_000
+
+
+class ItemNames(Sequence[str]):
+    """Names of rows 1..I, in order.
+
+    Args:
+        names: those of rows 1..I; or None,
+        file: where they stand, one a line,
+        size: in so many bytes.
+    """
+
+    def __init__(self, num_items: int, names: Sequence[str] | None, file: Path | None, size: int) -> None:
+        self._num_items, self._file, self._size = num_items, file, size
+        if names is not None:
+            self.by_row = ["", *names]
+
+    @cached_property
+    def by_row(self) -> Sequence[str]:
+        """Row -> name, '' for row 0."""
+        assert self._file is not None
+        with open(self._file, "rb") as file:
+            names = ["", *file.read(self._size).decode().split("\n")[:-1]]
+        if len(names) != self._num_items + 1:
+            raise CorruptCacheError(f"{self._file}: expected {self._num_items} lines, got {len(names) - 1}")
+        return names
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.by_row) if row}
+
+    def row_of(self, name: str) -> int:
+        """See `HiddenStateCache.row_of`."""
+        row = self._rows.get(name)
+        if row is None:
+            # Comparing a name with millions takes minutes; those with the same beginning are the likely ones.
+            known: Iterable[str] = self._rows
+            if self._num_items > _COMPARED:
+                known = (other for other in self._rows if other[:3] == str(name)[:3])
+            raise KeyError(
+                f"name: no item {name!r} among the cache's {self._num_items}{nearest(str(name), known)}"
+            )
+        return row
+
+    def __len__(self) -> int:
+        return self._num_items
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.by_row[1:][index] if isinstance(index, slice) else self.by_row[index + 1]
