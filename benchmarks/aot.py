@@ -213,9 +213,9 @@ def _side_network(items: int, width: int, dtype: torch.dtype, stored: torch.dtyp
     side_network.backward(outputs, saved, states, scales, ids, None, weights, structure, dtype)
 
 
-def _fusion(items: int, dtype: torch.dtype) -> None:
-    """MOMEF of four towers of width 768 into d = 64, every expert chosen, weights of the compute dtype."""
-    modalities, width, d = 4, 768, 64
+def _fusion(items: int, width: int, dtype: torch.dtype) -> None:
+    """MOMEF of four towers into d = 64, every expert chosen, weights of the compute dtype."""
+    modalities, d = 4, 64
 
     def new(*shape: int) -> torch.Tensor:
         return _new(*shape, kind=dtype)
@@ -285,18 +285,16 @@ def _cases() -> Iterator[Case]:
     for dtype, kind in _DTYPES.items():
         # A product of fp32 takes matrix units only where torch's own switch allows tf32.
         fusion_products, loss_products = (_FUSION, _LOSS) if dtype == "bf16" else (frozenset(), frozenset())
-        for items in (704, 20_314):
-            run = partial(_fusion, items, kind)
-            # In fp32 the forward's products hold both operands in registers and spill (kernels/README.md).
-            hot = _FUSION if dtype == "bf16" else _FUSION - {"forward_kernel"}
-            yield Case(f"fusion n={items} D=768 d=64", dtype, run, hot, fusion_products)
+        for items, width in ((704, 768), (20_314, 768), (20_314, 1024), (20_314, 4096)):
+            run = partial(_fusion, items, width, kind)
+            yield Case(f"fusion n={items} D={width} d=64", dtype, run, _FUSION, fusion_products)
         for sequences, columns in ((64, 704), (1_024, 11_264)):
             run = partial(_in_batch_loss, sequences, columns, kind)
             name = f"in_batch_loss rows={sequences * 10} columns={columns} d=64"
             yield Case(name, dtype, run, _LOSS, loss_products, loss_products)
         run = partial(_full_loss, 640, kind)
         yield Case("full_loss rows=640 columns=20315 d=64", dtype, run, _LOSS, loss_products, loss_products)
-        for k in (10, 200):
+        for k in (10, 100, 200):
             run = partial(_ranking, topk_scores.forward, k, kind)
             matrix = frozenset({"topk_kernel"} if dtype == "bf16" else ())
             yield Case(f"topk_scores k={k} d=64", dtype, run, frozenset({"topk_kernel"}), matrix)

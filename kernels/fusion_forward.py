@@ -68,6 +68,22 @@ def route(logits, exists, modality, M: tl.constexpr, TOP_K: tl.constexpr):
     return probability, chosen, softmax(logits, chosen)
 
 
+@triton.jit
+def add_logits(
+    logits, e, router_weight, feature, modality, M: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """logits `[BN, BM]` + e `[BN, d]` times one modality's columns of the router, `[M, d]` at M·d apart."""
+    if e.dtype == tl.float32 and PRECISION == "ieee":
+        # Without matrix instructions a product keeps d numbers of each operand in a thread, and spills.
+        for m in tl.static_range(M):
+            router = tl.load(router_weight + m * M * D + feature, mask=feature < D, other=0.0).to(tl.float32)
+            logits += tl.where(modality[None, :] == m, tl.sum(e * router[None, :], axis=1)[:, None], 0.0)
+        return logits
+    else:
+        router = load_tile(router_weight, modality, M, feature, D, M * D).to(e.dtype)  # [BM, d]
+        return dot(e, tl.trans(router), logits, PRECISION)
+
+
 @triton.jit(do_not_specialize=["count"])
 def forward_kernel(
     hidden,
@@ -122,8 +138,7 @@ def forward_kernel(
         e = narrow(e, DTYPE)
         offset = row.to(tl.int64)[:, None] * (M * D) + (m * D + feature)[None, :]
         tl.store(embedded + offset, e, mask=inside[:, None] & (feature < D)[None, :])
-        router = load_tile(router_weight + m * D, modality, M, feature, D, M * D).to(DTYPE)  # [BM, d]
-        logits = dot(e, tl.trans(router), logits, PRECISION)
+        logits = add_logits(logits, e, router_weight + m * D, feature, modality, M, D, PRECISION)
     logits += tl.load(router_bias + modality, mask=modality < M, other=0.0).to(tl.float32)[None, :]
     offset = row.to(tl.int64)[:, None] * M + modality[None, :]
     tl.store(router_logits + offset, logits, mask=inside[:, None] & (modality < M)[None, :])

@@ -252,7 +252,6 @@ def gradient_config(problem: Problem) -> GradientConfig:
         up_items, up_columns, up_stages = 32, 32, 2
     elif problem.device in BEFORE_HOPPER or 1 in problem.stored_bytes:  # decoding fp8 takes registers too
         items, columns, budget = 32, 16, _ACCUMULATORS // 4
-        warps = 4 if problem.device in BEFORE_HOPPER else 8
     else:
         items, columns, budget = 32, 32, _ACCUMULATORS // 2
     group = max(1, min(problem.levels, budget // (br * columns)))

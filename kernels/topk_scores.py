@@ -105,18 +105,28 @@ def merge_kernel(keys, out_scores, out_ids, batch, parts, k, BLOCK_U: tl.constex
     tl.store(out_ids + offset, item, mask=mask)
 
 
+def tile(dtype: torch.dtype, tf32: bool, k: int) -> Tile:
+    """The default tile: at least as many items as a list's entries, on warps that hold both in registers."""
+    entries = power_of_two(k)
+    if entries <= 64:
+        return Tile(16, 64, 4, 2)
+    if dtype == torch.float32 and not tf32:
+        # A product without matrix instructions keeps its operands in registers too.
+        return Tile(16, entries, min(16, entries // 16), 2 if entries <= 128 else 1)
+    return Tile(16, max(256, entries), 8, 2)
+
+
 def forward(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(scores `[B, k]` in the users' dtype, int64 ids `[B, k]`); see `topk_scores_reference`.
 
     A score that is NaN makes its item no candidate.
     """
-    block_i = max(power_of_two(k), 64)
-    first = Tile(16, block_i, 8 if block_i > 128 else 4, 2)
-    choices = [first, first._replace(users=32), first._replace(warps=12 - first.warps)]
+    first = tile(users.dtype, dot_precision(users.dtype) == "tf32", k)
+    choices = [first, first._replace(users=32), first._replace(warps=8 if first.warps == 4 else 4)]
     history = 0 if exclude is None else exclude.shape[1]
     inputs = (users, items, k, exclude)
-    tile = best_tile("topk_scores", choices, users, items, lambda tile: _forward(tile, *inputs), k, history)
-    return _forward(tile, *inputs)
+    best = best_tile("topk_scores", choices, users, items, lambda tile: _forward(tile, *inputs), k, history)
+    return _forward(best, *inputs)
 
 
 def _forward(

@@ -38,7 +38,7 @@ def network(n):
 
 def everything(n):
     network(n)
-    aot._fusion(n, torch.bfloat16)
+    aot._fusion(n, 768, torch.bfloat16)
     aot._in_batch_loss(n, n + 3, torch.bfloat16)
     aot._full_loss(n, torch.bfloat16)
 
