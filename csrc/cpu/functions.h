@@ -39,7 +39,8 @@ inline float fast_exp(float x) {
 
 inline double fast_erf(double x) { return std::erf(x); }
 
-inline float fast_erf(float x) {
+// Always inline: a call would keep the loops around it from becoming vectors.
+inline __attribute__((always_inline)) float fast_erf(float x) {
   const float size = std::fabs(x), u = x * x;
   float inner = 7.853857824e-05f;
   inner = inner * u - 0.0008010192541f;

@@ -100,22 +100,29 @@ class PairedProducts {
   std::vector<uint16_t> left_, right_;
 };
 
-// The weights of a product, level by level, as its right side.
+// The weights W [levels][rows, columns] of a product, level by level, as its right side: W or Wᵀ, packed; W where it
+// stands if it is no wider than a panel; pairs where products are in bf16.
 template <class T>
 class LevelWeights {
  public:
-  LevelWeights(const T* weight, int64_t levels, int64_t rows, int64_t columns, As as, bool in_pairs) {
+  LevelWeights(const T* weight, int64_t levels, int64_t rows, int64_t columns, As as, bool in_pairs)
+      : weight_(weight), size_(rows * columns), row_(columns) {
     if constexpr (std::is_same_v<T, float>)
       if (in_pairs) pairs_.emplace(weight, levels, rows, columns, as);
-    if (!in_pairs) fp_.emplace(weight, levels, rows, columns, as);
+    const bool in_place = as == As::plain && columns <= kPanel<T>;
+    if (!in_pairs && !in_place) packed_.emplace(weight, levels, rows, columns, as);
   }
 
   const std::optional<PairedWeights>& pairs() const { return pairs_; }
-  RightSide<T> operator[](int64_t level) const { return (*fp_)[level]; }
+  RightSide<T> operator[](int64_t level) const {
+    return packed_ ? (*packed_)[level] : plain(weight_ + level * size_, row_);
+  }
 
  private:
+  const T* weight_;
+  int64_t size_, row_;
   std::optional<PairedWeights> pairs_;
-  std::optional<PackedWeights<T>> fp_;
+  std::optional<PackedWeights<T>> packed_;
 };
 
 // One thread's products: in T, or in bf16 where the weights are pairs.

@@ -136,15 +136,48 @@ void mix_backward(int64_t width, T* dx, T scale, const T* h, T beta, int count, 
     dots[j] += static_cast<double>(sum_of_lanes<T>(sum[j])) + static_cast<double>(rest[j]);
 }
 
-// sums = (sums +) Σ_i x[i, :], in double within the block: such sums cancel more than products do.
+// dots[j] += ⟨dx, source[j]⟩ for j < count, and then dx ← scale · dx.
+template <class T>
+void dots_and_scale(int64_t width, T* dx, T scale, int count, const T* const* source, double* dots) {
+  constexpr int lanes = kLanes<T, Vec<T>>;
+  constexpr int kFused = 8;
+  const int fused = std::min(count, kFused);
+  for (int j = fused; j < count; ++j) dots[j] += static_cast<double>(dot(width, dx, source[j]));
+  Vec<T> sum[kFused] = {};
+  T rest[kFused] = {};
+  int64_t d = 0;
+  for (; d + 4 * lanes <= width; d += 4 * lanes) {
+    Vec<T> g[4];
+    for (int v = 0; v < 4; ++v) g[v] = load<Vec<T>>(dx + d + v * lanes);
+    for (int j = 0; j < fused; ++j) {
+      Vec<T> part{};
+      for (int v = 0; v < 4; ++v) part += g[v] * load<Vec<T>>(source[j] + d + v * lanes);
+      sum[j] += part;
+    }
+    for (int v = 0; v < 4; ++v) store(dx + d + v * lanes, scale * g[v]);
+  }
+  for (; d < width; ++d) {
+    for (int j = 0; j < fused; ++j) rest[j] += dx[d] * source[j][d];
+    dx[d] *= scale;
+  }
+  for (int j = 0; j < fused; ++j)
+    dots[j] += static_cast<double>(sum_of_lanes<T>(sum[j])) + static_cast<double>(rest[j]);
+}
+
+// sums = (sums +) Σ_i x[i, :], four rows at a time in double: such sums cancel more than products do.
 template <class T>
 void sum_rows(int64_t rows, int64_t width, const T* x, int64_t row, bool add, T* sums) {
   constexpr int64_t kColumns = 64;
   for (int64_t d = 0; d < width; d += kColumns) {
     const int64_t count = std::min(kColumns, width - d);
     double sum[kColumns] = {};
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < count; ++j) sum[j] += static_cast<double>(x[i * row + d + j]);
+    const T* from = x + d;
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4, from += 4 * row)
+      for (int64_t j = 0; j < count; ++j)
+        sum[j] += static_cast<double>((from[j] + from[row + j]) + (from[2 * row + j] + from[3 * row + j]));
+    for (; i < rows; ++i, from += row)
+      for (int64_t j = 0; j < count; ++j) sum[j] += static_cast<double>(from[j]);
     for (int64_t j = 0; j < count; ++j)
       sums[d + j] = static_cast<T>(add ? static_cast<double>(sums[d + j]) + sum[j] : sum[j]);
   }

@@ -1,42 +1,51 @@
 // The backward of side_network, from the bottlenecks' pre-activations z alone.
 //
-// A block first walks forward again without the down-projections, keeping h before each level; then back, where a
-// level's x is the same weighted sum of h and states. Weight gradients are added level by level in the order of
-// blocks (`Turns`), so no thread holds a copy of them.
+// h is linear in the states and in a = act(z): let u walk like x, but without up-projections; then
+//
+//     x_l = u_l + Σ_{p<l} κ_lp (W_up,p a_p + b_up,p),    κ_lp the product of what levels p + 1 … l keep of h.
+//
+// A block first walks back, where nothing needs x: g goes from the gradient of h to that of x and on to the level
+// before. Then it walks forward with u, which takes no product, and adds Σ dz_l u_lᵀ to the gradient of W_down and
+// Σ dz_l a_pᵀ, r × r, to sums that become the rest of it once a call. The gates' ⟨dx, h⟩ follow from other sums
+// (side_network_sums.h).
+//
+// With cross = side, towers take each other's h, and κ would differ from item to item with what is present. There a
+// block walks forward with h itself, keeps it before each level, and has x on its way back.
+//
+// Weight gradients are added level by level in the order of blocks (`Turns`), so no thread holds a copy of them.
 #include <memory>
 
 #include "side_network.h"
+#include "side_network_sums.h"
 #include "side_network_walk.h"
 #include "turns.h"
 
 namespace crossan_fast::side {
 namespace {
 
-// Sums of the gates' gradients over items, in double: [tower or pair][level].
-struct GateSums {
-  std::vector<std::vector<double>> mu, cross;
-};
-
 template <class T>
 class BackwardWalk {
  public:
-  BackwardWalk(const Plan<T>& plan, const Weights<T*>& grads, GateSums& gates, Turns& turns, int64_t block)
+  BackwardWalk(const Plan<T>& plan, Sums<T>& sums, Turns& turns, int64_t block)
       : plan_(plan),
         s_(plan.structure),
-        grads_(grads),
-        gates_(gates),
+        with_h_(s_.cross == Cross::side),
+        sums_(sums),
+        grads_(sums.grads),
         turns_(turns),
         inputs_(plan, block),
         products_(plan.in_pairs),
-        z_(block * s_.levels * s_.rank) {
+        z_(block * s_.rank),
+        slope_(block * s_.rank),
+        level_step_(block * s_.rank) {
     for (const Tower& tower : s_.towers) {
       const int64_t size = block * padded<T>(s_.width(tower));
-      a_.emplace_back(block * s_.levels * s_.rank);
-      slope_.emplace_back(block * s_.levels * s_.rank);
-      dz_.emplace_back(block * s_.rank);
+      a_.emplace_back(s_.levels * level_step_);
+      dz_.emplace_back(s_.levels * level_step_);
       g_.emplace_back(size);
       x_.emplace_back(size);
-      if (s_.cross == Cross::side) next_.emplace_back(size);
+      if (!with_h_) continue;
+      next_.emplace_back(size);
       history_.emplace_back((s_.levels - 1) * size);
       history_step_.push_back(size);
     }
@@ -61,8 +70,8 @@ class BackwardWalk {
     first_ = first;
     count_ = count;
     step_ = 0;
-    for (size_t t = 0; t < s_.towers.size(); ++t) read_bottlenecks(t, saved);
-    for (int64_t l = 0; l + 1 < s_.levels; ++l) recompute(l);
+    saved_ = &saved;
+    for (int64_t l = 0; with_h_ && l + 1 < s_.levels; ++l) recompute(l);
     for (size_t t = 0; t < s_.towers.size(); ++t) {
       const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
       for (int64_t i = 0; i < count; ++i)
@@ -73,6 +82,7 @@ class BackwardWalk {
       plan_.zero_absent(s_.towers[t], first, count, g_[t].data(), row, width);
     }
     for (int64_t l = s_.levels; l-- > 0;) level_back(l);
+    for (int64_t l = 0; !with_h_ && l < s_.levels; ++l) level_forward(l);
     products_.end();
     if (d_down_.empty()) return;
     turns_.wait(block_, step_);
@@ -84,19 +94,23 @@ class BackwardWalk {
   }
 
  private:
-  // h of the towers before level l; null at the first, where it is zero.
+  // h of the towers before level l, where it is kept; null at the first, where it is zero.
   const std::vector<T*>& h_before(int64_t l) {
     for (size_t t = 0; t < before_.size(); ++t)
-      before_[t] = l == 0 ? nullptr : history_[t].data() + (l - 1) * history_step_[t];
+      before_[t] = !with_h_ || l == 0 ? nullptr : history_[t].data() + (l - 1) * history_step_[t];
     return before_;
   }
 
-  // act(z) and its slope at all levels, [count, L·r].
-  void read_bottlenecks(size_t t, const Tensors& saved) {
-    const int64_t row = s_.levels * s_.rank;
-    convert_from(saved.type, static_cast<const char*>(saved.data[t]) + first_ * row * bytes_of(saved.type), z_.data(),
-                 count_ * row, T(1));
-    activate_both(s_.activation, count_ * row, z_.data(), a_[t].data(), slope_[t].data());
+  T* a(size_t t, int64_t l) const { return a_[t].data() + l * level_step_; }
+  T* dz(size_t t, int64_t l) const { return dz_[t].data() + l * level_step_; }
+
+  // z of a level of the block into z_, [count, r].
+  void read_bottleneck(size_t t, int64_t l) {
+    for (int64_t i = 0; i < count_; ++i)
+      convert_from(saved_->type,
+                   static_cast<const char*>(saved_->data[t]) +
+                       ((first_ + i) * s_.levels + l) * s_.rank * bytes_of(saved_->type),
+                   z_.data() + i * s_.rank, s_.rank, T(1));
   }
 
   // h before level l + 1, from h before level l.
@@ -113,8 +127,10 @@ class BackwardWalk {
       const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank;
       T* after = history_[t].data() + l * history_step_[t];
       inputs_.add_projected(t, after, [&](int p) { return low_[p].data(); });
-      products_.weigh(count_, width, rank, a_[t].data() + l * rank, s_.levels * rank, plan_.up[t], l, after, row,
-                      Into::add, plan_.weights.up_bias[t] + l * width);
+      read_bottleneck(t, l);
+      activate(s_.activation, count_ * rank, z_.data(), a(t, l));
+      products_.weigh(count_, width, rank, a(t, l), rank, plan_.up[t], l, after, row, Into::add,
+                      plan_.weights.up_bias[t] + l * width);
       plan_.zero_absent(s_.towers[t], first_, count_, after, row, width);
     }
   }
@@ -127,61 +143,111 @@ class BackwardWalk {
     for (int64_t i = 0; i < count_; ++i)
       for (size_t t = 0; t < s_.towers.size(); ++t) {
         const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
-        mix_backward<T>(width, g_[t].data() + i * row, shares_x(t) ? T(1) : plan_.keeps(t, l),
-                        l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t),
-                        inputs_.rows(t, i), inputs_.weights(t), x_[t].data() + i * row, dots_[t].data());
+        T* g = g_[t].data() + i * row;
+        const T scale = shares_x(t) ? T(1) : plan_.keeps(t, l);
+        if (with_h_)
+          mix_backward<T>(width, g, scale, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l),
+                          inputs_.terms(t), inputs_.rows(t, i), inputs_.weights(t), x_[t].data() + i * row,
+                          dots_[t].data());
+        else
+          dots_and_scale<T>(width, g, scale, inputs_.terms(t), inputs_.rows(t, i), dots_[t].data());
       }
     for (size_t t = 0; t < s_.towers.size(); ++t) add_input_grads(t, l);
-    if (s_.cross == Cross::side) exchange(l);
+    if (with_h_) exchange(l);
+  }
+
+  // u of the level, where x_ holds that of the level before, and the products with dz.
+  void level_forward(int64_t l) {
+    inputs_.read(l, first_, count_, before_);
+    for (int64_t i = 0; i < count_; ++i)
+      for (size_t t = 0; t < s_.towers.size(); ++t) {
+        const int64_t width = s_.width(s_.towers[t]);
+        T* u = x_[t].data() + i * padded<T>(width);
+        mix<T>(width, l > 0 ? u : nullptr, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
+               inputs_.weights(t), u);
+      }
+    for (size_t t = 0; t < s_.towers.size(); ++t) {
+      const int64_t rank = s_.rank;
+      inputs_.add_projected(t, x_[t].data(), [&](int p) { return low_[p].data(); });
+      turns_.wait(block_, step_);
+      add_down_weight(t, l);
+      for (int64_t p = 0; p < l; ++p)
+        products_.correlate(rank, rank, count_, dz(t, l), rank, a(t, p), rank, sums_.products[t][l] + p * rank,
+                            l * rank, first_into());
+      turns_.pass(block_, step_++);
+    }
+  }
+
+  Into first_into() const { return block_ > 0 ? Into::add : Into::overwrite; }
+
+  void add_down_weight(size_t t, int64_t l) {
+    const int64_t width = s_.width(s_.towers[t]), rank = s_.rank;
+    products_.correlate(rank, width, count_, dz(t, l), rank, x_[t].data(), padded<T>(width),
+                        grads_.down_weight[t] + l * rank * width, width, first_into());
   }
 
   // Whether others than the tower's own h take the gradient of its x.
   bool shares_x(size_t t) const {
-    return s_.cross == Cross::side || plan_.narrowing[t] >= 0 || !plan_.cross_down.empty();
+    return with_h_ || plan_.narrowing[t] >= 0 || !plan_.cross_down.empty();
   }
 
   // g: from the gradient of tower t's h to that of its x.
   void back_to_x(size_t t, int64_t l) {
-    const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank, wide = s_.levels * rank;
-    const bool add = block_ > 0;
+    const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank;
     T* g = g_[t].data();
-    T* dz = dz_[t].data();
-    const T* a = a_[t].data() + l * rank;
-    const T* slope = slope_[t].data() + l * rank;
+    T* dz = this->dz(t, l);
+    T* a = this->a(t, l);
     products_.weigh(count_, rank, width, g, row, plan_.up_plain[t], l, dz, rank, Into::overwrite);
-    for (int64_t i = 0; i < count_; ++i)
-      for (int64_t k = 0; k < rank; ++k) dz[i * rank + k] *= slope[i * wide + k];
+    read_bottleneck(t, l);
+    activate_both(s_.activation, count_ * rank, z_.data(), a, slope_.data());
+    const double bottleneck = bottleneck_back(dz, a);
 
     turns_.wait(block_, step_);
-    products_.correlate(width, rank, count_, g, row, a, wide, grads_.up_weight[t] + l * width * rank, rank,
-                        add ? Into::add : Into::overwrite);
-    sum_rows(count_, width, g, row, add, grads_.up_bias[t] + l * width);
-    sum_rows(count_, rank, dz, rank, add, grads_.down_bias[t] + l * rank);
+    products_.correlate(width, rank, count_, g, row, a, rank, grads_.up_weight[t] + l * width * rank, rank,
+                        first_into());
+    sum_rows(count_, width, g, row, block_ > 0, grads_.up_bias[t] + l * width);
+    sum_rows(count_, rank, dz, rank, block_ > 0, grads_.down_bias[t] + l * rank);
+    sums_.bottleneck[t][l] += bottleneck;
     turns_.pass(block_, step_++);
 
     products_.weigh(count_, width, rank, dz, rank, plan_.down_plain[t], l, g, row, Into::add);
   }
 
+  // dz from da, and the sum over items of ⟨da, a⟩ − ⟨dz, z⟩.
+  double bottleneck_back(T* dz, const T* a) {
+    T* z = z_.data();
+    const T* slope = slope_.data();
+    const int64_t size = count_ * s_.rank;
+    for (int64_t k = 0; k < size; ++k) z[k] = a[k] - slope[k] * z[k];
+    double sum = 0;
+    for (int64_t k = 0; k < size; k += s_.rank) sum += static_cast<double>(dot(s_.rank, dz + k, z + k));
+    for (int64_t k = 0; k < size; ++k) dz[k] *= slope[k];
+    return sum;
+  }
+
   // Everything that takes x or its gradient g.
   void add_input_grads(size_t t, int64_t l) {
     const Tower& tower = s_.towers[t];
-    const int64_t width = s_.width(tower), row = padded<T>(width), rank = s_.rank;
+    const int64_t row = padded<T>(s_.width(tower));
     const int terms = inputs_.terms(t);
     T* g = g_[t].data();
-    inputs_.add_projected(t, x_[t].data(), [&](int p) { return low_[p].data(); });
+    const auto low = [&](int p) { return low_[p].data(); };
+    if (with_h_)
+      inputs_.add_projected(t, x_[t].data(), low);
+    else
+      inputs_.project(t, low);
 
     turns_.wait(block_, step_);
-    products_.correlate(rank, width, count_, dz_[t].data(), rank, x_[t].data(), row,
-                        grads_.down_weight[t] + l * rank * width, width, block_ > 0 ? Into::add : Into::overwrite);
-    gates_.mu[t][l] += tower.second >= 0 ? dots_[t][0] - dots_[t][1] : dots_[t][0] - dots_[t][terms];
+    if (with_h_) add_down_weight(t, l);
+    sums_.mu[t][l] += dots_[t][0] - (tower.second >= 0 ? dots_[t][1] : with_h_ ? dots_[t][terms] : 0.0);
     if (tower.second < 0)
-      for (int j = 1; j < terms; ++j) gates_.cross[inputs_.pair(t, j)][l] += dots_[t][j];
+      for (int j = 1; j < terms; ++j) sums_.cross[inputs_.pair(t, j)][l] += dots_[t][j];
     if (shares_x(t)) {
       projected_back(t, l, g, row);
       narrowed_back(t, l, g, row);
     }
     turns_.pass(block_, step_++);
-    if (shares_x(t) && s_.cross != Cross::side && tower.second < 0) {
+    if (shares_x(t) && !with_h_ && tower.second < 0) {
       const T keep = plan_.keeps(t, l);
       for (int64_t i = 0; i < count_ * row; ++i) g[i] *= keep;
     }
@@ -212,7 +278,7 @@ class BackwardWalk {
       // ⟨d_low, s down⟩ with s down computed anew: dividing `low` by a gate near zero would lose it.
       multiply<T>(count_, rank, from, inputs_.cross_matrix(c.from), padded<T>(from), 1,
                   plan_.cross_down[c.projection][0], z_.data(), rank, Into::overwrite);
-      gates_.cross[c.pair][l] += static_cast<double>(dot(count_ * rank, d_low, z_.data()));
+      sums_.cross[c.pair][l] += static_cast<double>(dot(count_ * rank, d_low, z_.data()));
       for (int64_t i = 0; i < count_ * rank; ++i) d_low[i] *= c.gate[l];
       multiply<T>(rank, from, count_, d_low, 1, rank, plain(inputs_.cross_matrix(c.from), padded<T>(from)), d_down,
                   from, add ? Into::add : Into::overwrite);
@@ -268,17 +334,18 @@ class BackwardWalk {
 
   const Plan<T>& plan_;
   const Structure& s_;
+  const bool with_h_;  // x itself rather than u, from h kept before each level
+  Sums<T>& sums_;
   const Weights<T*>& grads_;
-  GateSums& gates_;
   Turns& turns_;
   LevelInputs<T> inputs_;
   Products<T> products_;
-  Buffer<T> z_;                         // [block, L·r]; then any [block, r]
-  std::vector<Buffer<T>> a_, slope_;    // per tower [block, L·r]
-  std::vector<Buffer<T>> dz_;           // per tower [block, r]
-  std::vector<Buffer<T>> g_, x_;        // per tower [block, D]: the gradient of its h, then of its x; x
-  std::vector<Buffer<T>> next_;         // likewise, the gradient of h of the level before (cross = side)
-  std::vector<Buffer<T>> history_;      // per tower [L − 1][block, D]: h before each level but the first
+  Buffer<T> z_, slope_;  // [block, r]; z_ then any such
+  int64_t level_step_;
+  std::vector<Buffer<T>> a_, dz_;       // per tower [L][block, r]
+  std::vector<Buffer<T>> g_, x_;        // per tower [block, D]: the gradient of its h, then of its x; x or u
+  std::vector<Buffer<T>> next_;         // likewise, the gradient of h of the level before (with h)
+  std::vector<Buffer<T>> history_;      // per tower [L − 1][block, D]: h before each level but the first (with h)
   std::vector<int64_t> history_step_;
   std::vector<Buffer<T>> low_, d_low_;  // per projected pair [block, rank]
   std::vector<std::pair<Buffer<T>, int64_t>> d_down_, d_up_;  // likewise, the block's gradients and their sizes
@@ -286,23 +353,9 @@ class BackwardWalk {
   std::vector<std::vector<double>> dots_;  // per tower: ⟨g, row⟩ of its terms, then of h
   std::vector<T> weight_;
   std::vector<const T*> source_;
+  const Tensors* saved_ = nullptr;
   int64_t block_ = 0, first_ = 0, count_ = 0, step_ = 0;
 };
-
-template <class T>
-void finish_gates(const Plan<T>& plan, const GateSums& sums, const Weights<T*>& grads) {
-  const Structure& s = plan.structure;
-  for (size_t t = 0; t < s.towers.size(); ++t)
-    for (int64_t l = 0; l < s.levels; ++l) {
-      const double mu = 1.0 / (1.0 + std::exp(-static_cast<double>(plan.weights.gate[t][l]) / s.temperature));
-      grads.gate[t][l] = static_cast<T>(sums.mu[t][l] * mu * (1 - mu) / s.temperature);
-    }
-  for (size_t p = 0; p < sums.cross.size(); ++p)
-    for (int64_t l = 0; l < s.levels; ++l) {
-      const double gate = std::tanh(static_cast<double>(plan.weights.cross_gate[p][l]));
-      grads.cross_gate[p][l] = static_cast<T>(sums.cross[p][l] * (1 - gate * gate));
-    }
-}
 
 }  // namespace
 
@@ -311,18 +364,17 @@ void backward(const Structure& structure, const Inputs& inputs, const Weights<co
               const Tensors& grad_outputs, const Tensors& saved, const Weights<T*>& grads) {
   const Blocks blocks(structure.items);
   const Plan<T> plan(structure, inputs, weights, saved.type, true);
-  const auto levels = static_cast<size_t>(structure.levels);
-  GateSums gates{std::vector<std::vector<double>>(structure.towers.size(), std::vector<double>(levels)),
-                 std::vector<std::vector<double>>(structure.cross_pairs().size(), std::vector<double>(levels))};
+  Sums<T> sums(structure, grads);
   Turns turns(blocks.count);
   const int64_t workers = workers_for(blocks.count);
   std::vector<std::unique_ptr<BackwardWalk<T>>> walks;
   for (int64_t w = 0; w < workers; ++w)
-    walks.push_back(std::make_unique<BackwardWalk<T>>(plan, grads, gates, turns, blocks.size));
+    walks.push_back(std::make_unique<BackwardWalk<T>>(plan, sums, turns, blocks.size));
   run_tasks(workers, blocks.count, [&](int64_t w, int64_t b) {
     walks[static_cast<size_t>(w)]->run(b, blocks.first(b), blocks.length(b), grad_outputs, saved);
   });
-  finish_gates(plan, gates, grads);
+  finish_down(plan, sums);
+  finish_gates(plan, sums);
 }
 
 template void backward<float>(const Structure&, const Inputs&, const Weights<const float*>&, const Tensors&,

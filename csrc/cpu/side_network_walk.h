@@ -90,7 +90,8 @@ struct Plan {
       } else {
         down.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::transposed, in_pairs);
       }
-      up.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::transposed, in_pairs);
+      if (!backward || s.cross == Cross::side)
+        up.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::transposed, in_pairs);
       narrowing.push_back(s.narrowed(tower) ? static_cast<int>(pair_weight.size()) : -1);
       if (s.narrowed(tower)) {
         const int wide = s.wide(tower);
@@ -247,22 +248,21 @@ class LevelInputs {
     return plan_.structure.cross == Cross::side ? (*before_)[static_cast<size_t>(from)] : matrix(from);
   }
 
-  // low ← gate · s down, and x += low up, for each cross source of another width; `low(projection)` is [count, r].
+  // low ← gate · s down for each cross source of another width; `low(projection)` is [count, r].
+  template <class Low>
+  void project(size_t t, const Low& low) const {
+    each_projected(t, [&](const CrossSource<T>& c) { project(c, low(c.projection)); });
+  }
+
+  // The same, and x += low up; `low` may give one buffer to all.
   template <class Low>
   void add_projected(size_t t, T* x, const Low& low) const {
-    const Structure& s = plan_.structure;
-    if (s.towers[t].second >= 0 || !plan_.crosses(level_)) return;
-    const int64_t width = s.width(s.towers[t]);
-    for (const auto& c : plan_.incoming[t]) {
-      if (c.projection < 0) continue;
-      const int64_t from = s.widths[c.from];
+    const int64_t width = plan_.structure.width(plan_.structure.towers[t]), rank = plan_.structure.rank;
+    each_projected(t, [&](const CrossSource<T>& c) {
       T* own = low(c.projection);
-      multiply<T>(count_, s.rank, from, cross_matrix(c.from), padded<T>(from), 1,
-                  plan_.cross_down[c.projection][0], own, s.rank, Into::overwrite);
-      for (int64_t i = 0; i < count_ * s.rank; ++i) own[i] *= c.gate[level_];
-      multiply<T>(count_, width, s.rank, own, s.rank, 1, plan_.cross_up[c.projection][0], x, padded<T>(width),
-                  Into::add);
-    }
+      project(c, own);
+      multiply<T>(count_, width, rank, own, rank, 1, plan_.cross_up[c.projection][0], x, padded<T>(width), Into::add);
+    });
   }
 
  private:
@@ -275,6 +275,20 @@ class LevelInputs {
     std::vector<From> from;
     Buffer<T> narrow;  // the wider state of a pair, narrowed: [block, D]
   };
+
+  template <class F>
+  void each_projected(size_t t, const F& visit) const {
+    if (plan_.structure.towers[t].second >= 0 || !plan_.crosses(level_)) return;
+    for (const auto& c : plan_.incoming[t])
+      if (c.projection >= 0) visit(c);
+  }
+
+  void project(const CrossSource<T>& c, T* low) const {
+    const int64_t from = plan_.structure.widths[c.from], rank = plan_.structure.rank;
+    multiply<T>(count_, rank, from, cross_matrix(c.from), padded<T>(from), 1, plan_.cross_down[c.projection][0], low,
+                rank, Into::overwrite);
+    for (int64_t i = 0; i < count_ * rank; ++i) low[i] *= c.gate[level_];
+  }
 
   static void add_term(Terms& terms, T weight, int modality, int pair) {
     terms.weight.push_back(weight);
