@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossan_fast._checks import describe
 from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._registration import define
 
 
 class Deduplicated(NamedTuple):
@@ -72,19 +73,18 @@ def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str =
         if item_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return deduplicate_reference(item_ids)
         return Deduplicated(*implementation("deduplicate", choice.backend).forward(item_ids, None))
-    return Deduplicated(*torch.ops.crossan_fast.deduplicate(item_ids, capacity, choice.backend))
+    return Deduplicated(*_deduplicate(item_ids, capacity, choice.backend))
 
 
-@torch.library.custom_op(
-    "crossan_fast::deduplicate",
-    mutates_args=(),
-    schema="(Tensor item_ids, int capacity, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def _deduplicate(item_ids, capacity, backend):
+def _run(item_ids, capacity, backend):
     return implementation("deduplicate", backend).forward(item_ids, capacity)
 
 
-@_deduplicate.register_fake
-def _(item_ids, capacity, backend):
+def _fake(item_ids, capacity, backend):
     ids = item_ids.new_empty((capacity,), dtype=torch.int64)
     return ids, item_ids.new_empty(item_ids.shape, dtype=torch.int64), torch.empty_like(ids)
+
+
+_deduplicate = define(
+    "deduplicate(Tensor item_ids, int capacity, str backend) -> (Tensor, Tensor, Tensor)", _run, _fake
+)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+from crossan_fast.ops._registration import define, differentiate
 
 
 def full_loss_reference(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
@@ -50,53 +51,47 @@ def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device.type, enabled=False):
             return full_loss_reference(users.to(wide), items.to(wide), targets)
-    return torch.ops.crossan_fast.full_loss(users, items, targets.reshape(-1), choice.backend)[0]
+    return _full_loss(users, items, targets.reshape(-1), choice.backend)[0]
 
 
-@torch.library.custom_op(
-    "crossan_fast::full_loss",
-    mutates_args=(),
-    schema="(Tensor users, Tensor items, Tensor targets, str backend) -> (Tensor, Tensor)",
-)
-def _full_loss(users, items, targets, backend):
+def _run(users, items, targets, backend):
     """The loss, and each row's log-sum-exp `[R]` for the backward."""
     return implementation("full_loss", backend).forward(users, items, targets)
 
 
-@torch.library.custom_op(
-    "crossan_fast::full_loss_backward",
-    mutates_args=(),
-    schema="(Tensor grad_loss, Tensor lse, Tensor users, Tensor items, Tensor targets, str backend) "
-    "-> (Tensor, Tensor)",
-)
-def _full_loss_backward(grad_loss, lse, users, items, targets, backend):
+def _run_backward(grad_loss, lse, users, items, targets, backend):
     backward = implementation("full_loss", backend).backward
     assert backward is not None
     return backward(grad_loss, lse, users, items, targets)
 
 
-@_full_loss.register_fake
-def _(users, items, targets, backend):
+def _fake(users, items, targets, backend):
     wide = torch.promote_types(users.dtype, torch.float32)
     return users.new_empty((), dtype=wide), users.new_empty(users.shape[:1], dtype=wide)
 
 
-@_full_loss_backward.register_fake
-def _(grad_loss, lse, users, items, targets, backend):
+def _fake_backward(grad_loss, lse, users, items, targets, backend):
     return users.new_empty(users.shape), items.new_empty(items.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
+def _keep(ctx, arguments, output):
+    *tensors, ctx.backend = arguments
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *tensors)
 
 
-def _backward(ctx, grad_loss, grad_lse):
+def _backward(ctx, grad_loss, _):
     if grad_loss is None:
-        return None, None, None, None
-    users, items = torch.ops.crossan_fast.full_loss_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
-    return users, items, None, None
+        return None, None, None
+    users, items = _full_loss_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
+    return users, items, None
 
 
-_full_loss.register_autograd(_backward, setup_context=_setup_context)
+_TENSORS = "Tensor users, Tensor items, Tensor targets"
+_full_loss = define(f"full_loss({_TENSORS}, str backend) -> (Tensor, Tensor)", _run, _fake)
+_full_loss_backward = define(
+    f"full_loss_backward(Tensor grad_loss, Tensor lse, {_TENSORS}, str backend) -> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+differentiate(_full_loss, _keep, _backward)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+from crossan_fast.ops._registration import define, differentiate
 
 
 class FusionWeights(NamedTuple):
@@ -153,7 +154,7 @@ def fusion(
         output = fusion_reference(hidden, weights, present=present, top_k=top_k, counts=counts, dtype=default)
         return FusionOutput(output.items.to(dtype), output.balance)
     flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
-    items, assigned, probability, *_ = torch.ops.crossan_fast.fusion(
+    items, assigned, probability, *_ = _fusion(
         list(hidden), flat, present, top_k, counts, dtype, choice.backend
     )
     return FusionOutput(items, len(hidden) * (assigned * probability).sum())
@@ -204,13 +205,7 @@ def _unflatten(tensors: Sequence[Tensor], modalities: int) -> FusionWeights:
     return FusionWeights(heads, biases, *tensors[2 * modalities :])
 
 
-@torch.library.custom_op(
-    "crossan_fast::fusion",
-    mutates_args=(),
-    schema="(Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, "
-    "ScalarType dtype, str backend) -> Tensor[]",
-)
-def _fusion(hidden, weights, present, top_k, counts, dtype, backend):
+def _run(hidden, weights, present, top_k, counts, dtype, backend):
     """Items, f `[M]`, P `[M]`; for the backward e `[N, M·d]` and the router's logits `[N, M]`."""
     items, assigned, probability, saved = implementation("fusion", backend).forward(
         hidden, _unflatten(weights, len(hidden)), present, top_k, counts, dtype
@@ -218,13 +213,7 @@ def _fusion(hidden, weights, present, top_k, counts, dtype, backend):
     return [items, assigned, probability, *saved]
 
 
-@torch.library.custom_op(
-    "crossan_fast::fusion_backward",
-    mutates_args=(),
-    schema="(Tensor grad_items, Tensor grad_probability, Tensor[] saved, Tensor[] hidden, Tensor[] weights, "
-    "Tensor? present, int? top_k, Tensor? counts, ScalarType dtype, str backend) -> Tensor[]",
-)
-def _fusion_backward(
+def _run_backward(
     grad_items, grad_probability, saved, hidden, weights, present, top_k, counts, dtype, backend
 ):
     """Gradients of `hidden`, then of `weights`."""
@@ -244,8 +233,7 @@ def _fusion_backward(
     return [*grad_hidden, *grad_weights]
 
 
-@_fusion.register_fake
-def _(hidden, weights, present, top_k, counts, dtype, backend):
+def _fake(hidden, weights, present, top_k, counts, dtype, backend):
     modalities, count = len(hidden), hidden[0].shape[0]
     width, wide = weights[0].shape[0], torch.promote_types(dtype, torch.float32)
     empty = hidden[0].new_empty
@@ -258,29 +246,24 @@ def _(hidden, weights, present, top_k, counts, dtype, backend):
     ]
 
 
-@_fusion_backward.register_fake
-def _(grad_items, grad_probability, saved, hidden, weights, *rest):
+def _fake_backward(grad_items, grad_probability, saved, hidden, weights, *rest):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*hidden, *weights)]
 
 
-def _setup_context(ctx, inputs, output):
-    hidden, weights, present, ctx.top_k, counts, ctx.dtype, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
+def _keep(ctx, arguments, output):
+    hidden, weights, present, ctx.top_k, counts, ctx.dtype, ctx.backend = arguments
+    items, assigned, probability, *saved = output
     ctx.num_hidden = len(hidden)
-    ctx.optional = (present is not None, counts is not None)
-    ctx.save_for_backward(*output, *hidden, *weights, *(t for t in (present, counts) if t is not None))
+    ctx.mark_non_differentiable(assigned, *saved)
+    ctx.save_for_backward(items, probability, present, counts, *saved, *hidden, *weights)
 
 
-def _backward(ctx, grads):
-    items, _, probability, *rest = ctx.saved_tensors
-    counts = rest.pop() if ctx.optional[1] else None
-    present = rest.pop() if ctx.optional[0] else None
+def _backward(ctx, grad_items, _, grad_probability, *__):
+    items, probability, present, counts, *rest = ctx.saved_tensors
     saved, hidden, weights = rest[:2], rest[2 : 2 + ctx.num_hidden], rest[2 + ctx.num_hidden :]
-    grad_items = torch.zeros_like(items) if grads[0] is None else grads[0]
-    grad_probability = torch.zeros_like(probability) if grads[2] is None else grads[2]
-    gradients = torch.ops.crossan_fast.fusion_backward(
-        grad_items,
-        grad_probability,
+    gradients = _fusion_backward(
+        torch.zeros_like(items) if grad_items is None else grad_items,
+        torch.zeros_like(probability) if grad_probability is None else grad_probability,
         saved,
         hidden,
         weights,
@@ -290,7 +273,17 @@ def _backward(ctx, grads):
         ctx.dtype,
         ctx.backend,
     )
-    return gradients[: ctx.num_hidden], gradients[ctx.num_hidden :], None, None, None, None, None
+    return gradients[: ctx.num_hidden], gradients[ctx.num_hidden :], None, None
 
 
-_fusion.register_autograd(_backward, setup_context=_setup_context)
+_COMMON = (
+    "Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype, "
+    "str backend"
+)
+_fusion = define(f"fusion({_COMMON}) -> Tensor[]", _run, _fake)
+_fusion_backward = define(
+    f"fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor[] saved, {_COMMON}) -> Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
+differentiate(_fusion, _keep, _backward)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+from crossan_fast.ops._registration import define, differentiate
 
 
 def in_batch_loss_reference(
@@ -102,56 +103,47 @@ def in_batch_loss(
     if choice.backend == "eager":
         with torch.autocast(device.type, enabled=False):
             return in_batch_loss_reference(users.to(wide), items.to(wide), slots, counts, log_popularity)
-    return torch.ops.crossan_fast.in_batch_loss(
-        users, items, slots, counts, log_popularity.to(wide), choice.backend
-    )[0]
+    return _in_batch_loss(users, items, slots, counts, log_popularity.to(wide), choice.backend)[0]
 
 
-@torch.library.custom_op(
-    "crossan_fast::in_batch_loss",
-    mutates_args=(),
-    schema="(Tensor users, Tensor items, Tensor slots, Tensor counts, Tensor log_popularity, str backend) "
-    "-> (Tensor, Tensor)",
-)
-def _in_batch_loss(users, items, slots, counts, log_popularity, backend):
+def _run(users, items, slots, counts, log_popularity, backend):
     """The loss, and each row's log-sum-exp `[B, S]` for the backward."""
     return implementation("in_batch_loss", backend).forward(users, items, slots, counts, log_popularity)
 
 
-@torch.library.custom_op(
-    "crossan_fast::in_batch_loss_backward",
-    mutates_args=(),
-    schema="(Tensor grad_loss, Tensor lse, Tensor users, Tensor items, Tensor slots, Tensor counts, "
-    "Tensor log_popularity, str backend) -> (Tensor, Tensor)",
-)
-def _in_batch_loss_backward(grad_loss, lse, users, items, slots, counts, log_popularity, backend):
+def _run_backward(grad_loss, lse, users, items, slots, counts, log_popularity, backend):
     backward = implementation("in_batch_loss", backend).backward
     assert backward is not None
     return backward(grad_loss, lse, users, items, slots, counts, log_popularity)
 
 
-@_in_batch_loss.register_fake
-def _(users, items, slots, counts, log_popularity, backend):
+def _fake(users, items, slots, counts, log_popularity, backend):
     wide = torch.promote_types(users.dtype, torch.float32)
     return users.new_empty((), dtype=wide), users.new_empty(users.shape[:2], dtype=wide)
 
 
-@_in_batch_loss_backward.register_fake
-def _(grad_loss, lse, users, items, *rest):
+def _fake_backward(grad_loss, lse, users, items, *rest):
     return users.new_empty(users.shape), items.new_empty(items.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
+def _keep(ctx, arguments, output):
+    *tensors, ctx.backend = arguments
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *tensors)
 
 
-def _backward(ctx, grad_loss, grad_lse):
+def _backward(ctx, grad_loss, _):
     if grad_loss is None:
-        return None, None, None, None, None, None
-    users, items = torch.ops.crossan_fast.in_batch_loss_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
-    return users, items, None, None, None, None
+        return (None,) * 5
+    users, items = _in_batch_loss_backward(grad_loss, *ctx.saved_tensors, ctx.backend)
+    return users, items, None, None, None
 
 
-_in_batch_loss.register_autograd(_backward, setup_context=_setup_context)
+_TENSORS = "Tensor users, Tensor items, Tensor slots, Tensor counts, Tensor log_popularity"
+_in_batch_loss = define(f"in_batch_loss({_TENSORS}, str backend) -> (Tensor, Tensor)", _run, _fake)
+_in_batch_loss_backward = define(
+    f"in_batch_loss_backward(Tensor grad_loss, Tensor lse, {_TENSORS}, str backend) -> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+differentiate(_in_batch_loss, _keep, _backward)

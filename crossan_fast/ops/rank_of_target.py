@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._registration import define
 from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
 
@@ -64,18 +65,19 @@ def rank_of_target(
     choice = choose("rank_of_target", users.device.type, users.dtype, (), backend)
     if choice.backend == "eager":
         return rank_of_target_reference(users, items, targets, exclude)
-    return torch.ops.crossan_fast.rank_of_target(users, items, targets, exclude, choice.backend)
+    return _rank_of_target(users, items, targets, exclude, choice.backend)
 
 
-@torch.library.custom_op(
-    "crossan_fast::rank_of_target",
-    mutates_args=(),
-    schema="(Tensor users, Tensor items, Tensor targets, Tensor? exclude, str backend) -> Tensor",
-)
-def _rank_of_target(users, items, targets, exclude, backend):
+def _run(users, items, targets, exclude, backend):
     return implementation("rank_of_target", backend).forward(users, items, targets, exclude)
 
 
-@_rank_of_target.register_fake
-def _(users, items, targets, exclude, backend):
+def _fake(users, items, targets, exclude, backend):
     return users.new_empty(users.shape[:1], dtype=torch.int64)
+
+
+_rank_of_target = define(
+    "rank_of_target(Tensor users, Tensor items, Tensor targets, Tensor? exclude, str backend) -> Tensor",
+    _run,
+    _fake,
+)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._registration import define, differentiate
 
 EPS = 1e-6
 
@@ -180,9 +181,7 @@ def sequence_encoder(
             )
     flat = weights.flatten()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (items, *flat))
-    return torch.ops.crossan_fast.sequence_encoder(
-        items, mask, flat, heads, dropout, seed, keep, dtype, choice.backend
-    )[0]
+    return _sequence_encoder(items, mask, flat, heads, dropout, seed, keep, dtype, choice.backend)[0]
 
 
 def _check(
@@ -224,33 +223,14 @@ def _check(
         raise ValueError(f"seed: dropout={dropout} needs an int64 scalar, got None")
 
 
-_COMMON = "Tensor items, Tensor mask, Tensor[] weights, int heads, float dropout, Tensor? seed"
-_NAME = "crossan_fast::sequence_encoder"
-
-# Registered by hand where other ops use torch.library.custom_op, whose autograd takes lists of tensors apart
-# leaf by leaf in Python: for these weights a fifth of the op's time in a step.
-_library = torch.library.Library("crossan_fast", "FRAGMENT")
-_library.define(
-    f"sequence_encoder({_COMMON}, bool keep, ScalarType dtype, str backend) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"sequence_encoder_backward(Tensor grad_users, Tensor kept, {_COMMON}, ScalarType dtype, str backend) "
-    "-> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl(_NAME, "default", lib=_library)
-def _forward(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
+def _run(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
     """Users, and with `keep` what the backward reads: `[B·S, kept_width]`, else no rows of it."""
     return implementation("sequence_encoder", backend).forward(
         items, mask, weights, heads, EPS, dropout, seed, keep, dtype
     )
 
 
-@torch.library.impl(f"{_NAME}_backward", "default", lib=_library)
-def _backward(grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend):
+def _run_backward(grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend):
     """Gradients of `items`, then of `weights`."""
     backward = implementation("sequence_encoder", backend).backward
     assert backward is not None
@@ -265,8 +245,7 @@ def kept_width(width: int, inner: int, heads: int, blocks: int) -> int:
     return blocks * (rows + heads + 2) + 2 * (width + 16) + 1
 
 
-@torch.library.register_fake(_NAME, lib=_library)
-def _(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
+def _fake(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
     blocks = (len(weights) - 3) // 12
     inner = weights[9].shape[0] if blocks else 0
     wide = torch.promote_types(dtype, torch.float32)
@@ -274,36 +253,36 @@ def _(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
     return items.new_empty(items.shape, dtype=dtype), items.new_empty(kept, dtype=wide)
 
 
-@torch.library.register_fake(f"{_NAME}_backward", lib=_library)
-def _(grad_users, kept, items, mask, weights, *rest):
+def _fake_backward(grad_users, kept, items, mask, weights, *rest):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (items, *weights)]
 
 
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mask, heads, dropout, seed, keep, dtype, backend, items, *weights):
-        with torch._C._AutoDispatchBelowAutograd():
-            users, kept = torch.ops.crossan_fast.sequence_encoder(
-                items, mask, weights, heads, dropout, seed, keep, dtype, backend
-            )
-        ctx.static = heads, dropout, dtype, backend
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(kept)
-        ctx.save_for_backward(kept, items, mask, seed, *weights)
-        return users, kept
-
-    @staticmethod
-    def backward(ctx, grad_users, _):
-        kept, items, mask, seed, *weights = ctx.saved_tensors
-        heads, dropout, dtype, backend = ctx.static
-        grads = [None] * (1 + len(weights))
-        if grad_users is not None:
-            grads = torch.ops.crossan_fast.sequence_encoder_backward(
-                grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend
-            )
-        return (None,) * 7 + tuple(grads)
+def _keep(ctx, arguments, output):
+    items, mask, weights, heads, dropout, seed, _, dtype, backend = arguments
+    ctx.static = heads, dropout, dtype, backend
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], items, mask, seed, *weights)
 
 
-@torch.library.impl(_NAME, "Autograd", lib=_library)
-def _(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
-    return _Differentiable.apply(mask, heads, dropout, seed, keep, dtype, backend, items, *weights)
+def _backward(ctx, grad_users, _):
+    if grad_users is None:
+        return (None,) * 4
+    kept, items, mask, seed, *weights = ctx.saved_tensors
+    heads, dropout, dtype, backend = ctx.static
+    grad_items, *grad_weights = _sequence_encoder_backward(
+        grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend
+    )
+    return grad_items, None, grad_weights, None
+
+
+_COMMON = "Tensor items, Tensor mask, Tensor[] weights, int heads, float dropout, Tensor? seed"
+_sequence_encoder = define(
+    f"sequence_encoder({_COMMON}, bool keep, ScalarType dtype, str backend) -> (Tensor, Tensor)", _run, _fake
+)
+_sequence_encoder_backward = define(
+    f"sequence_encoder_backward(Tensor grad_users, Tensor kept, {_COMMON}, ScalarType dtype, str backend) "
+    "-> Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
+differentiate(_sequence_encoder, _keep, _backward)

@@ -28,6 +28,7 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.config import CrossanConfig
 from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+from crossan_fast.ops._registration import define, differentiate
 
 SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *SCALED_DTYPES)
@@ -257,7 +258,7 @@ def side_network(
             states, weights, structure, ids=ids, scales=scales, present=present, dtype=default
         )
         return [h.to(dtype) for h in hidden]
-    outputs = torch.ops.crossan_fast.side_network(
+    outputs = _side_network(
         list(states),
         list(scales or ()),
         ids,
@@ -332,18 +333,7 @@ def _decode(
     return SideNetworkStructure(tuple(widths), decoded, cross, activation, temperature)
 
 
-_STATIC = (
-    "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, str backend"
-)
-
-
-@torch.library.custom_op(
-    "crossan_fast::side_network",
-    mutates_args=(),
-    schema="(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, "
-    f"{_STATIC}) -> Tensor[]",
-)
-def _side_network(states, scales, ids, present, weights, widths, sources, *static):
+def _run(states, scales, ids, present, weights, widths, sources, *static):
     """Outputs of the towers, then their bottlenecks' pre-activations z `[N, L, r]`, kept for the backward."""
     *joined, dtype, backend = static
     structure = _decode(widths, sources, *joined)
@@ -353,15 +343,7 @@ def _side_network(states, scales, ids, present, weights, widths, sources, *stati
     return [*outputs, *saved]
 
 
-@torch.library.custom_op(
-    "crossan_fast::side_network_backward",
-    mutates_args=(),
-    schema="(Tensor[] grad_outputs, Tensor[] saved, Tensor[] states, Tensor[] scales, Tensor? ids, "
-    f"Tensor? present, Tensor[] weights, {_STATIC}) -> Tensor[]",
-)
-def _side_network_backward(
-    grad_outputs, saved, states, scales, ids, present, weights, widths, sources, *static
-):
+def _run_backward(grad_outputs, saved, states, scales, ids, present, weights, widths, sources, *static):
     *joined, dtype, backend = static
     structure = _decode(widths, sources, *joined)
     backward = implementation("side_network", backend).backward
@@ -379,8 +361,7 @@ def _side_network_backward(
     )
 
 
-@_side_network.register_fake
-def _(states, scales, ids, present, weights, widths, sources, *static):
+def _fake(states, scales, ids, present, weights, widths, sources, *static):
     dtype = static[-2]
     structure = _decode(widths, sources, *static[:-2])
     count = states[0].shape[0] if ids is None else ids.shape[0]
@@ -392,39 +373,43 @@ def _(states, scales, ids, present, weights, widths, sources, *static):
     return outputs + bottlenecks
 
 
-@_side_network_backward.register_fake
-def _(grad_outputs, saved, states, scales, ids, present, weights, *static):
+def _fake_backward(grad_outputs, saved, states, scales, ids, present, weights, *static):
     return [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
 
 
-def _setup_context(ctx, inputs, output):
-    states, scales, ids, present, weights, *ctx.static = inputs
-    ctx.set_materialize_grads(False)
-    ctx.optional = (ids is not None, present is not None)
+def _keep(ctx, arguments, output):
+    states, scales, ids, present, weights, *ctx.static = arguments
+    towers = len(output) // 2
+    outputs, saved = output[:towers], output[towers:]
     ctx.counts = (len(states), len(scales), len(weights))
-    optional = [t for t in (ids, present) if t is not None]
-    saved = output[len(output) // 2 :]
-    ctx.save_for_backward(*states, *scales, *weights, *saved, *optional)
-    ctx.outputs = [(tuple(o.shape), o.dtype) for o in output[: len(output) // 2]]
+    ctx.outputs = [(o.shape, o.dtype) for o in outputs]
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(ids, present, *states, *scales, *weights, *saved)
 
 
-def _backward(ctx, grads):
-    tensors = list(ctx.saved_tensors)
-    present = tensors.pop() if ctx.optional[1] else None
-    ids = tensors.pop() if ctx.optional[0] else None
-    num_states, num_scales, num_weights = ctx.counts
-    states, scales = tensors[:num_states], tensors[num_states : num_states + num_scales]
-    rest = tensors[num_states + num_scales :]
-    weights, saved = rest[:num_weights], rest[num_weights:]
+def _backward(ctx, *grads):
+    ids, present, *rest = ctx.saved_tensors
+    states, scales, weights, saved = (
+        [rest.pop(0) for _ in range(count)] for count in (*ctx.counts, len(ctx.outputs))
+    )
     grad_outputs = [
         weights[0].new_zeros(shape, dtype=dtype) if grad is None else grad
         for grad, (shape, dtype) in zip(grads[: len(ctx.outputs)], ctx.outputs, strict=True)
     ]
-    grad_weights = torch.ops.crossan_fast.side_network_backward(
+    grad_weights = _side_network_backward(
         grad_outputs, saved, states, scales, ids, present, weights, *ctx.static
     )
-    # A list of tensors takes a list of gradients back, even where none exists.
-    return [None] * num_states, [None] * num_scales, None, None, grad_weights, *[None] * len(ctx.static)
+    return None, None, None, None, grad_weights
 
 
-_side_network.register_autograd(_backward, setup_context=_setup_context)
+_COMMON = (
+    "Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, int[] widths, "
+    "int[] sources, str cross, str activation, float temperature, ScalarType dtype, str backend"
+)
+_side_network = define(f"side_network({_COMMON}) -> Tensor[]", _run, _fake)
+_side_network_backward = define(
+    f"side_network_backward(Tensor[] grad_outputs, Tensor[] saved, {_COMMON}) -> Tensor[]",
+    _run_backward,
+    _fake_backward,
+)
+differentiate(_side_network, _keep, _backward)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._registration import define
 from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
 
@@ -63,19 +64,20 @@ def topk_scores(
     choice = choose("topk_scores", users.device.type, users.dtype, (), backend)
     if choice.backend == "eager":
         return topk_scores_reference(users, items, k, exclude)
-    return TopK(*torch.ops.crossan_fast.topk_scores(users, items, k, exclude, choice.backend))
+    return TopK(*_topk_scores(users, items, k, exclude, choice.backend))
 
 
-@torch.library.custom_op(
-    "crossan_fast::topk_scores",
-    mutates_args=(),
-    schema="(Tensor users, Tensor items, int k, Tensor? exclude, str backend) -> (Tensor, Tensor)",
-)
-def _topk_scores(users, items, k, exclude, backend):
+def _run(users, items, k, exclude, backend):
     return implementation("topk_scores", backend).forward(users, items, k, exclude)
 
 
-@_topk_scores.register_fake
-def _(users, items, k, exclude, backend):
+def _fake(users, items, k, exclude, backend):
     shape = (users.shape[0], k)
     return users.new_empty(shape), users.new_empty(shape, dtype=torch.int64)
+
+
+_topk_scores = define(
+    "topk_scores(Tensor users, Tensor items, int k, Tensor? exclude, str backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)

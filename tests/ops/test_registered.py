@@ -224,6 +224,22 @@ def test_losses():
     torch.library.opcheck(torch.ops.crossan_fast.full_loss.default, arguments)
 
 
+def test_a_second_derivative_is_refused_and_not_wrong():
+    users, items, unique, log_popularity = loss_problem()
+    loss = ops.in_batch_loss(users, items, unique.slots, unique.counts, log_popularity)
+    (grad,) = torch.autograd.grad(loss.square(), users, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_without_gradients_nothing_is_kept():
+    towers, states = side_problem()
+    with torch.no_grad():
+        assert all(h.grad_fn is None for h in ops.side_network(states, towers.weights(), towers.structure))
+    towers.requires_grad_(False)
+    assert all(h.grad_fn is None for h in ops.side_network(states, towers.weights(), towers.structure))
+
+
 def test_ops_without_gradient():
     users, items = torch.randn(4, D), torch.randn(30, D)
     exclude = torch.randint(0, 30, (4, 3))
