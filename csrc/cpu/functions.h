@@ -5,27 +5,30 @@
 #include <cmath>
 #include <cstdint>
 
+#include "simd.h"
+
 namespace crossan_fast {
 
 enum class Activation { gelu, relu };
 
 inline double fast_exp(double x) { return std::exp(x); }
 
+// e^x for |x| ≤ ½ ln 2: the coefficients of a minimax polynomial, the highest first.
+inline constexpr float kExp[] = {0.001383684244f, 0.008374815605f, 0.04166822607f, 0.1666641976f,
+                                 0.4999999075f,   1.000000003f,    1.0f};
+// ln 2 in two parts, the first of so few bits that its products with integers are exact.
+inline constexpr float kLn2[] = {0.693145752f, 1.42860677e-6f};
+
 // e^x for x in [−87, 88.7], where it is a normal number; relative error below 2e-7: 2^(x / ln 2) by its nearest
-// integer and a minimax polynomial of the rest.
+// integer, times e to the rest.
 inline float exp_within(float x) {
   constexpr float magic = 0x1.8p23f;  // adding it rounds to the nearest integer and leaves that in the low bits
   const float shifted = x * 1.44269504f + magic;
   const float whole = shifted - magic;
-  // ln 2 in two parts, so that the rest keeps all its bits.
-  const float rest = (x - whole * 0.693145752f - whole * 1.42860677e-6f) * 1.44269504f;
-  float p = 0.0001534580806f;
-  p = p * rest + 0.001339993090f;
-  p = p * rest + 0.009618489072f;
-  p = p * rest + 0.05550328642f;
-  p = p * rest + 0.2402264625f;
-  p = p * rest + 0.6931471825f;
-  p = p * rest + 1.0f;
+  const float rest = x - whole * kLn2[0] - whole * kLn2[1];
+  float p = kExp[0];
+#pragma GCC unroll 8
+  for (int k = 1; k < 7; ++k) p = p * rest + kExp[k];
   // Times 2^whole: added to the exponent of p. The magic's own bits leave at the top.
   return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
 }
@@ -35,6 +38,47 @@ inline float fast_exp(float x) {
   const float kept = x < -87.0f ? -87.0f : (x > 88.7f ? 88.7f : x);
   const float result = x < -87.0f ? 0.0f : (x > 88.7f ? INFINITY : exp_within(kept));
   return x != x ? x : result;
+}
+
+// x where it lies in [low, high], else the nearer of the two; NaN stays.
+inline Vec<float> clamped(Vec<float> x, float low, float high) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x));
+#else
+  x = x < low ? Vec<float>{} + low : x;
+  return x > high ? Vec<float>{} + high : x;
+#endif
+}
+
+// e^x of `count` vectors, in place: 0 below −87.7, infinity above 88.4, NaN of NaN. Step by step through all of them,
+// since one alone is a chain of operations that leaves the core waiting.
+template <int count>
+inline void exp_of_lanes(Vec<float> (&x)[count]) {
+  constexpr float magic = 0x1.8p23f + 127.0f;  // with the exponent's bias: the low bits are those of 2^whole
+  Vec<float> shifted[count], result[count];
+#pragma GCC unroll 8
+  for (int v = 0; v < count; ++v) x[v] = clamped(x[v], -88.0f, 88.7f);
+#pragma GCC unroll 8
+  for (int v = 0; v < count; ++v) shifted[v] = x[v] * 1.44269504f + magic;
+#pragma GCC unroll 8
+  for (int v = 0; v < count; ++v) x[v] -= (shifted[v] - magic) * kLn2[0];
+#pragma GCC unroll 8
+  for (int v = 0; v < count; ++v) x[v] -= (shifted[v] - magic) * kLn2[1];
+#pragma GCC unroll 8
+  for (int v = 0; v < count; ++v) result[v] = x[v] * kExp[0] + kExp[1];
+#pragma GCC unroll 8
+  for (int k = 2; k < 7; ++k)
+#pragma GCC unroll 8
+    for (int v = 0; v < count; ++v) result[v] = result[v] * x[v] + kExp[k];
+#pragma GCC unroll 8
+  for (int v = 0; v < count; ++v)
+    x[v] = result[v] * std::bit_cast<Vec<float>>(std::bit_cast<Vec<int32_t>>(shifted[v]) << 23);
+}
+
+template <int count>
+inline void exp_of_lanes(Vec<double> (&x)[count]) {
+  for (Vec<double>& vector : x)
+    for (int lane = 0; lane < kLanes<double, Vec<double>>; ++lane) vector[lane] = fast_exp(vector[lane]);
 }
 
 inline double fast_erf(double x) { return std::erf(x); }

@@ -36,6 +36,8 @@ auto with_in_batch(const Tensor& users, const Tensor& items, const Tensor& slots
     const Tensor own_counts = counts.contiguous();
     const int64_t* place = slot_ids.const_data_ptr<int64_t>();
     std::vector<int64_t> rows, targets;
+    rows.reserve(static_cast<size_t>(batch * sequence));
+    targets.reserve(rows.capacity());
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t s = 0; s < sequence; ++s) {
         const int64_t* here = place + b * (sequence + 1) + s;
@@ -49,7 +51,8 @@ auto with_in_batch(const Tensor& users, const Tensor& items, const Tensor& slots
       const T correction = -popularity.const_data_ptr<T>()[u];
       positive[static_cast<size_t>(u)] = correction;
       negative[static_cast<size_t>(u)] =
-          n > 0 ? correction + std::log(static_cast<T>(n)) : -std::numeric_limits<T>::infinity();
+          n > 1 ? correction + std::log(static_cast<T>(n))
+                : (n == 1 ? correction : -std::numeric_limits<T>::infinity());  // most are 1
     }
     const SoftmaxLoss<T> loss{width,   columns, own_users.const_data_ptr<T>(), own_items.const_data_ptr<T>(),
                               rows,    targets, negative.data(),               positive.data(),
@@ -102,10 +105,18 @@ Pair backward(const SoftmaxLoss<T>& loss, const Tensor& grad, const Tensor& lse,
   TORCH_CHECK_VALUE(grad.numel() == 1, "grad_loss: expected a scalar, got ", described(grad));
   check_shape("lse", lse, users.sizes().slice(0, static_cast<size_t>(users.dim() - 1)));
   const Tensor own = in_type<T>(lse), scale = in_type<T>(grad);
-  Tensor grad_users = zeros(users.sizes(), type), grad_items = zeros(items.sizes(), type);
-  softmax_loss_backward(loss, *scale.template const_data_ptr<T>(), own.template const_data_ptr<T>(),
-                        grad_users.template mutable_data_ptr<T>(),
-                        grad_items.template mutable_data_ptr<T>() + skipped * loss.width);
+  Tensor grad_users = empty(users.sizes(), type), grad_items = empty(items.sizes(), type);
+  T* user = grad_users.template mutable_data_ptr<T>();
+  T* item = grad_items.template mutable_data_ptr<T>();
+  int64_t next = 0;  // what the kernel leaves out: rows without a target, the padding item of the full loss
+  for (const int64_t row : loss.rows) {
+    std::fill(user + next * loss.width, user + row * loss.width, T(0));
+    next = row + 1;
+  }
+  std::fill(user + next * loss.width, user + grad_users.numel(), T(0));
+  std::fill_n(item, skipped * loss.width, T(0));
+  softmax_loss_backward(loss, *scale.template const_data_ptr<T>(), own.template const_data_ptr<T>(), user,
+                        item + skipped * loss.width);
   return {grad_users.to(users.scalar_type()), grad_items.to(items.scalar_type())};
 }
 

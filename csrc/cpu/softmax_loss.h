@@ -73,20 +73,29 @@ class SoftmaxBlock {
       T top[kBlockRows], shift[kBlockRows];
       std::copy_n(maximum, kBlockRows, top);
       for (int64_t u = 0; u < height; ++u) {
-        const T* s = tile_.data() + u * kBlockRows;
-        for (int64_t i = 0; i < kBlockRows; ++i) top[i] = s[i] > top[i] ? s[i] : top[i];
+        T* s = tile_.data() + u * kBlockRows;
+        const T add = correction(c + u);
+        for (int64_t i = 0; i < kBlockRows; ++i) {
+          s[i] += add;
+          top[i] = s[i] > top[i] ? s[i] : top[i];
+        }
       }
       for (int64_t i = 0; i < kBlockRows; ++i) {
         shift[i] = top[i] == -std::numeric_limits<T>::infinity() ? T(0) : top[i];
         sum[i] *= fast_exp(maximum[i] - shift[i]);
         maximum[i] = top[i];
       }
-      T part[kBlockRows] = {};  // a tile's sum by itself: one long sum would lose digits of the gradients
+      Vec<T> part[kVectors] = {};  // a tile's sum by itself: one long sum would lose digits of the gradients
       for (int64_t u = 0; u < height; ++u) {
         const T* s = tile_.data() + u * kBlockRows;
-        for (int64_t i = 0; i < kBlockRows; ++i) part[i] += fast_exp(s[i] - shift[i]);
+        Vec<T> x[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) x[v] = load<Vec<T>>(s + v * kLane) - load<Vec<T>>(shift + v * kLane);
+        exp_of_lanes(x);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) part[v] += x[v];
       }
-      for (int64_t i = 0; i < kBlockRows; ++i) sum[i] += part[i];
+      for (int v = 0; v < kVectors; ++v) store(sum + v * kLane, load<Vec<T>>(sum + v * kLane) + part[v]);
     }
     double total = 0;
     for (int64_t i = 0; i < count_; ++i) {
@@ -110,7 +119,13 @@ class SoftmaxBlock {
       const int64_t height = score(c);
       for (int64_t u = 0; u < height; ++u) {
         T* s = tile_.data() + u * kBlockRows;
-        for (int64_t i = 0; i < kBlockRows; ++i) s[i] = scale * fast_exp(s[i] - norm[i]);
+        const T add = correction(c + u);
+        Vec<T> x[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) x[v] = load<Vec<T>>(s + v * kLane) + (add - load<Vec<T>>(norm + v * kLane));
+        exp_of_lanes(x);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store(s + v * kLane, scale * x[v]);
       }
       for (int64_t i = 0; i < count_; ++i) {
         const int64_t u = target(i) - c;
@@ -128,20 +143,19 @@ class SoftmaxBlock {
   }
 
  private:
+  static constexpr int kLane = kLanes<T, Vec<T>>, kVectors = kBlockRows / kLane;
+
   int64_t row(int64_t i) const { return loss_.rows[static_cast<size_t>(first_ + i)]; }
   int64_t target(int64_t i) const { return loss_.targets[static_cast<size_t>(first_ + i)]; }
 
-  // tile[u, i]: the logit of column c + u as a negative of row i; −inf where it is none.
+  // What a column's score is short of its logit as a negative.
+  T correction(int64_t column) const { return loss_.negative ? loss_.negative[column] : T(0); }
+
+  // tile[u, i]: the score of column c + u for row i; −inf where it is no negative of the row.
   int64_t score(int64_t c) {
     const int64_t height = std::min(kTileItems, loss_.columns - c), d = loss_.width;
     multiply<T>(height, kBlockRows, d, loss_.items + c * d, d, 1, packed(packed_.data(), d), tile_.data(), kBlockRows,
                 Into::overwrite);
-    if (loss_.negative)
-      for (int64_t u = 0; u < height; ++u) {
-        const T add = loss_.negative[c + u];
-        T* s = tile_.data() + u * kBlockRows;
-        for (int64_t i = 0; i < kBlockRows; ++i) s[i] += add;
-      }
     if (!loss_.slots) return height;
     const int64_t sequence = loss_.places - 1;
     for (int64_t i = 0, end; i < count_; i = end) {
@@ -185,13 +199,14 @@ T softmax_loss(const SoftmaxLoss<T>& loss, T* lse) {
   return static_cast<T>(total / static_cast<double>(std::max<size_t>(1, loss.rows.size())));
 }
 
-// Gradients where the loss has any: both outputs must hold zeros, for rows and columns that take no part.
+// Writes all of grad_items [columns, d], and of grad_users the rows that have a target.
 template <class T>
 void softmax_loss_backward(const SoftmaxLoss<T>& loss, T grad, const T* lse, T* grad_users, T* grad_items) {
   const int64_t blocks = blocks_of(loss), workers = workers_for(blocks);
   std::vector<SoftmaxBlock<T>> own;
   for (int64_t w = 0; w < workers; ++w) own.emplace_back(loss);
   Turns turns(blocks);
+  if (blocks == 0) std::fill_n(grad_items, loss.columns * loss.width, T(0));
   const T scale = grad / static_cast<T>(std::max<size_t>(1, loss.rows.size()));
   run_tasks(workers, blocks, [&](int64_t w, int64_t b) {
     own[static_cast<size_t>(w)].start(b);
