@@ -111,12 +111,6 @@ inline T gelu(T z) {
   return z * T(0.5) * (T(1) + fast_erf(z * T(0.70710678118654752440)));
 }
 
-template <class T>
-inline T gelu_slope(T z) {
-  const T density = fast_exp(T(-0.5) * z * z) * T(0.39894228040143267794);
-  return T(0.5) * (T(1) + fast_erf(z * T(0.70710678118654752440))) + z * density;
-}
-
 // a = act(z)
 template <class T>
 void activate(Activation kind, int64_t count, const T* __restrict z, T* __restrict a) {
@@ -141,15 +135,6 @@ void activate_both(Activation kind, int64_t count, const T* __restrict z, T* __r
       a[i] = z[i] > T(0) ? z[i] : (z[i] != z[i] ? z[i] : T(0));
       slope[i] = z[i] > T(0) ? T(1) : T(0);
     }
-}
-
-// g ← g · act'(z)
-template <class T>
-void activate_backward(Activation kind, int64_t count, const T* __restrict z, T* __restrict g) {
-  if (kind == Activation::gelu)
-    for (int64_t i = 0; i < count; ++i) g[i] *= gelu_slope(z[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) g[i] = z[i] > T(0) ? g[i] : T(0);
 }
 
 }  // namespace crossan_fast

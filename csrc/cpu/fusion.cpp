@@ -11,7 +11,10 @@
 namespace crossan_fast::fusion {
 namespace {
 
-constexpr int64_t kBlock = 64;
+template <class T>
+constexpr Stored kOwn = sizeof(T) == 8 ? Stored::f64 : Stored::f32;
+
+constexpr int64_t kBlock = 10 * kRowsPerTile;
 
 // What the router makes of one item's logits.
 template <class T>
@@ -26,12 +29,6 @@ struct Routing {
         runs(probability.size()),
         assigned(probability.size()),
         exists(probability.size()) {}
-
-  bool any() const {
-    for (const char here : exists)
-      if (here) return true;
-    return false;
-  }
 
   void route(const T* logits, const bool* present, int64_t top_k) {
     for (size_t m = 0; m < exists.size(); ++m) exists[m] = !present || present[m];
@@ -74,9 +71,10 @@ void softmax_backward(const std::vector<T>& p, const T* g, T* grad_logits) {
   for (size_t m = 0; m < p.size(); ++m) grad_logits[m] += p[m] * (g[m] - mean);
 }
 
-template <class T>
-double weight_of(const Inputs& inputs, int64_t item, const Routing<T>& routing) {
-  if (!routing.any()) return 0;
+// What an item counts for in the balance: nothing where it has no modality.
+double weight_of(const Inputs& inputs, int64_t modalities, int64_t item) {
+  const bool* here = inputs.present ? inputs.present + item * modalities : nullptr;
+  if (here && std::none_of(here, here + modalities, [](bool exists) { return exists; })) return 0;
   return inputs.counts ? static_cast<double>(inputs.counts[item]) : 1.0;
 }
 
@@ -109,15 +107,14 @@ class Block {
         s_(plan.sizes),
         hidden_(kBlock * widest()),
         e_(kBlock * s_.modalities * s_.width),
-        de_(kBlock * s_.modalities * s_.width),
         own_(kBlock * s_.width),
         x_(kBlock * s_.width),
         dx_(kBlock * s_.width),
         out_(kBlock * s_.width),
         z_(kBlock * s_.expansion),
         a_(kBlock * s_.expansion),
+        slope_(kBlock * s_.expansion),
         dz_(kBlock * s_.expansion),
-        wide_(kBlock * widest()),
         dshare_(kBlock * s_.modalities),
         dlogits_(kBlock * s_.modalities),
         routings_(kBlock, Routing<T>(s_.modalities)) {
@@ -143,7 +140,7 @@ class Block {
     }
     route(first, count, logits);
     for (int64_t i = 0; i < count; ++i) {
-      const double weight = weight_of(plan_.inputs, first + i, routings_[i]);
+      const double weight = weight_of(plan_.inputs, s_.modalities, first + i);
       for (int64_t m = 0; m < s_.modalities; ++m) {
         if (routings_[i].assigned[m]) sums[m] += weight;
         sums[s_.modalities + m] += weight * static_cast<double>(routings_[i].probability[m]);
@@ -152,7 +149,7 @@ class Block {
     }
     std::fill_n(out_.data(), count * s_.width, T(0));
     for (int64_t m = 0; m < s_.modalities; ++m) {
-      run_expert(m, count);
+      run_expert(m, count, false);
       for (size_t j = 0; j < chosen_.size(); ++j) {
         const T share = routings_[chosen_[j]].share[m];
         T* to = out_.data() + chosen_[j] * s_.width;
@@ -162,9 +159,10 @@ class Block {
     convert_to(type, out_.data(), static_cast<char*>(items) + first * s_.width * bytes_of(type), count * s_.width);
   }
 
+  // Through the experts and the router, to de [count, M·d].
   void backward(int64_t block, int64_t first, int64_t count, Stored type, const void* grad_items,
-                const T* grad_probability, double total, const void* e, const T* logits,
-                const std::vector<void*>& grad_hidden, const Weights<T*>& grads, Turns& turns) {
+                const T* grad_probability, double total, const void* e, const T* logits, T* de,
+                const Weights<T*>& grads, Turns& turns) {
     const int64_t joined = s_.modalities * s_.width, d = s_.width, f = s_.expansion;
     const bool add = block > 0;
     const Into into = add ? Into::add : Into::overwrite;
@@ -172,10 +170,10 @@ class Block {
     convert_from(type, static_cast<const char*>(e) + first * joined * bytes_of(type), e_.data(), count * joined, T(1));
     convert_from(type, static_cast<const char*>(grad_items) + first * d * bytes_of(type), out_.data(), count * d, T(1));
     route(first, count, logits);
-    std::fill_n(de_.data(), count * joined, T(0));
+    std::fill_n(de, count * joined, T(0));
     std::fill_n(dshare_.data(), count * s_.modalities, T(0));
     for (int64_t m = 0; m < s_.modalities; ++m) {
-      run_expert(m, count);
+      run_expert(m, count, true);
       const auto rows = static_cast<int64_t>(chosen_.size());
       for (int64_t j = 0; j < rows; ++j) {
         const int64_t i = chosen_[j];
@@ -184,7 +182,7 @@ class Block {
         for (int64_t k = 0; k < d; ++k) dx_.data()[j * d + k] = routings_[i].share[m] * g[k];
       }
       multiply<T>(rows, f, d, dx_.data(), d, 1, plain(plan_.weights.w2 + m * d * f, f), dz_.data(), f, Into::overwrite);
-      activate_backward(Activation::gelu, rows * f, z_.data(), dz_.data());
+      for (int64_t k = 0; k < rows * f; ++k) dz_.data()[k] *= slope_.data()[k];
       turns.wait(block, step);
       multiply<T>(d, f, rows, dx_.data(), 1, d, plain(a_.data(), f), grads.w2 + m * d * f, f, into);
       multiply<T>(f, d, rows, dz_.data(), 1, f, plain(own_.data(), d), grads.w1 + m * f * d, d, into);
@@ -192,28 +190,14 @@ class Block {
       sum_rows(rows, f, dz_.data(), f, add, grads.b1 + m * f);
       turns.pass(block, step++);
       multiply<T>(rows, d, f, dz_.data(), f, 1, plain(plan_.weights.w1 + m * f * d, d), dx_.data(), d, Into::add);
-      for (int64_t j = 0; j < rows; ++j) std::copy_n(dx_.data() + j * d, d, de_.data() + chosen_[j] * joined + m * d);
+      for (int64_t j = 0; j < rows; ++j) std::copy_n(dx_.data() + j * d, d, de + chosen_[j] * joined + m * d);
     }
-    router_back(first, count, grad_probability, total);
+    router_back(first, count, grad_probability, total, de);
     turns.wait(block, step);
     multiply<T>(s_.modalities, joined, count, dlogits_.data(), 1, s_.modalities, plain(e_.data(), joined),
                 grads.router_weight, joined, into);
     sum_rows(count, s_.modalities, dlogits_.data(), s_.modalities, add, grads.router_bias);
-    turns.pass(block, step++);
-    for (int64_t m = 0; m < s_.modalities; ++m) {
-      const int64_t width = s_.widths[m];
-      const T* hidden = read_hidden(m, first, count);
-      turns.wait(block, step);
-      multiply<T>(d, width, count, de_.data() + m * d, 1, joined, plain(hidden, width), grads.head_weight[m], width,
-                  into);
-      sum_rows(count, d, de_.data() + m * d, joined, add, grads.head_bias[m]);
-      turns.pass(block, step++);
-      multiply<T>(count, width, d, de_.data() + m * d, joined, 1, plain(plan_.weights.head_weight[m], width),
-                  wide_.data(), width, Into::overwrite);
-      const Stored stored = plan_.inputs.hidden[m].type;
-      convert_to(stored, wide_.data(), static_cast<char*>(grad_hidden[m]) + first * width * bytes_of(stored),
-                 count * width);
-    }
+    turns.pass(block, step);
   }
 
  private:
@@ -222,7 +206,7 @@ class Block {
   const T* read_hidden(int64_t m, int64_t first, int64_t count) {
     const Rows& rows = plan_.inputs.hidden[m];
     const auto* from = static_cast<const char*>(rows.data) + first * s_.widths[m] * bytes_of(rows.type);
-    if (rows.type == (sizeof(T) == 8 ? Stored::f64 : Stored::f32)) return reinterpret_cast<const T*>(from);
+    if (rows.type == kOwn<T>) return reinterpret_cast<const T*>(from);
     convert_from(rows.type, from, hidden_.data(), count * s_.widths[m], T(1));
     return hidden_.data();
   }
@@ -240,8 +224,9 @@ class Block {
     }
   }
 
-  // own = e of the items that chose expert m (chosen_), z and a its inner values, x = E_m(own).
-  void run_expert(int64_t m, int64_t count) {
+  // own = e of the items that chose expert m (chosen_), z and a its inner values, x = E_m(own); for the backward slope,
+  // the derivative of a by z, too.
+  void run_expert(int64_t m, int64_t count, bool backward) {
     const int64_t joined = s_.modalities * s_.width, d = s_.width, f = s_.expansion;
     chosen_.clear();
     for (int64_t i = 0; i < count; ++i)
@@ -251,13 +236,16 @@ class Block {
       }
     const auto rows = static_cast<int64_t>(chosen_.size());
     multiply<T>(rows, f, d, own_.data(), d, 1, plan_.w1[m], z_.data(), f, Into::overwrite, plan_.weights.b1 + m * f);
-    activate(Activation::gelu, rows * f, z_.data(), a_.data());
+    if (backward)
+      activate_both(Activation::gelu, rows * f, z_.data(), a_.data(), slope_.data());
+    else
+      activate(Activation::gelu, rows * f, z_.data(), a_.data());
     std::copy_n(own_.data(), rows * d, x_.data());
     multiply<T>(rows, d, f, a_.data(), f, 1, plan_.w2[m], x_.data(), d, Into::add, plan_.weights.b2 + m * d);
   }
 
   // dlogits from the shares and from the balance; de += dlogits W_r, nothing where a modality is absent.
-  void router_back(int64_t first, int64_t count, const T* grad_probability, double total) {
+  void router_back(int64_t first, int64_t count, const T* grad_probability, double total, T* grad_e) {
     const int64_t joined = s_.modalities * s_.width;
     std::vector<T>& balance = balance_;
     balance.resize(static_cast<size_t>(s_.modalities));
@@ -266,10 +254,10 @@ class Block {
       T* dlogits = dlogits_.data() + i * s_.modalities;
       std::fill_n(dlogits, s_.modalities, T(0));
       softmax_backward(routings_[i].share, dshare_.data() + i * s_.modalities, dlogits);
-      const double weight = weight_of(plan_.inputs, first + i, routings_[i]) / total;
+      const double weight = weight_of(plan_.inputs, s_.modalities, first + i) / total;
       for (int64_t m = 0; m < s_.modalities; ++m) balance[m] = static_cast<T>(weight) * grad_probability[m];
       softmax_backward(routings_[i].probability, balance.data(), dlogits);
-      T* de = de_.data() + i * joined;
+      T* de = grad_e + i * joined;
       mix<T>(joined, de, T(1), static_cast<int>(s_.modalities), router_rows_.data(), dlogits, de);
       zero_absent(first + i, de);
     }
@@ -277,11 +265,93 @@ class Block {
 
   const Plan<T>& plan_;
   const Sizes& s_;
-  Buffer<T> hidden_, e_, de_, own_, x_, dx_, out_, z_, a_, dz_, wide_, dshare_, dlogits_;
+  Buffer<T> hidden_, e_, own_, x_, dx_, out_, z_, a_, slope_, dz_, dshare_, dlogits_;
   std::vector<Routing<T>> routings_;
   std::vector<int64_t> chosen_;
   std::vector<const T*> router_rows_;
   std::vector<T> balance_;
+};
+
+// The heads' gradients from de [N, M·d]. Each task has an output to itself, some columns of a head's weight or some
+// rows of a modality's gradient: adding to a weight block by block would carry it from core to core each time.
+template <class T>
+class HeadsBackward {
+ public:
+  HeadsBackward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& weights, const T* de,
+                const std::vector<void*>& grad_hidden, const Weights<T*>& grads)
+      : s_(s), inputs_(inputs), weights_(weights), de_(de), grad_hidden_(grad_hidden), grads_(grads) {}
+
+  void run() {
+    struct Task {
+      size_t modality;
+      int64_t first;
+      bool rows;
+    };
+    std::vector<Task> tasks;
+    int64_t widest = 0;
+    bool converts = false;
+    for (size_t m = 0; m < s_.widths.size(); ++m) {
+      for (int64_t c = 0; c < s_.widths[m]; c += kColumns) tasks.push_back({m, c, false});
+      widest = std::max(widest, s_.widths[m]);
+      converts |= inputs_.hidden[m].type != kOwn<T>;
+    }
+    for (size_t m = 0; m < s_.widths.size(); ++m)
+      for (int64_t i = 0; i < s_.items; i += kBlock) tasks.push_back({m, i, true});
+    const auto count = static_cast<int64_t>(tasks.size()), workers = workers_for(count);
+    std::vector<Buffer<T>> scratch;
+    for (int64_t w = 0; w < workers; ++w)
+      scratch.emplace_back(converts ? std::max(kDepth * kColumns, kBlock * widest) : 0);
+    run_tasks(workers, count, [&](int64_t w, int64_t i) {
+      const Task& task = tasks[static_cast<size_t>(i)];
+      T* own = scratch[static_cast<size_t>(w)].data();
+      task.rows ? hidden(task.modality, task.first, own) : weight(task.modality, task.first, own);
+    });
+  }
+
+ private:
+  static constexpr int64_t kColumns = 2 * kPanel<T>, kDepth = 128;
+
+  // Columns of dW = de_mᵀ · hidden_m, and with the first of them db.
+  void weight(size_t m, int64_t first, T* scratch) const {
+    const int64_t width = s_.widths[m], d = s_.width, joined = s_.modalities * d;
+    const int64_t columns = std::min(kColumns, width - first);
+    const T* de = de_ + static_cast<int64_t>(m) * d;
+    T* to = grads_.head_weight[m] + first;
+    const Rows& rows = inputs_.hidden[m];
+    if (first == 0) sum_rows(s_.items, d, de, joined, false, grads_.head_bias[m]);
+    if (rows.type == kOwn<T>) {
+      const T* from = static_cast<const T*>(rows.data) + first;
+      multiply<T>(d, columns, s_.items, de, 1, joined, plain(from, width), to, width, Into::overwrite);
+      return;
+    }
+    for (int64_t i = 0; i < s_.items; i += kDepth) {
+      const int64_t count = std::min(kDepth, s_.items - i);
+      for (int64_t j = 0; j < count; ++j)
+        convert_from(rows.type, static_cast<const char*>(rows.data) + ((i + j) * width + first) * bytes_of(rows.type),
+                     scratch + j * columns, columns, T(1));
+      multiply<T>(d, columns, count, de + i * joined, 1, joined, plain(scratch, columns), to, width,
+                  i == 0 ? Into::overwrite : Into::add);
+    }
+  }
+
+  // Rows of dhidden_m = de_m · W.
+  void hidden(size_t m, int64_t first, T* scratch) const {
+    const int64_t width = s_.widths[m], d = s_.width, joined = s_.modalities * d;
+    const int64_t count = std::min(kBlock, s_.items - first);
+    const Stored type = inputs_.hidden[m].type;
+    char* rows = static_cast<char*>(grad_hidden_[m]) + first * width * bytes_of(type);
+    T* to = type == kOwn<T> ? reinterpret_cast<T*>(rows) : scratch;
+    multiply<T>(count, width, d, de_ + first * joined + static_cast<int64_t>(m) * d, joined, 1,
+                plain(weights_.head_weight[m], width), to, width, Into::overwrite);
+    if (to == scratch) convert_to(type, scratch, rows, count * width);
+  }
+
+  const Sizes& s_;
+  const Inputs& inputs_;
+  const Weights<const T*>& weights_;
+  const T* de_;
+  const std::vector<void*>& grad_hidden_;
+  const Weights<T*>& grads_;
 };
 
 int64_t blocks_of(const Sizes& sizes) { return (sizes.items + kBlock - 1) / kBlock; }
@@ -323,17 +393,16 @@ void backward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& wei
   std::vector<Block<T>> blocks;
   for (int64_t w = 0; w < workers; ++w) blocks.emplace_back(plan);
   double total = 0;
-  Routing<T> routing(s.modalities);
-  for (int64_t i = 0; i < s.items; ++i) {
-    routing.route(logits + i * s.modalities, inputs.present ? inputs.present + i * s.modalities : nullptr, s.top_k);
-    total += weight_of(inputs, i, routing);
-  }
+  for (int64_t i = 0; i < s.items; ++i) total += weight_of(inputs, s.modalities, i);
+  const int64_t joined = s.modalities * s.width;
+  const Buffer<T> de(s.items * joined);
   Turns turns(count);
   run_tasks(workers, count, [&](int64_t w, int64_t b) {
     blocks[static_cast<size_t>(w)].backward(b, b * kBlock, std::min(kBlock, s.items - b * kBlock), type, grad_items,
-                                            grad_probability, atleast_tiny(total), e, logits, grad_hidden, grads,
-                                            turns);
+                                            grad_probability, atleast_tiny(total), e, logits,
+                                            de.data() + b * kBlock * joined, grads, turns);
   });
+  HeadsBackward<T>(s, inputs, weights, de.data(), grad_hidden, grads).run();
 }
 
 #define INSTANTIATE(T)                                                                                             \
