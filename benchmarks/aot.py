@@ -1,6 +1,6 @@
 """Compile every Triton kernel for devices that are not here, and read what the machine code uses.
 
-    python -m benchmarks.aot [--arch 80 90] [--only side_network] [--check]
+    python -m benchmarks.aot [--arch 80 90] [--only side_network] [--jobs 2] [--check]
 
 The host functions themselves choose kernels, tile sizes and specialisations: they run on meta tensors of the
 sizes of `AOT_CASES`, and each launch is compiled instead of started (`kernels._common.record_launches`).
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import os
 import re
 import subprocess
@@ -314,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--only", nargs="+", default=[""], help="parts of cases' names and dtypes")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile side by side")
     parser.add_argument("--hot", action="store_true", help="hot kernels only; with --check")
     parser.add_argument(
         "--check", action="store_true", help="fail on a broken limit or another figure; write nothing"
@@ -322,11 +324,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.hot and not options.check:
         parser.error("--hot records less than a table row's case has: use it with --check")
     cases = [c for c in AOT_CASES if any(only in f"{c.name} {c.dtype}" for only in options.only)]
+    if not cases:
+        parser.error(f"--only: no case among {[f'{c.name} {c.dtype}' for c in AOT_CASES]}")
+    tasks = [(AOT_CASES.index(case), arch, options.hot) for arch in options.arch for case in cases]
     rows = []
-    for arch in options.arch:
-        for case in cases:
-            for row in compile_case(case, arch, options.hot):
-                rows.append(row)
+    # Fresh processes: a forked one would share this one's threads' locks.
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for found in pool.imap(_compile_numbered, tasks):
+            rows += found
+            for row in found:
                 print(
                     f"{row.arch}  {row.case:46s} {row.dtype}  {row.kernel:24s} {row.warps:2d} warps "
                     f"{row.registers:4d} regs {row.spill_bytes:5d} spill {row.shared_bytes:7d} shared "
@@ -341,6 +347,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if problems else 0
     _write(rows, {(f"sm_{arch}", case.name, case.dtype) for arch in options.arch for case in cases})
     return 0
+
+
+def _compile_numbered(task: tuple[int, int, bool]) -> list[Row]:
+    """A case by its number: what a process can be sent."""
+    number, arch, hot_only = task
+    return compile_case(AOT_CASES[number], arch, hot_only)
 
 
 def _write(rows: list[Row], done: set[tuple[str, str, str]]) -> None:
