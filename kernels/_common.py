@@ -35,6 +35,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@triton.constexpr_function
+def product_depth(size):
+    """How much of a product's inner size is multiplied at a time: G of r = 256 fits no shared memory."""
+    return min(size, 64)
+
+
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
     """fp32 x in `dtype`, to nearest even."""

@@ -22,7 +22,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossan_fast.kernels._common import activate, activate_grad, dot, narrow, pick, pick_constant
+from crossan_fast.kernels._common import (
+    activate,
+    activate_grad,
+    dot,
+    narrow,
+    pick,
+    pick_constant,
+    product_depth,
+)
 from crossan_fast.kernels.side_network_tiles import (
     advance,
     exists_mask,
@@ -138,13 +146,19 @@ def grad_walk_level(
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Finish da of a level from κ·W_upᵀ g [BN, BR], write its dz and a; pointers [BN, BR] are to level 0."""
+    """Finish da of a level from κ·W_upᵀ g [BN, BR], write its dz and a; pointers [BN, 1] are to level 0."""
     offs_r = tl.arange(0, BR)
-    tile = mixing + offs_r[:, None] * BR + offs_r[None, :]  # [r of z, r of a]
+    DEPTH: tl.constexpr = product_depth(BR)
+    offs_p = tl.arange(0, DEPTH)
+    tile = mixing + offs_p[:, None] * BR + offs_r[None, :]  # [r of z, r of a]
     for q in tl.range(level + 1, L, num_stages=3):
-        dz = tl.load(grad_z + q * BR, mask=mask_n[:, None], other=0)
         pair = q * (q - 1) // 2 + level
-        da = dot(dz, tl.load(tile + pair * (BR * BR)), da, PRECISION)
+        for r in range(0, BR, DEPTH):
+            dz = tl.load(grad_z + (q * BR + r) + offs_p[None, :], mask=mask_n[:, None], other=0)
+            da = dot(dz, tl.load(tile + pair * (BR * BR) + r * BR), da, PRECISION)
+    saved += offs_r[None, :]
+    grad_z += offs_r[None, :]
+    activations += offs_r[None, :]
     z = tl.load(saved + level * R, mask=exists[:, None] & (offs_r < R)[None, :], other=0).to(tl.float32)
     dz = narrow(da * activate_grad(z, GELU), grad_z.dtype.element_ty)
     tl.store(grad_z + level * BR, dz, mask=mask_n[:, None])
@@ -188,8 +202,8 @@ def grad_walk_kernel(
     carry += index * L
     mixing += index * (L * (L - 1) // 2 * BR * BR)
     exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
-    at = ((tower.to(tl.int64) * N + offs_n) * L * BR)[:, None] + offs_r[None, :]
-    z_rows = pick(saved, tower) + (offs_n.to(tl.int64) * L * R)[:, None] + offs_r[None, :]
+    at = ((tower.to(tl.int64) * N + offs_n) * L * BR)[:, None]
+    z_rows = pick(saved, tower) + (offs_n.to(tl.int64) * L * R)[:, None]
     tail = tl.full((), 1.0, tl.float32)  # κ_{L,l}
     if partial is None:
         e = grad_down_levels(
@@ -230,7 +244,8 @@ def grad_walk_kernel(
         for i in range(L):
             level = L - 1 - i
             grad_walk_level(
-                sum_splits(partial + at + level * BR, mask_n, splits, split_stride, BN, BR) * tail,
+                sum_splits(partial + at + offs_r[None, :] + level * BR, mask_n, splits, split_stride, BN, BR)
+                * tail,
                 level,
                 mixing,
                 z_rows,
@@ -375,7 +390,9 @@ def down_gradient_kernel(
     index = pick_constant(TOWERS, tower)
     coef += index * L * K
     carry += index * L
-    down = pick(down_weight, tower) + offs_r[:, None] * D + offs_d[None, :]  # [BR, BD]
+    DEPTH: tl.constexpr = product_depth(BR)
+    offs_p = tl.arange(0, DEPTH)
+    down = pick(down_weight, tower) + offs_p[:, None] * D + offs_d[None, :]  # [DEPTH, BD]
     bias = pick(up_bias, tower) + offs_d
     g_columns = pick(grad_out, tower) + offs_d
     part = partial + share.to(tl.int64) * (L * R * D) + offs_r[:, None] * D + offs_d[None, :]
@@ -396,18 +413,21 @@ def down_gradient_kernel(
         offs_n = start + tl.arange(0, BN)
         mask_n = offs_n < end
         rows = offs_n.to(tl.int64)
-        grad_z_rows = grad_z + ((tower.to(tl.int64) * N + rows) * L * BR)[:, None] + offs_r[None, :]
+        grad_z_rows = grad_z + ((tower.to(tl.int64) * N + rows) * L * BR)[:, None]
         if FIRST == 0:
             tl.debug_barrier()  # the block before has been read
             exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
             mask_g = exists[:, None] & mask_d[None, :]
             dh = tl.load(rows[:, None] * D + g_columns[None, :], mask=mask_g, other=0).to(tl.float32)
             for level in tl.static_range(L - 1, -1, -1):
-                dz = tl.load(grad_z_rows + level * BR, mask=mask_n[:, None], other=0)
-                w = tl.load(down + level * R * D, mask=mask_w, other=0)
-                dx = dot(dz, w, dh, PRECISION)
+                dx = dh
+                for r in range(0, BR, DEPTH):
+                    at_r = level * BR + r + offs_p
+                    dz = tl.load(grad_z_rows + at_r[None, :], mask=mask_n[:, None], other=0)
+                    mask_p = (r + offs_p < R)[:, None] & mask_d[None, :]
+                    dx = dot(dz, tl.load(down + (level * R + r) * D, mask=mask_p, other=0), dx, PRECISION)
                 dh = dx * tl.load(carry + level)
-                dx = narrow(dx, dz.dtype)
+                dx = narrow(dx, grad_z.dtype.element_ty)
                 tl.store(dx_at + level * (BN * BD), dx)
                 if grad_x is not None:
                     to = pick(grad_x, tower) + (rows * (L * D))[:, None] + (level * D + offs_d)[None, :]
@@ -454,7 +474,7 @@ def down_gradient_kernel(
             if FIRST == 0:
                 gates_next = gates_next + (gates[level * (K + 1) + K] + thread_sums(dx * u, BN, BD, BV),)
             if level >= FIRST and level < FIRST + COUNT:
-                dz = tl.load(grad_z_rows + level * BR, mask=mask_n[:, None], other=0)
+                dz = tl.load(grad_z_rows + level * BR + offs_r[None, :], mask=mask_n[:, None], other=0)
                 dw_next = dw_next + (dot(tl.trans(dz), narrow(x, dz.dtype), dw[level - FIRST], PRECISION),)
             u = x + tl.load(bias + level * D, mask=mask_d, other=0).to(tl.float32)[None, :]
             # Keeps loads of several levels from waiting in registers at once. Without it sm_90 spills 16

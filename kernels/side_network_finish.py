@@ -33,6 +33,7 @@ def combine_kernel(
     R: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
+    DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dW_up and dW_down of a level for BD columns; gate_products [L, chunks, T, L]: what p adds to dcarry_q.
@@ -51,21 +52,25 @@ def combine_kernel(
     mask_w = mask_r[:, None] & mask_d[None, :]
     mask_t = mask_d[:, None] & mask_r[None, :]
     carry += pick_constant(TOWERS, tower) * L
-    down = pick(down_weight, tower) + offs_d[:, None] + offs_r[None, :] * D  # [BD, BR]
+    offs_p = tl.arange(0, DEPTH)
+    down = pick(down_weight, tower) + offs_d[:, None] + offs_p[None, :] * D  # [BD, DEPTH]
     up = pick(up_weight, tower)
-    products += tower.to(tl.int64) * ((D + L * BR) * (L * BR)) + offs_r[None, :]
-    small = products + (D + offs_r)[:, None] * (L * BR)  # S[0, 0], [r of dz, r of a]
+    products += tower.to(tl.int64) * ((D + L * BR) * (L * BR))
+    small = products + D * (L * BR)  # S[0, 0], [r of dz, r of a]
 
-    h = tl.load(products + offs_d[:, None] * (L * BR) + level * BR, mask=mask_d[:, None], other=0.0)
+    at_h = products + offs_d[:, None] * (L * BR) + (level * BR + offs_r)[None, :]
+    h = tl.load(at_h, mask=mask_d[:, None], other=0.0)
     own = tl.load(up + level * D * R + offs_d[:, None] * R + offs_r[None, :], mask=mask_t, other=0)
     gate_products += ((level * tl.num_programs(2) + chunk) * towers + tower) * L
     for i in range(L):
         q = L - 1 - i
         gate = tl.zeros((), tl.float32)
         if q > level:
-            w = tl.load(down + q * R * D, mask=mask_t, other=0).to(tl.float32)
-            s = tl.load(small + q * BR * (L * BR) + level * BR)
-            h = dot(w, s, h, PRECISION)
+            for r in range(0, BR, DEPTH):
+                mask_p = mask_d[:, None] & (r + offs_p < R)[None, :]
+                w = tl.load(down + (q * R + r) * D, mask=mask_p, other=0).to(tl.float32)
+                at_s = (q * BR + r + offs_p)[:, None] * (L * BR) + (level * BR + offs_r)[None, :]
+                h = dot(w, tl.load(small + at_s), h, PRECISION)
             gate = tl.sum(tl.sum(own.to(tl.float32) * h, 1), 0)
             for j in range(level + 1, q):
                 gate *= tl.load(carry + j)
@@ -83,9 +88,12 @@ def combine_kernel(
     for i in range(level):
         p = level - 1 - i
         kappa *= tl.load(carry + p + 1)
-        w = tl.load(up + p * D * R + offs_d[None, :] * R + offs_r[:, None], mask=mask_w, other=0)
-        s = tl.load(small + level * BR * (L * BR) + p * BR)
-        total = dot(s * kappa, w.to(tl.float32), total, PRECISION)
+        for r in range(0, BR, DEPTH):
+            mask_p = (r + offs_p < R)[:, None] & mask_d[None, :]
+            at_w = up + p * D * R + offs_d[None, :] * R + (r + offs_p)[:, None]
+            w = tl.load(at_w, mask=mask_p, other=0).to(tl.float32)
+            at_s = (level * BR + offs_r)[:, None] * (L * BR) + (p * BR + r + offs_p)[None, :]
+            total = dot(tl.load(small + at_s) * kappa, w, total, PRECISION)
     to_down = pick(down_grad, tower)
     at_down = to_down + level * R * D + offs_r[:, None] * D + offs_d[None, :]
     tl.store(at_down, narrow(total, to_down.dtype.element_ty), mask=mask_w)

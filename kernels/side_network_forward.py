@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossan_fast.kernels._common import activate, dot, narrow, pick, pick_constant
+from crossan_fast.kernels._common import activate, dot, narrow, pick, pick_constant, product_depth
 from crossan_fast.kernels.side_network_tiles import (
     advance,
     exists_mask,
@@ -121,16 +121,19 @@ def walk_level(
 ):
     """Finish z of one level from `pre` [BN, BR], the product with u; save it and its activations.
 
-    `activations` are this block's pointers [BN, BR] to level 0. Levels go through memory (that is, through
+    `activations` are this block's pointers [BN, 1] to level 0. Levels go through memory (that is, through
     L1): held in registers they would unroll into L(L − 1)/2 products that spill.
     """
     offs_r = tl.arange(0, BR)
     mask_r = offs_r < R
-    tile = mixing + offs_r[:, None] + BR * offs_r[None, :]  # G transposed: [r of a, r of z]
+    DEPTH: tl.constexpr = product_depth(BR)
+    offs_p = tl.arange(0, DEPTH)
+    tile = mixing + offs_p[:, None] + BR * offs_r[None, :]  # G transposed: [r of a, r of z]
     pair = level * (level - 1) // 2
     for p in tl.range(0, level, num_stages=3):
-        a = tl.load(activations + p * BR, mask=mask_n[:, None], other=0)
-        pre = dot(a, tl.load(tile + (pair + p) * (BR * BR)), pre, PRECISION)
+        for r in range(0, BR, DEPTH):
+            a = tl.load(activations + (p * BR + r) + offs_p[None, :], mask=mask_n[:, None], other=0)
+            pre = dot(a, tl.load(tile + (pair + p) * (BR * BR) + r), pre, PRECISION)
     pre += tl.load(down_bias + level * R + offs_r, mask=mask_r, other=0).to(tl.float32)[None, :]
     pre = tl.where(exists[:, None], pre, 0.0)
     tl.store(
@@ -139,7 +142,7 @@ def walk_level(
         mask=mask_n[:, None] & mask_r[None, :],
     )
     a = narrow(activate(pre, GELU), activations.dtype.element_ty)
-    tl.store(activations + level * BR, a, mask=mask_n[:, None])
+    tl.store(activations + level * BR + offs_r[None, :], a, mask=mask_n[:, None])
     tl.debug_barrier()  # other threads of this program read it for the levels after
 
 
@@ -163,15 +166,17 @@ def up_columns(
 ):
     """out = u_L (already there) + Σ_l κ_{L,l} W_up,l a_l for BD columns, by Horner's rule over the levels."""
     offs_d = begin + tl.arange(0, BD)
-    offs_r = tl.arange(0, BR)
     mask_d = offs_d < D
-    weight = up_weight + offs_d[None, :] * R + offs_r[:, None]  # [BR, BD]
-    mask_w = mask_d[None, :] & (offs_r < R)[:, None]
+    DEPTH: tl.constexpr = product_depth(BR)
+    offs_p = tl.arange(0, DEPTH)
+    weight = up_weight + offs_d[None, :] * R + offs_p[:, None]  # [DEPTH, BD]
     acc = tl.zeros((BN, BD), tl.float32)
     for level in tl.range(0, L, num_stages=3):
-        a = tl.load(activations + level * BR, mask=mask_n[:, None], other=0)
-        w = tl.load(weight + level * D * R, mask=mask_w, other=0)
-        acc = dot(a, w, acc * tl.load(carry + level), PRECISION)
+        acc *= tl.load(carry + level)
+        for r in range(0, BR, DEPTH):
+            a = tl.load(activations + (level * BR + r) + offs_p[None, :], mask=mask_n[:, None], other=0)
+            mask_w = mask_d[None, :] & (r + offs_p < R)[:, None]
+            acc = dot(a, tl.load(weight + level * D * R + r, mask=mask_w, other=0), acc, PRECISION)
     at = out + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
     mask = mask_n[:, None] & mask_d[None, :]
     acc += tl.load(at, mask=mask, other=0).to(tl.float32)
@@ -291,8 +296,8 @@ def walk_kernel(
     offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
     mask_n = offs_n < N
     index = pick_constant(TOWERS, tower).to(tl.int64)
-    row = tower.to(tl.int64) * N + offs_n
-    at = (row * L * BR)[:, None] + tl.arange(0, BR)[None, :]
+    row = ((tower.to(tl.int64) * N + offs_n) * L * BR)[:, None]
+    at = row + tl.arange(0, BR)[None, :]
     split_stride = tl.num_programs(0).to(tl.int64) * N * L * BR
     exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
     for level in range(L):
@@ -302,7 +307,7 @@ def walk_kernel(
             mixing + index * (L * (L - 1) // 2 * BR * BR),
             pick(down_bias, tower),
             pick(saved, tower),
-            activations + at,
+            activations + row,
             offs_n,
             mask_n,
             exists,
@@ -340,7 +345,7 @@ def up_kernel(
     mask_n = offs_n < N
     row = tower.to(tl.int64) * N + offs_n
     up_columns(
-        activations + (row * L * BR)[:, None] + tl.arange(0, BR)[None, :],
+        activations + (row * L * BR)[:, None],
         carry + pick_constant(TOWERS, tower) * L,
         pick(up_weight, tower),
         pick(out, tower),
@@ -445,7 +450,7 @@ def fused_kernel(
     )
     exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
     row = tower.to(tl.int64) * N + offs_n
-    rows = activations + (row * L * BR)[:, None] + tl.arange(0, BR)[None, :]
+    rows = activations + (row * L * BR)[:, None]
     for level in tl.static_range(L):
         walk_level(
             z[level],

@@ -223,10 +223,12 @@ class GroupGradient:
             up_grad=pick(up_weight),
             gate_products=gate_products,
             splits=splits,
+            DEPTH=self.config.combine_depth,
             # Operands are fp32 whatever the dtype; three tf32 products are as exact and use matrix units.
             PRECISION=level.precision if level.dtype == torch.float32 else "tf32x3",
             **common,
             num_warps=8,
+            num_stages=self.config.combine_stages,
         )
         launch(
             finish_kernels.finish_kernel,

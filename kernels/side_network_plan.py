@@ -169,6 +169,8 @@ class GradientConfig:
             keeps, and how many ranges the items are cut into.
         up_items, up_columns, up_warps, up_stages: *up_gradient*'s.
         combine_columns: *combine*'s and *finish*'s.
+        combine_depth, combine_stages: how much of r *combine* multiplies at a time, and its pipeline; S of a
+            wide r is what would not fit shared memory.
     """
 
     walk: ForwardConfig
@@ -182,6 +184,8 @@ class GradientConfig:
     up_warps: int
     up_stages: int
     combine_columns: int
+    combine_depth: int
+    combine_stages: int
 
 
 def forward_config(problem: Problem) -> ForwardConfig:
@@ -254,6 +258,9 @@ def gradient_config(problem: Problem) -> GradientConfig:
         items, columns, budget = 32, 16, _ACCUMULATORS // 4
     else:
         items, columns, budget = 32, 32, _ACCUMULATORS // 2
+    if br > 64 and problem.device != "interpreter":
+        # An accumulator of *up_gradient* is br columns wide; half as many rows on twice the warps hold it.
+        up_columns, up_warps = min(up_columns, 64), 8
     group = max(1, min(problem.levels, budget // (br * columns)))
     blocks = cdiv(problem.items, items)
     programs = problem.towers * cdiv(problem.width, columns)
@@ -274,6 +281,8 @@ def gradient_config(problem: Problem) -> GradientConfig:
         up_warps=up_warps,
         up_stages=up_stages,
         combine_columns=64 if half and problem.device not in BEFORE_HOPPER else 32,
+        combine_depth=br if br <= 64 else 4096 // br,
+        combine_stages=3 if br <= 64 else 1,
     )
 
 

@@ -158,6 +158,10 @@ UNEQUAL = SideNetworkStructure((40, 24), PAIR, "backbone", "gelu")
             Case(SideNetworkStructure((20,), ((0,),), "none", "gelu"), levels=5, rank=40, items=9),
             id="level-groups",
         ),
+        pytest.param(
+            Case(SideNetworkStructure((40,), ((0,),), "none", "gelu"), levels=3, rank=136, items=9),
+            id="rank-in-parts",
+        ),
         pytest.param(Case(UNEQUAL, ids_dtype=None), id="dense-rows"),
         pytest.param(Case(replace(UNEQUAL, widths=(24, 24)), ids_dtype=torch.int32), id="int32-ids"),
     ],
