@@ -37,10 +37,11 @@ _MAPPED = 64 << 10  # bytes from which a block is a mapping of its own during a 
 _SETTLED = 32 << 20  # where glibc's own moving threshold comes to rest in a process with large tensors
 
 
-def peak_added(call: Callable[[], object], device: torch.device) -> int | None:
+def peak_added(call: Callable[[], object], device: torch.device, times: int = 3) -> int | None:
     """Bytes at the highest point of `call` over those before it; None where this system can't tell.
 
-    The result of `call` counts if it is returned; what it returns is dropped. It should have run before.
+    The result of `call` counts if it is returned; what it returns is dropped. It should have run before. On a
+    CPU the least of `times` calls counts.
     """
     if device.type == "cuda":
         return _cuda(call, device)
@@ -48,8 +49,9 @@ def peak_added(call: Callable[[], object], device: torch.device) -> int | None:
     if libc is None or not _CLEAR.exists():
         return None
     with _every_block_mapped(libc):
-        call()
-        return min(_resident_rise(libc, call) for _ in range(3))
+        if times > 1:
+            call()
+        return min(_resident_rise(libc, call) for _ in range(times))
 
 
 def settle() -> None:

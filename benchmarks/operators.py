@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy
-from benchmarks.registry import OURS, CheckFailed, Floor, Runnable, Setting, Unavailable, Workload
+from benchmarks.registry import KERNELS, CheckFailed, Floor, Runnable, Setting, Unavailable, Workload
 
 Tensors = Sequence[Tensor]
 Call = Callable[[Tensors, Tensors, str], Tensors]
@@ -62,7 +62,7 @@ class Operator:
         }
         if self._low:
             implementations["autocast"] = lambda: self._runnable("eager", self._mixed)
-        for name in OURS:
+        for name in KERNELS:
             if name.endswith("-graph"):
                 implementations[name] = partial(self._graphed, name.removesuffix("-graph"))
             else:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 # eager: the plain reference in the case's type. autocast: the same with fp32 weights under autocast.
 # compiled: torch.compile(eager, mode="max-autotune"). The rest are this project's backends (`-graph`:
-# captured in a CUDA graph, as training runs them) and peers' implementations.
-IMPLEMENTATIONS = ("eager", "autocast", "compiled", "cpp", "triton", "triton-graph", "cuda", "liger", "cce")
-OURS = ("cpp", "triton", "triton-graph", "cuda")
+# captured in a CUDA graph, as training runs them), what it does with files (`host`), and peers'
+# implementations.
+REFERENCES = ("eager", "autocast", "compiled")
+KERNELS = ("cpp", "triton", "triton-graph", "cuda")
+OURS = (*KERNELS, "host")
+IMPLEMENTATIONS = (*REFERENCES, *OURS, "liger", "cce")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -13,11 +13,18 @@ from pathlib import Path
 import torch
 
 from benchmarks import ceilings, memory, results, timing
-from benchmarks.registry import DTYPES, Case, CheckFailed, Runnable, Setting, Unavailable, Workload
+from benchmarks.registry import (
+    DTYPES,
+    REFERENCES,
+    Case,
+    CheckFailed,
+    Runnable,
+    Setting,
+    Unavailable,
+    Workload,
+)
 from crossan_fast.cache.tiers import free_memory
 from crossan_fast.ops import BackendUnavailable
-
-REFERENCES = ("eager", "autocast", "compiled")
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def _run_case(case: Case, dtype: str, options: Options, outcome: Outcome) -> Non
     limits = ceilings.measure(setting.device, setting.dtype)
     samples = _times(ready, workload, options)
     for name, runnable in ready.items():
-        peaks = _peaks(runnable, setting.device) if runnable.memory else {}
+        peaks = _peaks(runnable, setting.device, samples[name]) if runnable.memory else {}
         rows = []
         for passes in samples[name].passes:
             low, middle, high = samples[name].milliseconds(passes)
@@ -161,11 +168,13 @@ def _times(ready: dict[str, Runnable], workload: Workload, options: Options) -> 
         return timing.interleaved(ready, options.device, workload.sets, options.seconds, options.minimum)
 
 
-def _peaks(runnable: Runnable, device: torch.device) -> dict[str, int | None]:
+def _peaks(runnable: Runnable, device: torch.device, samples: timing.Samples) -> dict[str, int | None]:
     if runnable.once:
         return {}
+    longest = max(max(values) for values in samples.passes.values())
+    times = 1 if longest > timing.LONG_SECONDS else 3
     if runnable.backward is None:
-        return {"run": memory.peak_added(lambda: runnable.forward(0), device)}
+        return {"run": memory.peak_added(lambda: runnable.forward(0), device, times)}
     backward = runnable.backward
 
     def both() -> object:
@@ -174,8 +183,8 @@ def _peaks(runnable: Runnable, device: torch.device) -> dict[str, int | None]:
 
     # The backward by itself has no start: what the forward keeps for it is already there.
     return {
-        "forward": memory.peak_added(lambda: runnable.forward(0), device),
-        "both": memory.peak_added(both, device),
+        "forward": memory.peak_added(lambda: runnable.forward(0), device, times),
+        "both": memory.peak_added(both, device, times),
     }
 
 

@@ -14,6 +14,7 @@ from benchmarks.registry import Runnable
 
 ROUNDS = 5
 LONG_ROUNDS = 3  # of what is timed one call at a time
+LONG_SECONDS = 3.0  # a call that takes longer is: its noise is a small part of it, and its time is everyone's
 MAX_SAMPLES = 200
 
 
@@ -60,30 +61,37 @@ def interleaved(
         sets: the input sets that calls rotate over.
         seconds: how long each implementation may take in all, in which it gets as many samples as fit, at
             most `MAX_SAMPLES`.
-        minimum: samples that each gets however long they take; a quarter of it where one takes over a second.
+        minimum: samples that each gets however long they take; a quarter of it where one takes over a second,
+            `LONG_ROUNDS` where it takes over `LONG_SECONDS`.
     """
-    blocks = {}
+    blocks, long = {}, set()
     for name, runnable in runnables.items():
-        if runnable.once:
-            blocks[name] = 1
-            continue
         # The first calls pay for caches, clocks and lazy initialisation.
-        _block(runnable, device, sets, 0, min(sets, 2))
+        if runnable.once or _seconds(_block(runnable, device, sets, 0, 1)) > LONG_SECONDS:
+            blocks[name] = 1
+            long.add(name)
+            continue
+        _block(runnable, device, sets, 1, min(sets, 2) - 1)
         warm = _block(runnable, device, sets, 0, 1)
-        once = max(sum(values[0] for key, values in warm.passes.items() if key != "both"), 1e-7)
+        once = max(_seconds(warm), 1e-7)
         least = minimum if once < 1 else minimum // 4
         wanted = max(least, 1, min(MAX_SAMPLES, int(seconds / once)))
         blocks[name] = -(-wanted // ROUNDS)
     collected = {name: Samples() for name in runnables}
     for turn in range(ROUNDS):
         for name, runnable in runnables.items():
-            if runnable.once and turn >= LONG_ROUNDS:
+            if name in long and turn >= LONG_ROUNDS:
                 continue
             done = _block(runnable, device, sets, turn * blocks[name], blocks[name])
             for key, values in done.passes.items():
                 for value in values:
                     collected[name].add(key, value)
     return collected
+
+
+def _seconds(samples: Samples) -> float:
+    """Of the first call, its passes together."""
+    return sum(values[0] for key, values in samples.passes.items() if key != "both")
 
 
 def _block(runnable: Runnable, device: torch.device, sets: int, first: int, count: int) -> Samples:

@@ -58,19 +58,26 @@ class TemporaryCache:
 
 
 def build_open(shape: Shape, rows: int, setting: Setting) -> Workload:
+    """From a folder to something that rows can be read of; plainly, a file of tensors is loaded whole."""
     folder = TemporaryCache(shape, rows)
+    plain = folder.path.parent / "states.pt"
+
+    def make_plain() -> Runnable:
+        torch.save(HiddenStateCache.open(folder.path).states("cpu"), plain)
+        return Runnable(lambda _: torch.load(plain)[:1])
 
     def opened(_: int) -> Sequence[Tensor]:
-        return [HiddenStateCache.open(folder.path).present]
+        return HiddenStateCache.open(folder.path).states("cpu")[:1]
 
     def check(name: str, runnable: Runnable) -> None:
         if runnable.forward(0)[0].shape[0] != rows + 1:
             raise CheckFailed(f"{name}: another number of rows")
 
-    return Workload(1, {"eager": lambda: Runnable(opened)}, check)
+    return Workload(1, {"eager": make_plain, "host": lambda: Runnable(opened)}, check)
 
 
 def build_write(shape: Shape, rows: int, setting: Setting) -> Workload:
+    """Checked, with checksums, safely on disk when it returns; plainly, one `torch.save`."""
     states = {
         m.name: torch.randn(rows + 1, shape.levels, shape.width).bfloat16() for m in shape.config().modalities
     }
@@ -82,34 +89,48 @@ def build_write(shape: Shape, rows: int, setting: Setting) -> Workload:
         write_cache(Path(folder.name) / "cache", states, overwrite=True)
         return []
 
+    def saved(_: int) -> Sequence[Tensor]:
+        torch.save(states, Path(folder.name) / "states.pt")
+        return []
+
     def check(name: str, runnable: Runnable) -> None:
         runnable.forward(0)
+        if name == "eager":
+            return
         read = HiddenStateCache.open(Path(folder.name) / "cache").gather(torch.arange(rows + 1))
         if not all(torch.equal(read[key], tensor) for key, tensor in states.items()):
             raise CheckFailed(f"{name}: what was written is not what is read")
 
     size = sum(t.numel() * t.element_size() for t in states.values())
-    notes = [f"{size / 1e6:.0f} MB with checksums and fsync, in {Path(folder.name).parent}"]
-    return Workload(1, {"eager": lambda: Runnable(written)}, check, {"run": Floor(2 * size)}, notes)
+    notes = [f"{size / 1e6:.0f} MB in {Path(folder.name).parent}"]
+    made = {"eager": lambda: Runnable(saved), "host": lambda: Runnable(written)}
+    return Workload(1, made, check, {"run": Floor(2 * size)}, notes)
 
 
 def build_gather(shape: Shape, rows: int, setting: Setting) -> Workload:
+    """A batch's rows of every modality, from mapped files that are in memory; plainly, by indexing them."""
     folder = TemporaryCache(shape, rows)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(1, rows + 1, (shape.items,), generator=generator) for _ in range(8)]
+    cache = HiddenStateCache.open(folder.path)
+    cache.warm(wait=True)
+    mapped = cache.states("cpu")
 
-    def make() -> Runnable:
-        cache = HiddenStateCache.open(folder.path)
-        return Runnable(lambda index: list(cache.gather(ids[index], setting.device).values()))
+    def gathered(index: int) -> Sequence[Tensor]:
+        return list(cache.gather(ids[index], setting.device).values())
+
+    def indexed(index: int) -> Sequence[Tensor]:
+        return [states[ids[index]].to(setting.device) for states in mapped]
 
     def check(name: str, runnable: Runnable) -> None:
-        mapped = HiddenStateCache.open(folder.path).states("cpu")
         for found, states in zip(runnable.forward(0), mapped, strict=True):
-            if not torch.equal(found.cpu(), states[ids[0]]):
-                raise CheckFailed(f"{name}: rows differ")
+            for row, item in enumerate(ids[0].tolist()):
+                if not torch.equal(found[row].cpu(), states[item]):
+                    raise CheckFailed(f"{name}: row {row} is not item {item}'s")
 
     size = 2 * 2 * shape.items * shape.modalities * shape.levels * shape.width
-    return Workload(8, {"eager": make}, check, {"run": Floor(size)})
+    made = {"eager": lambda: Runnable(indexed), "host": lambda: Runnable(gathered)}
+    return Workload(8, made, check, {"run": Floor(size)})
 
 
 def build_step(rows: int, in_memory: bool, setting: Setting) -> Workload:

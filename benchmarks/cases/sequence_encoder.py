@@ -80,7 +80,7 @@ def build(users: int, full: bool, setting: Setting) -> Workload:
     ).workload()
 
 
-for _users in (64, 1024):
+for _users in (64, 256, 1_024, 4_096):
     for _full in (False, True):
         register(
             Case(
@@ -88,7 +88,7 @@ for _users in (64, 1024):
                 build=partial(build, _users, _full),
                 dtypes=("fp32",),
                 devices=("cpu",),
-                tags=frozenset({"paper", "batch"}),
+                tags=frozenset({"paper", "batch"} if _users in (64, 1_024) else {"batch"}),
                 importance=12 if _users == 64 else 46,
                 compiled=_users == 64 and not _full,
                 reference_bytes=150.0 * _users * WINDOW * WIDTH,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from crossan_fast.data import leave_one_out, read_interactions, read_items
 from crossan_fast.training import Batches, OptimizerConfig, TrainStep, make_optimizer
 from crossan_fast.training.config import Precision
 
-CHECKED_USERS = 16
+CHECKED_USERS, CHECKED_ITEMS = 16, 512
 BACKENDS = ("cpp", "triton", "cuda")
 RECIPE = Shape(items=0, modalities=2, width=384)
 PAPER = Shape(items=0)
@@ -88,25 +88,37 @@ class StepBench:
 
     def check(self, name: str, step: TrainStep) -> None:
         """Loss and gradients of some users, dropout off, before the first update, against float64."""
-        ids = self.batches[0][:CHECKED_USERS]
-        truth = self._gradients(self._double(), ids)
-        plain = self._gradients(self.step("eager", deduplicate=False), ids)
-        found = self._gradients(step, ids)
-        own = [accuracy.error(p, t) for p, t in zip(plain, truth, strict=True)]
+        plain = self._gradients(self.step("eager", deduplicate=False))
+        found = self._gradients(step)
+        own = [accuracy.error(p, t) for p, t in zip(plain, self._truth, strict=True)]
         names = ["loss", *(f"gradient of {key}" for key, _ in step.model.named_parameters())]
-        terms = ids.numel() * sum(modality.width for modality in self.config.modalities)
-        accuracy.compare(name, names, found, truth, own, self.setting.dtype, terms)
+        cache, ids = self._checked
+        places = ids.numel() if self.config.loss == "in_batch" else cache.num_items
+        terms = places * sum(modality.width for modality in self.config.modalities)
+        accuracy.compare(name, names, found, self._truth, own, self.setting.dtype, terms)
 
-    def _double(self) -> TrainStep:
+    @cached_property
+    def _checked(self) -> tuple[HiddenStateCache, Tensor]:
+        """What a check computes on; of a catalogue that is encoded whole, some items."""
+        ids = self.batches[0][:CHECKED_USERS]
+        if self.config.loss == "in_batch":
+            return self.cache, ids
+        states = self.cache.gather(torch.arange(CHECKED_ITEMS + 1, device=self.setting.device))
+        some = torch.where(ids == 0, 0, ids % CHECKED_ITEMS + 1)
+        return HiddenStateCache.from_tensors(states), some
+
+    @cached_property
+    def _truth(self) -> list[Tensor]:
         model = self.model("eager", deduplicate=True).double()
         config = OptimizerConfig()
-        return TrainStep(model, self.cache, make_optimizer(model, config), config)
+        return self._gradients(TrainStep(model, self.cache, make_optimizer(model, config), config))
 
-    @staticmethod
-    def _gradients(step: TrainStep, ids: Tensor) -> list[Tensor]:
+    def _gradients(self, step: TrainStep) -> list[Tensor]:
+        whole, (step.cache, ids) = step.cache, self._checked
         step.model.eval()
         loss = step.forward_backward(ids)
         step.model.train()
+        step.cache = whole
         gradients = [
             torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in step.model.parameters()
         ]
@@ -175,34 +187,28 @@ def build_epoch(setting: Setting) -> Workload:
     )
 
 
-for shape, users, importance, tag in (
-    (PAPER, 64, 3, "paper"),
-    (PAPER, 1_024, 3, "paper"),
-    (RECIPE, 64, 11, "recipe"),
-    (PAPER, 256, 39, "batch"),
-    (PAPER, 4_096, 39, "batch"),
+for shape, users, loss, importance, tag in (
+    (PAPER, 64, "in_batch", 3, "paper"),
+    (PAPER, 1_024, "in_batch", 3, "paper"),
+    (RECIPE, 64, "in_batch", 11, "recipe"),
+    (PAPER, 64, "full", 12, "paper"),
+    (RECIPE, 64, "full", 20, "recipe"),
+    (RECIPE, 256, "full", 20, "recipe"),
+    (PAPER, 256, "in_batch", 39, "batch"),
+    (PAPER, 4_096, "in_batch", 39, "batch"),
 ):
-    sizes = f"B={users},M={shape.modalities},D={shape.width}"
+    # The reference encodes every place of the batch; for the full softmax the catalogue as well.
+    items = users * (WINDOW + 1) + (CATALOGUE if loss == "full" else 0)
     register(
         Case(
-            name=f"step/{sizes},loss=in_batch",
-            build=partial(build, shape, users, "in_batch"),
+            name=f"step/B={users},M={shape.modalities},D={shape.width},loss={loss}",
+            build=partial(build, shape, users, cast(Literal["in_batch", "full"], loss)),
             tags=frozenset({"step", tag}),
             importance=importance,
-            compiled=users == 64,
-            reference_bytes=replace(shape, items=users * (WINDOW + 1)).reference_bytes(4),
+            compiled=users == 64 and loss == "in_batch",
+            reference_bytes=replace(shape, items=items).reference_bytes(4),
         )
     )
-    if users == 64:
-        register(
-            Case(
-                name=f"step/{sizes},loss=full",
-                build=partial(build, shape, users, "full"),
-                tags=frozenset({"step", tag}),
-                importance=importance + 9,
-                reference_bytes=replace(shape, items=CATALOGUE).reference_bytes(4),
-            )
-        )
 register(
     Case(
         name=f"epoch/data=scientific,B=64,M={RECIPE.modalities},D={RECIPE.width}",

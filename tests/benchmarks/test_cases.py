@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import cache, evaluation, losses, ranking, side_network, step
+from benchmarks.cases import cache, cache_build, evaluation, losses, ranking, side_network, step
 from benchmarks.registry import CheckFailed, Setting, Unavailable
 
 CPU = torch.device("cpu")
@@ -21,6 +21,7 @@ def _small(monkeypatch):
         monkeypatch.setattr(module, "CATALOGUE", 300)
     for module in (step, cache):
         monkeypatch.setattr(module, "RECIPE", SMALL)
+    monkeypatch.setattr(step, "CHECKED_ITEMS", 50)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +41,23 @@ def _small(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_case_passes_its_check_and_is_timed(build, dtype):
     workload = build(Setting(CPU, dtype))
-    runnable = workload.implementations["eager"]()
-    workload.check("eager", runnable)
-    samples = timing.interleaved({"eager": runnable}, CPU, workload.sets, 0.0, 5)["eager"]
-    assert len(samples.passes["run"]) == 5
+    made = {name: make for name, make in workload.implementations.items() if name in ("eager", "host")}
+    for name, make in made.items():
+        runnable = make()
+        workload.check(name, runnable)
+        samples = timing.interleaved({name: runnable}, CPU, workload.sets, 0.0, 5)[name]
+        assert len(samples.passes["run"]) == 5
+
+
+def test_a_cache_is_built_as_the_plain_loop_encodes():
+    pytest.importorskip("transformers")
+    workload = cache_build.build(70, 16, 2, Setting(CPU, torch.float32))
+    for name, make in workload.implementations.items():
+        workload.check(name, make())
+    right = workload.implementations["host"]()
+    swapped = type(right)(lambda index: [right.forward(index)[0].flip(0)])
+    with pytest.raises(CheckFailed, match="states err by"):
+        workload.check("host", swapped)
 
 
 def test_a_step_trains():
@@ -63,7 +77,7 @@ def test_a_wrong_step_is_seen(monkeypatch):
     right, wrong = bench.step("eager"), bench.step("eager")
     bench.check("right", right)
     model = wrong.model
-    wrong.forward_backward = lambda ids: 1.001 * model(ids, cache=states).loss
+    wrong.forward_backward = lambda ids: 1.001 * model(ids, cache=wrong.cache).loss
     with pytest.raises(CheckFailed, match="wrong: loss errs by"):
         bench.check("wrong", wrong)
 

@@ -210,6 +210,18 @@ def test_sets_are_rotated():
     assert {seen.count(i) for i in range(3)} <= set(range(3, 9)) and set(seen) == {0, 1, 2}
 
 
+def test_a_long_call_is_not_repeated_more_than_it_has_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "LONG_SECONDS", 0.0)
+    called: list[int] = []
+    workload = Workload(
+        1, {"eager": lambda: Runnable(lambda index: called.append(index) or [])}, lambda *_: None
+    )
+    outcome = runner.run([Case("slow/n=1", lambda setting: workload, ("fp32",))], options(tmp_path))
+    weighed = 0 if memory._libc() is None else 1
+    assert len(called) == 1 + timing.LONG_ROUNDS + weighed
+    assert outcome.rows[0].samples == timing.LONG_ROUNDS
+
+
 @pytest.mark.skipif(memory._libc() is None, reason="peak memory on a CPU needs glibc and /proc")
 def test_peak_memory_is_the_highest_point_not_the_sum():
     def call():
