@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--seconds", type=float, help="of timing each (default 2 on a CPU, 0.3 on a GPU)")
     running.add_argument("--minimum", type=int, default=20, help="samples each has at least (default 20)")
     running.add_argument("--budget", type=float, help="seconds after which no further case begins")
+    running.add_argument("--missing", action="store_true", help="only what has no row of this commit yet")
     running.add_argument("--output", type=Path, help="CSV file (default benchmarks/results/<device>.csv)")
     running.set_defaults(run=_run)
 
@@ -80,6 +81,7 @@ def _run(options: argparse.Namespace) -> int:
             seconds=options.seconds or (0.3 if device.type == "cuda" else 2.0),
             minimum=options.minimum,
             budget=options.budget,
+            missing=options.missing,
             say=lambda text: print(text, flush=True),
         ),
     )

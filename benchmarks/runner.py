@@ -15,6 +15,7 @@ import torch
 from benchmarks import ceilings, memory, results, timing
 from benchmarks.registry import (
     DTYPES,
+    IMPLEMENTATIONS,
     REFERENCES,
     Case,
     CheckFailed,
@@ -37,6 +38,7 @@ class Options:
         seconds: of timing for each implementation of a case.
         minimum: samples that each gets at least, see `timing.interleaved`.
         budget: seconds after which no further case begins; None: all run.
+        missing: leave out cases whose implementations all have rows of this commit in the file.
         path: the CSV file.
     """
 
@@ -47,6 +49,7 @@ class Options:
     seconds: float = 2.0
     minimum: int = 20
     budget: float | None = None
+    missing: bool = False
     say: Callable[[str], None] = print
 
 
@@ -66,11 +69,15 @@ def run(cases: Iterable[Case], options: Options) -> Outcome:
     if device.type == "cpu":
         memory.settle()
     say(f"{results.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    known = _measured(options) if options.missing else set()
     for case in cases:
         for dtype in case.dtypes:
             if options.dtypes is not None and dtype not in options.dtypes:
                 continue
             label = f"{case.name} {dtype}"
+            wanted = options.only or [name for name in IMPLEMENTATIONS if _asked(case, name, options)]
+            if {(case.name, dtype, name) for name in wanted} <= known:
+                continue
             if options.budget is not None and time.monotonic() - started > options.budget:
                 _skip(outcome, say, label, f"the budget of {options.budget:g} s is used up")
                 continue
@@ -139,6 +146,14 @@ def _run_case(case: Case, dtype: str, options: Options, outcome: Outcome) -> Non
         results.append(options.path, rows)
         outcome.rows += rows
         options.say(_line(name, rows))
+
+
+def _measured(options: Options) -> set[tuple[str, str, str]]:
+    """Case, dtype and implementation of this commit's rows; one that was tried in vain is tried again."""
+    if not options.path.exists():
+        return set()
+    commit = results.commit()
+    return {(r.case, r.dtype, r.backend) for r in results.read(options.path) if r.commit == commit}
 
 
 def _made(workload: Workload, name: str, where: str, options: Options, outcome: Outcome) -> Runnable | None:

@@ -106,6 +106,21 @@ def test_no_case_begins_past_the_budget(tmp_path):
     assert not outcome.rows and "the budget of 0 s" in outcome.skipped[0]
 
 
+def test_what_this_commit_has_rows_of_is_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "commit", lambda: "one")
+    results.environment.cache_clear()
+    ask = partial(options, tmp_path, missing=True)
+    try:
+        assert len(runner.run([add_case(eager=1)], ask(only=("eager",))).rows) == 1
+        assert not runner.run([add_case(eager=1)], ask(only=("eager",))).rows
+        both = runner.run([add_case(eager=1, cpp=1)], ask(only=("eager", "cpp")))
+        assert [r.backend for r in both.rows] == ["eager", "cpp"]
+        monkeypatch.setattr(results, "commit", lambda: "two")
+        assert len(runner.run([add_case(eager=1)], ask(only=("eager",))).rows) == 1
+    finally:
+        results.environment.cache_clear()
+
+
 def test_a_reference_that_does_not_fit_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "free_memory", lambda device: 1000)
     case = Case("small", partial(side_network.build_side_network, SMALL), ("fp32",), reference_bytes=1e9)

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The rows of a CPU, unattended and offline, in at most 25 minutes on two idle cores, the most important first:
+# what PERFORMANCE.md's table asks for, then the paper's sizes, then the axes. Every row is on disk as it is made,
+# and what this commit has rows of is not measured again: run it twice, and it goes on. Ends with a short table;
+# exits with an error where a case's check failed. Settings: benchmarks/suite.sh; the epoch needs CROSSAN_FAST_DATA.
+# With arguments, these sets alone: cpu_suite.sh step cache
+set -uo pipefail
+cd "$(dirname "$0")/.."
+device=cpu
+total=1500
+. benchmarks/suite.sh
+quick=(--seconds 1 --minimum 10 --missing)
+chosen=" $* "
+set_of() { # set_of NAME SECONDS ARGUMENT...: these cases, unless other sets were asked for
+  [ "$chosen" = "  " ] || [[ "$chosen" == *" $1 "* ]] || return 0
+  cases "$@"
+}
+
+set_of targets 200 "side_network/N=704,M=4,D=768,L" --only eager,autocast,compiled,cpp
+set_of epoch 180 "epoch/" --only eager,cpp
+set_of step 100 "step/B=64,*loss=in_batch" --only eager,cpp
+set_of mapped 150 "step_mapped/items=10000*" --only eager,cpp
+set_of ranking 60 "rank_of_target/users=12076" --only eager,cpp --dtypes fp32
+set_of losses 60 "*_loss/rows=640,*" --only eager,cpp
+set_of losses 100 "*_loss/rows=10240,*" --only eager,cpp
+set_of encoder 80 "item_encoder/N=704,M=4,D=768,L" --only eager,autocast,cpp
+set_of large-step 160 "step/B=1024" --only eager,cpp
+set_of catalogue 180 "item_encoder/N=20314" --only eager,cpp
+set_of full-step 160 "step/*loss=full" --only eager,cpp --dtypes fp32
+set_of evaluation 150 --tag evaluation --only eager,cpp
+set_of cache 90 --tag cache --only eager,host
+set_of catalogue 150 "side_network/N=20314" --only eager,cpp
+set_of compiled 100 "item_encoder/N=704,M=4,D=768,L" --only eager,compiled,cpp
+set_of compiled 150 "step/B=64,*loss=in_batch" --only eager,compiled,cpp --dtypes fp32
+set_of compiled 100 "*_loss/rows=640,*" --only eager,compiled,cpp --dtypes fp32
+set_of large-step 100 "step/B=4096" --only eager,cpp
+set_of axes "$total" --tag paper --tag recipe --tag gather --only eager,cpp
+set_of axes "$total" --tag batch --tag modalities --tag width --only eager,cpp
+finish
