@@ -24,16 +24,17 @@ set_of ranking 60 "rank_of_target/users=12076" --only eager,cpp --dtypes fp32
 set_of losses 60 "*_loss/rows=640,*" --only eager,cpp
 set_of losses 100 "*_loss/rows=10240,*" --only eager,cpp
 set_of encoder 80 "item_encoder/N=704,M=4,D=768,L" --only eager,autocast,cpp
-set_of large-step 160 "step/B=1024" --only eager,cpp
+set_of large-step 150 "step/B=1024" --only eager,cpp --dtypes fp32
 set_of catalogue 180 "item_encoder/N=20314" --only eager,cpp
-set_of full-step 160 "step/*loss=full" --only eager,cpp --dtypes fp32
+set_of full-step 100 "step/*M=2*loss=full" --only eager,cpp --dtypes fp32
+set_of full-step 60 "step/*loss=full" --only cpp
 set_of evaluation 150 --tag evaluation --only eager,cpp
 set_of cache 90 --tag cache --only eager,host
 set_of catalogue 150 "side_network/N=20314" --only eager,cpp
 set_of compiled 100 "item_encoder/N=704,M=4,D=768,L" --only eager,compiled,cpp
 set_of compiled 150 "step/B=64,*loss=in_batch" --only eager,compiled,cpp --dtypes fp32
 set_of compiled 100 "*_loss/rows=640,*" --only eager,compiled,cpp --dtypes fp32
-set_of large-step 100 "step/B=4096" --only eager,cpp
+set_of large-step 120 "step/B=*" --only cpp
 set_of axes "$total" --tag paper --tag recipe --tag gather --only eager,cpp
 set_of axes "$total" --tag batch --tag modalities --tag width --only eager,cpp
 finish

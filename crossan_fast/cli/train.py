@@ -59,8 +59,10 @@ def _fields() -> str:
 def run(args: argparse.Namespace) -> int:
     """Train, then print the test result."""
     from crossan_fast.training import Result, Trainer, join_processes, load_config
+    from crossan_fast.training.memory import keep_freed_memory
 
     config = load_config(args.config, args.overrides)
+    keep_freed_memory()
     with join_processes(config.device) as processes:
         trainer = Trainer(config, processes=processes)
         if processes.first:

@@ -18,6 +18,7 @@ from crossan_fast.training.distributed import Processes, join_processes
 from crossan_fast.training.evaluation import Part, Result, check_cutoffs, evaluate
 from crossan_fast.training.feed import Known, feed
 from crossan_fast.training.graph import GraphedStep, refusal
+from crossan_fast.training.memory import keep_freed_memory
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import TrainStep
@@ -243,7 +244,8 @@ class Trainer:
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """`Trainer(config).fit(...)`; under `torchrun`, with its processes."""
+    """`Trainer(config).fit(...)`; under `torchrun`, with its processes. See `training.memory`, too."""
+    keep_freed_memory()
     with join_processes(config.device) as processes:
         return Trainer(config, processes=processes).fit(resume=resume, progress=progress)
 

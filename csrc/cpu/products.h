@@ -1,8 +1,7 @@
 // Products of one block of items in bf16, by torch's brgemm: AMX tiles where the CPU has them.
 //
 // Operands round to bf16, sums are fp32. Weights are packed once a call (`PairedWeights`), the other operands here.
-// Without AMX the same products run through oneDNN's AVX-512 code, slower than `multiply` in fp32 (131 ms where that
-// takes 84: 704 items, M = 4, D = 768, two cores with avx512_bf16); tests ask for it.
+// Without AMX the same products run through oneDNN's AVX-512 code, slower than `multiply` in fp32; tests ask for it.
 #pragma once
 
 #include <algorithm>
