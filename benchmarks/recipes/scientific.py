@@ -22,6 +22,7 @@ from typing import Any
 
 from crossan_fast.cli import main as crossan_fast
 from crossan_fast.training import RunFolder, Trainer, load_config
+from crossan_fast.training.memory import keep_freed_memory
 
 CONFIG = Path(__file__).with_name("scientific.yaml")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -54,6 +55,7 @@ def build_cache(overrides: list[str]) -> int:
 
 def run(variants: list[str], seeds: list[int], overrides: list[str]) -> int:
     """Train each variant with each seed and append a row a run and a row an epoch."""
+    keep_freed_memory()  # as `crossan-fast train` does
     for variant in variants:
         for seed in seeds:
             folder = f"runs/scientific-{variant}-{seed}"
