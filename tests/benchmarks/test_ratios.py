@@ -1,7 +1,7 @@
 """Ratios that must hold with a wide margin on any machine; never absolute times.
 
-The paper's 704 items in fp32, forward + backward: the compiled side network against the plain one. Two cores
-measure 2.6×; 1.5× is asked, of the best of three tries, since a busy machine slows either by chance.
+The paper's 704 items in fp32, forward + backward: the compiled side network against the plain one. About half
+of what benchmarks/results has is asked, of the best of three tries, since a busy machine slows either.
 """
 
 from __future__ import annotations
