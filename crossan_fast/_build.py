@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,21 @@ def cuda_home() -> Path | None:
     return Path(home) if home and (Path(home) / "bin" / "nvcc").exists() else None
 
 
+def nvcc_version() -> str | None:
+    """`13.0` of the toolkit that would compile, or None without one."""
+    home = cuda_home()
+    if home is None:
+        return None
+    try:
+        asked = subprocess.run(
+            [home / "bin" / "nvcc", "--version"], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"release (\d+\.\d+)", asked.stdout)
+    return found[1] if found else None
+
+
 def cuda_architectures() -> list[str]:
     """What nvcc compiles for: the GPUs that are here, else A100 and Hopper.
 
@@ -163,11 +179,17 @@ def cuda_nvcc_flags() -> list[str]:
 
 def _no_cuda() -> str | None:
     if torch.version.cuda is None:
-        return "this torch is built without CUDA"
+        return "this torch is built without CUDA (install one that is: https://pytorch.org/get-started)"
     if reason := _no_compiler():
         return reason
     if cuda_home() is None:
         return f"nvcc is missing (install the CUDA {torch.version.cuda} toolkit or set CUDA_HOME)"
+    version = nvcc_version()
+    if version is not None and version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        return (
+            f"{cuda_home()} holds CUDA {version}, torch is built with {torch.version.cuda} "
+            f"(install that toolkit, or set CUDA_HOME to one of CUDA {torch.version.cuda.partition('.')[0]})"
+        )
     return None
 
 
@@ -238,6 +260,19 @@ def built(name: str) -> BuildInfo | None:
     if shipped is not None and _misfit(shipped) is None:
         return shipped
     return None if part.missing() else _read_stamp(build_folder(part))
+
+
+def failed(name: str) -> Path | None:
+    """What the compiler said when this build failed before; it is not tried again while the file is there."""
+    part = PARTS[name]
+    failure = build_folder(part) / "failure.txt"
+    return failure if part.missing() is None and failure.is_file() else None
+
+
+def misfit(name: str) -> str | None:
+    """Why the library that came with the wheel is passed over, or None where it fits or none came."""
+    shipped = ahead_of_time(name)
+    return None if shipped is None else _misfit(shipped)
 
 
 def introspect(name: str) -> str | None:
@@ -320,7 +355,7 @@ def _compile(part: Part, folder: Path) -> BuildInfo:
     started = time.monotonic()
     _say(f"building the {part.name} kernels ({len(sources)} files, {compiler_version()}) ...", end=" ")
     try:
-        with _ninja_on_path():
+        with ninja_on_path():
             cpp_extension.load(
                 name,
                 [str(source) for source in sources],
@@ -375,7 +410,7 @@ def _read_stamp(folder: Path) -> BuildInfo | None:
 
 
 @contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
+def ninja_on_path() -> Iterator[None]:
     """The pip package's ninja, which lies off PATH where a virtual environment is not activated."""
     before = os.environ.get("PATH", "")
     with contextlib.suppress(ImportError):

@@ -172,3 +172,17 @@ def test_a_library_for_another_torch_or_cpu_is_passed_over(tmp_path, monkeypatch
     info = replace(info, torch=_build.torch.__version__, instruction_set="warp_drive")
     assert "this CPU lacks warp_drive" in (_build._misfit(info) or "")
     assert _build._misfit(replace(info, instruction_set="")) is None
+
+
+def test_a_toolkit_of_another_cuda_is_refused_before_it_compiles(monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(_build, "cuda_home", lambda: tmp_path)
+    monkeypatch.setattr(_build.torch.version, "cuda", "13.0")
+    assert _build.nvcc_version() == "11.8"
+    reason = _build.PARTS["cuda"].missing()
+    assert reason is not None and "holds CUDA 11.8, torch is built with 13.0 (install that toolkit" in reason
+    monkeypatch.setattr(_build.torch.version, "cuda", "11.7")
+    assert _build.PARTS["cuda"].missing() is None

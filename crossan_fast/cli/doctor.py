@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -16,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from crossan_fast import _build
 from crossan_fast.ops import _dispatch
 
 _EXTRAS = {
@@ -54,13 +53,15 @@ def run(args: argparse.Namespace) -> int:
     _title("this machine")
     for name, text in _machine():
         _row(name, text)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[args.dtype]
+    # First, since choosing builds what is not built yet, and the extension's rows tell what there is.
+    choices = {device: list(_choices(device, dtype)) for device in ("cpu", "cuda")}
     _title("compiled extension")
     for name, text in _extension():
         _row(name, text)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[args.dtype]
-    for device in ("cpu", "cuda"):
+    for device, rows in choices.items():
         _title(f"ops on {device} in {args.dtype}")
-        for name, text in _choices(device, dtype):
+        for name, text in rows:
             _row(name, text)
     forced = os.environ.get("CROSSAN_FAST_BACKEND")
     print()
@@ -80,25 +81,33 @@ def _machine() -> Iterator[tuple[str, str]]:
             device = torch.cuda.get_device_properties(index)
             memory = f"{device.total_memory / 1e9:.0f} GB"
             yield f"cuda:{index}", f"{device.name}, sm_{device.major}{device.minor}, {memory}"
-    yield "c++ compiler", _tool(os.environ.get("CXX") or "c++", "install g++ (or set CXX)")
-    yield "nvcc", _tool("nvcc", "install the CUDA toolkit to build the CUDA kernels")
-    yield "ninja", _tool("ninja", "pip install ninja")
+    yield "c++ compiler", _tool(_build.compiler(), "install g++ (or set CXX)")
+    home = _build.cuda_home()
+    nvcc = "nvcc" if home is None else str(home / "bin" / "nvcc")
+    yield "nvcc", _tool(nvcc, "install the CUDA toolkit (or set CUDA_HOME) to build the CUDA kernels")
+    with _build.ninja_on_path():
+        yield "ninja", _tool("ninja", "pip install ninja")
 
 
 def _extension() -> Iterator[tuple[str, str]]:
-    if importlib.util.find_spec("crossan_fast._build") is None:
-        yield "none", "this version of the package has none"
-        return
-    build = importlib.import_module("crossan_fast._build")
-    for name, part in build.PARTS.items():
-        info, missing = build.built(name), part.missing()
+    for name, part in _build.PARTS.items():
+        info, missing = _build.built(name), part.missing()
+        if refusal := _build.misfit(name):
+            yield f"{name} wheel", f"the library in the wheel is passed over: {refusal}"
         if info is not None:
             how = "came with the wheel" if info.ahead_of_time else f"compiled in {info.seconds:.0f} s"
             yield name, f"{how}: {info.library} ({info.instruction_set})"
-            if said := build.introspect(name):
+            if said := _build.introspect(name):
                 yield f"{name} library", said
+        elif missing:
+            yield name, f"cannot be built: {missing}"
+        elif failure := _build.failed(name):
+            yield name, f"did not compile, see {failure}; remove that file to try again"
         else:
-            yield name, f"cannot be built: {missing}" if missing else "not built yet; built on first use"
+            yield name, "not built yet; built on first use"
+        if name == "cuda" and _build.nvcc_version() is not None:
+            targets = ", ".join(f"sm_{target}" for target in _build.cuda_architectures())
+            yield "cuda targets", f"{targets}, no PTX for others; CROSSAN_FAST_CUDA_ARCH=80;90a names targets"
 
 
 def _choices(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
@@ -113,6 +122,9 @@ def _choices(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
             yield op, f"none: {error}"
             continue
         yield op, f"{choice.backend} ({choice.reason})"
+        calls = _dispatch.REFERENCE_CALLS.get((op, device))
+        if calls and choice.backend != "eager":
+            yield "", f"but eager {calls}"
         for rejected in choice.rejected:
             against.setdefault(rejected, []).append(op)
     for (backend, reason), ops in against.items():

@@ -53,6 +53,15 @@ _EAGER_BY_DESIGN = {
     ): "torch's scaled_dot_product_attention, or xformers' where the config says so, captured with the step",
 }
 
+# Calls that run an op's reference whatever is picked for it, by op and device, for `crossan-fast doctor`.
+REFERENCE_CALLS = {
+    ("side_network", "cpu"): "where states require gradients (a FallbackWarning says so)",
+    ("side_network", "cuda"): "where states require gradients (a FallbackWarning says so)",
+    ("deduplicate", "cpu"): "without a capacity under torch.compile, which has to know the size",
+    ("deduplicate", "cuda"): "without a capacity: the GPU has to be asked for the size then; "
+    "item_ids.numel() + 1 always fits",
+}
+
 # Registration modules; imported when a backend is first asked for, and free of side effects until then.
 _MODULES = {
     "cpp": "crossan_fast.ops._compiled",

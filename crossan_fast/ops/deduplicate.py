@@ -55,7 +55,8 @@ def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str =
 
     With a `capacity` the result's shape is known, and backends on a GPU do not wait for the device; more
     distinct ids than fit are then an error only where the ids are on the CPU. A capacity of
-    `item_ids.numel() + 1` always fits.
+    `item_ids.numel() + 1` always fits. Without one the reference runs on a GPU and where `torch.compile`
+    traces, whatever the backend.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, named.

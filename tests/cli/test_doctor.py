@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 
+from crossan_fast import _build
 from crossan_fast.cli import main
 from crossan_fast.ops import _dispatch
 
@@ -57,3 +62,36 @@ def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
     machine = section(printed, "this machine")
     assert machine["torch threads"] == str(torch.get_num_threads())
     assert {"c++ compiler", "nvcc", "ninja"} <= machine.keys()
+
+
+def test_calls_that_run_the_reference_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for device in ("cpu", "cuda"):
+        lines = printed.split(f"\nops on {device} in fp32\n", 1)[1].split("\n\n", 1)[0].splitlines()
+        after = {line[2:18].strip(): lines[i + 1].strip() for i, line in enumerate(lines[:-1])}
+        for op in ("deduplicate", "side_network"):
+            assert _dispatch.choose(op, device, torch.float32).backend == "eager" or after[op].startswith(
+                f"but eager {_dispatch.REFERENCE_CALLS[op, device]}"
+            )
+
+
+def test_a_build_that_failed_or_does_not_fit_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CROSSAN_FAST_BUILD_DIR", str(tmp_path))
+    monkeypatch.setattr(_build, "AHEAD_OF_TIME", tmp_path / "wheel")
+    monkeypatch.setattr(_dispatch, "_load", lambda backend: "planted")
+    _dispatch._choose.cache_clear()
+    failure = _build.build_folder(_build.PARTS["cpu"]) / "failure.txt"
+    failure.parent.mkdir(parents=True)
+    failure.write_text("planted")
+    shipped = _build.BuildInfo("cpu", "x.so", "1.0", "c++", "x86_64", [], 1.0, True)
+    (tmp_path / "wheel" / "cpu").mkdir(parents=True)
+    (tmp_path / "wheel" / "cpu" / "x.so").touch()
+    (tmp_path / "wheel" / "cpu" / "stamp.json").write_text(json.dumps(asdict(shipped)))
+    assert main(["doctor"]) == 0
+    extension = section(capsys.readouterr().out, "compiled extension")
+    assert extension["cpu"] == f"did not compile, see {failure}; remove that file to try again"
+    assert extension["cpu wheel"].endswith(f"passed over: built for torch 1.0, this is {torch.__version__}")
+    _dispatch._choose.cache_clear()

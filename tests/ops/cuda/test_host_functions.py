@@ -190,7 +190,7 @@ def test_build_says_what_is_missing(monkeypatch):
     part = _build.PARTS["cuda"]
     assert {f.name for f in part.sources()} >= {"bindings.cpp", "deduplicate.cu", "side_network_hopper.cu"}
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert part.missing() == "this torch is built without CUDA"
+    assert str(part.missing()).startswith("this torch is built without CUDA")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_build, "_no_compiler", lambda: None)
     monkeypatch.setattr(_build, "cuda_home", lambda: None)
