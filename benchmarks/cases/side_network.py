@@ -76,7 +76,7 @@ class Shape:
 
     def reference_bytes(self, element: int) -> float:
         """What eager keeps for its backward: several tensors of width D a level and tower."""
-        return 8.0 * self.items * self.modalities * self.levels * self.width * element
+        return 4.0 * self.items * self.modalities * self.levels * self.width * element
 
 
 def _with_both(forward: Floor, backward: Floor) -> dict[str, Floor]:

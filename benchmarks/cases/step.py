@@ -197,8 +197,11 @@ for shape, users, loss, importance, tag in (
     (PAPER, 256, "in_batch", 39, "batch"),
     (PAPER, 4_096, "in_batch", 39, "batch"),
 ):
-    # The reference encodes every place of the batch; for the full softmax the catalogue as well.
-    items = users * (WINDOW + 1) + (CATALOGUE if loss == "full" else 0)
+    # The reference encodes every place of the batch, for the full softmax the catalogue as well, and holds
+    # several matrices of a logit for each row and column.
+    places = users * (WINDOW + 1)
+    items = places + (CATALOGUE if loss == "full" else 0)
+    logits = users * WINDOW * (CATALOGUE if loss == "full" else places)
     register(
         Case(
             name=f"step/B={users},M={shape.modalities},D={shape.width},loss={loss}",
@@ -206,7 +209,7 @@ for shape, users, loss, importance, tag in (
             tags=frozenset({"step", tag}),
             importance=importance,
             compiled=users == 64 and loss == "in_batch",
-            reference_bytes=replace(shape, items=items).reference_bytes(4),
+            reference_bytes=replace(shape, items=items).reference_bytes(4) + 20.0 * logits,
         )
     )
 register(
