@@ -22,14 +22,14 @@ set_of step 100 "step/B=64,*loss=in_batch" --only eager,cpp
 set_of mapped 150 "step_mapped/items=10000*" --only eager,cpp
 set_of ranking 60 "rank_of_target/users=12076" --only eager,cpp --dtypes fp32
 set_of losses 60 "*_loss/rows=640,*" --only eager,cpp
-set_of losses 100 "*_loss/rows=10240,*" --only eager,cpp
-set_of encoder 80 "item_encoder/N=704,M=4,D=768,L" --only eager,autocast,cpp
+set_of losses 110 "*_loss/rows=10240,*" --only eager,cpp --dtypes fp32
+set_of encoder 110 "item_encoder/N=704,M=4,D=768,L" --only eager,autocast,cpp
 set_of large-step 150 "step/B=1024" --only eager,cpp --dtypes fp32
 set_of catalogue 150 "item_encoder/N=20314" --only eager,cpp --dtypes fp32
 set_of catalogue 80 "item_encoder/N=20314" --only cpp
 set_of full-step 100 "step/B=256,M=2,D=384,loss=full" --only eager,cpp --dtypes fp32
 set_of full-step 100 "step/*loss=full" --only cpp
-set_of evaluation 120 --tag evaluation --only eager,cpp
+set_of evaluation 150 --tag evaluation --only eager,cpp
 set_of cache 90 --tag cache --only eager,host
 set_of catalogue 120 "side_network/N=20314" --only cpp
 set_of compiled 100 "item_encoder/N=704,M=4,D=768,L" --only eager,compiled,cpp
