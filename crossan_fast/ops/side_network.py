@@ -85,8 +85,9 @@ class SideNetworkStructure:
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        # Filled now: torch.compile can't trace the lock that Python 3.11 takes when a cached property fills.
-        for name in ("tower_widths", "cross_pairs", "projected_pairs", "narrowed_towers"):
+        # Filled now: torch.compile can't trace the lock that Python 3.11 takes when a cached property fills,
+        # nor make text of widths that it takes for dynamic.
+        for name in ("tower_widths", "cross_pairs", "projected_pairs", "narrowed_towers", "widths_text"):
             getattr(self, name)
 
     @classmethod
@@ -98,6 +99,11 @@ class SideNetworkStructure:
             activation=config.activation,
             temperature=config.gate_temperature,
         )
+
+    @cached_property
+    def widths_text(self) -> str:
+        """The widths as a feature of `Request`."""
+        return ",".join(map(str, self.widths))
 
     @cached_property
     def tower_widths(self) -> tuple[int, ...]:
@@ -279,7 +285,7 @@ def features_of(structure: SideNetworkStructure, levels: int, rank: int) -> tupl
     """What a backend may have limits on, as `Request.features`: sizes of the model, never of a batch."""
     features = [
         f"cross={structure.cross}",
-        f"widths={','.join(map(str, structure.widths))}",
+        f"widths={structure.widths_text}",
         f"levels={levels}",
         f"rank={rank}",
     ]

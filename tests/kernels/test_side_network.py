@@ -311,3 +311,33 @@ def test_through_the_registered_op(device: torch.device) -> None:
     exact_outputs, exact = reference(case, (weights, states, None, ids, present, grads), torch.float64)
     pairs = zip([*outputs, *found], exact_outputs + exact, strict=True)
     assert all(error(got.detach(), want) < 1e-6 for got, want in pairs)
+
+
+def test_registered_op_passes_opcheck(device: torch.device) -> None:
+    structure = SideNetworkStructure((24, 24), PAIR, "backbone", "gelu")
+    weights, states, scales, ids, present, _ = Case(structure, items=5, stored=torch.int8).build(device)
+    flat = [w.requires_grad_() for w in weights.flatten()]
+    static = (list(structure.widths), [0, -1, 1, -1], "backbone", "gelu", 0.1, torch.float32, "triton")
+    torch.library.opcheck(
+        torch.ops.crossan_fast.side_network.default, (states, scales, ids, present, flat, *static)
+    )
+
+
+def test_compiles_whole_with_dynamic_sizes_under_autocast(device: torch.device) -> None:
+    """Half precision from fp32 weights, only some of which need a gradient, and an output nobody uses."""
+    structure = SideNetworkStructure((24, 24), PAIR, "none", "gelu")
+    weights, states, _, ids, _, _ = Case(structure, absent=0.0).build(device)
+    weights.up_weight[0].requires_grad_()
+    weights.gate[0].requires_grad_()
+
+    def run(ids: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            out = side_network(states, weights, structure, ids=ids, backend="triton")[0]
+        assert out.dtype == torch.bfloat16
+        return out.float().square().sum()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    wanted = [weights.up_weight[0], weights.gate[0]]
+    for some in (ids, ids[:7], ids.repeat(2)):
+        want, got = (torch.autograd.grad(function(some), wanted) for function in (run, compiled))
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
