@@ -30,7 +30,7 @@ set_of catalogue 80 "item_encoder/N=20314" --only cpp
 set_of full-step 100 "step/B=256,M=2,D=384,loss=full" --only eager,cpp --dtypes fp32
 set_of full-step 100 "step/*loss=full" --only cpp
 set_of evaluation 150 --tag evaluation --only eager,cpp
-set_of cache 90 --tag cache --only eager,host
+set_of cache 140 --tag cache --only eager,host
 set_of catalogue 120 "side_network/N=20314" --only cpp
 set_of compiled 100 "item_encoder/N=704,M=4,D=768,L" --only eager,compiled,cpp
 set_of compiled 150 "step/B=64,*loss=in_batch" --only eager,compiled,cpp --dtypes fp32
