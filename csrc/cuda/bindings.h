@@ -26,6 +26,12 @@ namespace crossan::binding {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The kernels move 16 bytes at a time; a view may begin anywhere.
+inline Tensor dense_and_aligned(const Tensor& tensor) {
+  Tensor dense = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+}
+
 // The emulator serves CPU tensors, so that tests go through the same checks and launches as a GPU.
 #if defined(CROSSAN_EMULATE_CUDA)
 #define CROSSAN_DISPATCH_KEY CPU

@@ -10,12 +10,9 @@ struct Call {
   std::vector<Tensor> kept;
   at::TensorOptions options;
 
-  // The kernels move eight elements at a time.
   const void* keep(const Tensor& tensor) {
-    Tensor dense = tensor.contiguous();
-    if (reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16) dense = dense.clone();
-    kept.push_back(dense);
-    return dense.const_data_ptr();
+    kept.push_back(dense_and_aligned(tensor));
+    return kept.back().const_data_ptr();
   }
 };
 

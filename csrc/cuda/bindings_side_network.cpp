@@ -28,7 +28,7 @@ struct Call {
   at::TensorOptions options;
 
   const void* keep(const Tensor& tensor) {
-    kept.push_back(tensor.contiguous());
+    kept.push_back(dense_and_aligned(tensor));
     return kept.back().const_data_ptr();
   }
 };

@@ -139,11 +139,19 @@ struct alignas(16) Raw8 {
   uint32_t words[4];
 };
 
+#if !defined(__CUDACC__)
+// A GPU ends the launch at such an access; the host's processor would not notice.
+inline void expect_aligned(const void* address, uintptr_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) device_fail("misaligned address, bytes at a time", bytes);
+}
+#endif
+
 __device__ __forceinline__ Raw8 load16(const void* source) {
 #if defined(__CUDACC__)
   uint4 value = *static_cast<const uint4*>(source);
   return {{value.x, value.y, value.z, value.w}};
 #else
+  expect_aligned(source, 16);
   Raw8 value;
   std::memcpy(&value, source, 16);
   return value;
@@ -154,6 +162,7 @@ __device__ __forceinline__ void store16(void* target, const Raw8& value) {
 #if defined(__CUDACC__)
   *static_cast<uint4*>(target) = make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
 #else
+  expect_aligned(target, 16);
   std::memcpy(target, &value, 16);
 #endif
 }
@@ -168,6 +177,7 @@ __device__ __forceinline__ Raw8 load_state8(const unsigned char* source, int kin
   uint2 value = __ldg(reinterpret_cast<const uint2*>(source));
   return {{value.x, value.y, 0, 0}};
 #else
+  expect_aligned(source, kind <= kBFloat16 ? 16 : 8);
   Raw8 value = {};
   std::memcpy(&value, source, kind <= kBFloat16 ? 16 : 8);
   return value;

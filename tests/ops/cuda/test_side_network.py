@@ -271,6 +271,20 @@ def test_backward_in_parts(ops, path, case, items_at_once):
     _check(ops, case, path, backward_items=items_at_once)
 
 
+def test_views_may_begin_anywhere(ops, path):
+    def off(tensors):  # one element into their memory: no 16 bytes at a time from there
+        return [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in tensors]
+
+    case = replace(SMALL, weights=torch.bfloat16)
+    states, _, ids, _, weights, grads = case.make()
+    flat, static = weights.flatten(), _static(case, path)
+    outputs, saved, want = _run(ops, case, path)
+    shifted = ops.side_network_forward(off(states), [], ids, None, off(flat), *static)
+    assert all(torch.equal(a, b) for a, b in zip(shifted, [*outputs, *saved], strict=True))
+    got = ops.side_network_backward(off(grads), off(saved), off(states), [], ids, None, off(flat), *static)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_no_items(ops, path):
     case = replace(SMALL, items=0)
     outputs, saved, grads = _run(ops, case, path)
