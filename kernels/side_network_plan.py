@@ -250,9 +250,7 @@ def gradient_config(problem: Problem) -> GradientConfig:
         items, columns, budget, warps = 16, 32, 32 * br * 3, 4
         up_items, up_columns = 16, 32
     elif problem.dtype == torch.float32:
-        items, columns, budget = 32, 32, _ACCUMULATORS // 4
-        if problem.device in BEFORE_HOPPER:
-            items, columns, budget = 16, 16, _ACCUMULATORS // 8
+        items, columns, budget = 16, 16, _ACCUMULATORS // 8
         up_items, up_columns, up_stages = 32, 32, 2
     elif problem.device in BEFORE_HOPPER or 1 in problem.stored_bytes:  # decoding fp8 takes registers too
         items, columns, budget = 32, 16, _ACCUMULATORS // 4
