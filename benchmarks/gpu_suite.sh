@@ -21,8 +21,8 @@ if [ "$device" = cuda ]; then
     --only eager,compiled --dtypes bf16
   cases "compiled reference, 20,314 items" "$(share 15)" "item_encoder/N=20314" \
     --only eager,compiled --dtypes bf16
-  cases "recipe, gather" "$(share 15)" --tag recipe --tag gather --tag evaluation \
-    --only eager,triton,cuda,liger,cce
+  cases "recipe, gather" "$(share 15)" --tag recipe --tag gather --tag cache --tag evaluation \
+    --only eager,host,triton,cuda,liger,cce
   cases "along the axes" "$total" --tag batch --tag modalities --tag width \
     --only eager,triton,triton-graph --dtypes bf16
 else

@@ -15,7 +15,6 @@ import torch
 from benchmarks import ceilings, memory, results, timing
 from benchmarks.registry import (
     DTYPES,
-    IMPLEMENTATIONS,
     REFERENCES,
     Case,
     CheckFailed,
@@ -26,6 +25,8 @@ from benchmarks.registry import (
 )
 from crossan_fast.cache.tiers import free_memory
 from crossan_fast.ops import BackendUnavailable
+
+_ALIKE = ("commit", "device", "threads", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,11 @@ def run(cases: Iterable[Case], options: Options) -> Outcome:
             if options.dtypes is not None and dtype not in options.dtypes:
                 continue
             label = f"{case.name} {dtype}"
-            wanted = options.only or [name for name in IMPLEMENTATIONS if _asked(case, name, options)]
-            if {(case.name, dtype, name) for name in wanted} <= known:
-                continue
             if options.budget is not None and time.monotonic() - started > options.budget:
                 _skip(outcome, say, label, f"the budget of {options.budget:g} s is used up")
                 continue
             say(f"\n{label}")
-            _run_case(case, dtype, options, outcome)
+            _run_case(case, dtype, options, outcome, known)
             # Compiled code and CUDA graphs' pools of this case would weigh on the next one.
             torch._dynamo.reset()
             gc.collect()
@@ -92,7 +90,9 @@ def run(cases: Iterable[Case], options: Options) -> Outcome:
     return outcome
 
 
-def _run_case(case: Case, dtype: str, options: Options, outcome: Outcome) -> None:
+def _run_case(
+    case: Case, dtype: str, options: Options, outcome: Outcome, known: set[tuple[str, str, str]]
+) -> None:
     setting = Setting(options.device, DTYPES[dtype])
     label = f"{case.name} {dtype}"
     try:
@@ -100,14 +100,17 @@ def _run_case(case: Case, dtype: str, options: Options, outcome: Outcome) -> Non
     except Unavailable as reason:
         _skip(outcome, options.say, label, str(reason))
         return
+    asked = [name for name in workload.implementations if _asked(case, name, options)]
+    wanted = {(case.name, dtype, name) for name in asked if not _too_large(case, name, options)}
+    if wanted and wanted <= known:
+        options.say("  has its rows")
+        return
     for note in workload.notes:
         options.say(f"  note: {note}")
     ready: dict[str, Runnable] = {}
-    for name in workload.implementations:
-        if not _asked(case, name, options):
-            continue
+    for name in asked:
         where = f"{label} {name}"
-        if name in REFERENCES and case.reference_bytes > 0.8 * free_memory(options.device):
+        if _too_large(case, name, options):
             needs = case.reference_bytes / 1e9
             _skip(outcome, options.say, where, f"needs {needs:.1f} GB, more than is free")
             continue
@@ -149,11 +152,12 @@ def _run_case(case: Case, dtype: str, options: Options, outcome: Outcome) -> Non
 
 
 def _measured(options: Options) -> set[tuple[str, str, str]]:
-    """Case, dtype and implementation of this commit's rows; one that was tried in vain is tried again."""
-    if not options.path.exists():
+    """Case, dtype and implementation of the rows of this very code and machine."""
+    own = results.environment(options.device)
+    if not options.path.exists() or own["commit"] == "unknown" or own["commit"].endswith("+"):
         return set()
-    commit = results.commit()
-    return {(r.case, r.dtype, r.backend) for r in results.read(options.path) if r.commit == commit}
+    alike = [r for r in results.read(options.path) if all(getattr(r, key) == own[key] for key in _ALIKE)]
+    return {(r.case, r.dtype, r.backend) for r in alike}
 
 
 def _made(workload: Workload, name: str, where: str, options: Options, outcome: Outcome) -> Runnable | None:
@@ -201,6 +205,10 @@ def _peaks(runnable: Runnable, device: torch.device, samples: timing.Samples) ->
         "forward": memory.peak_added(lambda: runnable.forward(0), device, times),
         "both": memory.peak_added(both, device, times),
     }
+
+
+def _too_large(case: Case, name: str, options: Options) -> bool:
+    return name in REFERENCES and case.reference_bytes > 0.8 * free_memory(options.device)
 
 
 def _asked(case: Case, name: str, options: Options) -> bool:

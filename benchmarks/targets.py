@@ -38,7 +38,10 @@ class Target:
     against: tuple[str, str, str] | None = None
 
     def measured(self, rows: Rows) -> tuple[float, Row] | None:
-        """The number, and our row that gave it: the best of our backends; None where a row is missing."""
+        """The number, and our row that gave it: the best of our backends; None where a row is missing.
+
+        Rows of two commits give none, either.
+        """
         ours = best(rows, self.case, self.dtype)
         if ours is None:
             return None
@@ -51,7 +54,7 @@ class Target:
         other = (
             best(rows, case, dtype) if backend == "ours" else rows.get((case, dtype, backend, ours.passes))
         )
-        if other is None:
+        if other is None or other.commit != ours.commit:  # ratios are of one run
             return None
         if self.quantity == "memory":
             light = best(rows, self.case, self.dtype, weighed=True)
@@ -113,7 +116,7 @@ _LOSSES = (
     ("full softmax, B = 64", "full_loss/rows=640,columns=20314,d=64"),
     ("full softmax, B = 1,024", "full_loss/rows=10240,columns=20314,d=64"),
 )
-_MAPPED = "step_mapped/items={},B=64,M=2,D=384"
+_MAPPED = "step_mapped/items={},B=64,M=2,D=384,pages=memory"
 
 TARGETS = (
     _ratio("side network + MOMEF, 704 items", "cuda", _PAPER, "bf16", 15, "eager"),
@@ -162,7 +165,7 @@ TARGETS = (
     _ratio("epoch of the Scientific recipe, fp32", "cpu", _EPOCH, "fp32", 4, "eager"),
     Target("the same, bf16, against eager fp32", "cpu", _EPOCH, "bf16", "time", 4, (_EPOCH, "fp32", "eager")),
     Target(
-        "catalogue × 10, memory-mapped",
+        "catalogue × 10, memory-mapped, pages in memory",
         "cpu",
         _MAPPED.format(100_000),
         "fp32",

@@ -478,7 +478,8 @@ def down_gradient_kernel(
                 dw_next = dw_next + (dot(tl.trans(dz), narrow(x, dz.dtype), dw[level - FIRST], PRECISION),)
             u = x + tl.load(bias + level * D, mask=mask_d, other=0).to(tl.float32)[None, :]
             # Keeps loads of several levels from waiting in registers at once. Without it sm_90 spills 16
-            # bytes by Triton 3.6, and sm_80 8 by 3.9 where states are fp8; with it neither by either.
+            # bytes by Triton 3.6, and sm_80 8 by 3.9 where states are fp8; with it only a second chunk of
+            # items does on sm_90, 8 bytes, by 3.6.
             tl.debug_barrier()
         dw = dw_next
         gates = gates_next

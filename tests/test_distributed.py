@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
+from crossan_fast.training import join_processes
 
 ITEMS, LEVELS, WORLD = 15, 3, 2
 # Shared items across the halves, repeats within them, halves of unequal size.
@@ -38,18 +39,17 @@ def make(loss):
 
 def worker(rank, port, loss, folder):
     torch.set_num_threads(1)
-    store = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
-    model, cache = make(loss)
-    model.process_group = dist.group.WORLD
-    wrapped = torch.nn.parallel.DistributedDataParallel(model)
-    out = wrapped(IDS[:SPLIT] if rank == 0 else IDS[SPLIT:], cache=cache)
-    out.loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    total = out.loss.detach().clone()
-    dist.all_reduce(total)
-    torch.save((total / WORLD, gradients), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join_processes("cpu") as processes:  # it keeps the group, without which leaving may hang
+        model, cache = make(loss)
+        model.process_group = processes.group
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        out = wrapped(IDS[:SPLIT] if rank == 0 else IDS[SPLIT:], cache=cache)
+        out.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        total = processes.sum(out.loss.detach().clone())
+        torch.save((total / WORLD, gradients), Path(folder) / f"{rank}.pt")
 
 
 @pytest.mark.parametrize("loss", ["in_batch", "full"])

@@ -58,13 +58,13 @@ class TemporaryCache:
 
 
 def build_open(shape: Shape, rows: int, setting: Setting) -> Workload:
-    """From a folder to something that rows can be read of; plainly, a file of tensors is loaded whole."""
+    """From a folder to something that rows can be read of; plainly, a file of tensors is mapped."""
     folder = TemporaryCache(shape, rows)
     plain = folder.path.parent / "states.pt"
 
     def make_plain() -> Runnable:
         torch.save(HiddenStateCache.open(folder.path).states("cpu"), plain)
-        return Runnable(lambda _: torch.load(plain)[:1])
+        return Runnable(lambda _: torch.load(plain, mmap=True)[:1])
 
     def opened(_: int) -> Sequence[Tensor]:
         return HiddenStateCache.open(folder.path).states("cpu")[:1]
@@ -113,7 +113,8 @@ def build_gather(shape: Shape, rows: int, setting: Setting) -> Workload:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(1, rows + 1, (shape.items,), generator=generator) for _ in range(8)]
     cache = HiddenStateCache.open(folder.path)
-    cache.warm(wait=True)
+    if not cache.warm(wait=True):
+        raise Unavailable(f"{cache.nbytes / 1e9:.1f} GB of states do not fit the free memory")
     mapped = cache.states("cpu")
 
     def gathered(index: int) -> Sequence[Tensor]:
@@ -170,11 +171,11 @@ def build_step(rows: int, in_memory: bool, setting: Setting) -> Workload:
     return replace(workload, implementations=made, floors=floor)
 
 
-for rows, where in ((10_000, ""), (100_000, ""), (1_000_000, ""), (1_000_000, ",pages=disk")):
+for rows, pages in ((10_000, "memory"), (100_000, "memory"), (1_000_000, "memory"), (1_000_000, "disk")):
     register(
         Case(
-            name=f"step_mapped/items={rows},B=64,M={RECIPE.modalities},D={RECIPE.width}{where}",
-            build=partial(build_step, rows, not where),
+            name=f"step_mapped/items={rows},B=64,M={RECIPE.modalities},D={RECIPE.width},pages={pages}",
+            build=partial(build_step, rows, pages == "memory"),
             dtypes=("fp32",),
             devices=("cpu",),
             tags=frozenset({"catalogue"}),

@@ -53,7 +53,9 @@ def build_ranking(shape: Shape, users: int, setting: Setting) -> Workload:
 def build_catalogue(shape: Shape, setting: Setting) -> Workload:
     """`encode_catalogue`: the side network and fusion over every item; some items are checked."""
     states = random_cache(shape, CATALOGUE, setting, torch.bfloat16)
-    some = torch.arange(0, CATALOGUE + 1, -(-CATALOGUE // CHECKED_ITEMS), device=setting.device)
+    spread = torch.arange(0, CATALOGUE + 1, -(-CATALOGUE // CHECKED_ITEMS), device=setting.device)
+    last = torch.arange(CATALOGUE - 63, CATALOGUE + 1, device=setting.device)  # of a block that isn't full
+    some = torch.cat([spread, last])
     exact = HALF if setting.dtype == torch.bfloat16 else FULL
 
     @cache

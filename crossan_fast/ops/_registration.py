@@ -2,7 +2,8 @@
 
 By hand where torch.library.custom_op would do: for each call that keeps a gradient it builds trees of the
 arguments in Python and compares outputs to inputs, up to 0.1 ms a step and op, a tenth of what a loss takes
-for 64 users. What is registered here is what it registers, and passes the same opcheck.
+for 64 users. The same parts are registered here, and pass the same opcheck; what refuses tensors that need a
+gradient, where an op has none, are the public functions.
 """
 
 from __future__ import annotations

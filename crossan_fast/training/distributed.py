@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,10 +54,13 @@ class Processes:
             torch.manual_seed(int(mixed[0]))
 
 
-# Groups that were left, kept to the end of the process. A DistributedDataParallel that outlives its group
-# would otherwise drop the last reference while it holds Python's lock, and wait for the group's threads, one
-# of which may still be waiting for that lock to drop a tensor: seen as a process that never ended.
+# Groups that were left, kept until the interpreter is about to end. A DistributedDataParallel that outlives
+# its group would otherwise drop the last reference while it holds Python's lock, and wait for the group's
+# threads, one of which may still be waiting for that lock to drop a tensor: a process without end. Whoever
+# drops it from here lets go of the lock meanwhile. An interpreter that is already ending kills a thread that
+# asks for the lock, and with it the process.
 _left: list[dist.ProcessGroup] = []
+atexit.register(_left.clear)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 // side_network on CPUs: what it computes is written in crossan_fast/ops/side_network.py.
 //
-// A block of items walks all levels of its towers while its h stays in the core's cache. The library half
-// (library.cpp) has checked every shape, range and type before anything here runs.
+// A block of items walks all levels of its towers while its h stays in the core's cache. Its border
+// (side_network_library.cpp) has checked every shape, range and type before anything here runs.
 #pragma once
 
 #include <cstdint>

@@ -5,14 +5,15 @@
 //     x_l = u_l + Σ_{p<l} κ_lp (W_up,p a_p + b_up,p),    κ_lp the product of what levels p + 1 … l keep of h.
 //
 // A block first walks back, where nothing needs x: g goes from the gradient of h to that of x and on to the level
-// before. Then it walks forward with u, which takes no product, and adds Σ dz_l u_lᵀ to the gradient of W_down and
-// Σ dz_l a_pᵀ, r × r, to sums that become the rest of it once a call. The gates' ⟨dx, h⟩ follow from other sums
-// (side_network_sums.h).
+// before. Then it walks forward with u, which takes no product with the towers' own weights, and adds Σ dz_l u_lᵀ to
+// the gradient of W_down and Σ dz_l a_pᵀ, r × r, to sums that become the rest of it once a call. The gates' ⟨dx, h⟩
+// follow from other sums (side_network_sums.h).
 //
 // With cross = side, towers take each other's h, and κ would differ from item to item with what is present. There a
 // block walks forward with h itself, keeps it before each level, and has x on its way back.
 //
-// Weight gradients are added level by level in the order of blocks (`Turns`), so no thread holds a copy of them.
+// Weight gradients are added level by level in the order of blocks (`Turns`), so no thread holds a copy of
+// them but of what all levels share.
 #include <memory>
 
 #include "side_network.h"

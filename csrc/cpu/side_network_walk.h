@@ -16,9 +16,9 @@ namespace crossan_fast::side {
 
 inline constexpr int64_t kBlock = 64;  // items at most; a block's h, states and one level's weights fit in L2
 
-// Blocks of near equal size; their number is a multiple of four once there is work for four threads, so that no
-// thread idles at the end, and two where one would leave a thread idle. It depends on the items alone: results must
-// not depend on the threads.
+// Blocks of near equal size; about a multiple of four of them once there is work for four threads, so that no
+// thread idles at the end, and two where one would leave a thread idle. Their size depends on the items alone:
+// results must not depend on the threads.
 struct Blocks {
   int64_t items, count, size;
   explicit Blocks(int64_t n) : items(n), count((n + kBlock - 1) / kBlock), size(0) {

@@ -49,6 +49,22 @@ def test_a_case_passes_its_check_and_is_timed(build, dtype):
         assert len(samples.passes["run"]) == 5
 
 
+def test_the_compiled_step_runs_what_was_compiled(monkeypatch):
+    entered = []
+
+    def compile_nothing(call, **options):
+        def compiled(*args, **kwargs):
+            entered.append(options["mode"])
+            return call(*args, **kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    workload = step.build(SMALL, 6, "in_batch", Setting(CPU, torch.float32))
+    workload.implementations["compiled"]().forward(0)
+    assert entered == ["max-autotune"]
+
+
 def test_a_cache_is_built_as_the_plain_loop_encodes():
     pytest.importorskip("transformers")
     workload = cache_build.build(70, 16, 2, Setting(CPU, torch.float32))

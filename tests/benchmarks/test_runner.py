@@ -115,8 +115,11 @@ def test_what_this_commit_has_rows_of_is_not_measured_again(tmp_path, monkeypatc
         assert not runner.run([add_case(eager=1)], ask(only=("eager",))).rows
         both = runner.run([add_case(eager=1, cpp=1)], ask(only=("eager", "cpp")))
         assert [r.backend for r in both.rows] == ["eager", "cpp"]
-        monkeypatch.setattr(results, "commit", lambda: "two")
-        assert len(runner.run([add_case(eager=1)], ask(only=("eager",))).rows) == 1
+        assert not runner.run([add_case(eager=1, cpp=1)], ask(only=("eager", "autocast", "cpp"))).rows
+        for unsure in ("two", "two+", "two+"):
+            monkeypatch.setattr(results, "commit", lambda commit=unsure: commit)
+            results.environment.cache_clear()
+            assert len(runner.run([add_case(eager=1)], ask(only=("eager",))).rows) == 1
     finally:
         results.environment.cache_clear()
 
@@ -233,7 +236,7 @@ def test_a_long_call_is_not_repeated_more_than_it_has_to(tmp_path, monkeypatch):
     )
     outcome = runner.run([Case("slow/n=1", lambda setting: workload, ("fp32",))], options(tmp_path))
     weighed = 0 if memory._libc() is None else 1
-    assert len(called) == 1 + timing.LONG_ROUNDS + weighed
+    assert len(called) == 2 + timing.LONG_ROUNDS + weighed
     assert outcome.rows[0].samples == timing.LONG_ROUNDS
 
 
