@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ from crossan_fast.cache.names import ItemNames
 from crossan_fast.cache.pages import PageReader
 from crossan_fast.cache.staging import CudaTransport, Rows, StagingRing, read_rows, read_stored
 from crossan_fast.cache.tiers import (
+    MappedFile,
     Placement,
     Tier,
     choose_tier,
     exact_device,
     free_memory,
     host_memory,
-    map_file,
 )
 from crossan_fast.cache.validate import checked_present, checked_states, checked_stored, reject_nonfinite
 from crossan_fast.cache.verify import verify_cache
@@ -70,6 +69,7 @@ class HiddenStateCache:
         present: Tensor,
         *,
         folder: Path | None = None,
+        pages: PageReader | None = None,
         names: Sequence[str] | None = None,
         names_size: int = 0,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
@@ -85,8 +85,8 @@ class HiddenStateCache:
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
         self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
-        file = None if folder is None else folder / NAMES
-        self._names = ItemNames(self.num_items, names, file, names_size)
+        self._reader = pages
+        self._names = ItemNames(self.num_items, names, folder and folder.absolute() / NAMES, names_size)
         if folder is not None:
             self._placement = Placement(
                 torch.device("cpu"), "mmap", "opened; to(device) picks the fastest that fits"
@@ -115,20 +115,18 @@ class HiddenStateCache:
             raise CorruptCacheError(f"folder: {folder} is damaged: " + "; ".join(problems))
         rows = meta.num_items + 1
 
-        def mapped(name: str) -> Tensor:
-            return map_file(folder / name, meta.committed(name))
+        def mapped(name: str) -> MappedFile:
+            return MappedFile(folder / name, meta.committed(name))
 
-        scales = None
-        if is_quantized(meta.dtype):
-            scales = [
-                mapped(scales_file(m)).view(torch.float32).view(rows, m.levels) for m in meta.modalities
-            ]
+        states = {m: mapped(states_file(m)) for m in meta.modalities}
+        scales = {m: mapped(scales_file(m)) for m in meta.modalities} if is_quantized(meta.dtype) else {}
         return cls(
             meta.modalities,
-            [mapped(states_file(m)).view(meta.dtype).view(rows, m.levels, m.width) for m in meta.modalities],
-            scales,
-            mapped(PRESENT).view(torch.bool).view(rows, len(meta.modalities)),
+            [file.bytes.view(meta.dtype).view(rows, m.levels, m.width) for m, file in states.items()],
+            [file.bytes.view(torch.float32).view(rows, m.levels) for m, file in scales.items()] or None,
+            mapped(PRESENT).bytes.view(torch.bool).view(rows, len(meta.modalities)),
             folder=folder,
+            pages=PageReader([*states.values(), *scales.values()], rows),
             names_size=meta.committed(NAMES),
             sources=meta.sources,
         )
@@ -392,7 +390,8 @@ class HiddenStateCache:
         """Start reading the files whole in the background where they fit the free memory.
 
         For tier `mmap`, before an epoch: in order a disk reads many times as fast as row by row, and
-        gathering then meets no page that is not in memory. They stay the system's to take back.
+        gathering then meets no page that is not in memory. The system may take pages back: call it before
+        each epoch; what is still in memory is gone through at memory speed.
 
         Args:
             wait: return when all is read.
@@ -410,17 +409,11 @@ class HiddenStateCache:
     @property
     def _pages(self) -> PageReader | None:
         """None where the CPU has a copy in memory, or never had files."""
-        if self.folder is None or torch.device("cpu") in self._loaded:
-            return None
-        return self._reader
+        return None if torch.device("cpu") in self._loaded else self._reader
 
-    @cached_property
-    def _reader(self) -> PageReader:
-        assert self.folder is not None
-        names = [states_file(m) for m in self.modalities]
-        names += [scales_file(m) for m in self.modalities if self._scales is not None]
-        files = [self.folder / name for name in names]
-        return PageReader([*self._states, *(self._scales or ())], files)
+    def __getstate__(self) -> dict[str, Any]:
+        # The states of a copy by copy.deepcopy or pickle are in memory: no files to read ahead.
+        return {**self.__dict__, "_reader": None}
 
     def _gather(
         self,

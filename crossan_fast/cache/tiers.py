@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -18,6 +19,7 @@ Tier = Literal["resident", "pinned", "mmap"]
 # A training step, its optimizer and the allocators' slack need the other half; torch's allocator of
 # page-locked memory alone rounds up to a power of two.
 _SHARE = 0.5
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -81,34 +83,49 @@ def free_memory(device: torch.device) -> int:
 
 
 def host_memory() -> int:
-    """Bytes of host memory available without swapping, within the control group's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
+    """Bytes of host memory available without swapping, within the control group's limit.
+
+    Pages of files count as available, in the group as in the whole system: they are given up for others.
+    """
+    kilobytes = _read_table(Path("/proc/meminfo")).get("MemAvailable:")
+    if kilobytes is None:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    limit, used = (_read_int(f"/sys/fs/cgroup/memory.{what}") for what in ("max", "current"))
+    else:
+        available = kilobytes * 1024
+    limit, used = (_read_int(_CGROUP / f"memory.{what}") for what in ("max", "current"))
     if limit is not None and used is not None:
-        available = min(available, max(limit - used, 0))
+        parts = _read_table(_CGROUP / "memory.stat")
+        used -= parts.get("inactive_file", 0) + parts.get("active_file", 0)
+        available = min(available, max(limit - max(used, 0), 0))
     return available
 
 
-def map_file(path: Path, size: int) -> Tensor:
-    """The first `size` bytes of a file as a uint8 tensor, read from disk page by page as they are touched.
+class MappedFile:
+    """The first `size` bytes of a file, read from disk page by page as they are touched.
 
     The mapping is private: writing to the tensor changes neither the file nor what another process sees.
+
+    Attributes:
+        bytes: uint8 `[size]`; may outlive this object.
+        descriptor: of the same file, wherever its path leads by now; closed with this object.
     """
-    with open(path, "rb") as file:
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
         if hasattr(mmap, "MAP_PRIVATE"):
             # Without MAP_NORESERVE (0x4000 on Linux; named in mmap from Python 3.13 on) the kernel refuses
             # private writable mappings larger than memory and swap together.
             noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
             mapping = mmap.mmap(
-                file.fileno(), size, flags=mmap.MAP_PRIVATE | noreserve, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                self.descriptor,
+                size,
+                flags=mmap.MAP_PRIVATE | noreserve,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
         else:
-            mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapping, dtype=torch.uint8, count=size)
+            mapping = mmap.mmap(self.descriptor, size, access=mmap.ACCESS_COPY)
+        self.bytes = torch.frombuffer(mapping, dtype=torch.uint8, count=size)
 
 
 def pick_rows(source: Tensor, rows: Tensor, target: torch.device) -> Tensor:
@@ -132,11 +149,20 @@ def exact_device(device: str | torch.device) -> torch.device:
         raise RuntimeError(f"device: {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _read_int(path: str) -> int | None:
+def _read_int(path: Path) -> int | None:
     try:
-        return int(Path(path).read_text())
+        return int(path.read_text())
     except (OSError, ValueError):
         return None
+
+
+def _read_table(path: Path) -> dict[str, int]:
+    """Numbers by name, one of each a line; empty where there is no such file."""
+    try:
+        lines = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0]: int(line[1]) for line in lines if len(line) > 1 and line[1].isdigit()}
 
 
 def _gigabytes(size: int) -> str:

@@ -62,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
     from crossan_fast.training.memory import keep_freed_memory
 
     config = load_config(args.config, args.overrides)
-    keep_freed_memory()
     with join_processes(config.device) as processes:
         trainer = Trainer(config, processes=processes)
+        if trainer.device.type == "cpu":
+            keep_freed_memory()
         if processes.first:
             print(trainer.task.describe())
             if trainer.device.type == "cuda":

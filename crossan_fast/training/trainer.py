@@ -244,10 +244,16 @@ class Trainer:
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """`Trainer(config).fit(...)`; under `torchrun`, with its processes. See `training.memory`, too."""
-    keep_freed_memory()
+    """`Trainer(config).fit(...)`; under `torchrun`, with its processes.
+
+    On a CPU it changes this process's malloc for good, as `crossan-fast train` does: freed memory stays with
+    the process, see `crossan_fast.training.memory.keep_freed_memory`. `Trainer` by itself does not.
+    """
     with join_processes(config.device) as processes:
-        return Trainer(config, processes=processes).fit(resume=resume, progress=progress)
+        trainer = Trainer(config, processes=processes)
+        if trainer.device.type == "cpu":
+            keep_freed_memory()
+        return trainer.fit(resume=resume, progress=progress)
 
 
 def _refuse_changes(old: TrainConfig, new: TrainConfig) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from crossan_fast.training.memory import keep_freed_memory
 
 _FAULTS = """
 import resource, sys, torch
 from crossan_fast.training.memory import keep_freed_memory
 if sys.argv[1] == "kept":
-    if not keep_freed_memory():
+    if keep_freed_memory() < 40 << 20:
         sys.exit(3)
 def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -29,8 +32,25 @@ def test_a_step_reuses_what_the_one_before_freed() -> None:
         command = [sys.executable, "-c", _FAULTS, how]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 3:
-            pytest.skip("this C library's malloc takes no such settings")
+            pytest.skip("this C library's malloc takes no such settings, or no such size")
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
     assert faults("kept") < 0.1 * faults("given back")
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1 << 40, 1 << 30), (32 << 20, 32 << 20), (0, 0)])
+def test_an_older_glibc_is_asked_for_the_most_it_takes(
+    monkeypatch: pytest.MonkeyPatch, limit: int, kept: int
+) -> None:
+    values: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        taken = option == -1 or value <= limit
+        if taken:
+            values[option] = value
+        return int(taken)
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory() == kept
+    assert values.get(-3, 0) == kept and values[-1] == 2**31 - 1
