@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for devices that are not here, and read what the machine code uses.
+"""Compile every Triton kernel but deduplicate's for devices that are not here, and read its machine code.
 
     python -m benchmarks.aot [--arch 80 90] [--only side_network] [--jobs 2] [--check]
 

@@ -181,11 +181,11 @@ class CrossanModel(nn.Module):
             self._check_range(item_ids, cache.num_items)
         if gathered is not None:
             capacity = _check_gathered(gathered, cache)
+        if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
+            return self._full(item_ids, cache)
         unique = ops.deduplicate(
             item_ids, self._capacity(item_ids, capacity), backend=self._backend("deduplicate")
         )
-        if self.config.loss == "full":
-            return self._full(item_ids, cache)
         if cache is not None:
             source = _sources.cached(self.config, cache, item_ids.device, unique.ids, gathered)
         else:

@@ -1,8 +1,9 @@
 """Rows of host memory or a mapped file on their way to a GPU: through a ring of page-locked buffers.
 
 A batch's rows of every modality lie one after the other in one buffer and cross the bus in one copy, while a
-thread fills the next. Where the CUDA kernels are loaded, one of them converts what arrives, and reads a cache
-in page-locked memory itself, row by row over the bus, so that nothing is staged at all.
+thread fills the next. Where the CUDA kernels are loaded, one of them converts what arrives; for rows that are
+wanted as floats it reads a cache in page-locked memory itself, row by row over the bus, with nothing staged.
+Rows that an op takes as they are stored, int8 or fp8 codes with scales, always go through the ring.
 """
 
 from __future__ import annotations

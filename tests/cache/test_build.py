@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_building import build, specs_of, subset
+from cache_building import build, count_encodings, specs_of, subset
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from crossan_fast.cache import (
     HiddenStateCache,
     ModalitySpec,
 )
-from crossan_fast.cache.encoders import FrozenEncoder
 from crossan_fast.data.items import ItemTable
 
 
@@ -114,14 +113,7 @@ def test_four_modalities_against_each_item_by_itself(
 def test_one_pass_serves_two_poolings(
     encoders: dict[str, Path], items: ItemTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded: list[int] = []
-    states = FrozenEncoder.states
-
-    def counted(self: FrozenEncoder, inputs: list[Tensor]) -> Any:
-        encoded.append(len(inputs))
-        return states(self, inputs)
-
-    monkeypatch.setattr(FrozenEncoder, "states", counted)
+    encoded = count_encodings(monkeypatch)
     bert = encoders["bert"]
     build(items, [f"mean={bert}:levels=3", f"cls={bert}:levels=1,3,5:pool=cls"], tmp_path / "c")
     assert sum(encoded) == 14 and max(encoded) == 4

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_building import build, files_of, specs_of, subset
+from cache_building import build, count_encodings, files_of, specs_of, subset
 from torch import Tensor
 
 from crossan_fast.cache import (
@@ -98,14 +98,7 @@ def test_a_killed_build_goes_on(
     assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
     with pytest.raises(IncompleteCacheError, match="6 of 12 encodings done"):
         HiddenStateCache.open(tmp_path / "c")
-    encoded: list[int] = []
-    states = FrozenEncoder.states
-
-    def counted(self: FrozenEncoder, inputs: list[Tensor]) -> Any:
-        encoded.append(len(inputs))
-        return states(self, inputs)
-
-    monkeypatch.setattr(FrozenEncoder, "states", counted)
+    encoded = count_encodings(monkeypatch)
     titles: list[str | None] = [f"lamp {'red ' * k}" for k in range(12)]
     table = ItemTable([f"i{k}" for k in range(12)], {"title": titles}, Path())
     specs = [f"text={encoders['bert']}:levels=3"]

@@ -71,13 +71,17 @@ def test_hints_go_to_the_files_that_are_mapped(tmp_path: Path, monkeypatch: pyte
 def test_a_file_system_without_hints_stops_nothing(
     reader: PageReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: int) -> None:
+    refused: list[int] = []
+
+    def refuse(file: int, *_: int) -> None:
+        refused.append(file)
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr("os.posix_fadvise", refuse)
     reader.request(torch.tensor([1, 2]))
     reader.read(torch.tensor([1, 2]))
-    reader.wait()
+    reader.wait()  # raises what went wrong in the thread
+    assert len(refused) == 2
 
 
 @needs_fadvise

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from crossan_fast.cache import (
-    build_cache,
-)
+import pytest
+from torch import Tensor
+
+from crossan_fast.cache import build_cache
+from crossan_fast.cache.encoders import FrozenEncoder
 from crossan_fast.data.items import ItemTable
 
 LEVELS = 3
@@ -34,6 +36,19 @@ def build(items: ItemTable, modalities: Any, out: Path, **options: Any) -> Any:
     return build_cache(
         items, modalities, out, **{"batch_size": 4, "dtype": "fp32", "progress": False, **options}
     )
+
+
+def count_encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the items of each call of an encoder from here on."""
+    encoded: list[int] = []
+    states = FrozenEncoder.states
+
+    def counted(self: FrozenEncoder, inputs: list[Tensor]) -> Any:
+        encoded.append(len(inputs))
+        return states(self, inputs)
+
+    monkeypatch.setattr(FrozenEncoder, "states", counted)
+    return encoded
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

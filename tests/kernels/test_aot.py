@@ -1,10 +1,10 @@
 """Kernels compile for GPUs that are not here: no spills, shared memory within limits, matrix instructions.
 
 Really compiled for sm_80 and sm_90, in processes of their own (this one's kernels are the interpreter's): the
-hot kernels of every op, with the configs that the host functions choose for the paper's size and for D =
-1,024 and 4,096, in bf16. `python -m benchmarks.aot` makes the full table (fp8 caches, fp32, larger batches,
-kernels that are not hot), and its rows are what the figures here are compared with. Where another Triton
-wrote them, limits alone are checked.
+hot kernels of every op but deduplicate, with the configs that the host functions choose for the paper's size
+and for D = 1,024 and 4,096, in bf16. `python -m benchmarks.aot` makes the full table (fp8 caches, fp32, more
+items, kernels that are not hot), and its rows are what the figures here are compared with. Where another
+Triton wrote them, limits alone are checked.
 """
 
 from __future__ import annotations
