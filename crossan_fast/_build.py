@@ -199,6 +199,11 @@ PARTS: dict[str, Part] = {
 }
 
 
+def has_source(name: str, op: str) -> bool:
+    """Whether a part has kernels for an op: a file or folder of its name."""
+    return any(next((CSRC / folder).glob(f"{op}*"), None) for folder in PARTS[name].folders)
+
+
 def build_root() -> Path:
     """Where libraries compiled on first use are kept."""
     if folder := os.environ.get("CROSSAN_FAST_BUILD_DIR"):

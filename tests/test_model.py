@@ -1,4 +1,4 @@
-"""CrossanModel: the SPEC's checks on the definition, its equalities, its names and its errors."""
+"""CrossanModel: docs/mathematics.md's checks on the definition, its equalities, its names and its errors."""
 
 from __future__ import annotations
 

@@ -9,13 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
+from crossan_fast.ops._contracts import SequenceEncoderBlock, SequenceEncoderWeights
 from crossan_fast.ops._dispatch import choose
-from crossan_fast.ops.sequence_encoder import (
-    EPS,
-    SequenceEncoderBlock,
-    SequenceEncoderWeights,
-    sequence_encoder,
-)
+from crossan_fast.ops.sequence_encoder import EPS, sequence_encoder
 
 
 class Attention(nn.Module):

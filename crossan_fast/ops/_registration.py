@@ -15,23 +15,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crossan_fast.ops._dispatch import implementation
+
 _LIBRARY = torch.library.Library("crossan_fast", "FRAGMENT")
 
 Gradients = Sequence[Tensor | Sequence[Tensor | None] | None]
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Register `crossan_fast::<schema>`, run by `run` on every device; returns the op.
+def define(schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Register `crossan_fast::<schema>` with one argument more, `str backend`; returns the op.
+
+    A call runs the `forward` of the op's implementation by that backend, or its `backward` where the name
+    ends so, and hands it the schema's arguments as they came. Implementations read them and return fresh
+    tensors.
 
     Args:
-        schema: `name(Tensor x, …) -> …`.
-        run: the implementation, which reads its arguments and returns fresh tensors.
-        fake: shapes and dtypes of what `run` returns, from fake arguments.
+        schema: `name(Tensor x, …) -> …`, without the backend.
+        fake: shapes and dtypes of the results, from fake arguments.
     """
-    name = schema[: schema.index("(")]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name, _, rest = schema.partition("(")
+    arguments, _, returns = rest.rpartition(") -> ")
+    op = name.removesuffix("_backward")
+    part = "forward" if op == name else "backward"
+
+    def run(*arguments):
+        *given, backend = arguments
+        return getattr(implementation(op, backend), part)(*given)
+
+    _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"crossan_fast::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(
+        f"crossan_fast::{name}", lambda *arguments: fake(*arguments[:-1]), lib=_LIBRARY
+    )
     return getattr(torch.ops.crossan_fast, name).default
 
 

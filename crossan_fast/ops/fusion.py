@@ -1,4 +1,4 @@
-"""fusion: MOMEF, the mixture of modality expert fusion ◊ (SPEC, "MOMEF").
+"""fusion: MOMEF, the mixture of modality expert fusion ◊ (docs/mathematics.md, "Fusion").
 
     e_m = W_head,m h_m + b_head,m            p = softmax(W_r [e_1 ‖ … ‖ e_M] + b_r)
     E_m(e) = e + W2_m · gelu(W1_m e + b1_m) + b2_m          item = Σ_m p_m · E_m(e_m)
@@ -18,32 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+from crossan_fast.ops._contracts import FusionWeights
+from crossan_fast.ops._dispatch import choose, compute_dtype
 from crossan_fast.ops._registration import define, differentiate
-
-
-class FusionWeights(NamedTuple):
-    """The trainable tensors of MOMEF; M modalities, item width d, expert hidden width f (4d).
-
-    Attributes:
-        head_weight: per modality `[d, D_m]`.
-        head_bias: per modality `[d]`.
-        router_weight: `[M, M·d]`.
-        router_bias: `[M]`.
-        w1: `[M, f, d]`.
-        b1: `[M, f]`.
-        w2: `[M, d, f]`.
-        b2: `[M, d]`.
-    """
-
-    head_weight: Sequence[Tensor]
-    head_bias: Sequence[Tensor]
-    router_weight: Tensor
-    router_bias: Tensor
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
 
 
 class FusionOutput(NamedTuple):
@@ -153,9 +130,8 @@ def fusion(
     if choice.backend == "eager":
         output = fusion_reference(hidden, weights, present=present, top_k=top_k, counts=counts, dtype=default)
         return FusionOutput(output.items.to(dtype), output.balance)
-    flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
     items, assigned, probability, *_ = _fusion(
-        list(hidden), flat, present, top_k, counts, dtype, choice.backend
+        list(hidden), weights.flatten(), present, top_k, counts, dtype, choice.backend
     )
     return FusionOutput(items, len(hidden) * (assigned * probability).sum())
 
@@ -200,40 +176,8 @@ def _check(
                 raise ValueError(f"{name}: expected {count} rows as in hidden, got {describe(rows)}")
 
 
-def _unflatten(tensors: Sequence[Tensor], modalities: int) -> FusionWeights:
-    heads, biases = tensors[:modalities], tensors[modalities : 2 * modalities]
-    return FusionWeights(heads, biases, *tensors[2 * modalities :])
-
-
-def _run(hidden, weights, present, top_k, counts, dtype, backend):
+def _fake(hidden, weights, present, top_k, counts, dtype):
     """Items, f `[M]`, P `[M]`; for the backward e `[N, M·d]` and the router's logits `[N, M]`."""
-    items, assigned, probability, saved = implementation("fusion", backend).forward(
-        hidden, _unflatten(weights, len(hidden)), present, top_k, counts, dtype
-    )
-    return [items, assigned, probability, *saved]
-
-
-def _run_backward(
-    grad_items, grad_probability, saved, hidden, weights, present, top_k, counts, dtype, backend
-):
-    """Gradients of `hidden`, then of `weights`."""
-    backward = implementation("fusion", backend).backward
-    assert backward is not None
-    grad_hidden, grad_weights = backward(
-        grad_items,
-        grad_probability,
-        saved,
-        hidden,
-        _unflatten(weights, len(hidden)),
-        present,
-        top_k,
-        counts,
-        dtype,
-    )
-    return [*grad_hidden, *grad_weights]
-
-
-def _fake(hidden, weights, present, top_k, counts, dtype, backend):
     modalities, count = len(hidden), hidden[0].shape[0]
     width, wide = weights[0].shape[0], torch.promote_types(dtype, torch.float32)
     empty = hidden[0].new_empty
@@ -247,6 +191,7 @@ def _fake(hidden, weights, present, top_k, counts, dtype, backend):
 
 
 def _fake_backward(grad_items, grad_probability, saved, hidden, weights, *rest):
+    """Gradients of `hidden`, then of `weights`."""
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*hidden, *weights)]
 
 
@@ -276,14 +221,10 @@ def _backward(ctx, grad_items, _, grad_probability, *__):
     return gradients[: ctx.num_hidden], gradients[ctx.num_hidden :], None, None
 
 
-_COMMON = (
-    "Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype, "
-    "str backend"
-)
-_fusion = define(f"fusion({_COMMON}) -> Tensor[]", _run, _fake)
+_COMMON = "Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype"
+_fusion = define(f"fusion({_COMMON}) -> Tensor[]", _fake)
 _fusion_backward = define(
     f"fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor[] saved, {_COMMON}) -> Tensor[]",
-    _run_backward,
     _fake_backward,
 )
 differentiate(_fusion, _keep, _backward)

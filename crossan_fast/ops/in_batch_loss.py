@@ -1,4 +1,4 @@
-"""in_batch_loss: IISAN's debiased in-batch softmax, exact over the batch's distinct ids (SPEC, "Losses").
+"""in_batch_loss: IISAN's debiased in-batch softmax over a batch's distinct ids (docs/mathematics.md).
 
 Row (b, s) with a real item at s predicts item[b, s+1]. With logit = ⟨user, item⟩ − log pop(item), U the
 batch's distinct ids and n_u their counts,
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
+from crossan_fast.ops._dispatch import choose, compute_dtype
 from crossan_fast.ops._registration import define, differentiate
 
 
@@ -106,18 +106,8 @@ def in_batch_loss(
     return _in_batch_loss(users, items, slots, counts, log_popularity.to(wide), choice.backend)[0]
 
 
-def _run(users, items, slots, counts, log_popularity, backend):
+def _fake(users, items, slots, counts, log_popularity):
     """The loss, and each row's log-sum-exp `[B, S]` for the backward."""
-    return implementation("in_batch_loss", backend).forward(users, items, slots, counts, log_popularity)
-
-
-def _run_backward(grad_loss, lse, users, items, slots, counts, log_popularity, backend):
-    backward = implementation("in_batch_loss", backend).backward
-    assert backward is not None
-    return backward(grad_loss, lse, users, items, slots, counts, log_popularity)
-
-
-def _fake(users, items, slots, counts, log_popularity, backend):
     wide = torch.promote_types(users.dtype, torch.float32)
     return users.new_empty((), dtype=wide), users.new_empty(users.shape[:2], dtype=wide)
 
@@ -140,10 +130,8 @@ def _backward(ctx, grad_loss, _):
 
 
 _TENSORS = "Tensor users, Tensor items, Tensor slots, Tensor counts, Tensor log_popularity"
-_in_batch_loss = define(f"in_batch_loss({_TENSORS}, str backend) -> (Tensor, Tensor)", _run, _fake)
+_in_batch_loss = define(f"in_batch_loss({_TENSORS}) -> (Tensor, Tensor)", _fake)
 _in_batch_loss_backward = define(
-    f"in_batch_loss_backward(Tensor grad_loss, Tensor lse, {_TENSORS}, str backend) -> (Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+    f"in_batch_loss_backward(Tensor grad_loss, Tensor lse, {_TENSORS}) -> (Tensor, Tensor)", _fake_backward
 )
 differentiate(_in_batch_loss, _keep, _backward)

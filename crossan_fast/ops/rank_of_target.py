@@ -1,4 +1,4 @@
-"""rank_of_target: where a user's target stands in the full ranking (SPEC, "Evaluation").
+"""rank_of_target: where a user's target stands in the full ranking (docs/mathematics.md, "Evaluation").
 
 rank = 1 + #{j ≠ t : score_j ≥ score_t}: ties count against the target, so a constant scorer gets nothing.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define
 from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
@@ -68,16 +68,10 @@ def rank_of_target(
     return _rank_of_target(users, items, targets, exclude, choice.backend)
 
 
-def _run(users, items, targets, exclude, backend):
-    return implementation("rank_of_target", backend).forward(users, items, targets, exclude)
-
-
-def _fake(users, items, targets, exclude, backend):
+def _fake(users, items, targets, exclude):
     return users.new_empty(users.shape[:1], dtype=torch.int64)
 
 
 _rank_of_target = define(
-    "rank_of_target(Tensor users, Tensor items, Tensor targets, Tensor? exclude, str backend) -> Tensor",
-    _run,
-    _fake,
+    "rank_of_target(Tensor users, Tensor items, Tensor targets, Tensor? exclude) -> Tensor", _fake
 )

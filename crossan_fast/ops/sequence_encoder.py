@@ -1,4 +1,4 @@
-"""sequence_encoder: SASRec as IISAN has it (SPEC, "Sequence encoder"), over a batch of left-padded sequences.
+"""sequence_encoder: SASRec as IISAN has it (docs/mathematics.md), over a batch of left-padded sequences.
 
     x = drop(LN(item + position)), then for each block
     x ← LN(x + drop(W_out A(x))),      A(x) = drop(softmax(q kᵀ / √d_head)) v a head, over real places so far
@@ -13,61 +13,16 @@ included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._contracts import SequenceEncoderWeights
+from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define, differentiate
 
 EPS = 1e-6
-
-
-class SequenceEncoderBlock(NamedTuple):
-    """One block's tensors; item width d, feed-forward width f (4d). No bias in attention.
-
-    Attributes:
-        query, key, value, out: `[d, d]`.
-        attention_gain, attention_bias: `[d]`, the norm after attention.
-        widen, widen_bias: `[f, d]`, `[f]`.
-        narrow, narrow_bias: `[d, f]`, `[d]`.
-        forward_gain, forward_bias: `[d]`, the norm after the feed-forward.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    out: Tensor
-    attention_gain: Tensor
-    attention_bias: Tensor
-    widen: Tensor
-    widen_bias: Tensor
-    narrow: Tensor
-    narrow_bias: Tensor
-    forward_gain: Tensor
-    forward_bias: Tensor
-
-
-class SequenceEncoderWeights(NamedTuple):
-    """The trainable tensors.
-
-    Attributes:
-        position: `[window, d]`; sequences shorter than the window use its last rows.
-        gain, bias: `[d]`, the norm before the blocks.
-        blocks: see `SequenceEncoderBlock`.
-    """
-
-    position: Tensor
-    gain: Tensor
-    bias: Tensor
-    blocks: Sequence[SequenceEncoderBlock]
-
-    def flatten(self) -> list[Tensor]:
-        return [self.position, self.gain, self.bias, *(tensor for block in self.blocks for tensor in block)]
 
 
 def sequence_encoder_reference(
@@ -181,7 +136,7 @@ def sequence_encoder(
             )
     flat = weights.flatten()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (items, *flat))
-    return _sequence_encoder(items, mask, flat, heads, dropout, seed, keep, dtype, choice.backend)[0]
+    return _sequence_encoder(items, mask, flat, heads, EPS, dropout, seed, keep, dtype, choice.backend)[0]
 
 
 def _check(
@@ -223,20 +178,6 @@ def _check(
         raise ValueError(f"seed: dropout={dropout} needs an int64 scalar, got None")
 
 
-def _run(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
-    """Users, and with `keep` what the backward reads: `[B·S, kept_width]`, else no rows of it."""
-    return implementation("sequence_encoder", backend).forward(
-        items, mask, weights, heads, EPS, dropout, seed, keep, dtype
-    )
-
-
-def _run_backward(grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend):
-    """Gradients of `items`, then of `weights`."""
-    backward = implementation("sequence_encoder", backend).backward
-    assert backward is not None
-    return backward(grad_users, kept, items, mask, weights, heads, EPS, dropout, seed, dtype)
-
-
 def kept_width(width: int, inner: int, heads: int, blocks: int) -> int:
     """Numbers kept of a place. Of each block q, k, v, what attention mixed, two normalised rows and the inner
     row, each with 16 to spare, a log-sum-exp a head and two scales; before the blocks two rows and a scale.
@@ -245,21 +186,23 @@ def kept_width(width: int, inner: int, heads: int, blocks: int) -> int:
     return blocks * (rows + heads + 2) + 2 * (width + 16) + 1
 
 
-def _fake(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
-    blocks = (len(weights) - 3) // 12
-    inner = weights[9].shape[0] if blocks else 0
+def _fake(items, mask, weights, heads, eps, dropout, seed, keep, dtype):
+    """Users, and with `keep` what the backward reads: `[B·S, kept_width]`, else no rows of it."""
+    layers = SequenceEncoderWeights.unflatten(weights).blocks
+    blocks, inner = len(layers), layers[0].widen.shape[0] if layers else 0
     wide = torch.promote_types(dtype, torch.float32)
     kept = (items.shape[0] * items.shape[1] if keep else 0, kept_width(items.shape[2], inner, heads, blocks))
     return items.new_empty(items.shape, dtype=dtype), items.new_empty(kept, dtype=wide)
 
 
 def _fake_backward(grad_users, kept, items, mask, weights, *rest):
+    """Gradients of `items`, then of `weights`."""
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (items, *weights)]
 
 
 def _keep(ctx, arguments, output):
-    items, mask, weights, heads, dropout, seed, _, dtype, backend = arguments
-    ctx.static = heads, dropout, dtype, backend
+    items, mask, weights, heads, eps, dropout, seed, _, dtype, backend = arguments
+    ctx.static = heads, eps, dropout, dtype, backend
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], items, mask, seed, *weights)
 
@@ -268,21 +211,19 @@ def _backward(ctx, grad_users, _):
     if grad_users is None:
         return (None,) * 4
     kept, items, mask, seed, *weights = ctx.saved_tensors
-    heads, dropout, dtype, backend = ctx.static
+    heads, eps, dropout, dtype, backend = ctx.static
     grad_items, *grad_weights = _sequence_encoder_backward(
-        grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend
+        grad_users, kept, items, mask, weights, heads, eps, dropout, seed, dtype, backend
     )
     return grad_items, None, grad_weights, None
 
 
-_COMMON = "Tensor items, Tensor mask, Tensor[] weights, int heads, float dropout, Tensor? seed"
+_COMMON = "Tensor items, Tensor mask, Tensor[] weights, int heads, float eps, float dropout, Tensor? seed"
 _sequence_encoder = define(
-    f"sequence_encoder({_COMMON}, bool keep, ScalarType dtype, str backend) -> (Tensor, Tensor)", _run, _fake
+    f"sequence_encoder({_COMMON}, bool keep, ScalarType dtype) -> (Tensor, Tensor)", _fake
 )
 _sequence_encoder_backward = define(
-    f"sequence_encoder_backward(Tensor grad_users, Tensor kept, {_COMMON}, ScalarType dtype, str backend) "
-    "-> Tensor[]",
-    _run_backward,
+    f"sequence_encoder_backward(Tensor grad_users, Tensor kept, {_COMMON}, ScalarType dtype) -> Tensor[]",
     _fake_backward,
 )
 differentiate(_sequence_encoder, _keep, _backward)

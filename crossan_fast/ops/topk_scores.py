@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crossan_fast.ops._dispatch import choose, implementation
+from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define
 from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
@@ -67,17 +67,11 @@ def topk_scores(
     return TopK(*_topk_scores(users, items, k, exclude, choice.backend))
 
 
-def _run(users, items, k, exclude, backend):
-    return implementation("topk_scores", backend).forward(users, items, k, exclude)
-
-
-def _fake(users, items, k, exclude, backend):
+def _fake(users, items, k, exclude):
     shape = (users.shape[0], k)
     return users.new_empty(shape), users.new_empty(shape, dtype=torch.int64)
 
 
 _topk_scores = define(
-    "topk_scores(Tensor users, Tensor items, int k, Tensor? exclude, str backend) -> (Tensor, Tensor)",
-    _run,
-    _fake,
+    "topk_scores(Tensor users, Tensor items, int k, Tensor? exclude) -> (Tensor, Tensor)", _fake
 )

@@ -1,4 +1,4 @@
-"""Full-catalogue ranking of held-out targets (SPEC, "Evaluation"): HR@k, NDCG@k and MRR.
+"""Full-catalogue ranking of held-out targets (docs/mathematics.md): HR@k, NDCG@k and MRR.
 
 rank = 1 + #{j ≠ t : score_j ≥ score_t}: ties count against the target. Scores are made a tile at a time by
 `crossan_fast.ops.rank_of_target`; no users × items matrix exists.

@@ -20,9 +20,8 @@ def backends(monkeypatch: pytest.MonkeyPatch):
     orders = {"cpu": ("cpp", "triton", "eager"), "cuda": ("eager",)}
     monkeypatch.setattr(_dispatch, "_ORDER", {d: dict.fromkeys(o, "measured") for d, o in orders.items()})
     planted = {(op, "triton"): _dispatch.Implementation(print) for op in ("fusion", "deduplicate")}
-    monkeypatch.setattr(_dispatch, "_table", planted)
-    reasons = {"cpp": "planted: no compiler", "triton": None}
-    monkeypatch.setattr(_dispatch, "_load", reasons.get)
+    otherwise = {"cpp": "planted: no compiler", "triton": _dispatch.NO_KERNEL}
+    monkeypatch.setattr(_dispatch, "_find", lambda *key: planted.get(key, otherwise[key[1]]))
     _dispatch._choose.cache_clear()
     yield
     _dispatch._choose.cache_clear()
@@ -81,7 +80,7 @@ def test_a_build_that_failed_or_does_not_fit_is_said(
 ) -> None:
     monkeypatch.setenv("CROSSAN_FAST_BUILD_DIR", str(tmp_path))
     monkeypatch.setattr(_build, "AHEAD_OF_TIME", tmp_path / "wheel")
-    monkeypatch.setattr(_dispatch, "_load", lambda backend: "planted")
+    monkeypatch.setattr(_dispatch, "_find", lambda op, backend: "planted")
     _dispatch._choose.cache_clear()
     failure = _build.build_folder(_build.PARTS["cpu"]) / "failure.txt"
     failure.parent.mkdir(parents=True)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from crossan_fast import CrossanConfig, Modality, _build
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
-from crossan_fast.ops import _dispatch
+from crossan_fast.ops import SequenceEncoderBlock, SequenceEncoderWeights, _dispatch
 from crossan_fast.ops.sequence_encoder import (
-    SequenceEncoderBlock,
-    SequenceEncoderWeights,
+    EPS,
     dropout_mask,
     kept_width,
     sequence_encoder,
@@ -235,9 +234,11 @@ def test_registration():
     items, mask, flat = problem(full=True)
     op = torch.ops.crossan_fast.sequence_encoder
     for seed, dropout in ((None, 0.0), (SEED, 0.4)):
-        torch.library.opcheck(op.default, (items, mask, flat, 2, dropout, seed, False, torch.float64, "cpp"))
+        torch.library.opcheck(
+            op.default, (items, mask, flat, 2, EPS, dropout, seed, False, torch.float64, "cpp")
+        )
         leaves = [t.detach().requires_grad_() for t in (items, *flat)]
-        arguments = (leaves[0], mask, leaves[1:], 2, dropout, seed, True, torch.float64, "cpp")
+        arguments = (leaves[0], mask, leaves[1:], 2, EPS, dropout, seed, True, torch.float64, "cpp")
         # What is kept has gaps that nobody writes, where a run differs from the next; what is made of it by a
         # traced graph is compared in the test below.
         utils = ("test_schema", "test_autograd_registration", "test_faketensor")
