@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossan_fast.cache.quantize import quantize
 from crossan_fast.kernels import side_network as kernel
-from crossan_fast.kernels import side_network_launch, side_network_plan
+from crossan_fast.kernels.side_network import forward_launch, host, plan
 from crossan_fast.ops.side_network import (
     SideNetworkStructure,
     SideNetworkWeights,
@@ -262,15 +262,15 @@ def test_runs_repeat_bit_for_bit(device: torch.device) -> None:
 
 @pytest.mark.parametrize("structure", [UNEQUAL, replace(UNEQUAL, widths=(24, 24))], ids=["dense", "direct"])
 def test_chunks_of_items_add_up(structure, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "CHUNK", 8)
-    monkeypatch.setattr(kernel, "DENSE_CHUNK", 8)
+    monkeypatch.setattr(host, "CHUNK", 8)
+    monkeypatch.setattr(host, "DENSE_CHUNK", 8)
     check(Case(structure, items=19), device)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_one_launch_and_three_agree_with_the_reference(fused, device, monkeypatch) -> None:
     """Which of the two serves is a matter of size; here both do, the split one along D as well."""
-    choose = side_network_plan.forward_config
+    choose = plan.forward_config
 
     def forced(problem):
         splits = 1 if fused else 3
@@ -278,15 +278,15 @@ def test_one_launch_and_three_agree_with_the_reference(fused, device, monkeypatc
             choose(problem), fused=fused, levels=problem.levels, splits=splits, columns=16, span=16
         )
 
-    monkeypatch.setattr(side_network_plan, "forward_config", forced)
-    monkeypatch.setattr(side_network_launch, "forward_candidates", lambda problem: [forced(problem)])
+    monkeypatch.setattr(plan, "forward_config", forced)
+    monkeypatch.setattr(forward_launch, "forward_candidates", lambda problem: [forced(problem)])
     check(Case(BACKBONE, items=18), device)
 
 
 def test_scratch_of_a_split_batch_is_read_only_where_written(device: torch.device, monkeypatch) -> None:
     """A range of items without an item still owns a share of every weight: zeros, not what was there."""
-    choose = side_network_plan.gradient_config
-    monkeypatch.setattr(side_network_plan, "gradient_config", lambda p: replace(choose(p), splits=4))
+    choose = plan.gradient_config
+    monkeypatch.setattr(plan, "gradient_config", lambda p: replace(choose(p), splits=4))
     check(Case(BACKBONE, items=20), device)
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crossan_fast.kernels import side_network_forward as kernels
 from crossan_fast.kernels._autotune import tuned
 from crossan_fast.kernels._blocks import cdiv
 from crossan_fast.kernels._common import device_class, device_name, launch, multiprocessors, power_of_two
-from crossan_fast.kernels.side_network_parameters import Items, Level
-from crossan_fast.kernels.side_network_plan import ForwardConfig, Group, Problem, forward_candidates
+from crossan_fast.kernels.side_network import forward_kernels as kernels
+from crossan_fast.kernels.side_network import fused_kernels
+from crossan_fast.kernels.side_network.parameters import Items, Level
+from crossan_fast.kernels.side_network.plan import ForwardConfig, Group, Problem, forward_candidates
 
 
 def problem_of(group: Group, level: Level, items: Items) -> Problem:
@@ -69,7 +70,7 @@ def _forward_group(
     blocks = cdiv(n, config.items)
     if config.fused:
         launch(
-            kernels.fused_kernel,
+            fused_kernels.fused_kernel,
             (towers, blocks),
             **read,
             **down,

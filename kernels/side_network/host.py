@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from crossan_fast.kernels._blocks import on_device
-from crossan_fast.kernels.side_network_gradient import GroupGradient
-from crossan_fast.kernels.side_network_launch import forward_group
-from crossan_fast.kernels.side_network_parameters import Items, Level, Parameters
-from crossan_fast.kernels.side_network_plan import Source, Tower, group_towers
+from crossan_fast.kernels.side_network.forward_launch import forward_group
+from crossan_fast.kernels.side_network.gradient_launch import GroupGradient
+from crossan_fast.kernels.side_network.parameters import Items, Level, Parameters
+from crossan_fast.kernels.side_network.plan import Source, Tower, group_towers
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
 
 # Items at a time: what bounds the backward's scratch, and the forward's where it has any.

@@ -1,6 +1,6 @@
 """fusion in Triton: one kernel forward; backward one over items, three over weights, one reduction.
 
-Kernels are in `fusion_forward` and `fusion_backward`, which say what each keeps on chip.
+Kernels are in `forward_kernels` and `backward_kernels`, which say what each keeps on chip.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from crossan_fast.kernels import fusion_backward, fusion_forward
 from crossan_fast.kernels._autotune import bucket, tuned
 from crossan_fast.kernels._blocks import cdiv, on_device, split
 from crossan_fast.kernels._common import (
@@ -26,6 +25,7 @@ from crossan_fast.kernels._common import (
     power_of_two,
     uniform,
 )
+from crossan_fast.kernels.fusion import backward_kernels, forward_kernels
 
 if TYPE_CHECKING:
     from crossan_fast.ops.fusion import FusionWeights
@@ -195,7 +195,7 @@ def _forward(
         if programs:
             names = "WIDTHS M D F TOP_K HAS_PRESENT HAS_COUNTS DTYPE BLOCK_N BLOCK_K BLOCK_F BLOCK_D BLOCK_M"
             launch(
-                fusion_forward.forward_kernel,
+                forward_kernels.forward_kernel,
                 (programs,),
                 p.hidden,
                 p.heads,
@@ -210,7 +210,7 @@ def _forward(
                 **p.constants(*names.split(), "PRECISION"),
             )
         launch(
-            fusion_forward.statistics_kernel,
+            forward_kernels.statistics_kernel,
             (1,),
             partial,
             assigned,
@@ -280,7 +280,7 @@ def _backward(
     with on_device(embedded):
         names = "WIDTHS M D F TOP_K HAS_PRESENT HAS_COUNTS DTYPE BLOCK_N BLOCK_K BLOCK_F BLOCK_D BLOCK_M"
         launch(
-            fusion_backward.items_kernel,
+            backward_kernels.items_kernel,
             (cdiv(count, p.tile.items),),
             grad_items,
             grad_probability.contiguous(),
@@ -300,7 +300,7 @@ def _backward(
             **p.constants(*names.split(), "PRECISION"),
         )
         launch(
-            fusion_backward.heads_kernel,
+            backward_kernels.heads_kernel,
             (width_blocks, modalities, parts),
             grad_embedded,
             p.hidden,
@@ -310,7 +310,7 @@ def _backward(
             **p.constants("WIDTHS", "M", "D", "DTYPE", "BLOCK_N", "BLOCK_K", "BLOCK_D", "PRECISION"),
         )
         launch(
-            fusion_backward.router_kernel,
+            backward_kernels.router_kernel,
             (modalities, parts),
             grad_logits,
             embedded,
@@ -321,7 +321,7 @@ def _backward(
         )
         names = "M D F TOP_K HAS_PRESENT DTYPE BLOCK_N BLOCK_F BLOCK_D BLOCK_M PRECISION"
         launch(
-            fusion_backward.experts_kernel,
+            backward_kernels.experts_kernel,
             (unit_blocks, modalities, parts),
             grad_items,
             embedded,
@@ -334,7 +334,7 @@ def _backward(
             **p.constants(*names.split()),
         )
         launch(
-            fusion_backward.sum_kernel,
+            backward_kernels.sum_kernel,
             (cdiv(max(sizes), _SUM_BLOCK), len(sizes)),
             partial,
             tuple(grad_flat),

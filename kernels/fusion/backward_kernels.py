@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from crossan_fast.kernels._common import activate, activate_grad, dot, narrow, pick, pick_constant
-from crossan_fast.kernels.fusion_forward import column_of, existing, load_tile, route
+from crossan_fast.kernels.fusion.forward_kernels import column_of, existing, load_tile, route
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossan_fast.kernels import side_network_backward as kernels
-from crossan_fast.kernels import side_network_finish as finish_kernels
 from crossan_fast.kernels._autotune import tuned
 from crossan_fast.kernels._blocks import cdiv
 from crossan_fast.kernels._common import device_name, launch, power_of_two
-from crossan_fast.kernels.side_network_launch import problem_of
-from crossan_fast.kernels.side_network_parameters import Items, Level
-from crossan_fast.kernels.side_network_plan import GradientConfig, Group, gradient_candidates
+from crossan_fast.kernels.side_network import backward_kernels as kernels
+from crossan_fast.kernels.side_network import finish_kernels
+from crossan_fast.kernels.side_network import weight_gradient_kernels as sum_kernels
+from crossan_fast.kernels.side_network.forward_launch import problem_of
+from crossan_fast.kernels.side_network.parameters import Items, Level
+from crossan_fast.kernels.side_network.plan import GradientConfig, Group, gradient_candidates
 
 
 class GroupGradient:
@@ -83,7 +84,7 @@ class GroupGradient:
         }
         rows = cdiv(self.width, config.up_columns) + cdiv(levels * br, config.up_columns)
         launch(
-            kernels.up_gradient_kernel,
+            sum_kernels.up_gradient_kernel,
             (towers, rows, levels + 1),
             activations=activations,
             products=self.products,
@@ -98,7 +99,7 @@ class GroupGradient:
         dx_rows = torch.empty(programs, levels, *tile, device=self.device, dtype=level.dtype)
         for first in range(0, levels, config.levels):
             launch(
-                kernels.down_gradient_kernel,
+                sum_kernels.down_gradient_kernel,
                 (towers, self.chunks, config.splits),
                 **group.tensors(),
                 ids=items.ids,

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="assignment"
 """The side network's gradients once the sums over items are there: weights, biases, gates' sums.
 
-With C_p = Σ g a_pᵀ, S[q, p] = Σ dz_q a_pᵀ and P_l = Σ dz_l u_lᵀ (side_network_backward.py):
+With C_p = Σ g a_pᵀ, S[q, p] = Σ dz_q a_pᵀ and P_l = Σ dz_l u_lᵀ (backward_kernels.py):
 
     H_{L−1} = C_p,  X_q = H_q + W_down,qᵀ S[q, p],  H_{q−1} = carry_q·X_q,  dW_up,p = H_p
     dW_down,l = P_l + Σ_{p<l} κ_{l,p} S[l, p] W_up,pᵀ
