@@ -33,8 +33,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
 // An op and not a pybind11 module: the library then needs no Python header, and one build serves every Python.
 std::string build_info() {
   return c10::str("vectors of ", kVectorBytes * 8, " bits, compiled by ", __VERSION__, ", fork handler ",
-                  fork_handler == 0 ? "set" : "missing", ", bf16 products of side_network in ",
-                  use_brgemm() ? "brgemm" : "fp32", " (", brgemm_reason(), ")");
+                  fork_handler == 0 ? "set" : "missing", ", bf16 products of side_network in ", described_bf16());
 }
 
 }  // namespace
@@ -50,6 +49,7 @@ std::string build_info() {
 
 TORCH_LIBRARY(crossan_fast_cpp, ops) {
   ops.def("build_info() -> str", build_info);
+  ops.def("has_brgemm() -> bool", has_brgemm);
   ops.def("side_network(" SIDE_NETWORK ") -> Tensor[]");
   ops.def("side_network_backward(Tensor[] grad_outputs, Tensor[] saved, " SIDE_NETWORK ") -> Tensor[]");
   ops.def("fusion(" FUSION ") -> Tensor[]");

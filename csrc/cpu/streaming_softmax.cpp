@@ -42,7 +42,7 @@ class SoftmaxBlock {
         continue;
       }
       std::copy_n(loss_.users + row(i) * d, d, to);
-      target_score_[i] = dot(d, to, loss_.items + target(i) * d) + (loss_.positive ? loss_.positive[target(i)] : T(0));
+      if (loss_.positive) target_score_[i] = dot(d, to, loss_.items + target(i) * d) + loss_.positive[target(i)];
     }
     for (int64_t j = 0; j < kBlockRows; j += kPanel<T>)
       pack_panel(users_.data(), int64_t(1), d, d, j, kBlockRows, packed_.data() + j * d);
@@ -89,8 +89,9 @@ class SoftmaxBlock {
         sum[i] = sum[i] * std::exp(maximum[i] - top) + std::exp(target_score_[i] - top);
         maximum[i] = top;
       }
-      lse[row(i)] = maximum[i] + std::log(sum[i]);
-      total += static_cast<double>(lse[row(i)]) - static_cast<double>(target_score_[i]);
+      const T rest = std::log(sum[i]);
+      lse[row(i)] = maximum[i] + rest;
+      total += (static_cast<double>(maximum[i]) - static_cast<double>(target_score_[i])) + static_cast<double>(rest);
     }
     return total;
   }
@@ -105,9 +106,10 @@ class SoftmaxBlock {
       for (int64_t u = 0; u < height; ++u) {
         T* s = tile_.data() + u * kBlockRows;
         const T add = correction(c + u);
-        Vec<T> x[kVectors];
+        Vec<T> x[kVectors];  // logits to the bit as the forward has them: lse is large where they are, and a sum in
+                             // another order would differ from it by a rounding of that size
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) x[v] = load<Vec<T>>(s + v * kLane) + (add - load<Vec<T>>(norm + v * kLane));
+        for (int v = 0; v < kVectors; ++v) x[v] = (load<Vec<T>>(s + v * kLane) + add) - load<Vec<T>>(norm + v * kLane);
         exp_of_lanes(x);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) store(s + v * kLane, scale * x[v]);
@@ -136,12 +138,18 @@ class SoftmaxBlock {
   // What a column's score is short of its logit as a negative.
   T correction(int64_t column) const { return loss_.negative ? loss_.negative[column] : T(0); }
 
-  // tile[u, i]: the score of column c + u for row i; −inf where it is no negative of the row.
+  // tile[u, i]: the score of column c + u for row i; −inf where it is no negative of the row. In the full loss a target
+  // is a column like others, and its score is the one that the sum holds: another product, rounded in another way,
+  // would leave a row that its target decides with a loss and a gradient.
   int64_t score(int64_t c) {
     const int64_t height = std::min(kTileItems, loss_.columns - c), d = loss_.width;
     multiply<T>(height, kBlockRows, d, loss_.items + c * d, d, 1, packed(packed_.data(), d), tile_.data(), kBlockRows,
                 Into::overwrite);
-    if (!loss_.slots) return height;
+    if (!loss_.slots) {
+      for (int64_t i = 0; i < count_; ++i)
+        if (const int64_t u = target(i) - c; u >= 0 && u < height) target_score_[i] = tile_.data()[u * kBlockRows + i];
+      return height;
+    }
     const int64_t sequence = loss_.places - 1;
     for (int64_t i = 0, end; i < count_; i = end) {
       const int64_t b = row(i) / sequence;

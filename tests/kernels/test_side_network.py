@@ -1,4 +1,4 @@
-"""side_network in Triton against the float64 reference: at most twice the error of eager torch."""
+"""side_network in Triton against the float64 reference: judged by eager torch's error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import chain
 
 import pytest
 import torch
+from judging import judge_all
 from torch import Tensor
 
 from crossan_fast.cache.quantize import quantize
@@ -112,22 +113,23 @@ def error(got: Tensor, exact: Tensor) -> float:
 def check(case: Case, device: torch.device) -> None:
     built = case.build(device)
     outputs, saved, gradients = run(case, built)
-    exact_outputs, exact_gradients = reference(case, built, torch.float64)
-    eager_outputs, eager_gradients = reference(case, built, case.dtype)
     for got in outputs + saved:
         assert got.dtype == case.dtype
     for got, weight in zip(gradients, built[0].flatten(), strict=True):
         assert got.dtype == weight.dtype and got.shape == weight.shape
-    unflatten = case.structure.unflatten
-    fields = zip(unflatten(gradients), unflatten(exact_gradients), unflatten(eager_gradients), strict=True)
-    for number, field in enumerate([(outputs, exact_outputs, eager_outputs), *fields]):
-        if not field[0]:
-            continue
+
+    def fields(outputs, gradients):
         # A field at a time: of a gate's two or three numbers alone, chance decides whose rounding is luckier.
-        # On top: half a unit of rounding the result, and a few of fp32 for its sums' other order.
-        got, exact, eager = (torch.cat([t.flatten().double() for t in group]) for group in field)
-        allowed = 2 * error(eager, exact) + torch.finfo(case.dtype).eps / 2 + 4 * torch.finfo().eps
-        assert error(got, exact) <= allowed, number
+        groups = [outputs, *case.structure.unflatten(gradients)]
+        return [torch.cat([t.flatten() for t in group]) for group in groups if group]
+
+    truth = fields(*reference(case, built, torch.float64))
+    judge_all(
+        range(len(truth)),
+        fields(outputs, gradients),
+        lambda: fields(*reference(case, built, case.dtype)),
+        truth,
+    )
 
 
 BACKBONE = SideNetworkStructure((40, 40, 40), TRIPLE, "backbone", "gelu")
