@@ -37,7 +37,8 @@ class Part:
 
     Attributes:
         name: `cpu` or `cuda`.
-        folders: below csrc/, whose sources it compiles and whose headers it includes.
+        folders: below csrc/, whose sources it compiles and whose headers it includes, folders in them
+            included.
         cxx_flags: the C++ compiler's flags, as a function since they depend on the machine.
         nvcc_flags: nvcc's, where it compiles `.cu` files.
         link_flags: the linker's.
@@ -52,10 +53,10 @@ class Part:
     missing: Callable[[], str | None] = lambda: None
 
     def sources(self) -> list[Path]:
-        return sorted(f for d in self.folders for e in ("*.cpp", "*.cu") for f in (CSRC / d).glob(e))
+        return sorted(f for d in self.folders for e in ("*.cpp", "*.cu") for f in (CSRC / d).rglob(e))
 
     def headers(self) -> list[Path]:
-        found = [f for d in self.folders for e in ("*.h", "*.cuh") for f in (CSRC / d).glob(e)]
+        found = [f for d in self.folders for e in ("*.h", "*.cuh") for f in (CSRC / d).rglob(e)]
         return sorted({*found, *CSRC.glob("*.h")})
 
 
@@ -201,7 +202,8 @@ PARTS: dict[str, Part] = {
 
 def has_source(name: str, op: str) -> bool:
     """Whether a part has kernels for an op: a file or folder of its name."""
-    return any(next((CSRC / folder).glob(f"{op}*"), None) for folder in PARTS[name].folders)
+    places = [CSRC / folder / op for folder in PARTS[name].folders]
+    return any(place.is_dir() or place.with_suffix(".cpp").is_file() for place in places)
 
 
 def build_root() -> Path:
@@ -363,7 +365,7 @@ def _compile(part: Part, folder: Path) -> BuildInfo:
         with ninja_on_path():
             cpp_extension.load(
                 name,
-                [str(source) for source in sources],
+                [str(unit) for unit in _units(sources, folder / "units")],
                 extra_cflags=part.cxx_flags(),
                 extra_cuda_cflags=part.nvcc_flags(),
                 extra_ldflags=part.link_flags(),
@@ -391,6 +393,18 @@ def _compile(part: Part, folder: Path) -> BuildInfo:
     )
     _write(folder / "stamp.json", json.dumps(asdict(info), indent=1))
     return info
+
+
+def _units(sources: list[Path], folder: Path) -> list[Path]:
+    """A file for each source that includes it and is named by its path: torch names objects by base name."""
+    folder.mkdir(exist_ok=True)
+    units = []
+    for source in sources:
+        path = source.relative_to(CSRC)
+        units.append(folder / ".".join(path.parts))
+        if not units[-1].exists():  # else a build that was interrupted would begin again
+            _write(units[-1], f'#include "{path.as_posix()}"\n')
+    return units
 
 
 def _say(text: str, start: str = "crossan_fast: ", end: str = "\n") -> None:

@@ -38,15 +38,4 @@ inline void check_floating(const std::string& name, const at::Tensor& tensor) {
 
 inline std::string item(const char* name, size_t index) { return c10::str(name, "[", index, "]"); }
 
-// int64 ids, contiguous, each checked to lie in [low, high): nothing may read by an id that was not.
-inline at::Tensor checked_ids(const std::string& name, const at::Tensor& ids, int64_t low, int64_t high) {
-  check_type(name, ids, {at::kLong, at::kInt});
-  const at::Tensor plain = ids.to(at::kLong).contiguous();
-  const int64_t* data = plain.const_data_ptr<int64_t>();
-  for (int64_t i = 0, n = plain.numel(); i < n; ++i)
-    TORCH_CHECK_INDEX(data[i] >= low && data[i] < high, name, ": expected ids in [", low, ", ", high, "), got ",
-                      data[i], " at place ", i);
-  return plain;
-}
-
 }  // namespace crossan_fast

@@ -1,1 +1,1 @@
-"""Triton kernels, one file an op, with the names of crossan_fast.ops."""
+"""Triton kernels, one file or folder an op, with the names of crossan_fast.ops."""

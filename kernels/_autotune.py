@@ -22,6 +22,7 @@ import triton
 
 Config = TypeVar("Config")
 
+_SOURCES = Path(__file__).parent
 _found: dict[str, int] = {}
 
 
@@ -72,7 +73,7 @@ def path() -> Path:
 @functools.cache
 def _versions() -> str:
     """Kernels' source, torch and triton: a result of others is never looked at."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(_SOURCES.rglob("*.py"))
     return _digest("".join(f.read_text() for f in files) + torch.__version__ + triton.__version__)
 
 

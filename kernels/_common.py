@@ -29,9 +29,12 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in fp32."""
     if _INTERPRETED:
-        # The interpreter keeps bf16 as bit patterns and its dot multiplies those; fp32 holds them exactly.
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        # The interpreter keeps bf16 as bit patterns and its dot multiplies those; float64 holds them exactly.
+        # And its products are a BLAS's, whose order of sums changes with the CPU and with the sides of the
+        # operands: a logit would differ between forward and backward. In float64 no order shows.
+        a = a.to(tl.float32).to(tl.float64)
+        b = b.to(tl.float32).to(tl.float64)
+        return tl.dot(a, b, acc.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 

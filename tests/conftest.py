@@ -1,4 +1,4 @@
-"""Shared fixtures: every test starts from one seed and computes on one thread."""
+"""Shared fixtures: every test starts from one seed, on one thread or on CROSSAN_FAST_TEST_THREADS."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def _seeded():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+def _threads():
+    torch.set_num_threads(int(os.environ.get("CROSSAN_FAST_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,26 @@ def test_builds_once_says_so_and_clears_a_stale_lock(probe, capsys):
 
 
 @needs_compiler
+def test_folders_of_ops_may_hold_files_of_one_name(probe):
+    include = '#include <torch/library.h>\n#include "value.h"\n'
+    for op, value in (("first", 1), ("second", 2)):
+        folder = _build.CSRC / "probe" / op
+        folder.mkdir()
+        (folder / "value.h").write_text(f"#pragma once\nconstexpr int64_t kValue = {value};\n")
+        (folder / "op.cpp").write_text(
+            f"{include}TORCH_LIBRARY_FRAGMENT(crossan_fast_folders, library) "
+            f'{{ library.def("{op}() -> int", [] {{ return kValue; }}); }}\n'
+        )
+    (_build.CSRC / "probe" / "probe.cpp").unlink()
+    key = _build.build_key(probe)
+    _build.load("probe")
+    ops = _build.torch.ops.crossan_fast_folders
+    assert (ops.first(), ops.second()) == (1, 2)
+    (_build.CSRC / "probe" / "second" / "value.h").write_text("#pragma once\nconstexpr int64_t kValue = 3;\n")
+    assert _build.build_key(probe) != key
+
+
+@needs_compiler
 def test_a_library_of_the_wheel_is_loaded_without_a_build(probe, tmp_path):
     (_build.CSRC / "probe" / "probe.cpp").write_text(
         SOURCE.replace("crossan_fast_probe", "crossan_fast_wheel")

@@ -1,4 +1,9 @@
-"""Scores of users against the catalogue a tile at a time, shared by the plain ranking references."""
+"""Scores of users against the catalogue a tile at a time, shared by the plain ranking references.
+
+A matrix product sums in an order that depends on where an entry stands (a block's edge takes other code):
+items of one embedding would get scores that differ by a rounding, and rank by it. Here every score is the
+same sum in the same order, over the features as they come: equal embeddings tie exactly.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,34 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 
 TILE = 4096
+# Scores formed at a time: as many as stay in a core's cache while the features pass.
+BLOCK = 2**18
+
+
+def dot_products(users: Tensor, items: Tensor) -> Tensor:
+    """users `[B, d]` times items `[n, d]` or `[B, n, d]`: `[B, n]`, summed in fp32 at least, rounded once."""
+    wide = torch.promote_types(users.dtype, torch.float32)
+    rows = max(1, BLOCK // max(1, items.shape[-2]))
+    blocks = [
+        _summed(block.to(wide), (items if items.dim() == 2 else items[i * rows : (i + 1) * rows]).to(wide))
+        for i, block in enumerate(users.split(rows))
+    ]
+    return torch.cat(blocks).to(users.dtype)
+
+
+def _summed(users: Tensor, items: Tensor) -> Tensor:
+    scores = users.new_zeros(users.shape[0], items.shape[-2])
+    features = items.movedim(-1, 0).contiguous()
+    for feature in range(users.shape[1]):
+        # Not addcmul: a fused product would round once where the vectors end and twice where they do not.
+        scores += users[:, feature, None] * features[feature]
+    return scores
 
 
 def score_tiles(users: Tensor, items: Tensor, exclude: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """Yield (first id, scores `[B, tile]`) over ids 1 … I; excluded ids score −inf, see `rank_of_target`."""
     for start in range(1, items.shape[0], TILE):
-        scores = users @ items[start : start + TILE].T
+        scores = dot_products(users, items[start : start + TILE])
         if exclude is not None:
             inside = (exclude >= start) & (exclude < start + scores.shape[1])
             # The extra column takes the writes of ids that lie outside the tile.

@@ -11,7 +11,7 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define
-from crossan_fast.ops._score_tiles import check_ranking, score_tiles
+from crossan_fast.ops._score_tiles import check_ranking, dot_products, score_tiles
 
 
 def rank_of_target_reference(
@@ -29,17 +29,13 @@ def rank_of_target_reference(
     Returns:
         int64 `[B]`, 1 … I.
     """
-    batch = users.shape[0]
-    # Both passes read scores of the same matrix products, so that an item with the target's embedding ties
-    # with it exactly; a separate dot product may round differently.
-    target_score = users.new_zeros(batch)
-    for start, scores in score_tiles(users, items, exclude):
-        inside = (targets >= start) & (targets < start + scores.shape[1])
-        column = torch.where(inside, targets - start, 0)
-        target_score = torch.where(inside, scores.gather(1, column[:, None])[:, 0], target_score)
-    ahead = torch.zeros(batch, dtype=torch.int64, device=users.device)
+    target_score = dot_products(users, items[targets][:, None])
+    if exclude is not None:
+        excluded = (exclude == targets[:, None]).any(dim=1, keepdim=True)
+        target_score = target_score.masked_fill(excluded, float("-inf"))
+    ahead = torch.zeros_like(targets)
     for _, scores in score_tiles(users, items, exclude):
-        ahead += (scores >= target_score[:, None]).sum(dim=1)
+        ahead += (scores >= target_score).sum(dim=1)
     return ahead  # the target itself is among the counted: that is the 1
 
 

@@ -16,11 +16,11 @@
 
 namespace crossan_fast {
 
-at::Tensor library::empty(at::IntArrayRef shape, at::ScalarType type) {
+at::Tensor border::empty(at::IntArrayRef shape, at::ScalarType type) {
   return at::empty(shape, at::TensorOptions().dtype(type));
 }
 
-at::Tensor library::zeros(at::IntArrayRef shape, at::ScalarType type) {
+at::Tensor border::zeros(at::IntArrayRef shape, at::ScalarType type) {
   return at::zeros(shape, at::TensorOptions().dtype(type));
 }
 
@@ -33,8 +33,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
 // An op and not a pybind11 module: the library then needs no Python header, and one build serves every Python.
 std::string build_info() {
   return c10::str("vectors of ", kVectorBytes * 8, " bits, compiled by ", __VERSION__, ", fork handler ",
-                  fork_handler == 0 ? "set" : "missing", ", bf16 products of side_network in ",
-                  use_brgemm() ? "brgemm" : "fp32", " (", brgemm_reason(), ")");
+                  fork_handler == 0 ? "set" : "missing", ", bf16 products of side_network in ", described_bf16());
 }
 
 }  // namespace
@@ -50,6 +49,7 @@ std::string build_info() {
 
 TORCH_LIBRARY(crossan_fast_cpp, ops) {
   ops.def("build_info() -> str", build_info);
+  ops.def("has_brgemm() -> bool", has_brgemm);
   ops.def("side_network(" SIDE_NETWORK ") -> Tensor[]");
   ops.def("side_network_backward(Tensor[] grad_outputs, Tensor[] saved, " SIDE_NETWORK ") -> Tensor[]");
   ops.def("fusion(" FUSION ") -> Tensor[]");
@@ -67,19 +67,19 @@ TORCH_LIBRARY(crossan_fast_cpp, ops) {
 }
 
 TORCH_LIBRARY_IMPL(crossan_fast_cpp, CPU, ops) {
-  ops.impl("side_network", library::side_network);
-  ops.impl("side_network_backward", library::side_network_backward);
-  ops.impl("fusion", library::fusion);
-  ops.impl("fusion_backward", library::fusion_backward);
-  ops.impl("sequence_encoder", library::sequence_encoder);
-  ops.impl("sequence_encoder_backward", library::sequence_encoder_backward);
-  ops.impl("in_batch_loss", library::in_batch_loss);
-  ops.impl("in_batch_loss_backward", library::in_batch_loss_backward);
-  ops.impl("full_loss", library::full_loss);
-  ops.impl("full_loss_backward", library::full_loss_backward);
-  ops.impl("rank_of_target", library::rank_of_target);
-  ops.impl("topk_scores", library::topk_scores);
-  ops.impl("deduplicate", library::deduplicate);
+  ops.impl("side_network", border::side_network);
+  ops.impl("side_network_backward", border::side_network_backward);
+  ops.impl("fusion", border::fusion);
+  ops.impl("fusion_backward", border::fusion_backward);
+  ops.impl("sequence_encoder", border::sequence_encoder);
+  ops.impl("sequence_encoder_backward", border::sequence_encoder_backward);
+  ops.impl("in_batch_loss", border::in_batch_loss);
+  ops.impl("in_batch_loss_backward", border::in_batch_loss_backward);
+  ops.impl("full_loss", border::full_loss);
+  ops.impl("full_loss_backward", border::full_loss_backward);
+  ops.impl("rank_of_target", border::rank_of_target);
+  ops.impl("topk_scores", border::topk_scores);
+  ops.impl("deduplicate", border::deduplicate);
 }
 
 }  // namespace crossan_fast

@@ -1,5 +1,5 @@
-// The borders of the ops: each checks every argument, then hands pointers to the kernels. Defined in the
-// *_library.cpp, registered in library.cpp, which alone pays for the headers of torch's registration.
+// The borders of the ops: each checks every argument, then hands pointers to the kernels. Defined in each op's file,
+// or in border.cpp of its folder; registered in library.cpp, which alone pays for the headers of torch's registration.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-namespace crossan_fast::library {
+namespace crossan_fast::border {
 
 using at::Tensor;
 using at::TensorList;
@@ -54,4 +54,4 @@ Tensor rank_of_target(const Tensor& users, const Tensor& items, const Tensor& ta
 Pair topk_scores(const Tensor& users, const Tensor& items, int64_t k, const OptionalTensor& exclude);
 std::tuple<Tensor, Tensor, Tensor> deduplicate(const Tensor& item_ids, std::optional<int64_t> capacity);
 
-}  // namespace crossan_fast::library
+}  // namespace crossan_fast::border

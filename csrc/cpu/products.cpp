@@ -2,11 +2,29 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <c10/util/Exception.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 
 namespace crossan_fast {
 namespace {
+
+// torch's brgemm refuses by an error alone: the smallest product tells.
+bool tried_brgemm() {
+  const uint16_t ones[2] = {0x3f80, 0x3f80};
+  uint16_t pairs[32];
+  std::fill_n(pairs, 32, uint16_t{0x3f80});
+  float sums[16] = {};
+  try {
+    brgemm_panel(1, 16, 2, ones, pairs, sums, 16);
+    end_brgemm();
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return std::all_of(sums, sums + 16, [](float sum) { return sum == 2; });
+}
 
 struct Choice {
   bool brgemm;
@@ -16,8 +34,15 @@ struct Choice {
 Choice choose() {
   const char* wish = std::getenv("CROSSAN_FAST_CPU_BF16");
   const std::string_view wanted = wish ? wish : "auto";
-  if (wanted == "brgemm") return {true, "CROSSAN_FAST_CPU_BF16=brgemm"};
+  TORCH_CHECK_VALUE(wanted == "auto" || wanted == "brgemm" || wanted == "fp32",
+                    "CROSSAN_FAST_CPU_BF16: expected 'auto', 'brgemm' or 'fp32', got '", std::string(wanted), "'");
   if (wanted == "fp32") return {false, "CROSSAN_FAST_CPU_BF16=fp32"};
+  if (wanted == "brgemm") {
+    TORCH_CHECK(has_brgemm(), "CROSSAN_FAST_CPU_BF16: 'brgemm' was asked for, but torch has it only where oneDNN may "
+                "use AVX-512 or AMX; expected 'auto' or 'fp32' on this CPU");
+    return {true, "CROSSAN_FAST_CPU_BF16=brgemm"};
+  }
+  if (!has_brgemm()) return {false, "torch has no bf16 brgemm on this CPU"};
   // torch packs for brgemm where oneDNN has AMX tiles for the type, and nowhere else.
   if (at::native::cpublas::could_pack(at::kBFloat16)) return {true, "the CPU has AMX"};
   return {false, "the CPU has no AMX, without which brgemm is slower than fp32"};
@@ -25,8 +50,21 @@ Choice choose() {
 
 }  // namespace
 
+bool has_brgemm() {
+  static const bool has = tried_brgemm();
+  return has;
+}
+
 bool use_brgemm() { return choose().brgemm; }
-const char* brgemm_reason() { return choose().reason; }
+
+std::string described_bf16() {
+  try {
+    const Choice choice = choose();
+    return c10::str(choice.brgemm ? "brgemm" : "fp32", " (", choice.reason, ")");
+  } catch (const c10::Error& error) {
+    return c10::str("nothing (", error.what_without_backtrace(), ")");
+  }
+}
 
 void brgemm_panel(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, const uint16_t* pairs, float* c,
                   int64_t c_row) {

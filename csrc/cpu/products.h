@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -16,9 +17,12 @@
 
 namespace crossan_fast {
 
-// Whether bf16 products are to go through brgemm, and why: CROSSAN_FAST_CPU_BF16 = auto (where AMX is), brgemm, fp32.
+// Whether torch multiplies bf16 by brgemm on this CPU at all, with AMX or without.
+bool has_brgemm();
+// Whether bf16 products are to go through brgemm: CROSSAN_FAST_CPU_BF16 = auto (where AMX is), brgemm, fp32. A wish that
+// cannot be served is an error.
 bool use_brgemm();
-const char* brgemm_reason();
+std::string described_bf16();  // the way they go and why, or why they cannot
 
 // C[M, N] += A[M, K] · B: A row-major with K even, B one panel of pairs.
 void brgemm_panel(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, const uint16_t* pairs, float* c,

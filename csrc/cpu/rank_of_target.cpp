@@ -1,7 +1,7 @@
 #include <atomic>
 #include <memory>
 
-#include "ranking.h"
+#include "ranking_border.h"
 
 namespace crossan_fast {
 namespace {
@@ -26,8 +26,6 @@ void count_ahead(ScoreBlock<T>& block, int64_t begin, int64_t end, const T* bar,
   for (int v = 0; v < vectors; ++v)
     for (int lane = 0; lane < lanes; ++lane) counts[v * lanes + lane] += static_cast<int64_t>(ahead[v][lane]);
 }
-
-}  // namespace
 
 template <class T>
 void rank_of_target(const Ranking<T>& ranking, const int64_t* targets, int64_t* ranks) {
@@ -69,7 +67,20 @@ void rank_of_target(const Ranking<T>& ranking, const int64_t* targets, int64_t* 
   for (int64_t b = 0; b < ranking.batch; ++b) ranks[b] = ahead[static_cast<size_t>(b)];
 }
 
-template void rank_of_target<float>(const Ranking<float>&, const int64_t*, int64_t*);
-template void rank_of_target<double>(const Ranking<double>&, const int64_t*, int64_t*);
+}  // namespace
 
+namespace border {
+
+Tensor rank_of_target(const Tensor& users, const Tensor& items, const Tensor& targets, const OptionalTensor& exclude) {
+  return with_ranking(users, items, exclude, [&](const auto& ranking, auto) {
+    check_device("targets", targets, at::kCPU);
+    check_shape("targets", targets, {users.size(0)});
+    const Tensor ids = checked_ids("targets", targets, 1, items.size(0));
+    Tensor ranks = empty({users.size(0)}, at::kLong);
+    crossan_fast::rank_of_target(ranking, ids.const_data_ptr<int64_t>(), ranks.mutable_data_ptr<int64_t>());
+    return ranks;
+  });
+}
+
+}  // namespace border
 }  // namespace crossan_fast

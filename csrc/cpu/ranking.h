@@ -99,10 +99,4 @@ class ScoreBlock {
   int64_t group_ = -1, first_ = 0, count_ = 0;
 };
 
-template <class T>
-void rank_of_target(const Ranking<T>& ranking, const int64_t* targets, int64_t* ranks);
-
-template <class T>
-void topk_scores(const Ranking<T>& ranking, int64_t k, T* scores, int64_t* ids);
-
 }  // namespace crossan_fast

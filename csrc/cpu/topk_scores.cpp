@@ -1,7 +1,7 @@
 #include <memory>
 #include <utility>
 
-#include "ranking.h"
+#include "ranking_border.h"
 
 namespace crossan_fast {
 namespace {
@@ -45,8 +45,6 @@ class Best {
   T bar_ = -std::numeric_limits<T>::infinity();
   std::vector<Candidate<T>> found_;
 };
-
-}  // namespace
 
 template <class T>
 void topk_scores(const Ranking<T>& ranking, int64_t k, T* scores, int64_t* ids) {
@@ -110,7 +108,20 @@ void topk_scores(const Ranking<T>& ranking, int64_t k, T* scores, int64_t* ids) 
   });
 }
 
-template void topk_scores<float>(const Ranking<float>&, int64_t, float*, int64_t*);
-template void topk_scores<double>(const Ranking<double>&, int64_t, double*, int64_t*);
+}  // namespace
 
+namespace border {
+
+Pair topk_scores(const Tensor& users, const Tensor& items, int64_t k, const OptionalTensor& exclude) {
+  TORCH_CHECK_VALUE(k >= 1, "k: expected at least 1, got ", k);
+  return with_ranking(users, items, exclude, [&](const auto& ranking, auto zero) {
+    using T = decltype(zero);
+    Tensor scores = empty({users.size(0), k}, kScalarType<T>);
+    Tensor ids = empty({users.size(0), k}, at::kLong);
+    crossan_fast::topk_scores(ranking, k, scores.template mutable_data_ptr<T>(), ids.mutable_data_ptr<int64_t>());
+    return std::tuple(scores.to(users.scalar_type()), ids);
+  });
+}
+
+}  // namespace border
 }  // namespace crossan_fast

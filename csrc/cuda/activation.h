@@ -7,7 +7,7 @@
 #include <cmath>
 #endif
 
-namespace crossan {
+namespace crossan_fast {
 
 enum Activation : int { kGelu = 0, kRelu = 1 };
 
@@ -25,4 +25,4 @@ __device__ __forceinline__ float activate_grad(float z, int activation) {
   return activation == kRelu ? (z > 0 ? 1.0f : 0.0f) : gelu_grad(z);
 }
 
-}  // namespace crossan
+}  // namespace crossan_fast

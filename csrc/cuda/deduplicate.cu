@@ -8,7 +8,7 @@
 #include "interface.h"
 #include "numeric.h"
 
-namespace crossan {
+namespace crossan_fast {
 namespace {
 
 constexpr int kThreads = 1024, kChunk = 2048, kPlaceBits = 24;
@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace
-}  // namespace crossan
+}  // namespace crossan_fast
 
-using namespace crossan;
+using namespace crossan_fast;
 
 extern "C" size_t crossan_deduplicate_workspace(int64_t count, int64_t capacity) {
   int64_t chunks = (count + kChunk - 1) / kChunk;

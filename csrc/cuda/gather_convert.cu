@@ -3,7 +3,7 @@
 #include "interface.h"
 #include "numeric.h"
 
-namespace crossan {
+namespace crossan_fast {
 namespace {
 
 constexpr int kThreads = 256;
@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ 
 }
 
 }  // namespace
-}  // namespace crossan
+}  // namespace crossan_fast
 
-using namespace crossan;
+using namespace crossan_fast;
 
 extern "C" int crossan_gather_convert(const void* states, const float* scales, const void* ids, int wide,
                                       int64_t rows, int64_t count, int64_t groups, int64_t width, int kind,

@@ -1,7 +1,7 @@
 // The C interface of the CUDA half: plain pointers to device memory (or pinned host memory where said), sizes,
 // and a stream. Every function checks its sizes, enqueues its kernels without waiting for the device, and
 // returns 0 or a code that crossan_error() turns into words; the caller has checked the tensors behind the
-// pointers (bindings.cpp).
+// pointers (the borders).
 #pragma once
 
 #include <cstddef>

@@ -11,7 +11,7 @@
 #include <cmath>
 #endif
 
-namespace crossan {
+namespace crossan_fast {
 
 // How a tensor's elements are stored; the numbers are part of the C interface.
 enum Kind : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8 = 3, kInt8 = 4 };
@@ -250,4 +250,4 @@ __device__ __forceinline__ int64_t checked_row(const void* ids, int64_t index, b
   return row;
 }
 
-}  // namespace crossan
+}  // namespace crossan_fast

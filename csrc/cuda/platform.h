@@ -11,7 +11,7 @@
 
 #include <cstdio>
 
-namespace crossan {
+namespace crossan_fast {
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 
@@ -67,8 +67,8 @@ inline DeviceLimits device_limits() {
 
 inline const char* launch_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-}  // namespace crossan
+}  // namespace crossan_fast
 
 #else
-#include "host_shim.h"
+#include "cuda/emulation/host_shim.h"
 #endif

@@ -5,10 +5,10 @@
 #include "numeric.h"
 
 #if !defined(__CUDACC__)
-#include "host_primitives.h"
+#include "cuda/emulation/host_primitives.h"
 #else
 
-namespace crossan {
+namespace crossan_fast {
 
 // True where wgmma, bulk copies and clusters exist in this compilation.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -235,11 +235,11 @@ __device__ __forceinline__ void wgmma_64x32x16(float (&acc)[16], uint64_t a, uin
 }
 #undef CROSSAN_WGMMA
 
-}  // namespace crossan
+}  // namespace crossan_fast
 
 #endif
 
-namespace crossan {
+namespace crossan_fast {
 
 // Byte offset of 16-byte chunk `chunk` of a row of 128 bytes, placed so that eight rows' equal chunks, and
 // eight chunks of a row, lie in different banks; wgmma and the copy engine know the layout as 128B swizzle.
@@ -262,4 +262,4 @@ __device__ __forceinline__ uint64_t wgmma_operand_half(const unsigned char* tile
   return address >> 4 | uint64_t(1) << 16 | uint64_t(512 >> 4) << 32 | uint64_t(2) << 62;
 }
 
-}  // namespace crossan
+}  // namespace crossan_fast

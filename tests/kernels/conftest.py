@@ -29,23 +29,3 @@ def poisoned_memory(monkeypatch):
     for name in ("new_empty", "new_empty_strided"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda *a, _f=original, **k: poison(_f(*a, **k)))
-
-
-@pytest.fixture
-def judge():
-    """Error at most twice eager's in the same dtype, both measured from float64.
-
-    Half a unit in the last place of the largest entry comes on top: what rounding the exact result costs.
-    """
-
-    def check(name, actual, eager, truth):
-        assert truth.dtype == torch.float64
-        assert actual.shape == truth.shape, name
-        assert torch.isfinite(actual).all(), f"{name}: not finite"
-        if truth.numel() == 0:
-            return
-        unit = torch.finfo(actual.dtype).eps / 2 * truth.abs().max()
-        error, allowed = (actual.double() - truth).norm(), 2 * (eager.double() - truth).norm() + unit
-        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
-
-    return check

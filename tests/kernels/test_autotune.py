@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_other_sources_or_versions_search_again(search, monkeypatch):
     monkeypatch.setattr(_autotune, "_versions", lambda: "another")
     search()
     assert len(search.runs) == 6
+
+
+def test_every_source_file_is_part_of_the_version(monkeypatch, tmp_path):
+    assert Path(_autotune.__file__).parent == _autotune._SOURCES
+    monkeypatch.setattr(_autotune, "_SOURCES", tmp_path)
+    (tmp_path / "op").mkdir()
+    versions = set()
+    for name in ("_blocks.py", "op/host.py"):
+        for text in ("one", "another"):
+            (tmp_path / name).write_text(text)
+            versions.add(_autotune._versions.__wrapped__())
+    assert len(versions) == 4
 
 
 def test_a_broken_file_is_named(search):

@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from crossan_fast.kernels import side_network, side_network_launch, side_network_plan
+from crossan_fast.kernels import side_network
 from crossan_fast.kernels._blocks import load_block
-from crossan_fast.kernels.fusion_forward import load_tile
+from crossan_fast.kernels.fusion.forward_kernels import load_tile
+from crossan_fast.kernels.side_network import forward_launch, plan
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
 
 WIDTH, LEVELS, NEAR = 32, 2, 6
@@ -42,14 +43,14 @@ def far(tmp_path, device):
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
 def test_side_network_gathers_far_rows(fused, ids_dtype, far, monkeypatch):
     """*fused* or *down*, and *down_gradient*: the same bits as from a cache that holds those rows alone."""
-    choose = side_network_plan.forward_config
+    choose = plan.forward_config
 
     def forced(problem):
         tiles = {"columns": 16, "span": 16, "splits": 1 if fused else 2}
         return replace(choose(problem), fused=fused, levels=problem.levels, **tiles)
 
-    monkeypatch.setattr(side_network_plan, "forward_config", forced)
-    monkeypatch.setattr(side_network_launch, "forward_candidates", lambda problem: [forced(problem)])
+    monkeypatch.setattr(plan, "forward_config", forced)
+    monkeypatch.setattr(forward_launch, "forward_candidates", lambda problem: [forced(problem)])
     rank, (cache, near) = 16, far
     structure = SideNetworkStructure((WIDTH, WIDTH), ((0,), (1,)))
     shapes = ((LEVELS, rank, WIDTH), (LEVELS, rank), (LEVELS, WIDTH, rank), (LEVELS, WIDTH), (LEVELS,))

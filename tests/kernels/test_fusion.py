@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from judging import judge_all
 
 from crossan_fast.kernels import fusion
 from crossan_fast.ops.fusion import FusionWeights, fusion_reference
@@ -64,15 +65,15 @@ def names(modalities):
     return ["items", "balance", *groups, *FusionWeights._fields[2:]]
 
 
-def compare(hidden, weights, judge, dtype, **options):
+def compare(hidden, weights, dtype, **options):
     """One choice for all: the experts that float64 picks, which a margin keeps from rounding away."""
     grad = torch.randn(len(hidden[0]), weights.w1.shape[2], generator=torch.Generator().manual_seed(5))
     grad = grad.to(dtype).to(DEVICE)
     actual = kernel(hidden, weights, grad, dtype=dtype, **options)
-    eager = reference(hidden, weights, grad, dtype=dtype, **options)
     truth = reference(hidden, weights, grad, dtype=torch.float64, **options)
-    for name, *results in zip(names(len(hidden)), actual, eager, truth, strict=True):
-        judge(name, *results)
+    judge_all(
+        names(len(hidden)), actual, lambda: reference(hidden, weights, grad, dtype=dtype, **options), truth
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -81,7 +82,7 @@ def compare(hidden, weights, judge, dtype, **options):
     [{}, {"present": True, "counts": True}, {"top_k": 2, "present": True}],
     ids=["all", "present", "top_k"],
 )
-def test_matches_float64(options, dtype, judge):
+def test_matches_float64(options, dtype):
     hidden, weights = make(41, (40, 70, 33), 20, 48, dtype)
     options = dict(options)
     if options.pop("counts", False):
@@ -91,12 +92,12 @@ def test_matches_float64(options, dtype, judge):
     if "top_k" in options:
         # Rounding must not decide who is chosen: set the router's biases far apart.
         weights = weights._replace(router_bias=torch.tensor([2.0, -2.0, 6.0], dtype=dtype, device=DEVICE))
-    compare(hidden, weights, judge, dtype, **options)
+    compare(hidden, weights, dtype, **options)
 
 
-def test_one_modality_and_a_wide_embedding(judge):
+def test_one_modality_and_a_wide_embedding():
     hidden, weights = make(19, (24,), 70, 40, torch.float32)
-    compare(hidden, weights, judge, torch.float32)
+    compare(hidden, weights, torch.float32)
 
 
 def test_ties_go_to_the_modality_that_comes_first():
@@ -160,7 +161,7 @@ def test_strides_do_not_matter_and_runs_repeat_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(repeat, expected, strict=True))
 
 
-def test_full_precision_weights_under_half_precision_compute(judge):
+def test_full_precision_weights_under_half_precision_compute():
     hidden, weights = make(23, (24, 40), 16, 32, torch.float32)
     grad = torch.randn(23, 16, device=DEVICE)
     out = kernel(hidden, weights, grad, dtype=torch.bfloat16)
@@ -170,10 +171,8 @@ def test_full_precision_weights_under_half_precision_compute(judge):
         *([t.bfloat16() for t in group] for group in weights[:2]), *(t.bfloat16() for t in weights[2:])
     )
     halves = [h.bfloat16() for h in hidden]
-    eager = reference(halves, rounded, grad, dtype=torch.bfloat16)
     truth = reference(hidden, weights, grad, dtype=torch.float64)
-    for name, *results in zip(names(2), out, eager, truth, strict=True):
-        judge(name, *results)
+    judge_all(names(2), out, lambda: reference(halves, rounded, grad, dtype=torch.bfloat16), truth)
 
 
 def test_registered_op_passes_opcheck():

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from judging import judge_all, together
 from torch import Tensor
 
 from crossan_fast import _build
@@ -106,27 +107,20 @@ def compiled(*args, **kwargs) -> list[Tensor]:
 
 
 def assert_no_worse_than_eager(states, weights, structure, draws: int = 1):
-    """Error from float64 at most twice that of torch's own arithmetic in the same type.
+    """Gates are a few scalars, whose error is one throw of the dice: `draws` of states are taken together."""
+    dtype, exact = weights.gate[0].dtype, in_dtype(weights, torch.float64)
+    drawn = [[s.roll(draw, dims=1) for s in states] for draw in range(draws)]
+    got = [outputs_and_grads(compiled, states, weights, structure) for states in drawn]
+    assert all(x.dtype == dtype for results in got for x in results)
 
-    The error of a tensor is its norm; gates are a few scalars, whose error is one throw of the dice: `draws`
-    of the states are taken together.
-    """
-    exact = in_dtype(weights, torch.float64)
-    own = theirs = torch.zeros(())
-    for draw in range(draws):
-        drawn = [s.roll(draw, dims=1) for s in states]
-        truth = outputs_and_grads(side_network_reference, [s.double() for s in drawn], exact, structure)
-        eager = outputs_and_grads(side_network_reference, drawn, weights, structure)
-        got = outputs_and_grads(compiled, drawn, weights, structure)
-        assert all(x.dtype == weights.gate[0].dtype and torch.isfinite(x).all() for x in got)
-        size = torch.stack([z.norm() for z in truth]).clamp_min(1e-30)
-        own = own + (torch.stack([(x - z).norm() for x, z in zip(got, truth, strict=True)]) / size) ** 2
-        theirs = (
-            theirs + (torch.stack([(y - z).norm() for y, z in zip(eager, truth, strict=True)]) / size) ** 2
+    def plain(weights, dtype=None):
+        return together(
+            outputs_and_grads(side_network_reference, [s.to(dtype) for s in states], weights, structure)
+            for states in drawn
         )
-    floor = torch.finfo(weights.gate[0].dtype).eps
-    for index, (x, y) in enumerate(zip(own.sqrt().tolist(), theirs.sqrt().tolist(), strict=True)):
-        assert x <= 2 * y + floor, f"tensor {index}: {x:.3g} against {y:.3g}"
+
+    truth = plain(exact, torch.float64)
+    judge_all(range(len(truth)), together(got), lambda: plain(weights), truth)
 
 
 @pytest.mark.parametrize("subset", [False, True], ids=["all rows", "ids and present"])
@@ -155,11 +149,55 @@ def test_error_is_no_worse_than_eagers(name, dtype):
     assert_no_worse_than_eager(states, weights, structure, draws=4)
 
 
+def need_brgemm():
+    _build.load("cpu")
+    if not torch.ops.crossan_fast_cpp.has_brgemm():
+        pytest.skip("torch has no bf16 brgemm on this CPU: oneDNN may use neither AVX-512 nor AMX")
+
+
+def test_a_way_of_bf16_that_cannot_be_is_refused():
+    """In a process whose oneDNN may use AVX2 at most, where `auto` has to serve."""
+    script = """
+import os, torch
+from crossan_fast import _build
+from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights, side_network
+_build.load("cpu")
+s = SideNetworkStructure((32,), ((0,),), "none")
+shapes = (2, 4, 32), (2, 4), (2, 32, 4), (2, 32), (2,)
+w = SideNetworkWeights(*([torch.randn(*shape).bfloat16()] for shape in shapes))
+x = [torch.randn(5, 2, 32).bfloat16()]
+for wish in ("auto", "brgemm", "bf16"):
+    os.environ["CROSSAN_FAST_CPU_BF16"] = wish
+    try:
+        (out,) = side_network(x, w, s, backend="cpp")
+        print("finite" if out.isfinite().all() else out)
+    except (ValueError, RuntimeError) as error:
+        print(str(error).splitlines()[0])
+    print(torch.ops.crossan_fast_cpp.build_info().partition("side_network in ")[2])
+print(torch.ops.crossan_fast_cpp.has_brgemm())
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        timeout=240,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    lines = ran.stdout.splitlines()
+    assert lines[:2] == ["finite", "fp32 (torch has no bf16 brgemm on this CPU)"]
+    assert lines[2].startswith("CROSSAN_FAST_CPU_BF16: 'brgemm' was asked for, but torch has it only where")
+    assert lines[4] == "CROSSAN_FAST_CPU_BF16: expected 'auto', 'brgemm' or 'fp32', got 'bf16'"
+    assert lines[3] == f"nothing ({lines[2]})" and lines[5] == f"nothing ({lines[4]})"
+    assert lines[6] == "False"
+
+
 @pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs", "none, relu"])
 def test_brgemm_is_no_worse_than_eager(name, monkeypatch):
-    """The path of CPUs with AMX, forced: oneDNN runs the same products on any CPU."""
+    """The path of CPUs with AMX, forced: oneDNN runs the same products with AVX-512."""
+    need_brgemm()
     monkeypatch.setenv("CROSSAN_FAST_CPU_BF16", "brgemm")
-    _build.load("cpu")
     assert "in brgemm (CROSSAN_FAST_CPU_BF16=brgemm)" in torch.ops.crossan_fast_cpp.build_info()
     structure, levels = STRUCTURES[name], 4
     weights = in_dtype(make_weights(structure, levels, 17), torch.bfloat16)
@@ -169,6 +207,7 @@ def test_brgemm_is_no_worse_than_eager(name, monkeypatch):
 
 def test_brgemm_rounds_where_fp32_does_not_and_nowhere_else(monkeypatch):
     """Small integers are exact in bf16: there both paths agree bit for bit; other values tell them apart."""
+    need_brgemm()
     structure, levels, rows = SideNetworkStructure((70, 70), ((0,), (1,)), "none", "relu"), 1, 131
     generator = torch.Generator().manual_seed(5)
     shapes = [w.shape for w in make_weights(structure, levels, 17).flatten()]

@@ -53,6 +53,25 @@ def test_constant_scorer_gets_the_last_rank():
     assert ranks.tolist() == [20, 20, 20]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 5, 64, 129])
+@pytest.mark.parametrize(("batch", "items"), [(1, 120), (7, 4097), (64, 301)])
+def test_equal_embeddings_tie_wherever_they_stand(batch, items, width, dtype):
+    users, table = torch.randn(batch, width).to(dtype), torch.randn(1, width).to(dtype).repeat(items + 1, 1)
+    targets, exclude = torch.randint(2, items, (batch,)), torch.ones(batch, 1, dtype=torch.int64)
+    assert (rank_of_target_reference(users, table, targets) == items).all()
+    assert (rank_of_target_reference(users, table, targets, exclude) == items - 1).all()
+    assert (topk_scores_reference(users, table, 9).ids == torch.arange(1, 10)).all()
+
+
+def test_scores_are_rounded_once():
+    users, table = torch.randn(50, 300).bfloat16(), torch.randn(200, 300).bfloat16()
+    scores = tiles.dot_products(users, table)
+    exact = users.double() @ table.double().T
+    assert scores.dtype == torch.bfloat16
+    assert ((scores.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all()
+
+
 @pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("k", [1, 10, 60])
 @pytest.mark.parametrize("filtered", [False, True])

@@ -16,25 +16,25 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-SOURCES = Path(__file__).parents[3] / "csrc" / "cuda"
+CSRC = Path(__file__).parents[3] / "csrc"
 
 
 def _build(folder: Path, compiler: str) -> Path:
     """The library for the sources as they are now; compiled at most once for each state of them."""
-    files = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cu", ".cpp", ".h", ".cuh"))
+    files = sorted(p for p in (CSRC / "cuda").rglob("*") if p.suffix in (".cu", ".cpp", ".h", ".cuh"))
     state = hashlib.sha256(torch.__version__.encode())
-    for file in files:
-        state.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in (*files, *CSRC.glob("*.h")):
+        state.update(file.relative_to(CSRC).as_posix().encode() + b"\0" + file.read_bytes())
     library = folder / f"emulated-{state.hexdigest()[:16]}.so"
     if library.exists():
         return library
     work = folder / f"build-{os.getpid()}"
     work.mkdir(exist_ok=True)
     includes = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
-    common = ["-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    common = [f"-I{CSRC}", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
     def compile_one(source: Path) -> Path:
-        target = work / (source.name + ".o")
+        target = work / (".".join(source.relative_to(CSRC).parts) + ".o")
         mode = ["-O1", *includes, "-DCROSSAN_EMULATE_CUDA"] if source.suffix == ".cpp" else ["-O2", "-xc++"]
         _run([compiler, *common, *mode, "-c", str(source), "-o", str(target)])
         return target

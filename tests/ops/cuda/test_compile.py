@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from torch.utils import cpp_extension
 
-SOURCES = sorted((Path(__file__).parents[3] / "csrc" / "cuda").glob("*.cu"))
+CSRC = Path(__file__).parents[3] / "csrc"
+SOURCES = sorted((CSRC / "cuda").rglob("*.cu"))
 NVCC = shutil.which("nvcc") or next(
     (str(p) for p in [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")] if p.exists()),
     None,
@@ -28,7 +29,12 @@ CUDA_INCLUDES = next(
 
 
 # Blackwell takes the paths of sm_80: for it, what asks which GPU it is for, and one kernel that runs there.
-BLACKWELL = ("side_network_hopper", "side_network_weight_gradient_hopper", "side_network_walk")
+BLACKWELL = ("side_network/hopper", "side_network/weight_gradient_hopper", "side_network/walk")
+
+
+def _name(source: Path) -> str:
+    """`side_network/walk`: files of two ops may share a name."""
+    return source.relative_to(CSRC / "cuda").with_suffix("").as_posix()
 
 
 def _jobs() -> list[tuple[Path, str]]:
@@ -36,7 +42,7 @@ def _jobs() -> list[tuple[Path, str]]:
     if NVCC is None:
         return jobs
     known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    return jobs + [(s, "100a") for s in SOURCES if s.stem in BLACKWELL and "compute_100" in known]
+    return jobs + [(s, "100a") for s in SOURCES if _name(s) in BLACKWELL and "compute_100" in known]
 
 
 JOBS = _jobs()
@@ -45,6 +51,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH, nor under CUDA_HOME or /usr/local/cuda"),
 ]
+
+
+def _cubin(folder: Path, name: str, target: str) -> Path:
+    return folder / f"{name.replace('/', '.')}.{target}.cubin"
 
 
 @functools.cache
@@ -58,6 +68,7 @@ def _compile(folder: Path) -> dict[tuple[str, str], tuple[int, str]]:
             [
                 NVCC,
                 "-std=c++17",
+                f"-I{CSRC}",
                 "-cubin",
                 "-gencode",
                 architecture,
@@ -67,12 +78,12 @@ def _compile(folder: Path) -> dict[tuple[str, str], tuple[int, str]]:
                 "-Werror",
                 "all-warnings",
                 "-o",
-                str(folder / f"{source.stem}.{target}.cubin"),
+                str(_cubin(folder, _name(source), target)),
             ],
             capture_output=True,
             text=True,
         )
-        return (source.stem, target), (done.returncode, done.stdout + done.stderr)
+        return (_name(source), target), (done.returncode, done.stdout + done.stderr)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(pool.map(run, JOBS))
@@ -83,9 +94,11 @@ def cubins(tmp_path_factory):
     return tmp_path_factory.mktemp("cubins")
 
 
-@pytest.mark.parametrize("source, target", JOBS, ids=lambda part: getattr(part, "stem", part))
+@pytest.mark.parametrize(
+    "source, target", JOBS, ids=lambda part: _name(part) if isinstance(part, Path) else part
+)
 def test_compiles_without_spills(cubins, source, target):
-    code, messages = _compile(cubins)[source.stem, target]
+    code, messages = _compile(cubins)[_name(source), target]
     assert code == 0, messages[-4000:]
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", messages)
     assert spills if "global" in source.read_text() else not spills
@@ -94,7 +107,7 @@ def test_compiles_without_spills(cubins, source, target):
     assert "Performance Loss" not in messages, messages[-4000:]
 
 
-@pytest.mark.parametrize("source", sorted(SOURCES[0].parent.glob("*.cpp")), ids=lambda s: s.stem)
+@pytest.mark.parametrize("source", sorted((CSRC / "cuda").rglob("*.cpp")), ids=_name)
 def test_bindings_compile_for_a_gpu(tmp_path, source):
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or CUDA_INCLUDES is None:
@@ -104,7 +117,14 @@ def test_bindings_compile_for_a_gpu(tmp_path, source):
     missing.parent.mkdir(parents=True)
     missing.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
     folders = [*cpp_extension.include_paths(), tmp_path, CUDA_INCLUDES, sysconfig.get_path("include")]
-    flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-Werror", *(f"-isystem{folder}" for folder in folders)]
+    flags = [
+        f"-I{CSRC}",
+        "-std=c++20",
+        "-fsyntax-only",
+        "-Wall",
+        "-Werror",
+        *(f"-isystem{folder}" for folder in folders),
+    ]
     done = subprocess.run([compiler, *flags, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -114,13 +134,13 @@ def test_bindings_compile_for_a_gpu(tmp_path, source):
     [
         # bf16 and fp16; forward and backward, one and two groups.
         (
-            "side_network_hopper",
+            "side_network/hopper",
             "hopper_kernel",
             8,
             ("HGMMA.64x32x16.F32", "UBLKCP", ".MULTICAST", "STSM.16.MT88.4", "SYNCS"),
         ),
         (
-            "side_network_weight_gradient_hopper",
+            "side_network/weight_gradient_hopper",
             "weight_gradient_hopper",
             2,
             ("HGMMA.64x32x16.F32", ".tnspA.tnspB"),
@@ -131,7 +151,7 @@ def test_hopper_path_uses_hopper_instructions(cubins, source, kernel, count, ins
     knobs = pytest.importorskip("triton").knobs
     cuobjdump = shutil.which("cuobjdump") or knobs.nvidia.cuobjdump.path
     _compile(cubins)
-    cubin = cubins / f"{source}.90a.cubin"
+    cubin = _cubin(cubins, source, "90a")
     listing = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True)
     kernels = [k for k in listing.stdout.split("Function : ") if kernel in k.splitlines()[0]]
     assert len(kernels) == count

@@ -1,0 +1,228 @@
+// side_network's border: checks every argument, then hands pointers to the kernels.
+
+#include "cpu/border.h"
+#include "cpu/library.h"
+#include "side_network.h"
+
+namespace crossan_fast::border {
+namespace {
+
+side_network::Structure read_structure(at::IntArrayRef widths, at::IntArrayRef sources, c10::string_view cross,
+                               c10::string_view activation, double temperature) {
+  side_network::Structure s{};
+  TORCH_CHECK_VALUE(!widths.empty(), "widths: expected at least one modality");
+  for (const int64_t width : widths) TORCH_CHECK_VALUE(width > 0, "widths: expected positive, got ", widths);
+  s.widths = widths.vec();
+  const auto modalities = static_cast<int64_t>(widths.size());
+  TORCH_CHECK_VALUE(sources.size() % 2 == 0 && static_cast<int64_t>(sources.size()) >= 2 * modalities,
+                    "sources: expected two numbers a tower and a tower a modality, got ", sources);
+  for (size_t t = 0; t < sources.size() / 2; ++t) {
+    const int64_t a = sources[2 * t], b = sources[2 * t + 1];
+    const bool own = static_cast<int64_t>(t) < modalities;
+    TORCH_CHECK_VALUE(own ? a == static_cast<int64_t>(t) && b == -1
+                          : a >= 0 && a < modalities && b >= 0 && b < modalities && a != b,
+                      "sources: tower ", t, " cannot read modalities (", a, ", ", b, ")");
+    s.towers.push_back({static_cast<int>(a), static_cast<int>(b)});
+  }
+  TORCH_CHECK_VALUE(cross == "none" || cross == "backbone" || cross == "side", "cross: got '", cross, "'");
+  using side_network::Cross;
+  s.cross = cross == "none" ? Cross::none : cross == "side" ? Cross::side : Cross::backbone;
+  TORCH_CHECK_VALUE(activation == "gelu" || activation == "relu", "activation: got '", activation, "'");
+  s.activation = activation == "relu" ? Activation::relu : Activation::gelu;
+  TORCH_CHECK_VALUE(temperature > 0, "temperature: expected a positive number, got ", temperature);
+  s.temperature = temperature;
+  return s;
+}
+
+// Everything the kernels read, and the tensors that keep it alive.
+struct Arguments {
+  side_network::Structure structure;
+  side_network::Inputs inputs;
+  std::vector<Tensor> kept;
+};
+
+Arguments read_arguments(TensorList states, TensorList scales, const OptionalTensor& ids,
+                         const OptionalTensor& present, TensorList weights, side_network::Structure structure) {
+  Arguments args{std::move(structure), {}, {}};
+  side_network::Structure& s = args.structure;
+  const size_t modalities = s.widths.size();
+  TORCH_CHECK_VALUE(states.size() == modalities, "states: expected ", modalities, " tensors, got ", states.size());
+  TORCH_CHECK_VALUE(scales.empty() || scales.size() == modalities, "scales: expected ", modalities,
+                    " tensors or none, got ", scales.size());
+  TORCH_CHECK_VALUE(!weights.empty() && weights[0].defined() && weights[0].dim() == 3,
+                    "weights[0]: expected [L, r, D]");
+  TORCH_CHECK_VALUE(states[0].defined() && states[0].dim() == 3, "states[0]: expected [rows, L, D], got ",
+                    described(states[0]));
+  s.levels = weights[0].size(0);
+  s.rank = weights[0].size(1);
+  s.rows = states[0].size(0);
+  TORCH_CHECK_VALUE(s.levels > 0 && s.rank > 0, "weights[0]: expected L and r above zero, got ",
+                    described(weights[0]));
+  for (size_t m = 0; m < modalities; ++m) {
+    check_device(item("states", m), states[m], at::kCPU);
+    check_shape(item("states", m), states[m], {s.rows, s.levels, s.widths[m]});
+    check_type(item("states", m), states[m],
+               {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kFloat8_e4m3fn, at::kChar});
+    const Tensor& state = args.kept.emplace_back(rows_in_place(states[m]));
+    side_network::States from{state.const_data_ptr(), stored_type(state.scalar_type()), state.stride(0), state.stride(1),
+                      nullptr, 0, 0};
+    if (!scales.empty()) {
+      check_device(item("scales", m), scales[m], at::kCPU);
+      check_shape(item("scales", m), scales[m], {s.rows, s.levels});
+      check_type(item("scales", m), scales[m], {at::kFloat});
+      from.scale = scales[m].const_data_ptr<float>();
+      from.scale_row = scales[m].stride(0);
+      from.scale_level = scales[m].stride(1);
+      args.kept.push_back(scales[m]);
+    }
+    args.inputs.states.push_back(from);
+  }
+  s.items = s.rows;
+  if (ids) {
+    check_device("ids", *ids, at::kCPU);
+    TORCH_CHECK_VALUE(ids->dim() == 1, "ids: expected one dimension, got ", described(*ids));
+    s.items = ids->size(0);
+    args.kept.push_back(checked_ids("ids", *ids, 0, s.rows));
+    args.inputs.ids = args.kept.back().const_data_ptr<int64_t>();
+  }
+  if (present) {
+    check_device("present", *present, at::kCPU);
+    check_shape("present", *present, {s.items, static_cast<int64_t>(modalities)});
+    check_type("present", *present, {at::kBool});
+    args.kept.push_back(present->contiguous());
+    args.inputs.present = args.kept.back().const_data_ptr<bool>();
+  }
+  return args;
+}
+
+// The shapes of SideNetworkWeights.flatten(), field by field; `visit(field, shape)`.
+template <class F>
+void each_weight(const side_network::Structure& s, F&& visit) {
+  const int64_t levels = s.levels, rank = s.rank;
+  for (const auto& t : s.towers) visit(0, std::vector<int64_t>{levels, rank, s.width(t)});
+  for (size_t t = 0; t < s.towers.size(); ++t) visit(1, std::vector<int64_t>{levels, rank});
+  for (const auto& t : s.towers) visit(2, std::vector<int64_t>{levels, s.width(t), rank});
+  for (const auto& t : s.towers) visit(3, std::vector<int64_t>{levels, s.width(t)});
+  for (size_t t = 0; t < s.towers.size(); ++t) visit(4, std::vector<int64_t>{levels});
+  const auto pairs = s.cross_pairs();
+  for (size_t p = 0; p < pairs.size(); ++p) visit(5, std::vector<int64_t>{levels});
+  for (const auto& [m, n] : pairs)
+    if (s.widths[m] != s.widths[n]) visit(6, std::vector<int64_t>{rank, s.widths[n]});
+  for (const auto& [m, n] : pairs)
+    if (s.widths[m] != s.widths[n]) visit(7, std::vector<int64_t>{s.widths[m], rank});
+  for (const auto& t : s.towers)
+    if (s.narrowed(t)) visit(8, std::vector<int64_t>{levels, s.width(t), s.widths[s.wide(t)]});
+  for (const auto& t : s.towers)
+    if (s.narrowed(t)) visit(9, std::vector<int64_t>{levels, s.width(t)});
+}
+
+void check_weights(const side_network::Structure& s, TensorList weights) {
+  size_t count = 0;
+  each_weight(s, [&](int, const std::vector<int64_t>& shape) {
+    TORCH_CHECK_VALUE(count < weights.size(), "weights: got only ", weights.size(), " tensors");
+    const std::string name = item("weights", count);
+    check_device(name, weights[count], at::kCPU);
+    check_floating(name, weights[count]);
+    check_shape(name, weights[count++], shape);
+  });
+  TORCH_CHECK_VALUE(count == weights.size(), "weights: expected ", count, " tensors, got ", weights.size());
+}
+
+template <class P, class F>
+side_network::Weights<P> group_weights(const side_network::Structure& s, F&& pointer) {
+  side_network::Weights<P> w;
+  std::vector<P>* fields[] = {&w.down_weight, &w.down_bias,  &w.up_weight, &w.up_bias,     &w.gate,
+                              &w.cross_gate,  &w.cross_down, &w.cross_up,  &w.pair_weight, &w.pair_bias};
+  size_t next = 0;
+  each_weight(s, [&](int field, const std::vector<int64_t>&) { fields[field]->push_back(pointer(next++)); });
+  return w;
+}
+
+template <class T>
+std::vector<Tensor> all_in_type(TensorList tensors) {
+  std::vector<Tensor> converted;
+  for (const Tensor& tensor : tensors) converted.push_back(in_type<T>(tensor));
+  return converted;
+}
+
+std::vector<Tensor> check_per_tower(const char* name, TensorList tensors, const side_network::Structure& s, bool saved,
+                                    at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(tensors.size() == s.towers.size(), name, ": expected ", s.towers.size(), " tensors, got ",
+                    tensors.size());
+  std::vector<Tensor> plain;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    check_device(item(name, t), tensors[t], at::kCPU);
+    check_type(item(name, t), tensors[t], {dtype});
+    if (saved)
+      check_shape(item(name, t), tensors[t], {s.items, s.levels, s.rank});
+    else
+      check_shape(item(name, t), tensors[t], {s.items, s.width(s.towers[t])});
+    plain.push_back(tensors[t].contiguous());
+  }
+  return plain;
+}
+
+side_network::Tensors pointers(const std::vector<Tensor>& tensors, at::ScalarType dtype) {
+  side_network::Tensors result{{}, stored_type(dtype)};
+  for (const Tensor& tensor : tensors) result.data.push_back(tensor.data_ptr());
+  return result;
+}
+
+}  // namespace
+
+std::vector<Tensor> side_network(TensorList states, TensorList scales, const OptionalTensor& ids,
+                                 const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
+                                 at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
+                                 double temperature, at::ScalarType dtype) {
+  const Arguments args = read_arguments(states, scales, ids, present, weights,
+                                        read_structure(widths, sources, cross, activation, temperature));
+  const side_network::Structure& s = args.structure;
+  check_weights(s, weights);
+  return in_compute_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Tensor> outputs, saved;
+    for (const auto& tower : s.towers) {
+      outputs.push_back(empty({s.items, s.width(tower)}, dtype));
+      saved.push_back(empty({s.items, s.levels, s.rank}, dtype));
+    }
+    const auto own = all_in_type<T>(weights);
+    const auto grouped =
+        group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
+    side_network::forward<T>(s, args.inputs, grouped, pointers(outputs, dtype), pointers(saved, dtype));
+    outputs.insert(outputs.end(), saved.begin(), saved.end());
+    return outputs;
+  });
+}
+
+std::vector<Tensor> side_network_backward(TensorList grad_outputs, TensorList saved, TensorList states,
+                                          TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
+                                          TensorList weights, at::IntArrayRef widths, at::IntArrayRef sources,
+                                          c10::string_view cross, c10::string_view activation, double temperature,
+                                          at::ScalarType dtype) {
+  const Arguments args = read_arguments(states, scales, ids, present, weights,
+                                        read_structure(widths, sources, cross, activation, temperature));
+  const side_network::Structure& s = args.structure;
+  check_weights(s, weights);
+  const auto grads_in = check_per_tower("grad_outputs", grad_outputs, s, false, dtype);
+  const auto saved_in = check_per_tower("saved", saved, s, true, dtype);
+  return in_compute_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<Tensor> grads;
+    for (const Tensor& weight : weights) {
+      grads.push_back(empty(weight.sizes(), kScalarType<T>));
+      if (s.items == 0) grads.back().zero_();
+    }
+    if (s.items > 0) {
+      const auto own = all_in_type<T>(weights);
+      const auto grouped =
+          group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
+      const auto sums = group_weights<T*>(s, [&](size_t i) { return grads[i].template mutable_data_ptr<T>(); });
+      side_network::backward<T>(s, args.inputs, grouped, pointers(grads_in, dtype), pointers(saved_in, dtype), sums);
+    }
+    for (size_t i = 0; i < grads.size(); ++i) grads[i] = grads[i].to(weights[i].scalar_type());
+    return grads;
+  });
+}
+
+
+}  // namespace crossan_fast::border

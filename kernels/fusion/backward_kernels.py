@@ -1,0 +1,293 @@
+"""fusion's backward kernels: one over items, three over weights, one that sums the weights' parts.
+
+`items_kernel` finishes the gradient of every embedding e, of `hidden` from it, and of the router's logits.
+Weight gradients are products over all items: a program owns one tile of a weight, keeps its sum in registers
+over its part of the items, and recomputes what it needs of the experts from e, so that neither their inner
+units `[N, M, 4d]` nor partial sums per block of items (1.3 MB each at the paper's size) cross memory.
+`partial` is `[parts, SIZE]`: a part holds every weight's gradient in the order of the weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from crossan_fast.kernels._common import activate, activate_grad, dot, narrow, pick, pick_constant
+from crossan_fast.kernels.fusion.forward_kernels import column_of, existing, load_tile, route
+
+
+@triton.jit(do_not_specialize=["count"])
+def items_kernel(
+    grad_items,
+    grad_probability,
+    total,
+    embedded,
+    router_logits,
+    head_weight,
+    router_weight,
+    w1,
+    b1,
+    w2,
+    b2,
+    present,
+    counts,
+    scratch,
+    grad_embedded,
+    grad_logits,
+    grad_hidden,
+    count,
+    WIDTHS: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_PRESENT: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of e, of the router's logits and of hidden for one block of items."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < count
+    feature = tl.arange(0, BLOCK_D)
+    modality = tl.arange(0, BLOCK_M)
+    here = inside[:, None] & (feature < D)[None, :]
+    exists = existing(present, row, count, modality, M, HAS_PRESENT)
+    logits = load_tile(router_logits, row, count, modality, M, M)
+    probability, chosen, share = route(logits, exists, modality, M, TOP_K)
+    grad = load_tile(grad_items, row, count, feature, D, D).to(tl.float32)  # [BN, d]
+
+    # Experts: what each adds to its e, kept aside until the router's gradient is known, and d loss / d share.
+    grad_share = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for m in range(M):
+        runs = column_of(tl.where(chosen, 1.0, 0.0), modality, m) > 0
+        grad_e = column_of(share, modality, m)[:, None] * grad
+        if tl.max(runs.to(tl.int32), axis=0) > 0:
+            e = load_tile(embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
+            bias = tl.load(b2 + m * D + feature, mask=feature < D, other=0.0).to(tl.float32)
+            expert = e.to(tl.float32) + bias[None, :]
+            grad_expert = narrow(grad_e, DTYPE)
+            for begin in range(0, F, BLOCK_F):
+                unit = begin + tl.arange(0, BLOCK_F)
+                first = load_tile(w1 + m * F * D, unit, F, feature, D, D).to(DTYPE)  # [BF, d]
+                second = load_tile(w2 + m * D * F, feature, D, unit, F, F).to(DTYPE)  # [d, BF]
+                zero = tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32)
+                inner = dot(e, tl.trans(first), zero, PRECISION)
+                inner += tl.load(b1 + m * F + unit, mask=unit < F, other=0.0).to(tl.float32)[None, :]
+                expert = dot(narrow(activate(inner, True), DTYPE), tl.trans(second), expert, PRECISION)
+                grad_inner = dot(grad_expert, second, zero, PRECISION) * activate_grad(inner, True)
+                grad_e = dot(narrow(grad_inner, DTYPE), first, grad_e, PRECISION)
+            of_share = tl.where(runs, tl.sum(grad * expert, axis=1), 0.0)
+            grad_share += tl.where(modality[None, :] == m, of_share[:, None], 0.0)
+        offset = row.to(tl.int64)[:, None] * (M * D) + (m * D + feature)[None, :]
+        tl.store(scratch + offset, grad_e, mask=here)
+
+    # Router: from the shares, and from the mean probabilities of the load-balance loss.
+    grad_logit = share * (grad_share - tl.sum(share * grad_share, axis=1)[:, None])
+    weight = tl.where(inside, 1.0, 0.0) / tl.load(total)
+    if HAS_COUNTS:
+        weight *= tl.load(counts + row, mask=inside, other=0).to(tl.float32)
+    grad_mean = tl.load(grad_probability + modality, mask=modality < M, other=0.0).to(tl.float32)
+    grad_p = weight[:, None] * grad_mean[None, :]
+    grad_logit += probability * (grad_p - tl.sum(probability * grad_p, axis=1)[:, None])
+    grad_logit = narrow(grad_logit, DTYPE)
+    offset = row.to(tl.int64)[:, None] * M + modality[None, :]
+    tl.store(grad_logits + offset, grad_logit, mask=inside[:, None] & (modality < M)[None, :])
+
+    tl.debug_barrier()  # the scratch, written above, is read below by other threads of this program
+    for m in tl.static_range(M):
+        offset = row.to(tl.int64)[:, None] * (M * D) + (m * D + feature)[None, :]
+        grad_e = tl.load(scratch + offset, mask=here, other=0.0)
+        router = load_tile(router_weight + m * D, modality, M, feature, D, M * D).to(DTYPE)  # [BM, d]
+        grad_e = dot(grad_logit, router, grad_e, PRECISION)
+        if HAS_PRESENT:
+            there = tl.load(present + row.to(tl.int64) * M + m, mask=inside, other=0) != 0
+            grad_e = tl.where(there[:, None], grad_e, 0.0)
+        grad_e = narrow(grad_e, DTYPE)
+        tl.store(grad_embedded + offset, grad_e, mask=here)
+        for begin in range(0, WIDTHS[m], BLOCK_K):
+            column = begin + tl.arange(0, BLOCK_K)
+            head = load_tile(head_weight[m], feature, D, column, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [d, BK]
+            grad_h = dot(grad_e, head, tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32), PRECISION)
+            at = row.to(tl.int64)[:, None] * WIDTHS[m] + column[None, :]
+            mask = inside[:, None] & (column < WIDTHS[m])[None, :]
+            tl.store(grad_hidden[m] + at, narrow(grad_h, grad_hidden[m].dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["count", "part_length"])
+def heads_kernel(
+    grad_embedded,
+    hidden,
+    partial,
+    count,
+    part_length,
+    WIDTHS: tl.constexpr,
+    STARTS: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile `[d, BK]` of modality m's head, and its bias, over one part of the items."""
+    m = tl.program_id(1)
+    part = tl.program_id(2)
+    width = pick_constant(WIDTHS, m)
+    column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if tl.program_id(0) * BLOCK_K < width:
+        states = pick(hidden, m)
+        feature = tl.arange(0, BLOCK_D)
+        weight = tl.zeros([BLOCK_D, BLOCK_K], dtype=tl.float32)
+        bias = tl.zeros([BLOCK_D], dtype=tl.float32)
+        start = part * part_length * BLOCK_N
+        for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
+            row = begin + tl.arange(0, BLOCK_N)
+            grad = load_tile(grad_embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
+            h = load_tile(states, row, count, column, width, width).to(DTYPE)  # [BN, BK]
+            weight = dot(tl.trans(grad), h, weight, PRECISION)
+            bias += tl.sum(grad.to(tl.float32), axis=0)
+        own = partial + part.to(tl.int64) * SIZE
+        at = own + pick_constant(STARTS, m) + feature[:, None] * width + column[None, :]
+        tl.store(at, weight, mask=(feature < D)[:, None] & (column < width)[None, :])
+        if tl.program_id(0) == 0:
+            # Biases follow the last weight, d each.
+            tl.store(own + STARTS[M] + m * D + feature, bias, mask=feature < D)
+
+
+@triton.jit(do_not_specialize=["count", "part_length"])
+def router_kernel(
+    grad_logits,
+    embedded,
+    partial,
+    count,
+    part_length,
+    START: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The router's weights of modality m's embedding, and its bias, over one part of the items."""
+    m = tl.program_id(0)
+    part = tl.program_id(1)
+    feature = tl.arange(0, BLOCK_D)
+    modality = tl.arange(0, BLOCK_M)
+    weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    bias = tl.zeros([BLOCK_M], dtype=tl.float32)
+    start = part * part_length * BLOCK_N
+    for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
+        row = begin + tl.arange(0, BLOCK_N)
+        grad = load_tile(grad_logits, row, count, modality, M, M)  # [BN, BM]
+        e = load_tile(embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
+        weight = dot(tl.trans(grad), e, weight, PRECISION)
+        bias += tl.sum(grad.to(tl.float32), axis=0)
+    own = partial + part.to(tl.int64) * SIZE + START
+    at = own + modality[:, None] * (M * D) + (m * D + feature)[None, :]
+    tl.store(at, weight, mask=(modality < M)[:, None] & (feature < D)[None, :])
+    if m == 0:
+        tl.store(own + M * M * D + modality, bias, mask=modality < M)
+
+
+@triton.jit(do_not_specialize=["count", "part_length"])
+def experts_kernel(
+    grad_items,
+    embedded,
+    router_logits,
+    w1,
+    b1,
+    w2,
+    present,
+    partial,
+    count,
+    part_length,
+    START: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_PRESENT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BLOCK_F inner units of expert m over one part of the items: w1, b1, w2, b2 from START on."""
+    m = tl.program_id(1)
+    part = tl.program_id(2)
+    unit = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    feature = tl.arange(0, BLOCK_D)
+    modality = tl.arange(0, BLOCK_M)
+    first = load_tile(w1 + m * F * D, unit, F, feature, D, D).to(DTYPE)  # [BF, d]
+    second = load_tile(w2 + m * D * F, feature, D, unit, F, F).to(DTYPE)  # [d, BF]
+    bias = tl.load(b1 + m * F + unit, mask=unit < F, other=0.0).to(tl.float32)
+    grad_first = tl.zeros([BLOCK_F, BLOCK_D], dtype=tl.float32)
+    grad_second = tl.zeros([BLOCK_D, BLOCK_F], dtype=tl.float32)
+    grad_b1 = tl.zeros([BLOCK_F], dtype=tl.float32)
+    grad_b2 = tl.zeros([BLOCK_D], dtype=tl.float32)
+    start = part * part_length * BLOCK_N
+    for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
+        row = begin + tl.arange(0, BLOCK_N)
+        exists = existing(present, row, count, modality, M, HAS_PRESENT)
+        logits = load_tile(router_logits, row, count, modality, M, M)
+        _, chosen, share = route(logits, exists, modality, M, TOP_K)
+        runs = column_of(tl.where(chosen, 1.0, 0.0), modality, m)
+        if tl.max(runs, axis=0) > 0:
+            e = load_tile(embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
+            grad = load_tile(grad_items, row, count, feature, D, D).to(tl.float32)
+            grad *= column_of(share, modality, m)[:, None]
+            grad_b2 += tl.sum(grad, axis=0)
+            grad_expert = narrow(grad, DTYPE)
+            zero = tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32)
+            inner = dot(e, tl.trans(first), zero, PRECISION) + bias[None, :]
+            active = narrow(activate(inner, True), DTYPE)
+            grad_second = dot(tl.trans(grad_expert), active, grad_second, PRECISION)
+            grad_inner = dot(grad_expert, second, zero, PRECISION) * activate_grad(inner, True)
+            grad_b1 += tl.sum(grad_inner, axis=0)
+            grad_first = dot(tl.trans(narrow(grad_inner, DTYPE)), e, grad_first, PRECISION)
+    own = partial + part.to(tl.int64) * SIZE + START
+    at = own + m * F * D + unit[:, None] * D + feature[None, :]
+    tl.store(at, grad_first, mask=(unit < F)[:, None] & (feature < D)[None, :])
+    own += M * F * D
+    tl.store(own + m * F + unit, grad_b1, mask=unit < F)
+    own += M * F
+    at = own + m * D * F + feature[:, None] * F + unit[None, :]
+    tl.store(at, grad_second, mask=(feature < D)[:, None] & (unit < F)[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(own + M * D * F + m * D + feature, grad_b2, mask=feature < D)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_kernel(
+    partial,
+    gradients,
+    parts,
+    SIZE: tl.constexpr,
+    STARTS: tl.constexpr,
+    SIZES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum parts of SIZE in their order, the slice from STARTS[i] on into gradients[i]."""
+    which = tl.program_id(1)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < pick_constant(SIZES, which)
+    start = pick_constant(STARTS, which)
+    if tl.program_id(0) * BLOCK < pick_constant(SIZES, which):
+        sum_ = tl.zeros([BLOCK], dtype=tl.float32)
+        for part in range(parts):
+            sum_ += tl.load(partial + tl.cast(part, tl.int64) * SIZE + start + index, mask=mask, other=0.0)
+        target = pick(gradients, which)
+        tl.store(target + index, narrow(sum_, target.dtype.element_ty), mask=mask)
