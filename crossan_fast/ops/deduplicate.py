@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossan_fast._checks import describe
 from crossan_fast.ops._dispatch import choose, implementation
-from crossan_fast.ops._registration import define
+from crossan_fast.ops._registration import define, on_one_device
 
 
 class Deduplicated(NamedTuple):
@@ -50,6 +50,7 @@ def deduplicate_reference(item_ids: Tensor, capacity: int | None = None) -> Dedu
     return Deduplicated(ids, inverse[1:].reshape(item_ids.shape), counts)
 
 
+@on_one_device
 def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str = "auto") -> Deduplicated:
     """The distinct ids of a batch; arguments as `deduplicate_reference`.
 
