@@ -55,10 +55,10 @@ def score_tiles(users: Tensor, items: Tensor, exclude: Tensor | None) -> Iterato
 def check_ranking(users: Tensor, items: Tensor, exclude: Tensor | None) -> None:
     """Raise unless the arguments that the ranking ops share fit each other."""
     check_tensor("users", users, (None, None))
-    check_tensor("items", items, (None, users.shape[1]), dtypes=(users.dtype,), device=users.device)
+    check_tensor("items", items, (None, users.shape[1]), dtypes=(users.dtype,))
     if items.shape[0] < 2:
         raise ValueError(f"items: expected a padding row and at least one item, got {describe(items)}")
     if exclude is not None:
-        check_tensor("exclude", exclude, (None, None), dtypes=(torch.int64,), device=users.device)
+        check_tensor("exclude", exclude, (None, None), dtypes=(torch.int64,))
         if exclude.shape[0] != users.shape[0]:
             raise ValueError(f"exclude: expected a row for each row of users, got {describe(exclude)}")

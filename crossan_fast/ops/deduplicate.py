@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crossan_fast._checks import describe
 from crossan_fast.ops._dispatch import choose
-from crossan_fast.ops._registration import define
+from crossan_fast.ops._registration import define, on_one_device
 
 
 class Deduplicated(NamedTuple):
@@ -67,6 +67,7 @@ def deduplicate_without_waiting(item_ids: Tensor, capacity: int) -> Deduplicated
     return Deduplicated(ids[:capacity], slots[1:].reshape(item_ids.shape), counts[:capacity])
 
 
+@on_one_device
 def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str = "auto") -> Deduplicated:
     """The distinct ids of a batch; arguments as `deduplicate_reference`.
 

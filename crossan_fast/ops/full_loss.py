@@ -7,7 +7,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose, compute_dtype
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 
 def full_loss_reference(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
@@ -29,6 +29,7 @@ def full_loss_reference(users: Tensor, items: Tensor, targets: Tensor) -> Tensor
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
 
 
+@on_one_device
 def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """Softmax cross entropy over the catalogue; arguments as `full_loss_reference`.
 
@@ -40,8 +41,8 @@ def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
     device = users.device
-    check_tensor("items", items, (None, users.shape[-1]), device=device)
-    check_tensor("targets", targets, (None,) * (users.dim() - 1), dtypes=(torch.int64,), device=device)
+    check_tensor("items", items, (None, users.shape[-1]))
+    check_tensor("targets", targets, (None,) * (users.dim() - 1), dtypes=(torch.int64,))
     if targets.shape != users.shape[:-1]:
         raise ValueError(f"targets: expected the shape of users without d, got {describe(targets)}")
     dtype = compute_dtype(device.type, torch.promote_types(users.dtype, items.dtype))

@@ -20,7 +20,7 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._contracts import FusionWeights
 from crossan_fast.ops._dispatch import choose, compute_dtype
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 
 class FusionOutput(NamedTuple):
@@ -104,6 +104,7 @@ def _balance(probability: Tensor, exists: Tensor, k: int, counts: Tensor | None)
     return probability.shape[1] * (fraction.detach() * mean).sum()
 
 
+@on_one_device
 def fusion(
     hidden: Sequence[Tensor],
     weights: FusionWeights,
@@ -144,7 +145,6 @@ def _check(
     counts: Tensor | None,
 ) -> None:
     modalities, expansion, width = weights.w1.shape
-    device = weights.w1.device
     for name, group in (
         ("hidden", hidden),
         ("head_weight", weights.head_weight),
@@ -154,16 +154,16 @@ def _check(
             raise ValueError(f"{name}: expected {modalities} tensors, got {len(group)}")
     count = hidden[0].shape[0]
     for m, (h, weight) in enumerate(zip(hidden, weights.head_weight, strict=True)):
-        check_tensor(f"head_weight[{m}]", weight, (width, None), device=device)
-        check_tensor(f"head_bias[{m}]", weights.head_bias[m], (width,), device=device)
-        check_tensor(f"hidden[{m}]", h, (None, weight.shape[1]), device=device)
+        check_tensor(f"head_weight[{m}]", weight, (width, None))
+        check_tensor(f"head_bias[{m}]", weights.head_bias[m], (width,))
+        check_tensor(f"hidden[{m}]", h, (None, weight.shape[1]))
         if h.shape[0] != count:
             raise ValueError(f"hidden[{m}]: expected {count} rows as in hidden[0], got {describe(h)}")
-    check_tensor("router_weight", weights.router_weight, (modalities, modalities * width), device=device)
-    check_tensor("router_bias", weights.router_bias, (modalities,), device=device)
-    check_tensor("b1", weights.b1, (modalities, expansion), device=device)
-    check_tensor("w2", weights.w2, (modalities, width, expansion), device=device)
-    check_tensor("b2", weights.b2, (modalities, width), device=device)
+    check_tensor("router_weight", weights.router_weight, (modalities, modalities * width))
+    check_tensor("router_bias", weights.router_bias, (modalities,))
+    check_tensor("b1", weights.b1, (modalities, expansion))
+    check_tensor("w2", weights.w2, (modalities, width, expansion))
+    check_tensor("b2", weights.b2, (modalities, width))
     if top_k is not None and not 1 <= top_k <= modalities:
         raise ValueError(f"top_k: expected 1 to {modalities}, got {top_k}")
     for name, rows, shape, dtype in (
@@ -171,7 +171,7 @@ def _check(
         ("counts", counts, (None,), torch.int64),
     ):
         if rows is not None:
-            check_tensor(name, rows, shape, dtypes=(dtype,), device=device)
+            check_tensor(name, rows, shape, dtypes=(dtype,))
             if rows.shape[0] != count:
                 raise ValueError(f"{name}: expected {count} rows as in hidden, got {describe(rows)}")
 

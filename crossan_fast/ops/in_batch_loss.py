@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose, compute_dtype
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 
 def in_batch_loss_reference(
@@ -45,6 +45,7 @@ def in_batch_loss_reference(
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
 
 
+@on_one_device
 def in_batch_loss_by_place(users: Tensor, items: Tensor, item_ids: Tensor, log_popularity: Tensor) -> Tensor:
     """The same loss with a column for every place of the batch, as IISAN states it.
 
@@ -67,6 +68,7 @@ def in_batch_loss_by_place(users: Tensor, items: Tensor, item_ids: Tensor, log_p
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
 
 
+@on_one_device
 def in_batch_loss(
     users: Tensor,
     items: Tensor,
@@ -87,12 +89,12 @@ def in_batch_loss(
     """
     check_tensor("users", users, (None, None, None))
     device = users.device
-    check_tensor("items", items, (None, users.shape[2]), device=device)
-    check_tensor("slots", slots, (None, None), dtypes=(torch.int64,), device=device)
+    check_tensor("items", items, (None, users.shape[2]))
+    check_tensor("slots", slots, (None, None), dtypes=(torch.int64,))
     if slots.shape[0] != users.shape[0] or slots.shape[1] != users.shape[1] + 1:
         raise ValueError(f"slots: expected [B, S + 1] to users' [B, S, d], got {describe(slots)}")
-    check_tensor("counts", counts, (None,), dtypes=(torch.int64,), device=device)
-    check_tensor("log_popularity", log_popularity, (None,), device=device)
+    check_tensor("counts", counts, (None,), dtypes=(torch.int64,))
+    check_tensor("log_popularity", log_popularity, (None,))
     for name, column in (("counts", counts), ("log_popularity", log_popularity)):
         if column.shape[0] != items.shape[0]:
             raise ValueError(f"{name}: expected an entry for each row of items, got {describe(column)}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose
-from crossan_fast.ops._registration import define
+from crossan_fast.ops._registration import define, on_one_device
 from crossan_fast.ops._score_tiles import check_ranking, dot_products, score_tiles
 
 
@@ -39,6 +39,7 @@ def rank_of_target_reference(
     return ahead  # the target itself is among the counted: that is the 1
 
 
+@on_one_device
 def rank_of_target(
     users: Tensor,
     items: Tensor,
@@ -54,7 +55,7 @@ def rank_of_target(
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
     check_ranking(users, items, exclude)
-    check_tensor("targets", targets, (None,), dtypes=(torch.int64,), device=users.device)
+    check_tensor("targets", targets, (None,), dtypes=(torch.int64,))
     if targets.shape[0] != users.shape[0]:
         raise ValueError(f"targets: expected an id for each row of users, got {describe(targets)}")
     users, items = users.detach(), items.detach()

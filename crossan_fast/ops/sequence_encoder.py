@@ -20,7 +20,7 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._contracts import SequenceEncoderWeights
 from crossan_fast.ops._dispatch import choose
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 EPS = 1e-6
 
@@ -107,6 +107,7 @@ def dropout_mask(seed: Tensor, site: int, places: int, columns: int, probability
     return words.gather(0, which[None])[0] >= min(round(probability * 2**32), low)
 
 
+@on_one_device
 def sequence_encoder(
     items: Tensor,
     mask: Tensor,
@@ -149,31 +150,30 @@ def _check(
 ) -> None:
     width = weights.gain.shape[0]
     check_tensor("items", items, (None, None, width))
-    device = items.device
-    check_tensor("mask", mask, (None, None), dtypes=(torch.bool,), device=device)
+    check_tensor("mask", mask, (None, None), dtypes=(torch.bool,))
     if mask.shape != items.shape[:2]:
         raise ValueError(f"mask: expected {list(items.shape[:2])} as in items, got {describe(mask)}")
-    check_tensor("position", weights.position, (None, width), device=device)
+    check_tensor("position", weights.position, (None, width))
     if items.shape[1] > weights.position.shape[0]:
         raise ValueError(
             f"items: expected at most {weights.position.shape[0]} places, the rows of position, "
             f"got {describe(items)}"
         )
-    check_tensor("bias", weights.bias, (width,), device=device)
+    check_tensor("bias", weights.bias, (width,))
     for index, block in enumerate(weights.blocks):
         inner = block.widen.shape[0]
         shapes = [(width, width)] * 4 + [(width,)] * 2 + [(inner, width), (inner,), (width, inner)]
         shapes += [(width,)] * 3
         for name, tensor, shape in zip(block._fields, block, shapes, strict=True):
             # The names are put together only for a complaint: this runs at every step.
-            if tensor.shape != shape or tensor.device != device:
-                check_tensor(f"blocks[{index}].{name}", tensor, shape, device=device)
+            if tensor.shape != shape:
+                check_tensor(f"blocks[{index}].{name}", tensor, shape)
     if heads < 1 or width % heads:
         raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
     if seed is not None:
-        check_tensor("seed", seed, (), dtypes=(torch.int64,), device=device)
+        check_tensor("seed", seed, (), dtypes=(torch.int64,))
     elif dropout:
         raise ValueError(f"seed: dropout={dropout} needs an int64 scalar, got None")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
 from crossan_fast.ops._dispatch import choose, compute_dtype
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *SCALED_DTYPES)
@@ -119,6 +119,7 @@ def _where(mask: Tensor | None, value: Tensor) -> Tensor:
     return value if mask is None else torch.where(mask, value, 0)
 
 
+@on_one_device
 def side_network(
     states: Sequence[Tensor],
     weights: SideNetworkWeights,
@@ -185,10 +186,9 @@ def _check(
 ) -> None:
     if len(states) != len(structure.widths):
         raise ValueError(f"states: expected {len(structure.widths)} tensors, got {len(states)}")
-    device = weights.gate[0].device
     rows, levels = states[0].shape[0], weights.gate[0].shape[0]
     for m, (state, width) in enumerate(zip(states, structure.widths, strict=True)):
-        check_tensor(f"states[{m}]", state, (None, levels, width), dtypes=STATE_DTYPES, device=device)
+        check_tensor(f"states[{m}]", state, (None, levels, width), dtypes=STATE_DTYPES)
         if state.shape[0] != rows:
             raise ValueError(f"states[{m}]: expected {rows} rows as in states[0], got {describe(state)}")
         if scales is None and state.dtype in SCALED_DTYPES:
@@ -197,13 +197,13 @@ def _check(
         if len(scales) != len(states):
             raise ValueError(f"scales: expected {len(states)} tensors, got {len(scales)}")
         for m, scale in enumerate(scales):
-            check_tensor(f"scales[{m}]", scale, (None, levels), dtypes=(torch.float32,), device=device)
+            check_tensor(f"scales[{m}]", scale, (None, levels), dtypes=(torch.float32,))
             if scale.shape[0] != rows:
                 raise ValueError(f"scales[{m}]: expected {rows} rows as in states, got {describe(scale)}")
     if ids is not None:
-        check_tensor("ids", ids, (None,), dtypes=(torch.int64, torch.int32), device=device)
+        check_tensor("ids", ids, (None,), dtypes=(torch.int64, torch.int32))
     if present is not None:
-        check_tensor("present", present, (None, len(states)), dtypes=(torch.bool,), device=device)
+        check_tensor("present", present, (None, len(states)), dtypes=(torch.bool,))
         count = rows if ids is None else ids.shape[0]
         if present.shape[0] != count:
             raise ValueError(f"present: expected a row for each of {count} items, got {describe(present)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast.ops._dispatch import choose
-from crossan_fast.ops._registration import define
+from crossan_fast.ops._registration import define, on_one_device
 from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
 
@@ -48,6 +48,7 @@ def topk_scores_reference(users: Tensor, items: Tensor, k: int, exclude: Tensor 
     return TopK(scores, ids.masked_fill(scores == float("-inf"), 0))
 
 
+@on_one_device
 def topk_scores(
     users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None, *, backend: str = "auto"
 ) -> TopK:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import ops
-from crossan_fast._checks import check_tensor, nearest
+from crossan_fast._checks import check_tensor, describe, nearest
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Split
 from crossan_fast.model import CrossanModel
@@ -104,6 +104,9 @@ def evaluate(
     history = split.history_test
     if part == "validation":
         inputs, targets, history = split.validation_input, split.validation_target, split.history_validation
+    if inputs.device != model.item_popularity.device:
+        wanted = model.item_popularity.device
+        raise ValueError(f"split: expected device {wanted} as the model, got {describe(inputs)}")
     total = cache.num_items if candidates is None else candidates.numel()
     check_cutoffs(k, total)
     processes = processes or Processes()
