@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from crossan_fast._checks import nearest
+from crossan_fast._untrusted import parse_json
 
 Architecture = Literal["crossan", "iisan"]
 Cross = Literal["backbone", "side", "none"]
@@ -162,7 +163,7 @@ class CrossanConfig:
 
     @classmethod
     def from_json(cls, text: str) -> CrossanConfig:
-        values = json.loads(text)
+        values = parse_json(text, "config")
         if not isinstance(values, dict):
             raise ValueError(f"config: expected a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
@@ -263,4 +264,7 @@ def _at_least(name: str, value: object, low: int) -> None:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float can hold, got more") from None
