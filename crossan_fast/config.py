@@ -23,6 +23,14 @@ Fusion = Literal["momef", "concat"]
 Loss = Literal["in_batch", "full"]
 Attention = Literal["sdpa", "xformers"]
 
+_IISAN: dict[str, Any] = {
+    "architecture": "iisan",
+    "cross": "none",
+    "activation": "relu",
+    "head": "two",
+    "fusion": "concat",
+}
+
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -127,14 +135,13 @@ class CrossanConfig:
     @classmethod
     def iisan(cls, modalities: Sequence[Modality], **overrides: Any) -> CrossanConfig:
         """The ancestor: ReLU adapters, no cross terms, two-layer heads, concatenation."""
-        defaults: dict[str, Any] = {
-            "architecture": "iisan",
-            "cross": "none",
-            "activation": "relu",
-            "head": "two",
-            "fusion": "concat",
-        }
-        return cls.from_dict({"modalities": tuple(modalities), **defaults, **overrides})
+        return cls.from_dict({"modalities": tuple(modalities), **_IISAN, **overrides})
+
+    @classmethod
+    def defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Every field but `modalities` with its default; IISAN's where `values` has that architecture."""
+        plain = {f.name: f.default for f in fields(cls) if f.init and f.name != "modalities"}
+        return {**plain, **_IISAN} if values.get("architecture") == "iisan" else plain
 
     @property
     def num_levels(self) -> int:

@@ -106,7 +106,8 @@ class TrainConfig:
         items: items file for titles in recommendations; None: names alone.
         data: what `${data}` in `cache`, `users` and `items` stands for; None: CROSSAN_FAST_DATA.
         modalities: names of the cache's modalities to use, in this order; None: all.
-        model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults.
+        model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults. What
+            is left out is filled in, so that two configs of one model are equal.
         optimizer, evaluation: see there.
         min_items, max_items, strict: of `read_interactions`; max_items None: the window, the item that the
             last prefix of the window predicts in training counted in it, and both held-out targets.
@@ -144,6 +145,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", {**CrossanConfig.defaults(self.model), **self.model})
         for name in ("batch_size", "epochs", "evaluate_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)
@@ -184,8 +186,7 @@ class TrainConfig:
                     f"modalities: the cache holds {list(held)}, got {name!r}{nearest(name, held)}"
                 )
             chosen.append(held[name])
-        make = CrossanConfig.iisan if self.model.get("architecture") == "iisan" else CrossanConfig
-        return make(modalities=tuple(chosen), **self.model)
+        return CrossanConfig(modalities=tuple(chosen), **self.model)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:

@@ -155,3 +155,13 @@ def test_the_model_takes_the_modalities_asked_for(values: dict[str, Any], world:
         TrainConfig.from_dict({**values, "modalities": ["imag"]}).crossan_config(cache)
     iisan = TrainConfig.from_dict({**values, "model": {"architecture": "iisan"}}).crossan_config(cache)
     assert (iisan.fusion, iisan.head, iisan.activation) == ("concat", "two", "relu")
+
+
+def test_configs_of_one_model_are_equal(values: dict[str, Any]) -> None:
+    plain = TrainConfig.from_dict(values)
+    stated = TrainConfig.from_dict(apply_overrides(values, ["model.attention_heads=2", "model.top_k=null"]))
+    assert stated == plain
+    assert plain.to_dict()["model"]["cross"] == "backbone", "a resolved config leaves nothing to a default"
+    iisan = TrainConfig.from_dict({**values, "model": {"architecture": "iisan"}})
+    assert iisan == TrainConfig.from_dict({**values, "model": {"architecture": "iisan", "head": "two"}})
+    assert iisan != TrainConfig.from_dict({**values, "model": {"architecture": "iisan", "head": "one"}})
