@@ -83,7 +83,7 @@ class _Loader(yaml.SafeLoader):
             self._refuse(f"nested more than {MAX_DEPTH} deep")
         self._depth += 1
         try:
-            return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+            return super().compose_node(parent, index)
         finally:
             self._depth -= 1
 
