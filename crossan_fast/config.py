@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from crossan_fast._checks import nearest
 from crossan_fast._untrusted import parse_json
@@ -30,6 +30,12 @@ _IISAN: dict[str, Any] = {
     "head": "two",
     "fusion": "concat",
 }
+
+# What transformers' Trainer sets on the config of whatever model it is given. None of it is a field:
+# equality, hash, `repr` and JSON do not know it, and nothing here reads it.
+_FOREIGN = ("use_cache",)
+
+_Class = TypeVar("_Class")
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -70,6 +76,21 @@ class TowerSpec:
     width: int
 
 
+def _with_foreign_attributes(cls: type[_Class]) -> type[_Class]:
+    """Let `_FOREIGN` be set on instances of a frozen dataclass; all else stays refused."""
+    refuse = cls.__setattr__
+
+    def set_attribute(self: Any, name: str, value: object) -> None:
+        if name in _FOREIGN:
+            object.__setattr__(self, name, value)
+        else:
+            refuse(self, name, value)
+
+    cls.__setattr__ = set_attribute  # type: ignore[method-assign]
+    return cls
+
+
+@_with_foreign_attributes
 @dataclass(frozen=True)
 class CrossanConfig:
     """A validated, immutable description of a `CrossanModel`; round-trips through JSON.
@@ -158,6 +179,10 @@ class CrossanConfig:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    def to_json_string(self) -> str:
+        """`to_json`, by the name that the loggers of transformers' Trainer call."""
+        return self.to_json()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CrossanConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
+from crossan_fast.output import CrossanOutput
 from crossan_fast.recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
@@ -29,19 +30,6 @@ if TYPE_CHECKING:
 _ID_DTYPES = (torch.int64, torch.int32)
 # Items whose states are on the device at once where the cache is not.
 _CHUNK = 2048
-
-
-@dataclass(frozen=True)
-class CrossanOutput:
-    """Attributes:
-    loss: scalar: the configured loss plus `load_balance` times the router's.
-    user_embeddings: `[B, S, d]`; the last place is the user's vector.
-    item_embeddings: `[B, S + 1, d]`, by place of `item_ids`; what stands at padding has no meaning.
-    """
-
-    loss: Tensor
-    user_embeddings: Tensor
-    item_embeddings: Tensor
 
 
 class CrossanModel(nn.Module):
@@ -63,6 +51,8 @@ class CrossanModel(nn.Module):
     """
 
     item_popularity: Tensor
+    # transformers' Trainer asks a model which of its inputs to count and to hand to metrics.
+    main_input_name = "item_ids"
 
     def __init__(self, config: CrossanConfig, backend: str = "auto") -> None:
         super().__init__()
@@ -153,6 +143,7 @@ class CrossanModel(nn.Module):
         present: Tensor | None = None,
         gathered: Gathered | None = None,
         capacity: int | None = None,
+        return_loss: bool = True,
     ) -> CrossanOutput:
         """One training step's loss.
 
@@ -166,10 +157,14 @@ class CrossanModel(nn.Module):
                 ahead.
             capacity: how many distinct ids there are at most, padding counted; where it is known, a GPU need
                 not work on a slot for every place.
+            return_loss: always true: the targets are in `item_ids`. By this default transformers' Trainer
+                sees that evaluation has a loss without labels.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named; no row with a target; ids out of range.
         """
+        if not return_loss:
+            raise ValueError("return_loss: expected true, the output always has its loss; got false")
         self._check_ids(item_ids)
         if (states is None) == (cache is None):
             given = "both" if states is not None else "neither"
