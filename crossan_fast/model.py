@@ -112,7 +112,7 @@ class CrossanModel(nn.Module):
                 f"items: expected at most window={self.config.window} places, got {describe(items)}"
             )
         with span("sequence_encoder"):
-            return self.sequence_encoder(items, mask, backend=self._backend("sequence_encoder"))
+            return self.sequence_encoder(items, mask, backend=self.backend_for("sequence_encoder"))
 
     def encode_catalogue(
         self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = _CHUNK
@@ -179,7 +179,7 @@ class CrossanModel(nn.Module):
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
             return self._full(item_ids, cache)
         unique = ops.deduplicate(
-            item_ids, self._capacity(item_ids, capacity), backend=self._backend("deduplicate")
+            item_ids, self._capacity(item_ids, capacity), backend=self.backend_for("deduplicate")
         )
         if cache is not None:
             source = _sources.cached(self.config, cache, item_ids.device, unique.ids, gathered)
@@ -210,7 +210,11 @@ class CrossanModel(nn.Module):
             # On the CPU a batch has as many slots as distinct items, equal shapes or not.
             equal = self.equal_batches and item_ids.device.type != "cpu"
             unique, embeddings = distributed.gather_negatives(
-                unique, embeddings, self.process_group, equal=equal
+                unique,
+                embeddings,
+                self.process_group,
+                equal=equal,
+                backend=self.backend_for("deduplicate"),
             )
         log_popularity = self._log_popularity(unique.ids)
         with span("loss"):
@@ -221,7 +225,7 @@ class CrossanModel(nn.Module):
                     unique.slots,
                     unique.counts,
                     log_popularity,
-                    backend=self._backend("in_batch_loss"),
+                    backend=self.backend_for("in_batch_loss"),
                 )
             else:
                 loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
@@ -250,7 +254,7 @@ class CrossanModel(nn.Module):
         users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
         targets = torch.where(item_ids[:, :-1] != 0, item_ids[:, 1:], 0)
         with span("loss"):
-            loss = ops.full_loss(users, embeddings, targets, backend=self._backend("full_loss"))
+            loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
     # -- popularity ------------------------------------------------------------------------------------
@@ -278,6 +282,22 @@ class CrossanModel(nn.Module):
         if self.item_popularity.numel() == 0:
             raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
         return torch.log(self.item_popularity[ids])
+
+    # -- backends --------------------------------------------------------------------------------------
+
+    def backend_for(self, op: str, device: torch.device | None = None) -> str:
+        """What to ask of an op as `backend=`, wherever it is called for this model.
+
+        A backend asked for by name holds for every op that it has; the others stay automatic.
+
+        Args:
+            op: one of `ops`' names.
+            device: where the call runs, for what the host does on behalf of a model elsewhere: a backend of
+                the model's device says nothing of another's, but eager is eager.
+        """
+        if device is not None and device.type != self._device().type:
+            return "eager" if self.backend == "eager" else "auto"
+        return self.backend if ops.has_kernel(op, self.backend) else "auto"
 
     # -- saving and recommending -----------------------------------------------------------------------
 
@@ -318,7 +338,7 @@ class CrossanModel(nn.Module):
                 ids=source.rows,
                 scales=source.scales,
                 present=source.present,
-                backend=self._backend("side_network"),
+                backend=self.backend_for("side_network"),
             )
 
     def _fuse(
@@ -328,7 +348,7 @@ class CrossanModel(nn.Module):
             if isinstance(self.fusion, Concat):
                 return self.fusion(hidden, self.heads, present=source.present), None
             fused = self.fusion(
-                hidden, self.heads, present=source.present, counts=counts, backend=self._backend("fusion")
+                hidden, self.heads, present=source.present, counts=counts, backend=self.backend_for("fusion")
             )
         return fused.items, fused.balance
 
@@ -407,10 +427,6 @@ class CrossanModel(nn.Module):
         if item_ids.device.type == "cpu":
             return None
         return item_ids.numel() + 1 if known is None else min(known, item_ids.numel() + 1)
-
-    def _backend(self, op: str) -> str:
-        """A backend asked for by name holds for every op that it has; the others stay automatic."""
-        return self.backend if ops.has_kernel(op, self.backend) else "auto"
 
     def _device(self) -> torch.device:
         return self.sequence_encoder.position.weight.device

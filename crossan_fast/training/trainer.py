@@ -145,7 +145,8 @@ class Trainer:
     def feed(self, epoch: int) -> Iterator[tuple[torch.Tensor, Known]]:
         """The batches of an epoch, 1, 2, …; see `crossan_fast.training.feed`."""
         alone = self.processes.size == 1
-        return feed(self.batches, epoch, self.task.cache, self.device, slots=alone)
+        backend = self.model.backend_for("deduplicate", torch.device("cpu"))
+        return feed(self.batches, epoch, self.task.cache, self.device, slots=alone, backend=backend)
 
     def _begin(self, resume: bool, say: Callable[[str], None]) -> None:
         held = self.folder.last.exists()
