@@ -119,6 +119,7 @@ class CrossanModel(nn.Module):
     ) -> Tensor:
         """Embeddings of the cache's items without gradient, `[I + 1, d]` (or of `ids`); row 0 is zeros."""
         device = self._device()
+        _sources.place(cache, device)
         if ids is None:
             ids = torch.arange(cache.num_items + 1, device=device)
         training = self.training
@@ -182,6 +183,8 @@ class CrossanModel(nn.Module):
             item_ids, self._capacity(item_ids, capacity), backend=self.backend_for("deduplicate")
         )
         if cache is not None:
+            if gathered is None:
+                _sources.place(cache, item_ids.device)
             source = _sources.cached(self.config, cache, item_ids.device, unique.ids, gathered)
         else:
             assert states is not None
@@ -238,6 +241,7 @@ class CrossanModel(nn.Module):
         counts = (catalogue != 0).to(torch.int64)
         device = item_ids.device
         exists = self._drop(_sources.present_in(self.config, cache, device), catalogue)
+        _sources.place(cache, device)
         if _sources.read_by_id(cache, device):
             source = replace(_sources.cached(self.config, cache, device), present=exists)
             embeddings, balance = self._encode(source, counts)
