@@ -50,7 +50,7 @@ _EAGER_BY_DESIGN = {
     (
         "sequence_encoder",
         "cuda",
-    ): "torch's scaled_dot_product_attention, or xformers' where the config says so, captured with the step",
+    ): "torch's own kernels, around xformers' attention where the config says so, captured with the step",
 }
 
 # Calls that run an op's reference whatever is picked for it, by op and device, for `crossan-fast doctor`.
