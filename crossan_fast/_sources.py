@@ -69,16 +69,21 @@ def dense(
     return Source([states[name].flatten(0, leading - 1) for name in names], None, None, present)
 
 
+def place(cache: HiddenStateCache, device: torch.device) -> None:
+    """Choose where the states live for a GPU that the cache does not serve yet, as `cache.to` does.
+
+    A CPU is served from wherever they are.
+    """
+    if device.type != "cpu" and cache.device != device:
+        cache.to(device)
+
+
 def read_by_id(cache: HiddenStateCache, device: torch.device) -> bool:
     """Whether kernels on `device` reach the cache's rows; where not, rows are gathered for them first.
 
-    The CPU reads memory and mapped files alike; a GPU reads a cache that is resident on it.
+    The CPU reads memory and mapped files alike; a GPU reads a cache that is resident on it (see `place`).
     """
-    if device.type == "cpu":
-        return True
-    if cache.device != device:
-        cache.to(device)
-    return cache.tier == "resident"
+    return device.type == "cpu" or (cache.device == device and cache.tier == "resident")
 
 
 def cached(

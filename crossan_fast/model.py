@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
+from crossan_fast.output import CrossanOutput
 from crossan_fast.recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
@@ -29,19 +30,6 @@ if TYPE_CHECKING:
 _ID_DTYPES = (torch.int64, torch.int32)
 # Items whose states are on the device at once where the cache is not.
 _CHUNK = 2048
-
-
-@dataclass(frozen=True)
-class CrossanOutput:
-    """Attributes:
-    loss: scalar: the configured loss plus `load_balance` times the router's.
-    user_embeddings: `[B, S, d]`; the last place is the user's vector.
-    item_embeddings: `[B, S + 1, d]`, by place of `item_ids`; what stands at padding has no meaning.
-    """
-
-    loss: Tensor
-    user_embeddings: Tensor
-    item_embeddings: Tensor
 
 
 class CrossanModel(nn.Module):
@@ -63,6 +51,8 @@ class CrossanModel(nn.Module):
     """
 
     item_popularity: Tensor
+    # transformers' Trainer asks a model which of its inputs to count and to hand to metrics.
+    main_input_name = "item_ids"
 
     def __init__(self, config: CrossanConfig, backend: str = "auto") -> None:
         super().__init__()
@@ -122,13 +112,14 @@ class CrossanModel(nn.Module):
                 f"items: expected at most window={self.config.window} places, got {describe(items)}"
             )
         with span("sequence_encoder"):
-            return self.sequence_encoder(items, mask, backend=self._backend("sequence_encoder"))
+            return self.sequence_encoder(items, mask, backend=self.backend_for("sequence_encoder"))
 
     def encode_catalogue(
         self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = _CHUNK
     ) -> Tensor:
         """Embeddings of the cache's items without gradient, `[I + 1, d]` (or of `ids`); row 0 is zeros."""
         device = self._device()
+        _sources.place(cache, device)
         if ids is None:
             ids = torch.arange(cache.num_items + 1, device=device)
         training = self.training
@@ -153,6 +144,7 @@ class CrossanModel(nn.Module):
         present: Tensor | None = None,
         gathered: Gathered | None = None,
         capacity: int | None = None,
+        return_loss: bool = True,
     ) -> CrossanOutput:
         """One training step's loss.
 
@@ -166,10 +158,14 @@ class CrossanModel(nn.Module):
                 ahead.
             capacity: how many distinct ids there are at most, padding counted; where it is known, a GPU need
                 not work on a slot for every place.
+            return_loss: always true: the targets are in `item_ids`. By this default transformers' Trainer
+                sees that evaluation has a loss without labels.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named; no row with a target; ids out of range.
         """
+        if not return_loss:
+            raise ValueError("return_loss: expected true, the output always has its loss; got false")
         self._check_ids(item_ids)
         if (states is None) == (cache is None):
             given = "both" if states is not None else "neither"
@@ -184,9 +180,11 @@ class CrossanModel(nn.Module):
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
             return self._full(item_ids, cache)
         unique = ops.deduplicate(
-            item_ids, self._capacity(item_ids, capacity), backend=self._backend("deduplicate")
+            item_ids, self._capacity(item_ids, capacity), backend=self.backend_for("deduplicate")
         )
         if cache is not None:
+            if gathered is None:
+                _sources.place(cache, item_ids.device)
             source = _sources.cached(self.config, cache, item_ids.device, unique.ids, gathered)
         else:
             assert states is not None
@@ -215,7 +213,11 @@ class CrossanModel(nn.Module):
             # On the CPU a batch has as many slots as distinct items, equal shapes or not.
             equal = self.equal_batches and item_ids.device.type != "cpu"
             unique, embeddings = distributed.gather_negatives(
-                unique, embeddings, self.process_group, equal=equal
+                unique,
+                embeddings,
+                self.process_group,
+                equal=equal,
+                backend=self.backend_for("deduplicate"),
             )
         log_popularity = self._log_popularity(unique.ids)
         with span("loss"):
@@ -226,7 +228,7 @@ class CrossanModel(nn.Module):
                     unique.slots,
                     unique.counts,
                     log_popularity,
-                    backend=self._backend("in_batch_loss"),
+                    backend=self.backend_for("in_batch_loss"),
                 )
             else:
                 loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
@@ -239,6 +241,7 @@ class CrossanModel(nn.Module):
         counts = (catalogue != 0).to(torch.int64)
         device = item_ids.device
         exists = self._drop(_sources.present_in(self.config, cache, device), catalogue)
+        _sources.place(cache, device)
         if _sources.read_by_id(cache, device):
             source = replace(_sources.cached(self.config, cache, device), present=exists)
             embeddings, balance = self._encode(source, counts)
@@ -255,7 +258,7 @@ class CrossanModel(nn.Module):
         users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
         targets = torch.where(item_ids[:, :-1] != 0, item_ids[:, 1:], 0)
         with span("loss"):
-            loss = ops.full_loss(users, embeddings, targets, backend=self._backend("full_loss"))
+            loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
     # -- popularity ------------------------------------------------------------------------------------
@@ -283,6 +286,22 @@ class CrossanModel(nn.Module):
         if self.item_popularity.numel() == 0:
             raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
         return torch.log(self.item_popularity[ids])
+
+    # -- backends --------------------------------------------------------------------------------------
+
+    def backend_for(self, op: str, device: torch.device | None = None) -> str:
+        """What to ask of an op as `backend=`, wherever it is called for this model.
+
+        A backend asked for by name holds for every op that it has; the others stay automatic.
+
+        Args:
+            op: one of `ops`' names.
+            device: where the call runs, for what the host does on behalf of a model elsewhere: a backend of
+                the model's device says nothing of another's, but eager is eager.
+        """
+        if device is not None and device.type != self._device().type:
+            return "eager" if self.backend == "eager" else "auto"
+        return self.backend if ops.has_kernel(op, self.backend) else "auto"
 
     # -- saving and recommending -----------------------------------------------------------------------
 
@@ -323,7 +342,7 @@ class CrossanModel(nn.Module):
                 ids=source.rows,
                 scales=source.scales,
                 present=source.present,
-                backend=self._backend("side_network"),
+                backend=self.backend_for("side_network"),
             )
 
     def _fuse(
@@ -333,7 +352,7 @@ class CrossanModel(nn.Module):
             if isinstance(self.fusion, Concat):
                 return self.fusion(hidden, self.heads, present=source.present), None
             fused = self.fusion(
-                hidden, self.heads, present=source.present, counts=counts, backend=self._backend("fusion")
+                hidden, self.heads, present=source.present, counts=counts, backend=self.backend_for("fusion")
             )
         return fused.items, fused.balance
 
@@ -412,10 +431,6 @@ class CrossanModel(nn.Module):
         if item_ids.device.type == "cpu":
             return None
         return item_ids.numel() + 1 if known is None else min(known, item_ids.numel() + 1)
-
-    def _backend(self, op: str) -> str:
-        """A backend asked for by name holds for every op that it has; the others stay automatic."""
-        return self.backend if ops.has_kernel(op, self.backend) else "auto"
 
     def _device(self) -> torch.device:
         return self.sequence_encoder.position.weight.device

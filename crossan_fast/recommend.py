@@ -69,7 +69,8 @@ def recommend(
         users = model.encode_users(items[recent], recent != 0)[:, -1]
     finally:
         model.train(training)
-    top = ops.topk_scores(users.contiguous(), items, k, exclude)
+    backend = model.backend_for("topk_scores")
+    top = ops.topk_scores(users.contiguous(), items, k, exclude, backend=backend)
     names = cache.item_names
     return [
         [

@@ -13,7 +13,7 @@ folder gets the resolved config, a log, checkpoints and results.
 _EXAMPLE = """\
 example:
   crossan-fast train config.yaml seed=1 model.dropout=0.2 run=runs/second
-  crossan-fast train config.yaml run=runs/second --resume
+  crossan-fast train config.yaml run=runs/second --resume epochs=80
   torchrun --nproc-per-node 4 -m crossan_fast train config.yaml
 """
 
@@ -28,7 +28,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to override")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="fields to override, anywhere",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on behind the last epoch in the run's folder"
     )

@@ -46,7 +46,7 @@ _EAGER_BY_DESIGN = {
     (
         "sequence_encoder",
         "cuda",
-    ): "torch's scaled_dot_product_attention, or xformers' where the config says so, captured with the step",
+    ): "torch's own kernels, around xformers' attention where the config says so, captured with the step",
     ("deduplicate", "cuda"): "torch's sort, which does not wait for the device",
 }
 

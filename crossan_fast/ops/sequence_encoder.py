@@ -13,6 +13,8 @@ included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,10 @@ from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 EPS = 1e-6
 
+# (q, k, v `[B, heads, S, d / heads]`, mask, dropout) → what each place reads, shaped as q: softmax attention
+# over the real places so far, with dropout on its probabilities.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
 
 def sequence_encoder_reference(
     items: Tensor,
@@ -33,6 +39,7 @@ def sequence_encoder_reference(
     *,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    attend: Attend | None = None,
 ) -> Tensor:
     """The definition, in plain torch, usable in float64.
 
@@ -42,7 +49,8 @@ def sequence_encoder_reference(
         weights: see `SequenceEncoderWeights`.
         heads: a divisor of d.
         dropout: the probability p of a zero; what is kept is divided by 1 − p.
-        seed: int64 scalar, needed where `dropout` is not 0.
+        seed: int64 scalar that dropout is a function of; None: torch's own generator draws it.
+        attend: a library's attention in place of the one written out here.
 
     Returns:
         `[B, S, d]`, a vector for each prefix, zeros at padding.
@@ -51,11 +59,12 @@ def sequence_encoder_reference(
     real = mask[..., None]
 
     def drop(x: Tensor, site: int) -> Tensor:
-        """x `[B, S, columns]`."""
+        """x `[B, S, …]`; what follows counts as columns, in order."""
         if not dropout:
             return x
-        assert seed is not None
-        keep = dropout_mask(seed, site, batch * places, x.shape[-1], dropout).view_as(x)
+        if seed is None:
+            return F.dropout(x, dropout)
+        keep = dropout_mask(seed, site, batch * places, x.shape[2:].numel(), dropout).view(x.shape)
         return torch.where(keep, x / (1 - dropout), 0)
 
     def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -72,11 +81,13 @@ def sequence_encoder_reference(
     x = drop(norm(x, weights.gain, weights.bias), 0)
     for index, block in enumerate(weights.blocks):
         q, k, v = split(x, block.query), split(x, block.key), split(x, block.value)
-        scores = (q @ k.mT) * (width // heads) ** -0.5
-        probability = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
-        by_place = probability.transpose(1, 2).reshape(batch, places, heads * places)
-        probability = drop(by_place, 3 * index + 1).view(batch, places, heads, places).transpose(1, 2)
-        mixed = (probability @ v).transpose(1, 2).reshape(batch, places, width)
+        if attend is None:
+            scores = (q @ k.mT) * (width // heads) ** -0.5
+            probability = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+            mixed = drop(probability.transpose(1, 2), 3 * index + 1).transpose(1, 2) @ v
+        else:
+            mixed = attend(q, k, v, mask, dropout)
+        mixed = mixed.transpose(1, 2).reshape(batch, places, width)
         attended = drop(F.linear(mixed, block.out), 3 * index + 2)
         x = norm(x + attended, block.attention_gain, block.attention_bias)
         inner = F.relu(F.linear(x, block.widen, block.widen_bias))
@@ -135,6 +146,9 @@ def sequence_encoder(
             return sequence_encoder_reference(
                 items.to(dtype), mask, weights, heads, dropout=dropout, seed=seed
             )
+    if dropout and seed is None:
+        # From torch's own generator: a run repeats under torch.manual_seed, and no two steps drop the same.
+        seed = torch.randint(2**63 - 1, (), device=items.device)
     flat = weights.flatten()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (items, *flat))
     return _sequence_encoder(items, mask, flat, heads, EPS, dropout, seed, keep, dtype, choice.backend)[0]
@@ -174,8 +188,6 @@ def _check(
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
     if seed is not None:
         check_tensor("seed", seed, (), dtypes=(torch.int64,))
-    elif dropout:
-        raise ValueError(f"seed: dropout={dropout} needs an int64 scalar, got None")
 
 
 def kept_width(width: int, inner: int, heads: int, blocks: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossan_fast.config import CrossanConfig
 from crossan_fast.model import CrossanModel
-from crossan_fast.serialization import write_whole
+from crossan_fast.serialization import model_of, write_whole
 from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
@@ -79,9 +79,8 @@ def load_checkpoint(
 def load_weights(path: Path, *, backend: str = "auto") -> CrossanModel:
     """The model of a checkpoint, for evaluation; errors as `load_checkpoint`."""
     tensors, metadata = _read(path)
-    model = CrossanModel(CrossanConfig.from_json(metadata["config"]), backend=backend)
-    model.load_state_dict(_under(tensors, _MODEL))
-    return model
+    config = CrossanConfig.from_json(metadata["config"])
+    return model_of(CrossanModel, config, _under(tensors, _MODEL), backend)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

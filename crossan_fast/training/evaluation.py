@@ -175,7 +175,7 @@ def rank_targets(
         wanted, banned = targets[rows], None if exclude is None else exclude[rows]
         if place is not None:
             wanted, banned = place[wanted], None if banned is None else place[banned]
-        backend = model.backend if ops.has_kernel("rank_of_target", model.backend) else "auto"
+        backend = model.backend_for("rank_of_target")
         ranks[rows] = ops.rank_of_target(users, ranked.to(users.dtype), wanted, banned, backend=backend)
     return processes.sum(ranks)
 

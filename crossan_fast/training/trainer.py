@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ class Trainer:
     def feed(self, epoch: int) -> Iterator[tuple[torch.Tensor, Known]]:
         """The batches of an epoch, 1, 2, …; see `crossan_fast.training.feed`."""
         alone = self.processes.size == 1
-        return feed(self.batches, epoch, self.task.cache, self.device, slots=alone)
+        backend = self.model.backend_for("deduplicate", torch.device("cpu"))
+        return feed(self.batches, epoch, self.task.cache, self.device, slots=alone, backend=backend)
 
     def _begin(self, resume: bool, say: Callable[[str], None]) -> None:
         held = self.folder.last.exists()
@@ -153,7 +155,7 @@ class Trainer:
                 f"run: {self.folder.path} holds a run; pass --resume to go on with it, or another run=FOLDER"
             )
         if held:
-            _refuse_changes(self.folder.read_config(), self.config)
+            _refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
             state = load_checkpoint(self.folder.last, self.model, self.optimizer, self.step.average)
             self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
             self.step.steps = state["steps"]
@@ -164,6 +166,10 @@ class Trainer:
         self.processes.wait()
         if self.processes.first:
             self.folder.write_config(self.config)
+
+    def _stated(self, config: TrainConfig) -> TrainConfig:
+        """With the modalities that None stands for here, so that stating them is no change."""
+        return replace(config, modalities=config.crossan_config(self.task.cache).modality_names)
 
     def _epoch(self, epoch: int, progress: bool) -> tuple[dict[str, Any], torch.Tensor]:
         self.model.train()

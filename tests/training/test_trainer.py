@@ -243,6 +243,22 @@ def test_a_run_is_neither_overwritten_nor_continued_with_another_config(values: 
         quiet(changed, resume=True)
 
 
+def test_stating_a_default_is_no_change(values: dict[str, Any]) -> None:
+    quiet(with_values(values, epochs=1))
+    stated = {
+        "model": {**values["model"], "attention_heads": 2, "architecture": "crossan", "top_k": None},
+        "optimizer": {**values["optimizer"], "average": None},
+        "evaluation": {"k": [5, 20]},
+        "modalities": ["text", "image"],
+    }
+    assert len(quiet(with_values({**values, **stated}, epochs=2), resume=True).history) == 2
+    changed = {"model": {**values["model"], "attention_heads": 4}}
+    with pytest.raises(ValueError, match=r"model\.attention_heads: the run was made with 2, .* got 4"):
+        quiet(with_values({**values, **changed}, epochs=3), resume=True)
+    with pytest.raises(ValueError, match=r"modalities: the run was made with \['text', 'image'\]"):
+        quiet(with_values({**values, "modalities": ["image", "text"]}, epochs=3), resume=True)
+
+
 def test_resuming_nothing_starts(values: dict[str, Any]) -> None:
     assert len(quiet(with_values(values, epochs=1), resume=True).history) == 1
 
