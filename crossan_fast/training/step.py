@@ -48,9 +48,8 @@ class TrainStep:
         group: of several processes, each with a part of the batch: losses are then parts of the joined
             batch's (their mean is its loss), and every process has its gradients.
 
-    Raises (on a call, on the CPU):
-        NotFinite: the loss or the gradient is NaN or inf; the weights are those of the step before. A GPU is
-            not waited for: `unsound` counts there, and the weights are lost.
+    On the CPU a loss or gradient that is not finite raises `NotFinite`; the weights stay those of the step
+    before. A GPU is not waited for: `unsound` counts there, and the weights are lost.
 
     Attributes:
         unsound: int64 `[]` on the device: steps from the first on whose gradient was not finite; 0: none.

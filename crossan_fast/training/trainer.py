@@ -74,8 +74,9 @@ class Trainer:
             size=self.processes.size,
         )
         _refuse_lonely(self.model.config.loss, self.batches)
-        # What a loss has to choose among, at most.
-        self.columns = total if self.model.config.loss == "full" else config.batch_size * sequences.shape[1]
+        # What a target is told from in training, at most.
+        drawn = config.batch_size * sequences.shape[1]
+        self.columns = self.task.cache.num_items if self.model.config.loss == "full" else drawn
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.step = TrainStep(
             self.model,
