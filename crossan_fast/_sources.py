@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe, nearest
 from crossan_fast.cache.staging import Rows
+from crossan_fast.cache.validate import FLOATS, first_bad_level, nonfinite_rows
 from crossan_fast.config import CrossanConfig
 
 if TYPE_CHECKING:
@@ -78,6 +79,35 @@ def place(cache: HiddenStateCache, device: torch.device) -> None:
         cache.to(device)
 
 
+def refuse_nonfinite(config: CrossanConfig, source: Source, name_of: Callable[[int], str]) -> None:
+    """Raise for NaN or inf among what is read of dense states; what is absent may hold anything.
+
+    On a GPU, and where `torch.compile` traces, the answer would have to be waited for: nothing is checked.
+
+    Args:
+        name_of: item n of the source in words.
+
+    Raises:
+        ValueError: naming the modality, the item and the level.
+    """
+    if source.states[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for m, (name, states) in enumerate(zip(config.modality_names, source.states, strict=True)):
+        if states.dtype not in FLOATS or not bool(nonfinite_rows(states.detach()).any()):
+            continue
+        rows = states.detach() if source.rows is None else states.detach()[source.rows]
+        bad = nonfinite_rows(rows)
+        if source.present is not None:
+            bad &= source.present[:, m]
+        if count := int(bad.sum()):
+            first = int(bad.nonzero()[0])
+            level = first_bad_level(rows[first])
+            raise ValueError(
+                f"states[{name!r}]: expected finite values, got NaN or inf in {count} "
+                f"item{'s' if count > 1 else ''}, first {name_of(first)}, level {level}"
+            )
+
+
 def read_by_id(cache: HiddenStateCache, device: torch.device) -> bool:
     """Whether kernels on `device` reach the cache's rows; where not, rows are gathered for them first.
 
@@ -104,7 +134,7 @@ def cached(
     order, mask = _order(config, cache), present_in(config, cache, device)
     present = mask if mask is None or ids is None else mask[ids]
     if gathered is None and read_by_id(cache, device):
-        states, scales = cache.states(device), cache.scales(device)
+        states, scales = cache.states(device, ids), cache.scales(device, ids)
         picked = None if scales is None else [scales[i] for i in order]
         return Source([states[i] for i in order], picked, ids, present)
     if ids is None:

@@ -21,6 +21,7 @@ from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
+from crossan_fast.ops.in_batch_loss import refuse_without_negatives
 from crossan_fast.output import CrossanOutput
 from crossan_fast.recommend import Recommendation, recommend
 
@@ -86,11 +87,13 @@ class CrossanModel(nn.Module):
 
         Raises:
             ValueError, TypeError: names, shapes, dtypes or devices that do not fit; an item with no
-                modality at all, by its row.
+                modality at all, by its row; on the CPU also NaN or inf in a present state. A GPU would have
+                to be waited for: there they come out as embeddings that are not finite.
         """
         source = _sources.dense(self.config, states, present, leading=1)
         if present is not None:
             _refuse_empty_items(present, "present: item at row {}")
+        _sources.refuse_nonfinite(self.config, source, lambda row: f"in row {row}")
         return self._encode(source, None)[0]
 
     def encode_users(self, items: Tensor, mask: Tensor) -> Tensor:
@@ -162,7 +165,9 @@ class CrossanModel(nn.Module):
                 sees that evaluation has a loss without labels.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit, named; no row with a target; ids out of range.
+            ValueError, TypeError: arguments that do not fit, named; on the CPU also no row with a target, or,
+                in batch, none with a negative; ids out of range; NaN or inf in `states` (a cache checks its
+                rows itself). A GPU would have to be waited for: there the loss is 0, or NaN.
         """
         if not return_loss:
             raise ValueError("return_loss: expected true, the output always has its loss; got false")
@@ -195,6 +200,9 @@ class CrossanModel(nn.Module):
             if exists is not None and exists.device.type == "cpu":
                 _refuse_empty_items(exists | (unique.ids == 0)[:, None], "item_ids: item {}", unique.ids)
             source = Source(source.states, None, rows, exists)
+            _sources.refuse_nonfinite(self.config, source, lambda n: f"that of item {int(unique.ids[n])}")
+        if item_ids.device.type == "cpu" and self.process_group is None:  # as in _check_ids
+            refuse_without_negatives(item_ids, unique)
         source = replace(source, present=self._drop(source.present, unique.ids))
         return self._in_batch(item_ids, unique, source)
 
@@ -306,7 +314,11 @@ class CrossanModel(nn.Module):
     # -- saving and recommending -----------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; each file appears whole or not at all."""
+        """Write `config.json` and `model.safetensors`; each file appears whole or not at all.
+
+        Raises:
+            ValueError: a weight that is not finite, by name.
+        """
         serialization.save_model(self, Path(folder))
 
     @classmethod

@@ -49,11 +49,32 @@ def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
         raise
 
 
+def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for the first of some tensors, on the CPU, that holds NaN or inf; to be saved next."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if all(bound.isfinite() for bound in tensor.aminmax()):
+            continue
+        bad = (~tensor.isfinite()).nonzero()
+        where = bad[0].tolist()
+        others = [other for other, t in tensors.items() if not bool(t.isfinite().all())]
+        raise ValueError(
+            f"{name}: expected finite values to save, got {float(tensor[tuple(where)])} at {where}, in "
+            f"{len(bad)} of {tensor.numel()} places, and in {len(others) - 1} more of {len(tensors)} tensors"
+        )
+
+
 def save_model(model: CrossanModel, folder: Path) -> None:
-    """The config first: weights without their config are of no use to anyone."""
+    """The config first: weights without their config are of no use to anyone.
+
+    Raises:
+        ValueError: a parameter or buffer holds NaN or inf; nothing is written.
+    """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder: expected a folder, got the file {folder}")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    refuse_nonfinite(state)
     write_whole(folder / CONFIG, model.config.to_json().encode())
     write_whole(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
 

@@ -52,13 +52,14 @@ def convert_cache(
         for m in cache.modalities
     }
     errors = {}
+    unread = torch.empty(0, dtype=torch.int64)  # rows are checked as they are converted
     with (
         whole_folder(out, overwrite) as temporary,
         CacheWriter(temporary, cache.modalities, storage, cache.num_items) as writer,
     ):
         for index, modality in enumerate(cache.modalities):
             lost = kept = 0.0
-            states, scales = cache.states("cpu")[index], cache.scales("cpu")
+            states, scales = cache.states("cpu", unread)[index], cache.scales("cpu", unread)
             step = max(1, CHUNK_BYTES // row_bytes(modality, torch.float32))
             for start in range(0, cache.num_items + 1, step):
                 old = states[start : start + step]

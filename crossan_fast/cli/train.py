@@ -18,13 +18,23 @@ example:
 """
 
 
+_STATUS = """
+exit status:
+  0  trained
+  2  an input that does not fit, or a loss or gradient that is not finite: nothing of that epoch is kept
+  3  trained to its end and written, but diverged: the mean loss of the last epoch is more than 1.25 times
+     that of a model that knows nothing (the first step's, or the logarithm of the number of items that a
+     target is told from, whichever is larger); results.json then has "diverged": true
+"""
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `train`."""
     parser = subparsers.add_parser(
         "train",
         help="train a model as a YAML file says",
         description=_DESCRIPTION,
-        epilog=_EXAMPLE + _fields(),
+        epilog=_EXAMPLE + _STATUS + _fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file")
@@ -65,6 +75,7 @@ def _fields() -> str:
 def run(args: argparse.Namespace) -> int:
     """Train, then print the test result."""
     from crossan_fast.training import Result, Trainer, join_processes, load_config
+    from crossan_fast.training.divergence import EXIT_STATUS
     from crossan_fast.training.memory import keep_freed_memory
 
     config = load_config(args.config, args.overrides)
@@ -84,10 +95,11 @@ def run(args: argparse.Namespace) -> int:
                 print(profile)
             return 0
         results = trainer.fit(resume=args.resume, progress=not args.quiet)
+    status = EXIT_STATUS if results["diverged"] else 0
     if not processes.first:
-        return 0
+        return status
     names = {field.name for field in dataclasses.fields(Result)}
     print(f"best epoch {results['best_epoch']} of {results['epochs']}, by validation NDCG@10")
     print(Result(**{name: value for name, value in results["test"].items() if name in names}))
     print(f"run: {trainer.folder.path}")
-    return 0
+    return status

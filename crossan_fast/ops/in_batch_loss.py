@@ -17,6 +17,7 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.ops._dispatch import choose, compute_dtype
 from crossan_fast.ops._registration import define, differentiate, on_one_device
+from crossan_fast.ops.deduplicate import Deduplicated
 
 
 def in_batch_loss_reference(
@@ -43,6 +44,25 @@ def in_batch_loss_reference(
     positive = logits.gather(2, target[:, :, None])
     loss = torch.logsumexp(torch.cat([positive, negative], dim=2), dim=2) - positive[:, :, 0]
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
+
+
+def refuse_without_negatives(item_ids: Tensor, unique: Deduplicated) -> None:
+    """Raise where no row of a batch has a negative: its loss is 0 whatever the model, and nothing learns.
+
+    Args:
+        item_ids: `[B, S+1]`, left-padded with 0.
+        unique: `deduplicate(item_ids)`, without a capacity.
+    """
+    distinct = unique.ids.numel() - 1
+    if distinct > item_ids.shape[1] or torch.compiler.is_compiling():  # more than one sequence holds
+        return
+    ordered = item_ids[item_ids[:, -2] != 0].sort(dim=1).values
+    own = (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + (ordered[:, 0] != 0)
+    if bool((own == distinct).all()):
+        raise ValueError(
+            "item_ids: expected items of other sequences as negatives for loss 'in_batch', got none: each of "
+            f"the {len(own)} with a target holds all {distinct} distinct items of the batch"
+        )
 
 
 @on_one_device

@@ -312,7 +312,11 @@ def test_wrong_data_is_named(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device: 'tpu9' cannot be used"):
         Trainer(with_values(values, device="tpu9"))
     users = tmp_path / "users.tsv"
-    users.write_text("ann\t" + " ".join(f"item{i}" for i in range(1, 8)) + " unheard_of\n")
+    users.write_text(
+        "ann\t"
+        + " ".join(f"item{i}" for i in range(1, 8))
+        + " unheard_of\nben\titem1 item2 item3 item9 item8\n"
+    )
     with pytest.raises(ValueError, match=r"1 interactions with 1 items that the items file lacks"):
         Trainer(with_values(values, users=str(users), strict=True))
     with pytest.warns(UserWarning, match="'unheard_of'; dropped"):
