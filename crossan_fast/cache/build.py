@@ -172,6 +172,7 @@ def _encode(
     with writer, _bar(plan, journal, progress) as bar:
         if found is not None:
             _forget_changed(plan, journal, writer)
+            journal.write(folder)  # before the new records: they would make old rows look done
         writer.write_digests(plan.changes.records)
         runner = Runner(plan, items, writer, journal, batch_size, strict, journal_every, bar)
         for number in range(len(plan.passes)):

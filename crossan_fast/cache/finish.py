@@ -67,6 +67,7 @@ class Outcome:
         self._plan = plan
         self.names = [items.names[index] for index in plan.indices]
         self._column_of = {m.name: column for column, m in enumerate(plan.modalities)}
+        self._handled: set[tuple[str, str]] = set()
         self._absent: dict[tuple[str, str], str] = {}
         self._kept = dict.fromkeys(plan.changes.unread, UNREAD)
         self._re_encoded, self._emptied = dict.fromkeys(self._column_of, 0), dict.fromkeys(self._column_of, 0)
@@ -81,6 +82,7 @@ class Outcome:
 
     def _add(self, name: str, k: int, missing: str | None, broken: str | None) -> None:
         column, is_old = self._column_of[name], k < self._plan.old
+        self._handled.add((self.names[k], name))
         had = is_old and bool(self.present[k, column])
         if missing is None and broken is not None and had:
             self._kept[self.names[k], name] = broken
@@ -96,8 +98,7 @@ class Outcome:
     def write_report(self, folder: Path) -> None:
         """Bring report.tsv up to date: item, modality, reason; one line for each."""
         lines = _read_report(folder / REPORT)
-        done = set(self.names)
-        lines = {key: why for key, why in lines.items() if key[0] not in done and why != UNREAD + _KEPT}
+        lines = {key: why for key, why in lines.items() if key not in self._handled and why != UNREAD + _KEPT}
         lines |= self._absent | {key: reason + _KEPT for key, reason in self._kept.items()}
         body = "".join(f"{item}\t{name}\t{' '.join(why.split())}\n" for (item, name), why in lines.items())
         text = "item\tmodality\treason\n" + body

@@ -20,6 +20,7 @@ from torch import Tensor
 from crossan_fast.cache import BrokenItemError, CacheError, HiddenStateCache, convert_cache, digests
 from crossan_fast.cache.encoders import FrozenEncoder
 from crossan_fast.cache.format import _digest
+from crossan_fast.cache.runner import Runner
 from crossan_fast.data.items import ItemTable
 
 
@@ -109,6 +110,16 @@ def test_images_that_come_and_go(encoders: dict[str, Path], own: ItemTable, tmp_
     assert lines[1:] == ["item7\ttext\tempty title", "item6\timage\tempty image_path", ""]
 
 
+def test_reasons_of_what_did_not_change_stay(
+    encoders: dict[str, Path], own: ItemTable, tmp_path: Path
+) -> None:
+    modalities, folder = specs_of(encoders)[:2], tmp_path / "c"
+    with pytest.warns(UserWarning, match="1 lack 'image'"):
+        build(subset(own, list(range(14)), image_path={3: None}), modalities, folder)
+    build(subset(own, list(range(14)), image_path={3: None}, title={3: "red"}), modalities, folder)
+    assert (folder / "report.tsv").read_text().split("\n")[1:] == ["item3\timage\tempty image_path", ""]
+
+
 @pytest.mark.parametrize("spoil", ["cut", "gone", "nan"])
 def test_a_changed_input_that_cannot_be_used_leaves_the_row(
     encoders: dict[str, Path], own: ItemTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
@@ -185,9 +196,10 @@ def test_inputs_that_change_between_a_stop_and_going_on(
     image, folder = specs_of(encoders)[1:2], tmp_path / "c"
     states, calls = FrozenEncoder.states, []
 
-    def stopped(self: FrozenEncoder, inputs: list[Tensor]) -> Any:
+    def stopped(self: FrozenEncoder, inputs: Any, *_: object) -> Any:
         if len(calls) == 2:
             raise KeyboardInterrupt
+        assert isinstance(self, FrozenEncoder)
         calls.append(len(inputs))
         return states(self, inputs)
 
@@ -200,6 +212,10 @@ def test_inputs_that_change_between_a_stop_and_going_on(
 
     stop()
     picture(6).save(own.folder / "2.png")  # encoded already
+    with monkeypatch.context() as patch:  # stopped once more, before anything is encoded
+        patch.setattr(Runner, "run", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build(own, image, folder)
     assert build(own, image, folder).added == 14
     same_as_built_anew(folder, own, image)
     before = rows_of(folder)
