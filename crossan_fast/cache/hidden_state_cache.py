@@ -13,13 +13,15 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor
 from crossan_fast.cache.ahead import gather_ahead
 from crossan_fast.cache.checked import CheckedRows
+from crossan_fast.cache.folders import at_one_moment
 from crossan_fast.cache.format import (
+    DIGESTS,
     NAMES,
     PRESENT,
+    CacheMeta,
     CorruptCacheError,
     dtype_name,
     is_quantized,
-    read_meta,
     scales_file,
     states_file,
 )
@@ -40,6 +42,8 @@ from crossan_fast.cache.validate import checked_present, checked_states, checked
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
 
+_OPENED = "opened; to(device) picks the fastest that fits"
+
 
 class HiddenStateCache:
     """Pooled hidden states of frozen encoders, by item row: `c[m][i, l, :]` of the paper.
@@ -55,8 +59,7 @@ class HiddenStateCache:
         modalities: name, width and levels of each, in the order of `present`'s columns.
         num_items: I.
         dtype: the storage dtype: float32, float16, bfloat16, float8_e4m3fn or int8 (float64 in memory only).
-        present: bool `[I + 1, M]` on the CPU; row 0 is all False. States of absent modalities are zeros on
-            disk.
+        present: bool `[I + 1, M]` on the CPU; row 0 is all False. Absent modalities' states are zeros.
         sources: by modality name, how its states were made (encoder, pooling, layers).
         folder: where it was opened, or None.
     """
@@ -90,8 +93,7 @@ class HiddenStateCache:
         self._reader: PageReader | None = None
         if folder is not None:
             self._reader = PageReader(files, len(present), self._checked)
-            reason = "opened; to(device) picks the fastest that fits"
-            self._placement = Placement(torch.device("cpu"), "mmap", reason)
+            self._placement = Placement(torch.device("cpu"), "mmap", _OPENED)
         else:
             self._checked.finish()
             self._placement = Placement(states[0].device, "resident", "made from tensors")
@@ -107,26 +109,26 @@ class HiddenStateCache:
         Raises:
             FileNotFoundError: no such folder.
             IncompleteCacheError: a half-built cache; the message says how to go on.
-            CorruptCacheError: a file is missing or short, or, with `verify`, bytes differ from what was
-                written.
+            CorruptCacheError: a file is missing or short, or (`verify`) its bytes are not those written.
             CacheError: the folder is no cache, or one of another version.
         """
         folder = Path(folder)
-        meta = read_meta(folder)
+        return at_one_moment(folder, lambda meta: cls._mapped(folder, meta, verify))
+
+    @classmethod
+    def _mapped(cls, folder: Path, meta: CacheMeta, verify: bool) -> HiddenStateCache:
         if verify and (problems := verify_cache(folder)):
             raise CorruptCacheError(f"folder: {folder} is damaged: " + "; ".join(problems))
         rows = meta.num_items + 1
-
-        def mapped(name: str) -> MappedFile:
-            return MappedFile(folder / name, meta.committed(name))
-
-        states = {m: mapped(states_file(m)) for m in meta.modalities}
-        scales = {m: mapped(scales_file(m)) for m in meta.modalities} if is_quantized(meta.dtype) else {}
+        names = meta.expected_bytes().keys() - {NAMES, DIGESTS}
+        files = {name: MappedFile(folder / meta.file(name), meta.committed(name)) for name in names}
+        states = {m: files[states_file(m)] for m in meta.modalities}
+        scales = {m: files[scales_file(m)] for m in meta.modalities} if is_quantized(meta.dtype) else {}
         return cls(
             meta.modalities,
             [file.bytes.view(meta.dtype).view(rows, m.levels, m.width) for m, file in states.items()],
             [file.bytes.view(torch.float32).view(rows, m.levels) for m, file in scales.items()] or None,
-            mapped(PRESENT).bytes.view(torch.bool).view(rows, len(meta.modalities)),
+            files[PRESENT].bytes.view(torch.bool).view(rows, len(meta.modalities)),
             folder=folder,
             files=[*states.values(), *scales.values()],
             names_size=meta.committed(NAMES),
