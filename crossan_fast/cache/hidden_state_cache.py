@@ -37,6 +37,7 @@ from crossan_fast.cache.tiers import (
 from crossan_fast.cache.validate import checked_present, checked_states, checked_stored, reject_nonfinite
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
+from crossan_fast.data.catalogue import Catalogue
 
 _CHUNK_BYTES = 4 << 20
 
@@ -54,6 +55,7 @@ class HiddenStateCache:
     Attributes:
         modalities: name, width and levels of each, in the order of `present`'s columns.
         num_items: I.
+        catalogue: what the rows mean.
         dtype: the storage dtype: float32, float16, bfloat16, float8_e4m3fn or int8 (float64 in memory only).
         present: bool `[I + 1, M]` on the CPU; row 0 is all False. States of absent modalities are zeros on
             disk.
@@ -87,10 +89,10 @@ class HiddenStateCache:
         self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
         self._reader = pages
         self._names = ItemNames(self.num_items, names, folder and folder.absolute() / NAMES, names_size)
+        self.catalogue = Catalogue.of(self._names)
         if folder is not None:
-            self._placement = Placement(
-                torch.device("cpu"), "mmap", "opened; to(device) picks the fastest that fits"
-            )
+            reason = "opened; to(device) picks the fastest that fits"
+            self._placement = Placement(torch.device("cpu"), "mmap", reason)
         else:
             self._placement = Placement(states[0].device, "resident", "made from tensors")
             self._loaded[states[0].device] = (self._states, self._scales)
@@ -219,13 +221,12 @@ class HiddenStateCache:
             RuntimeError: the device is not there.
         """
         self._placement = self.placement(device, tier)
-        target = self.device
         if self.tier == "resident":
-            self._load(target, target)
+            self._load(self.device, self.device)
         elif self.tier == "pinned":
-            self._load(target, torch.device("cpu"), pin=True)
+            self._load(self.device, torch.device("cpu"), pin=True)
         else:
-            self._loaded.pop(target, None)
+            self._loaded.pop(self.device, None)
         return self
 
     def states(self, device: str | torch.device) -> list[Tensor]:
@@ -287,9 +288,8 @@ class HiddenStateCache:
             return
 
         def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return [
-                self._copied(t, where, pin, m.name) for t, m in zip(tensors, self.modalities, strict=True)
-            ]
+            pairs = zip(tensors, self.modalities, strict=True)
+            return [self._copied(t, where, pin, m.name) for t, m in pairs]
 
         self._loaded[key] = copies(self._states), None if self._scales is None else copies(self._scales)
 
