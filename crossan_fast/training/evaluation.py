@@ -86,7 +86,8 @@ def evaluate(
     """Rank every user's held-out target in the whole catalogue.
 
     Args:
-        model: put in evaluation mode for the call.
+        model: put in evaluation mode for the call. It scores items by their states: none of them need be what
+            it was trained on.
         cache: holds the items; its first rows are the split's. Items of one that grew since take no part
             unless `candidates` names them, and the result's note says so.
         split: on the model's device.
@@ -117,6 +118,8 @@ def evaluate(
     check_cutoffs(k, total)
     processes = processes or Processes()
     known = split.num_items if candidates is None else max(split.num_items, int(candidates.max()))
+    if known > cache.num_items:
+        raise ValueError(f"candidates: expected rows 1 to {cache.num_items} of the cache, got {known}")
     items = _catalogue(model, cache, known, processes)
     _refuse_nonfinite(items, cache)
     training = model.training

@@ -156,9 +156,10 @@ class Trainer:
             raise FileExistsError(
                 f"run: {self.folder.path} holds a run; pass --resume to go on with it, or another run=FOLDER"
             )
+        population = self.folder.read_population()
         if held:
             _refuse_changes(self.folder.read_config(), self.config)
-            _refuse_others(self.folder.read_population(), self.task)
+            _refuse_others(population, self.task)
             state = load_checkpoint(self.folder.last, self.model, self.optimizer, self.step.average)
             self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
             self.step.steps = state["steps"]
@@ -172,7 +173,7 @@ class Trainer:
         self.processes.wait()
         if self.processes.first:
             self.folder.write_config(self.config)
-            if not held:
+            if population is None:
                 Population.of(self.task).write(self.folder.population)
 
     def _epoch(self, epoch: int, progress: bool) -> tuple[dict[str, Any], torch.Tensor]:

@@ -158,6 +158,8 @@ def test_a_split_meets_a_cache(settings: dict[str, Any], shop: Path) -> None:
     assert again.note == "the split knows 30 of the cache's 36 items"
     ranked = torch.cat([split.test_target.unique(), torch.tensor([36])])
     assert evaluate(model, grown, split, candidates=ranked).candidates == len(ranked)
+    with pytest.raises(ValueError, match="candidates: expected rows 1 to 36 of the cache, got 37"):
+        evaluate(model, grown, split, candidates=ranked.clamp_min(37), k=(1,))
     whole = open_task(config(settings)).split
     assert evaluate(model, grown, whole).candidates == 36, "users and items need not have been trained on"
     with pytest.raises(ValueError, match="split: its rows are of 36 items, the cache has 30"):
@@ -180,3 +182,5 @@ def test_a_run_of_before_populations_were_kept_is_evaluated(
     folder.population.unlink()
     result = printed(capsys, "evaluate", "--run", str(folder.path))
     assert result == json.loads(folder.results.read_text())["test"]
+    fit(config(settings, epochs=2, users=str(world / "users.tsv")), resume=True)
+    assert folder.read_population() is not None, "kept from now on"
