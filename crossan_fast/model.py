@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crossan_fast import _sources, distributed, iisan, ops, serialization
 from crossan_fast._checks import check_tensor, describe
+from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
 from crossan_fast._sources import Gathered, Source
 from crossan_fast.cache.staging import Rows
@@ -33,7 +34,7 @@ _ID_DTYPES = (torch.int64, torch.int32)
 _CHUNK = 2048
 
 
-class CrossanModel(nn.Module):
+class CrossanModel(Popularity):
     """CROSSAN (arXiv 2504.10307) or IISAN (arXiv 2404.02059) over cached hidden states.
 
     Args:
@@ -43,7 +44,7 @@ class CrossanModel(nn.Module):
 
     Attributes:
         item_popularity: buffer `[I + 1]`, each item's share of the training interactions; empty until
-            `set_popularity`.
+            `set_popularity`. Its rows have a `catalogue`, compared with that of every cache trained on.
         process_group: set it to share in-batch negatives with the other processes of the group
             (`crossan_fast.distributed`); None keeps to the process's own batch. ◊ The load-balance term
             stays each process's own.
@@ -51,7 +52,6 @@ class CrossanModel(nn.Module):
             shape; negatives are then shared without waiting for the device.
     """
 
-    item_popularity: Tensor
     # transformers' Trainer asks a model which of its inputs to count and to hand to metrics.
     main_input_name = "item_ids"
 
@@ -69,7 +69,6 @@ class CrossanModel(nn.Module):
         )
         self.fusion = Momef(config) if config.fusion == "momef" else Concat(config)
         self.sequence_encoder = SequenceEncoder(config)
-        self.register_buffer("item_popularity", torch.empty(0))
         self.process_group: torch.distributed.ProcessGroup | None = None
         self.equal_batches = False
 
@@ -154,7 +153,8 @@ class CrossanModel(nn.Module):
         Args:
             item_ids: int64 or int32 `[B, S + 1]`, left-padded with 0.
             states: per modality `[B, S + 1, L, D_m]`; places of one id hold the same states.
-            cache: in place of `states`: rows are read by id.
+            cache: in place of `states`: rows are read by id. Of one that grew behind `set_popularity`'s
+                catalogue, ids name the rows that were known then, and a warning says so once.
             present: with `states`, bool `[B, S + 1, M]`; None: all present.
             gathered: with `cache`, the states of the batch's distinct ids as `ops.deduplicate(item_ids).ids`
                 has them, where `cache.prefetch` (`{name: [U, L, D_m]}`) or `cache.prefetch_stored` read them
@@ -165,9 +165,10 @@ class CrossanModel(nn.Module):
                 sees that evaluation has a loss without labels.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit, named; on the CPU also no row with a target, or,
-                in batch, none with a negative; ids out of range; NaN or inf in `states` (a cache checks its
-                rows itself). A GPU would have to be waited for: there the loss is 0, or NaN.
+            ValueError, TypeError: arguments that do not fit, named; a cache whose rows are not those of
+                `item_popularity`; on the CPU also no row with a target, or, in batch, none with a negative;
+                ids out of range; NaN or inf in `states` (a cache checks its rows itself). A GPU would have to
+                be waited for: there the loss is 0, or NaN.
         """
         if not return_loss:
             raise ValueError("return_loss: expected true, the output always has its loss; got false")
@@ -178,12 +179,13 @@ class CrossanModel(nn.Module):
         if present is not None and states is None:
             raise ValueError("present: goes with states; a cache holds its own")
         item_ids = item_ids.to(torch.int64)
-        if cache is not None:
-            self._check_range(item_ids, cache.num_items)
+        known = self._known_items(cache, read=self.config.loss == "in_batch")
+        if known is not None:
+            self._check_range(item_ids, known, cache)
         if gathered is not None:
             capacity = _check_gathered(gathered, cache)
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
-            return self._full(item_ids, cache)
+            return self._full(item_ids, cache, known)
         unique = ops.deduplicate(
             item_ids, self._capacity(item_ids, capacity), backend=self.backend_for("deduplicate")
         )
@@ -242,16 +244,18 @@ class CrossanModel(nn.Module):
                 loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
-    def _full(self, item_ids: Tensor, cache: HiddenStateCache | None) -> CrossanOutput:
-        if cache is None:
+    def _full(self, item_ids: Tensor, cache: HiddenStateCache | None, known: int | None) -> CrossanOutput:
+        if cache is None or known is None:
             raise ValueError("cache: loss='full' scores the whole catalogue, expected a cache, got states")
-        catalogue = torch.arange(cache.num_items + 1, device=item_ids.device)
+        catalogue = torch.arange(known + 1, device=item_ids.device)
         counts = (catalogue != 0).to(torch.int64)
         device = item_ids.device
-        exists = self._drop(_sources.present_in(self.config, cache, device), catalogue)
+        held = _sources.present_in(self.config, cache, device)
+        exists = self._drop(None if held is None else held[: known + 1], catalogue)
         _sources.place(cache, device)
         if _sources.read_by_id(cache, device):
-            source = replace(_sources.cached(self.config, cache, device), present=exists)
+            rows = None if known == cache.num_items else catalogue
+            source = replace(_sources.cached(self.config, cache, device, rows), present=exists)
             embeddings, balance = self._encode(source, counts)
         else:
             source = Source((), None, catalogue, exists)
@@ -268,32 +272,6 @@ class CrossanModel(nn.Module):
         with span("loss"):
             loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
-
-    # -- popularity ------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def set_popularity(self, counts: Tensor | Sequence[int]) -> None:
-        """Set `item_popularity` from the training interactions of each item.
-
-        Args:
-            counts: `[I + 1]`, not negative; entry 0 (padding) is ignored. ◊ An item without an interaction
-                counts as if it had one, so that its logit stays finite.
-        """
-        tensor = torch.as_tensor(counts, dtype=torch.float64)
-        check_tensor("counts", tensor, (None,))
-        if tensor.numel() < 2 or not torch.isfinite(tensor).all() or (tensor < 0).any():
-            raise ValueError(f"counts: expected [I + 1] finite counts of at least 0, got {describe(tensor)}")
-        total = tensor[1:].sum()
-        if total == 0:
-            raise ValueError("counts: expected at least one interaction, got none")
-        share = tensor.clamp_min(1) / total
-        share[0] = 1
-        self.item_popularity = share.to(self._device(), torch.float32)
-
-    def _log_popularity(self, ids: Tensor) -> Tensor:
-        if self.item_popularity.numel() == 0:
-            raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
-        return torch.log(self.item_popularity[ids])
 
     # -- backends --------------------------------------------------------------------------------------
 
@@ -397,6 +375,11 @@ class CrossanModel(nn.Module):
         source = _sources.cached(self.config, cache, self._device(), ids, gathered)
         return self._encode(source, None)[0]
 
+    def _log_popularity(self, ids: Tensor) -> Tensor:
+        if self.item_popularity.numel() == 0:
+            raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
+        return torch.log(self.item_popularity[ids])
+
     def _total(self, loss: Tensor, item_ids: Tensor, balance: Tensor | None) -> Tensor:
         if self.process_group is not None:
             loss = loss * distributed.row_share(item_ids, self.process_group)
@@ -432,11 +415,12 @@ class CrossanModel(nn.Module):
             if (item_ids[:, :-1].ne(0) & item_ids[:, 1:].eq(0)).any():
                 raise ValueError("item_ids: expected padding (0) on the left only, got it after an item")
 
-    def _check_range(self, item_ids: Tensor, num_items: int) -> None:
+    def _check_range(self, item_ids: Tensor, known: int, cache: HiddenStateCache | None) -> None:
         if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = item_ids.aminmax()
-            if low < 0 or high > num_items:
-                raise ValueError(f"item_ids: expected ids in 0 to {num_items}, got {int(low)} to {int(high)}")
+            if low < 0 or high > known:
+                of = "" if cache is not None and known == cache.num_items else ", the rows of item_popularity"
+                raise ValueError(f"item_ids: expected ids in 0 to {known}{of}, got {int(low)} to {int(high)}")
 
     def _capacity(self, item_ids: Tensor, known: int | None) -> int | None:
         """On a GPU every place may be distinct: a known shape costs less than asking the device."""
@@ -446,13 +430,6 @@ class CrossanModel(nn.Module):
 
     def _device(self) -> torch.device:
         return self.sequence_encoder.position.weight.device
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The catalogue's size is not part of the config: the buffer takes the size that was saved.
-        saved = state_dict.get(prefix + "item_popularity")
-        if saved is not None and saved.shape != self.item_popularity.shape:
-            self.item_popularity = torch.empty(saved.shape, device=self.item_popularity.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _check_gathered(gathered: Gathered, cache: HiddenStateCache | None) -> int:

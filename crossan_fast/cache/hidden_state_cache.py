@@ -41,6 +41,7 @@ from crossan_fast.cache.tiers import (
 from crossan_fast.cache.validate import checked_present, checked_states, checked_stored
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
+from crossan_fast.data.catalogue import Catalogue
 
 _OPENED = "opened; to(device) picks the fastest that fits"
 
@@ -58,6 +59,7 @@ class HiddenStateCache:
     Attributes:
         modalities: name, width and levels of each, in the order of `present`'s columns.
         num_items: I.
+        catalogue: what the rows mean.
         dtype: the storage dtype: float32, float16, bfloat16, float8_e4m3fn or int8 (float64 in memory only).
         present: bool `[I + 1, M]` on the CPU; row 0 is all False. Absent modalities' states are zeros.
         sources: by modality name, how its states were made (encoder, pooling, layers).
@@ -89,6 +91,7 @@ class HiddenStateCache:
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
         self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
         self._names = ItemNames(self.num_items, names, folder and folder.absolute() / NAMES, names_size)
+        self.catalogue = Catalogue.of(self._names)
         self._checked = CheckedRows(self.modalities, states, scales, self._names, folder)
         self._reader: PageReader | None = None
         if folder is not None:

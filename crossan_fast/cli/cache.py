@@ -227,9 +227,12 @@ def _print_cost(run: Path, before: Path, after: Path) -> None:
     folder = RunFolder(run)
     config = folder.read_config()
     model = folder.load_model("best", backend=config.backend)
+    held = folder.read_population()
     found: dict[Part, list[float]] = {"validation": [], "test": []}
     for cache in (before, after):
-        task = open_task(dataclasses.replace(config, cache=str(cache)))
+        task = open_task(
+            dataclasses.replace(config, cache=str(cache)), None if held is None else held.catalogue
+        )
         for split, values in found.items():
             result = evaluate(
                 model.to(task.device),

@@ -79,8 +79,8 @@ class EvaluationConfig:
     Attributes:
         k: cut-offs of HR and NDCG; 10 is added where it is missing, since NDCG@10 picks the best epoch.
         filter_history: `all` (IISAN's protocol), `all_except_target` or `none`.
-        candidates: rank the items that the users file names (`used`, so that items appended to the cache
-            later do not move the numbers), or `all` of the cache.
+        candidates: rank the items that the users file names (`used`, as IISAN does), or `all` that the cache
+            held when the run began.
         batch_size: users ranked at once.
     """
 

@@ -23,6 +23,7 @@ from crossan_fast.training.feed import Known, feed
 from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.memory import keep_freed_memory
 from crossan_fast.training.optimizer import make_optimizer
+from crossan_fast.training.population import Population
 from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import REMEDY, NotFinite, TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
@@ -54,16 +55,19 @@ class Trainer:
     ) -> None:
         self.config = config
         self.processes = processes or Processes()
-        self.task = task if task is not None else open_task(config)
         self.folder = RunFolder(config.run)
+        if task is None:
+            held = self.folder.read_population()
+            task = open_task(config, None if held is None else held.catalogue)
+        self.task = task
         self.device = self.task.device
         candidates = self.task.candidates(config)
-        total = self.task.cache.num_items if candidates is None else candidates.numel()
+        total = self.task.split.num_items if candidates is None else candidates.numel()
         check_cutoffs(config.evaluation.k, total)  # now, not after the first epoch
         torch.manual_seed(config.seed)
         model = CrossanModel(config.crossan_config(self.task.cache), backend=config.backend)
         self.model = model.to(self.device)
-        self.model.set_popularity(self.task.split.train_counts)
+        self.model.set_popularity(self.task.split)
         # Rows that the host has to gather are drawn on the host.
         on_host = self.device.type == "cuda" and self.task.cache.tier != "resident"
         sequences = self.task.split.train
@@ -105,7 +109,7 @@ class Trainer:
 
         Raises:
             FileExistsError: the folder holds a run and `resume` is off.
-            ValueError: the folder's run was made with another config.
+            ValueError: the folder's run was made with another config, or of other items or users.
             TrainingError: a loss or gradient is not finite, or no batch has a negative.
 
         Warns:
@@ -162,18 +166,25 @@ class Trainer:
             raise FileExistsError(
                 f"run: {self.folder.path} holds a run; pass --resume to go on with it, or another run=FOLDER"
             )
+        population = self.folder.read_population()
         if held:
             _refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
+            _refuse_others(population, self.task)
             state = load_checkpoint(self.folder.last, self.model, self.optimizer, self.step.average)
             self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
             self.step.steps = state["steps"]
             if self.processes.first:
                 self.folder.write_log(self.history)
             say(f"{self.folder.path}: goes on behind epoch {len(self.history)}")
+            new = self.task.cache.num_items - self.task.split.num_items
+            if new:
+                say(f"{new:,} items of the cache came after the run began and take no part in it")
         # Nobody may find what another is about to write.
         self.processes.wait()
         if self.processes.first:
             self.folder.write_config(self.config)
+            if population is None:
+                Population.of(self.task).write(self.folder.population)
 
     def _stated(self, config: TrainConfig) -> TrainConfig:
         """With the modalities that None stands for here, so that stating them is no change."""
@@ -301,6 +312,13 @@ def _refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
                 f"{key}: the run was made with {before.get(key)!r}, expected the same to go on with it, "
                 f"got {after.get(key)!r}"
             )
+
+
+def _refuse_others(held: Population | None, task: Task) -> None:
+    if held is not None and (difference := held.difference(Population.of(task))):
+        raise ValueError(
+            f"cache, users: expected those of the run to go on with it, got others: {difference}"
+        )
 
 
 def _line(entry: dict[str, Any], epochs: int) -> str:

@@ -45,6 +45,7 @@ def test_the_run_folder_holds_everything(values: dict[str, Any]) -> None:
         "config.yaml",
         "last.safetensors",
         "log.jsonl",
+        "population.json",
         "results.json",
     ]
     assert folder.read_config() == config
