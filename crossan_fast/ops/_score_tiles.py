@@ -15,14 +15,16 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 
 TILE = 4096
-# Scores formed at a time: as many as stay in a core's cache while the features pass.
+# Scores formed at a time on a CPU: as many as stay in a core's cache while the features pass.
 BLOCK = 2**18
 
 
 def dot_products(users: Tensor, items: Tensor) -> Tensor:
     """users `[B, d]` times items `[n, d]` or `[B, n, d]`: `[B, n]`, summed in fp32 at least, rounded once."""
     wide = torch.promote_types(users.dtype, torch.float32)
-    rows = max(1, BLOCK // max(1, items.shape[-2]))
+    rows = max(1, users.shape[0])
+    if users.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses them itself
+        rows = max(1, BLOCK // max(1, items.shape[-2]))
     blocks = [
         _summed(block.to(wide), (items if items.dim() == 2 else items[i * rows : (i + 1) * rows]).to(wide))
         for i, block in enumerate(users.split(rows))
