@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from crossan_fast import _build
 from crossan_fast._checks import nearest
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
@@ -27,11 +28,26 @@ OPS = tuple(
     sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_"))
 )
 
-# The order in which `auto` tries backends, by device type, each with the reason for its place; the first that
-# accepts is picked.
-_ORDER = {
+# Files of benchmarks/results/ with rows of `cpp` against eager, by the vectors of the CPU that gave them.
+_CPU_RESULTS = {"AVX-512": "intel-xeon-2-cores-avx512.csv"}
+
+
+@functools.cache
+def _measured_on_cpus() -> str:
+    vectors, march = _build.vectors(), _build.cpu_march()
+    elsewhere = ", ".join(f"{kind} (benchmarks/results/{name})" for kind, name in _CPU_RESULTS.items())
+    if march != "native":
+        return f"ahead of eager with {elsewhere}; not yet measured when compiled for {march}"
+    if vectors not in _CPU_RESULTS:
+        return f"ahead of eager with {elsewhere}; not yet measured with {vectors}, which this CPU has"
+    return f"measured ahead of eager with {vectors}, see benchmarks/results/{_CPU_RESULTS[vectors]}"
+
+
+# The order in which `auto` tries backends, by device type, each with the reason for its place (or what tells
+# it at run time); the first that accepts is picked.
+_ORDER: dict[str, dict[str, str | Callable[[], str]]] = {
     "cpu": {
-        "cpp": "measured ahead of eager with AVX-512, see benchmarks/results/intel-xeon-2-cores-avx512.csv",
+        "cpp": _measured_on_cpus,
         "eager": "nothing faster serves this op here",
     },
     "cuda": {
@@ -199,6 +215,12 @@ def choose(
     return _choose(Request(op, device, dtype, features), _wanted(backend))
 
 
+def foresee(op: str, device: str, dtype: torch.dtype) -> Choice:
+    """What `choose` picks, told without building what is not built yet, and forgotten."""
+    with _build.foreseeing():
+        return _choose.__wrapped__(Request(op, device, dtype), _wanted("auto"))
+
+
 def _wanted(backend: str) -> str:
     name, source = backend, "backend"
     if backend == "auto":
@@ -232,7 +254,8 @@ def _choose(request: Request, wanted: str) -> Choice:
                 FallbackWarning,
                 stacklevel=2,
             )
-        return Choice(backend, reason_for, tuple(rejected))
+        why = reason_for if isinstance(reason_for, str) else reason_for()
+        return Choice(backend, why, tuple(rejected))
     return Choice("eager", f"the only backend for {request.device}", tuple(rejected))
 
 
