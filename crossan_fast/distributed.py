@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossan_fast import ops
+from crossan_fast.ops.deduplicate import first_places
 
 
 def row_share(item_ids: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -60,11 +61,7 @@ def gather_negatives(
     joined = ops.deduplicate(ids, ids.numel() + 1 if equal else None, backend=backend)
     total = counts.new_zeros(joined.ids.shape).scatter_add_(0, joined.slots.flatten(), counts.flatten())
     # The first place of each joined id among the gathered: every process picks the same.
-    places = torch.arange(ids.numel(), device=ids.device)
-    first = places.new_full(joined.ids.shape, ids.numel()).scatter_reduce(
-        0, joined.slots.flatten(), places, "amin"
-    )
-    first = torch.where(first == ids.numel(), 0, first)
+    first = first_places(joined.slots, len(joined.ids))
     mine_joined = joined.slots[dist.get_rank(group)]
     return ops.Deduplicated(joined.ids, mine_joined[unique.slots], total), everyone[first]
 

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from crossan_fast import _sources, distributed, iisan, ops, serialization
 from crossan_fast._checks import check_tensor, describe
+from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
 from crossan_fast._sources import Gathered, Source
-from crossan_fast.cache.staging import Rows
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
@@ -29,9 +29,8 @@ from crossan_fast.recommend import Recommendation, recommend
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
 
-_ID_DTYPES = (torch.int64, torch.int32)
-# Items whose states are on the device at once where the cache is not.
-_CHUNK = 2048
+# Items of a catalogue that are encoded at once: their states are on the device where the cache is not.
+CATALOGUE_CHUNK = 2048
 
 
 class CrossanModel(Popularity):
@@ -91,7 +90,7 @@ class CrossanModel(Popularity):
         """
         source = _sources.dense(self.config, states, present, leading=1)
         if present is not None:
-            _refuse_empty_items(present, "present: item at row {}")
+            _sources.refuse_empty(present, "present: item at row {}")
         _sources.refuse_nonfinite(self.config, source, lambda row: f"in row {row}")
         return self._encode(source, None)[0]
 
@@ -117,20 +116,15 @@ class CrossanModel(Popularity):
             return self.sequence_encoder(items, mask, backend=self.backend_for("sequence_encoder"))
 
     def encode_catalogue(
-        self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = _CHUNK
+        self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = CATALOGUE_CHUNK
     ) -> Tensor:
         """Embeddings of the cache's items without gradient, `[I + 1, d]` (or of `ids`); row 0 is zeros."""
         device = self._device()
         _sources.place(cache, device)
         if ids is None:
             ids = torch.arange(cache.num_items + 1, device=device)
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                chunks = [self._encode_ids(cache, *part) for part in self._parts(cache, ids, batch_size)]
-        finally:
-            self.train(training)
+        with evaluating(self), torch.no_grad():
+            chunks = [self._encode_ids(cache, *part) for part in self._parts(cache, ids, batch_size)]
         if not chunks:
             return torch.zeros(0, self.config.embedding_dim, device=device)
         return torch.where((ids == 0)[:, None], 0, torch.cat(chunks))
@@ -172,7 +166,8 @@ class CrossanModel(Popularity):
         """
         if not return_loss:
             raise ValueError("return_loss: expected true, the output always has its loss; got false")
-        self._check_ids(item_ids)
+        alone = self.process_group is None
+        _sources.check_ids(self.config, item_ids, self._device(), alone)
         if (states is None) == (cache is None):
             given = "both" if states is not None else "neither"
             raise ValueError(f"states, cache: expected one of the two, got {given}")
@@ -181,9 +176,9 @@ class CrossanModel(Popularity):
         item_ids = item_ids.to(torch.int64)
         known = self._known_items(cache, read=self.config.loss == "in_batch")
         if known is not None:
-            self._check_range(item_ids, known, cache)
+            _sources.check_range(item_ids, known, cache)
         if gathered is not None:
-            capacity = _check_gathered(gathered, cache)
+            capacity = _sources.count_of(gathered, cache)
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
             return self._full(item_ids, cache, known)
         unique = ops.deduplicate(
@@ -195,15 +190,8 @@ class CrossanModel(Popularity):
             source = _sources.cached(self.config, cache, item_ids.device, unique.ids, gathered)
         else:
             assert states is not None
-            source = _sources.dense(self.config, states, present, leading=2)
-            rows = _first_places(unique)
-            exists = None if source.present is None else source.present[rows]
-            # As in _check_ids: on a GPU the answer would have to be waited for.
-            if exists is not None and exists.device.type == "cpu":
-                _refuse_empty_items(exists | (unique.ids == 0)[:, None], "item_ids: item {}", unique.ids)
-            source = Source(source.states, None, rows, exists)
-            _sources.refuse_nonfinite(self.config, source, lambda n: f"that of item {int(unique.ids[n])}")
-        if item_ids.device.type == "cpu" and self.process_group is None:  # as in _check_ids
+            source = _sources.of_batch(self.config, states, present, unique)
+        if item_ids.device.type == "cpu" and alone:  # as in check_ids
             refuse_without_negatives(item_ids, unique)
         source = replace(source, present=self._drop(source.present, unique.ids))
         return self._in_batch(item_ids, unique, source)
@@ -212,7 +200,7 @@ class CrossanModel(Popularity):
         deduplicate, slots = self.config.deduplicate, unique.slots
         counts = unique.counts
         if not deduplicate:
-            source, counts = _by_place(source, slots.reshape(-1)), (slots.reshape(-1) != 0).to(torch.int64)
+            source, counts = source.repeated(slots.reshape(-1)), (slots.reshape(-1) != 0).to(torch.int64)
         embeddings, balance = self._encode(source, counts)
         by_place = (_rows(embeddings, slots) if deduplicate else embeddings).reshape(*item_ids.shape, -1)
         mask = item_ids[:, :-1] != 0
@@ -355,7 +343,7 @@ class CrossanModel(Popularity):
             return tuple(self._hidden(replace(source, present=present)))
 
         assert catalogue.rows is not None
-        for ids in catalogue.rows.split(_CHUNK):
+        for ids in catalogue.rows.split(CATALOGUE_CHUNK):
             present = None if catalogue.present is None else catalogue.present[ids]
             chunks.append(checkpoint(hidden, ids, present, use_reentrant=False, preserve_rng_state=False))
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -398,30 +386,6 @@ class CrossanModel(Popularity):
         best = draw == draw.amax(dim=1, keepdim=True)
         return exists & ((draw >= p) | best)
 
-    def _check_ids(self, item_ids: Tensor) -> None:
-        check_tensor("item_ids", item_ids, (None, None), dtypes=_ID_DTYPES, device=self._device())
-        places = item_ids.shape[1]
-        if not 2 <= places <= self.config.window + 1:
-            raise ValueError(
-                f"item_ids: expected 2 to window + 1 = {self.config.window + 1} places, "
-                f"got {describe(item_ids)}"
-            )
-        # On a GPU these checks would wait for the device at every step; the loss is 0 there instead.
-        if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            # With several processes the others may have the rows.
-            alone = self.process_group is None
-            if alone and not ((item_ids[:, :-1] != 0) & (item_ids[:, 1:] != 0)).any():
-                raise ValueError(f"item_ids: expected a row with a target, got none in {describe(item_ids)}")
-            if (item_ids[:, :-1].ne(0) & item_ids[:, 1:].eq(0)).any():
-                raise ValueError("item_ids: expected padding (0) on the left only, got it after an item")
-
-    def _check_range(self, item_ids: Tensor, known: int, cache: HiddenStateCache | None) -> None:
-        if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = item_ids.aminmax()
-            if low < 0 or high > known:
-                of = "" if cache is not None and known == cache.num_items else ", the rows of item_popularity"
-                raise ValueError(f"item_ids: expected ids in 0 to {known}{of}, got {int(low)} to {int(high)}")
-
     def _capacity(self, item_ids: Tensor, known: int | None) -> int | None:
         """On a GPU every place may be distinct: a known shape costs less than asking the device."""
         if item_ids.device.type == "cpu":
@@ -432,14 +396,6 @@ class CrossanModel(Popularity):
         return self.sequence_encoder.position.weight.device
 
 
-def _check_gathered(gathered: Gathered, cache: HiddenStateCache | None) -> int:
-    """How many rows there are."""
-    if cache is None:
-        raise ValueError("gathered: goes with cache, which it was read from; got states")
-    states = gathered.states if isinstance(gathered, Rows) else gathered
-    return next(iter(states.values())).shape[0]
-
-
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
     """`table[ids]`.
 
@@ -447,25 +403,3 @@ def _rows(table: Tensor, ids: Tensor) -> Tensor:
     repeats bit for bit at every size.
     """
     return F.embedding(ids, table) if table.device.type == "cpu" else table[ids]
-
-
-def _by_place(source: Source, slots: Tensor) -> Source:
-    """The rows of distinct items, repeated for every place that has one."""
-    rows = slots if source.rows is None else source.rows[slots]
-    return replace(source, rows=rows, present=None if source.present is None else source.present[slots])
-
-
-def _first_places(unique: ops.Deduplicated) -> Tensor:
-    """For each slot a place of the batch that holds its id, `[U]`; 0 for slots that no place has."""
-    flat = unique.slots.reshape(-1)
-    places = torch.arange(flat.numel(), device=flat.device)
-    first = flat.new_full(unique.ids.shape, flat.numel()).scatter_reduce(0, flat, places, "amin")
-    return torch.where(first == flat.numel(), 0, first)
-
-
-def _refuse_empty_items(present: Tensor, what: str, names: Tensor | None = None) -> None:
-    empty = ~present.any(dim=1)
-    if not torch.compiler.is_compiling() and bool(empty.any()):
-        row = int(empty.nonzero()[0])
-        name = row if names is None else int(names[row])
-        raise ValueError(f"{what.format(name)} has no modality at all, expected at least one")

@@ -50,6 +50,14 @@ def deduplicate_reference(item_ids: Tensor, capacity: int | None = None) -> Dedu
     return Deduplicated(ids, inverse[1:].reshape(item_ids.shape), counts)
 
 
+def first_places(slots: Tensor, count: int) -> Tensor:
+    """For each of `count` slots the first place that has it, `[count]`; 0 for slots that no place has."""
+    flat = slots.reshape(-1)
+    places = torch.arange(flat.numel(), device=flat.device)
+    first = flat.new_full((count,), flat.numel()).scatter_reduce(0, flat, places, "amin")
+    return torch.where(first == flat.numel(), 0, first)
+
+
 def deduplicate_without_waiting(item_ids: Tensor, capacity: int) -> Deduplicated:
     """The same of fixed shapes, in plain torch that asks the device for nothing: what `eager` runs on a GPU.
 

@@ -15,16 +15,14 @@ from torch import Tensor
 
 from crossan_fast import ops
 from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Split
-from crossan_fast.model import CrossanModel
+from crossan_fast.model import CATALOGUE_CHUNK, CrossanModel
 from crossan_fast.training.config import FilterHistory
 from crossan_fast.training.distributed import Processes
 
 _HINT = "; a split of interactions read with this cache's item_names and catalogue='all' has its rows"
-
-# Items encoded at once: `CrossanModel.encode_catalogue`'s default, so that shares are cut where it cuts.
-_CHUNK = 2048
 
 Part = Literal["validation", "test"]
 
@@ -125,9 +123,7 @@ def evaluate(
         raise ValueError(f"candidates: expected rows 1 to {cache.num_items} of the cache, got {known}")
     items = _catalogue(model, cache, known, processes)
     _refuse_nonfinite(items, cache)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         ranks = rank_targets(
             model,
             items,
@@ -138,8 +134,6 @@ def evaluate(
             batch_size=batch_size,
             processes=processes,
         )
-    finally:
-        model.train(training)
     note = ""
     if split.num_items < cache.num_items:
         note = f"the split knows {split.num_items:,} of the cache's {cache.num_items:,} items"
@@ -202,11 +196,12 @@ def _catalogue(model: CrossanModel, cache: HiddenStateCache, known: int, process
     ids = torch.arange(known + 1, device=device)
     if processes.size == 1:
         return model.encode_catalogue(cache, ids=ids)
-    chunks = ids.split(_CHUNK)[processes.rank :: processes.size]
+    # Shares are cut where `encode_catalogue` cuts.
+    chunks = ids.split(CATALOGUE_CHUNK)[processes.rank :: processes.size]
     items = torch.zeros(known + 1, model.config.embedding_dim, device=device)
     if chunks:
         mine = torch.cat(chunks)
-        items[mine] = model.encode_catalogue(cache, ids=mine, batch_size=_CHUNK).to(items.dtype)
+        items[mine] = model.encode_catalogue(cache, ids=mine).to(items.dtype)
     return processes.sum(items)
 
 
