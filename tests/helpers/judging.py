@@ -87,9 +87,8 @@ class Reordered(TorchDispatchMode):
         raise NotImplementedError
 
     def add_product(self, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        wide = torch.promote_types(
-            a.dtype, torch.float32
-        )  # as torch does: one rounding to 16 bits, at the end
+        # As torch does: one rounding to 16 bits, at the end.
+        wide = torch.promote_types(a.dtype, torch.float32)
         return (bias.to(wide) + self.multiply(a.to(wide), b.to(wide))).to(a.dtype)
 
 
