@@ -91,8 +91,9 @@ class HiddenStateCache:
         self._names = ItemNames(self.num_items, names, folder and folder.absolute() / NAMES, names_size)
         self.catalogue = Catalogue.of(self._names)
         if folder is not None:
-            reason = "opened; to(device) picks the fastest that fits"
-            self._placement = Placement(torch.device("cpu"), "mmap", reason)
+            self._placement = Placement(
+                torch.device("cpu"), "mmap", "opened; to(device) picks the fastest that fits"
+            )
         else:
             self._placement = Placement(states[0].device, "resident", "made from tensors")
             self._loaded[states[0].device] = (self._states, self._scales)
@@ -221,12 +222,13 @@ class HiddenStateCache:
             RuntimeError: the device is not there.
         """
         self._placement = self.placement(device, tier)
+        target = self.device
         if self.tier == "resident":
-            self._load(self.device, self.device)
+            self._load(target, target)
         elif self.tier == "pinned":
-            self._load(self.device, torch.device("cpu"), pin=True)
+            self._load(target, torch.device("cpu"), pin=True)
         else:
-            self._loaded.pop(self.device, None)
+            self._loaded.pop(target, None)
         return self
 
     def states(self, device: str | torch.device) -> list[Tensor]:
@@ -288,8 +290,9 @@ class HiddenStateCache:
             return
 
         def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-            pairs = zip(tensors, self.modalities, strict=True)
-            return [self._copied(t, where, pin, m.name) for t, m in pairs]
+            return [
+                self._copied(t, where, pin, m.name) for t, m in zip(tensors, self.modalities, strict=True)
+            ]
 
         self._loaded[key] = copies(self._states), None if self._scales is None else copies(self._scales)
 
