@@ -91,7 +91,8 @@ def test_two_processes_train_as_one(values: dict[str, Any], tmp_path: Path) -> N
             del one["results"]["train_seconds"]
         assert seen[0] == seen[1], "every process has the same metrics and stops at the same epoch"
         held = sorted(path.name for path in Path(run["run"]).iterdir())
-        assert held == ["best", "config.yaml", "last.safetensors", "log.jsonl", "results.json"]
+        files = ["best", "config.yaml", "last.safetensors", "log.jsonl", "population.json", "results.json"]
+        assert held == files
 
     # One process's weights, ranked by two: equal, not near, since shares are cut where one process cuts.
     again = json.loads(RunFolder(trained["run"]).results.read_text())
