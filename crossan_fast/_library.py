@@ -148,8 +148,8 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         BuildError: it can't be compiled.
         OSError: the folder can't be written.
     """
-    if (former := read_stamp(folder)) is not None:
-        say(f"building anew, since {damage(former)}")
+    if (former := read_stamp(folder)) is not None and (reason := damage(former)):
+        say(f"building anew, since {reason}")
     for left in folder.glob("work-*"):
         say(f"removing {left}, left by a build that was interrupted")
         shutil.rmtree(left)
