@@ -210,10 +210,11 @@ def _side_network(
         [new(levels) for _ in structure.cross_pairs],
     )
     states = [_new(rows, levels, width, kind=stored or dtype) for _ in range(towers)]
-    scales = [_new(rows, levels, kind=torch.float32) for _ in range(towers)] if stored else None
+    scales = [_new(rows, levels, kind=torch.float32) for _ in range(towers)] if stored else []
     ids = _new(items, kind=torch.int64)
-    outputs, saved = side_network.forward(states, scales, ids, None, weights, structure, dtype)
-    side_network.backward(outputs, saved, states, scales, ids, None, weights, structure, dtype)
+    call = (states, scales, ids, None, weights.flatten(), *structure.static, dtype)
+    outputs = side_network.forward(*call)
+    side_network.backward(outputs[:towers], outputs[towers:], *call)
 
 
 def _fusion(items: int, width: int, dtype: torch.dtype) -> None:
@@ -234,8 +235,9 @@ def _fusion(items: int, width: int, dtype: torch.dtype) -> None:
         new(modalities, d),
     )
     hidden = [new(items, width)] * modalities
-    grad, _, probability, saved = fusion.forward(hidden, weights, None, None, None, dtype)
-    fusion.backward(grad, probability, saved, hidden, weights, None, None, None, dtype)
+    call = (hidden, weights.flatten(), None, None, None, dtype)
+    grad, _, probability, *saved = fusion.forward(*call)
+    fusion.backward(grad, probability, saved, *call)
 
 
 def _in_batch_loss(sequences: int, columns: int, dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The rows of a CPU, unattended and offline, in at most 25 minutes on two idle cores, the most important first:
-# what PERFORMANCE.md's table asks for, then the paper's sizes, then the axes. Every row is on disk as it is made,
+# what the table of targets asks for, then the paper's sizes, then the axes. Every row is on disk as it is made,
 # and what this commit has rows of is not measured again: run it twice, and it goes on. Ends with a short table;
 # exits with an error where a case's check failed. Settings: benchmarks/suite.sh; the epoch needs CROSSAN_FAST_DATA.
 # With arguments, these sets alone: cpu_suite.sh step cache

@@ -1,4 +1,4 @@
-"""PERFORMANCE's targets as ratios of recorded rows, so that met or missed is computed, not typed."""
+"""The targets as ratios of recorded rows, so that met or missed is computed, not typed."""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ The names here are the public API; see README.md for the formulas and `crossan-f
 
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.config import CrossanConfig, Modality
-from crossan_fast.model import CrossanModel, CrossanOutput
+from crossan_fast.model import CrossanModel
+from crossan_fast.output import CrossanOutput
 
 __version__ = "0.1.0"
 __all__ = ["CrossanConfig", "CrossanModel", "CrossanOutput", "HiddenStateCache", "Modality"]

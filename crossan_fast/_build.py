@@ -10,25 +10,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from crossan_fast import _library
+from crossan_fast._library import BuildError, BuildInfo
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 if not CSRC.is_dir():  # an editable install: csrc stands beside the package
     CSRC = Path(__file__).resolve().parent.parent / "csrc"
 AHEAD_OF_TIME = Path(__file__).resolve().parent / "_libraries"
+
+# The sources' own, named since torch's default differs by version (2.11 compiles extensions as C++17).
+STANDARD = "-std=c++20"
+
+_may_build: ContextVar[bool] = ContextVar("_may_build", default=True)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class Part:
         nvcc_flags: nvcc's, where it compiles `.cu` files.
         link_flags: the linker's.
         missing: why it can't be built here, or None.
+        toolkit: CUDA's folder, where nvcc takes part.
+        tools: what else decides what comes of the sources, for the key.
     """
 
     name: str
@@ -51,6 +60,8 @@ class Part:
     nvcc_flags: Callable[[], list[str]] = lambda: []
     link_flags: Callable[[], list[str]] = lambda: []
     missing: Callable[[], str | None] = lambda: None
+    toolkit: Callable[[], Path | None] = lambda: None
+    tools: Callable[[], list[str]] = lambda: []
 
     def sources(self) -> list[Path]:
         return sorted(f for d in self.folders for e in ("*.cpp", "*.cu") for f in (CSRC / d).rglob(e))
@@ -58,24 +69,6 @@ class Part:
     def headers(self) -> list[Path]:
         found = [f for d in self.folders for e in ("*.h", "*.cuh") for f in (CSRC / d).rglob(e)]
         return sorted({*found, *CSRC.glob("*.h")})
-
-
-@dataclass(frozen=True)
-class BuildInfo:
-    """What a built library is made of: the stamp beside it, and a row of `crossan-fast doctor`."""
-
-    part: str
-    library: str
-    torch: str
-    compiler: str
-    instruction_set: str
-    flags: list[str]
-    seconds: float
-    ahead_of_time: bool = False
-
-
-class BuildError(RuntimeError):
-    """A part is not available; the message says why and what would help."""
 
 
 def cpu_flags() -> list[str]:
@@ -92,6 +85,13 @@ def instruction_set() -> str:
     decisive = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
     have = set(cpu_flags())
     return " ".join([platform.machine(), *(flag for flag in decisive if flag in have)])
+
+
+def vectors() -> str:
+    """The widest vectors of the CPU that this runs on, in words: `AVX-512`, `AVX2`."""
+    names = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse2": "SSE", "sve": "SVE", "asimd": "NEON"}
+    have = set(cpu_flags())
+    return next((name for flag, name in names.items() if flag in have), f"{platform.machine()}'s vectors")
 
 
 def compiler() -> str:
@@ -114,7 +114,8 @@ def cpu_cxx_flags() -> list[str]:
     `CROSSAN_FAST_CXXFLAGS` is appended, e.g. a sanitizer's flags.
     """
     march = os.environ.get("CROSSAN_FAST_MARCH", "native")
-    flags = ["-O3", f"-march={march}", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    flags = [STANDARD, "-O3", f"-march={march}"]
+    flags += ["-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     if march == "native" and "avx512f" in cpu_flags():
         flags.append("-mprefer-vector-width=512")
     if sys.platform != "darwin":
@@ -122,6 +123,15 @@ def cpu_cxx_flags() -> list[str]:
         # threads are ours; linking another would bring a second pool of threads.
         flags.append("-fopenmp")
     return flags + os.environ.get("CROSSAN_FAST_CXXFLAGS", "").split()
+
+
+def cpu_march() -> str:
+    """The instruction set that the CPU part is compiled for: its own flags' where it came with the wheel."""
+    shipped = ahead_of_time("cpu")
+    flags = cpu_cxx_flags() if shipped is None or _misfit(shipped) else shipped.flags
+    return next((flag for flag in reversed(flags) if flag.startswith("-march=")), "-march=?").partition("=")[
+        2
+    ]
 
 
 def _no_compiler() -> str | None:
@@ -138,26 +148,61 @@ def _no_compiler() -> str | None:
 
 
 def cuda_home() -> Path | None:
-    """The toolkit's folder, found as torch's extensions find it: CUDA_HOME, then nvcc on PATH."""
-    from torch.utils import cpp_extension
+    """The toolkit's folder: CUDA_HOME or CUDA_PATH, the one that nvcc on PATH says it is of, /usr/local/cuda.
 
-    home = cpp_extension.CUDA_HOME
-    return Path(home) if home and (Path(home) / "bin" / "nvcc").exists() else None
+    The order is torch's, but torch takes the folder above a wrapper of nvcc for the toolkit.
+    """
+    if named := _named_cuda_home():
+        home = Path(named)
+    elif nvcc := shutil.which("nvcc"):
+        home = _toolkit_of(nvcc)
+    else:
+        home = Path("/usr/local/cuda")
+    return home if (home / "bin" / "nvcc").exists() else None
+
+
+def _named_cuda_home() -> str | None:
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+
+
+@functools.cache
+def _toolkit_of(nvcc: str) -> Path:
+    """The folder that an nvcc works from, asked of itself since it may be a script that runs another."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        asked = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, timeout=60
+        )
+        top = re.search(r"^#\$ TOP=(.+)$", asked.stderr + asked.stdout, re.MULTILINE)
+        if top and (home := Path(top[1].strip()).resolve()).joinpath("bin", "nvcc").exists():
+            return home
+    return Path(nvcc).resolve().parent.parent
+
+
+def _nvcc() -> list[str]:
+    """The command that torch's extensions compile with; PYTORCH_NVCC names another, e.g. `ccache nvcc`."""
+    home = cuda_home()
+    own = [] if home is None else [str(home / "bin" / "nvcc")]
+    return shlex.split(os.environ.get("PYTORCH_NVCC", "")) or own
+
+
+def _nvcc_says() -> str:
+    """What `nvcc --version` prints, or nothing without one."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        if command := _nvcc():
+            return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
+    return ""
 
 
 def nvcc_version() -> str | None:
     """`13.0` of the toolkit that would compile, or None without one."""
-    home = cuda_home()
-    if home is None:
-        return None
-    try:
-        asked = subprocess.run(
-            [home / "bin" / "nvcc", "--version"], capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.search(r"release (\d+\.\d+)", asked.stdout)
+    found = re.search(r"release (\d+\.\d+)", _nvcc_says())
     return found[1] if found else None
+
+
+def cuda_tools() -> list[str]:
+    """The toolkit, its nvcc, and what both take from the environment."""
+    named = ("PYTORCH_NVCC", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CC")
+    return [str(cuda_home()), _nvcc_says(), *(f"{name}={os.environ.get(name, '')}" for name in named)]
 
 
 def cuda_architectures() -> list[str]:
@@ -175,7 +220,7 @@ def cuda_architectures() -> list[str]:
 
 
 def cuda_nvcc_flags() -> list[str]:
-    return ["-O3", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_architectures())]
+    return [STANDARD, "-O3", *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_architectures())]
 
 
 def _no_cuda() -> str | None:
@@ -183,6 +228,8 @@ def _no_cuda() -> str | None:
         return "this torch is built without CUDA (install one that is: https://pytorch.org/get-started)"
     if reason := _no_compiler():
         return reason
+    if cuda_home() is None and (named := _named_cuda_home()):
+        return f"CUDA_HOME={named} has no bin/nvcc (name the folder of a CUDA {torch.version.cuda} toolkit)"
     if cuda_home() is None:
         return f"nvcc is missing (install the CUDA {torch.version.cuda} toolkit or set CUDA_HOME)"
     version = nvcc_version()
@@ -196,8 +243,22 @@ def _no_cuda() -> str | None:
 
 PARTS: dict[str, Part] = {
     "cpu": Part("cpu", ("cpu",), cpu_cxx_flags, missing=_no_compiler),
-    "cuda": Part("cuda", ("cuda",), lambda: ["-O2"], cuda_nvcc_flags, missing=_no_cuda),
+    "cuda": Part(
+        "cuda",
+        ("cuda",),
+        lambda: [STANDARD, "-O2"],
+        cuda_nvcc_flags,
+        missing=_no_cuda,
+        toolkit=cuda_home,
+        tools=cuda_tools,
+    ),
 }
+
+
+def has_source(name: str, op: str) -> bool:
+    """Whether a part has kernels for an op: a file or folder of its name."""
+    places = [CSRC / folder / op for folder in PARTS[name].folders]
+    return any(place.is_dir() or place.with_suffix(".cpp").is_file() for place in places)
 
 
 def build_root() -> Path:
@@ -210,8 +271,9 @@ def build_root() -> Path:
 def build_key(part: Part) -> str:
     """Changes with everything the library depends on."""
     digest = hashlib.sha256()
-    parts = [torch.__version__, compiler_version() or "", platform.machine(), " ".join(cpu_flags())]
-    parts += [*part.cxx_flags(), *part.nvcc_flags(), *part.link_flags()]
+    parts = [torch.__version__, compiler(), compiler_version() or ""]
+    parts += [platform.machine(), " ".join(cpu_flags())]
+    parts += [*part.cxx_flags(), *part.nvcc_flags(), *part.link_flags(), *part.tools()]
     digest.update("\0".join(parts).encode())
     for path in (*part.sources(), *part.headers()):
         digest.update(path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
@@ -222,36 +284,59 @@ def build_folder(part: Part) -> Path:
     return build_root() / f"{part.name}-{build_key(part)}"
 
 
-@functools.cache
 def problem(name: str) -> str | None:
     """Load a part, building it if it has to be; None, or why it is not available."""
+    if not _may_build.get() and built(name) is None:
+        part = PARTS[name]
+        failure = failed(name)
+        return part.missing() or (f"it did not compile, see {failure}" if failure else None)
+    return _outcome(name)[1]
+
+
+@contextlib.contextmanager
+def foreseeing() -> Iterator[None]:
+    """Where nothing is built: `problem` tells of a part that is not built yet what is known before."""
+    token = _may_build.set(False)
     try:
-        load(name)
-    except BuildError as error:
-        return str(error)
-    return None
+        yield
+    finally:
+        _may_build.reset(token)
 
 
-@functools.cache
 def load(name: str) -> BuildInfo:
     """Load a part's ops into this process, building them first where nothing fitting is there.
 
     Raises:
         BuildError: it can't be built or loaded.
     """
+    info, reason = _outcome(name)
+    if info is None:
+        raise BuildError(reason)
+    return info
+
+
+@functools.cache
+def _outcome(name: str) -> tuple[BuildInfo | None, str | None]:
+    """What came of loading a part, which is tried once a process: it, or why it is not available."""
+    try:
+        info = _available(name)
+        _load_library(Path(info.library))
+    except BuildError as error:
+        return None, str(error)
+    return info, None
+
+
+def _available(name: str) -> BuildInfo:
     part = PARTS[name]
     if (shipped := ahead_of_time(name)) is not None:
         refusal = _misfit(shipped)
         if refusal is None:
-            _load_library(Path(shipped.library))
             return shipped
         if part.missing() is not None:
             raise BuildError(f"the {name} library in the wheel does not fit ({refusal}) and {part.missing()}")
     if reason := part.missing():
         raise BuildError(reason)
-    info = _built(part)
-    _load_library(Path(info.library))
-    return info
+    return _library.obtain(_recipe(part), build_folder(part))
 
 
 def built(name: str) -> BuildInfo | None:
@@ -260,14 +345,13 @@ def built(name: str) -> BuildInfo | None:
     shipped = ahead_of_time(name)
     if shipped is not None and _misfit(shipped) is None:
         return shipped
-    return None if part.missing() else _read_stamp(build_folder(part))
+    return None if part.missing() else _library.whole(build_folder(part))
 
 
 def failed(name: str) -> Path | None:
     """What the compiler said when this build failed before; it is not tried again while the file is there."""
     part = PARTS[name]
-    failure = build_folder(part) / "failure.txt"
-    return failure if part.missing() is None and failure.is_file() else None
+    return None if part.missing() else _library.kept_failure(build_folder(part))
 
 
 def misfit(name: str) -> str | None:
@@ -288,12 +372,13 @@ def introspect(name: str) -> str | None:
 
 def ahead_of_time(name: str) -> BuildInfo | None:
     """The library that came with the wheel, whether or not it fits this machine."""
-    info = _read_stamp(AHEAD_OF_TIME / name)
-    return info and replace(info, library=str(AHEAD_OF_TIME / name / info.library))
+    return _library.read_stamp(AHEAD_OF_TIME / name)
 
 
 def compile_into(name: str, folder: Path) -> BuildInfo:
     """Compile a part for the wheel: its library and stamp, and nothing else, in `folder`.
+
+    Whatever changes the library afterwards, e.g. strips it, has to stamp it anew; it is not loaded otherwise.
 
     Raises:
         BuildError: it can't be built.
@@ -301,167 +386,34 @@ def compile_into(name: str, folder: Path) -> BuildInfo:
     part = PARTS[name]
     if reason := part.missing():
         raise BuildError(reason)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        info = _compile(part, Path(scratch))
-        library = folder / f"crossan_fast_{name}.so"
-        shutil.copyfile(info.library, library)
-    info = replace(info, library=library.name, ahead_of_time=True)
-    _write(folder / "stamp.json", json.dumps(asdict(info), indent=1))
-    return info
+    return _library.make(_recipe(part), folder, ahead_of_time=True)
+
+
+def _recipe(part: Part) -> _library.Recipe:
+    return _library.Recipe(
+        part.name,
+        part.sources(),
+        CSRC,
+        part.cxx_flags(),
+        part.nvcc_flags(),
+        part.link_flags(),
+        compiler_version() or "",
+        instruction_set(),
+        part.toolkit(),
+    )
 
 
 def _misfit(info: BuildInfo) -> str | None:
     if info.torch != torch.__version__:
         return f"built for torch {info.torch}, this is {torch.__version__}"
-    lacking = set(info.instruction_set.split()) - set(instruction_set().split())
-    return f"this CPU lacks {', '.join(sorted(lacking))}" if lacking else None
+    if lacking := set(info.instruction_set.split()) - set(instruction_set().split()):
+        return f"this CPU lacks {', '.join(sorted(lacking))}"
+    return _library.damage(info)
 
 
 def _load_library(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise BuildError(f"{library} cannot be loaded: {error}") from error
-
-
-def _built(part: Part) -> BuildInfo:
-    folder = build_folder(part)
-    if (info := _read_stamp(folder)) is not None:
-        return info
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _only_builder(folder, part.name):
-            if (info := _read_stamp(folder)) is not None:  # another process built it while this one waited
-                return info
-            failure = folder / "failure.txt"
-            if failure.is_file():
-                raise BuildError(f"{failure.read_text()}\n(kept in {failure}; remove it to try again)")
-            return _compile(part, folder)
-    except OSError as error:
-        raise BuildError(
-            f"cannot build in {folder}: {error} (CROSSAN_FAST_BUILD_DIR names another)"
-        ) from error
-
-
-def _compile(part: Part, folder: Path) -> BuildInfo:
-    from torch.utils import cpp_extension
-
-    name = f"crossan_fast_{part.name}"
-    stale = folder / "lock"  # torch's own; whoever made it is gone, since this process holds ours
-    if stale.exists():
-        _say(f"removing {stale}, left by a build that was interrupted")
-        stale.unlink()
-    sources = part.sources()
-    started = time.monotonic()
-    _say(f"building the {part.name} kernels ({len(sources)} files, {compiler_version()}) ...", end=" ")
-    try:
-        with ninja_on_path():
-            cpp_extension.load(
-                name,
-                [str(unit) for unit in _units(sources, folder / "units")],
-                extra_cflags=part.cxx_flags(),
-                extra_cuda_cflags=part.nvcc_flags(),
-                extra_ldflags=part.link_flags(),
-                extra_include_paths=[str(CSRC)],
-                build_directory=str(folder),
-                is_python_module=False,
-            )
-    except (RuntimeError, subprocess.CalledProcessError, ImportError) as error:
-        _say("failed", start="")
-        text = f"the {part.name} kernels do not compile with {compiler_version()}:\n{str(error)[-4000:]}"
-        _write(folder / "failure.txt", text)
-        raise BuildError(text) from error
-    seconds = time.monotonic() - started
-    _say(f"{seconds:.0f} s, kept in {folder}", start="")
-    # torch numbers a second build of one name in a process: crossan_fast_cpu_v1.so.
-    library = max(folder.glob(f"{name}*.so"), key=lambda path: path.stat().st_mtime_ns)
-    info = BuildInfo(
-        part.name,
-        str(library),
-        torch.__version__,
-        compiler_version() or "",
-        instruction_set(),
-        part.cxx_flags() + part.nvcc_flags(),
-        round(seconds, 1),
-    )
-    _write(folder / "stamp.json", json.dumps(asdict(info), indent=1))
-    return info
-
-
-def _units(sources: list[Path], folder: Path) -> list[Path]:
-    """A file for each source that includes it and is named by its path: torch names objects by base name."""
-    folder.mkdir(exist_ok=True)
-    units = []
-    for source in sources:
-        path = source.relative_to(CSRC)
-        units.append(folder / ".".join(path.parts))
-        if not units[-1].exists():  # else a build that was interrupted would begin again
-            _write(units[-1], f'#include "{path.as_posix()}"\n')
-    return units
-
-
-def _say(text: str, start: str = "crossan_fast: ", end: str = "\n") -> None:
-    print(start + text, end=end, file=sys.stderr, flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _read_stamp(folder: Path) -> BuildInfo | None:
-    try:
-        info = BuildInfo(**json.loads((folder / "stamp.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    return info if (folder / info.library).is_file() else None
-
-
-@contextlib.contextmanager
-def ninja_on_path() -> Iterator[None]:
-    """The pip package's ninja, which lies off PATH where a virtual environment is not activated."""
-    before = os.environ.get("PATH", "")
-    with contextlib.suppress(ImportError):
-        import ninja
-
-        os.environ["PATH"] = os.pathsep.join([before, ninja.BIN_DIR])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-
-
-@contextlib.contextmanager
-def _only_builder(folder: Path, name: str, patience: float = 900.0) -> Iterator[None]:
-    """Hold the folder's lock, which ends with its holder, however that ends: it is never stale."""
-    import fcntl
-
-    path = folder / "builder"
-    with open(path, "a+") as file:
-        started, told = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                pass
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if not told:
-                _say(f"waiting for {holder}, which builds the {name} kernels")
-                told = True
-            if time.monotonic() - started > patience:
-                raise BuildError(
-                    f"{holder} has held {path} for more than {patience:.0f} s; "
-                    "end it, or name another CROSSAN_FAST_BUILD_DIR"
-                )
-            time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
+        reason = f"{library} cannot be loaded: {error.__cause__ or error}"
+        raise BuildError(f"{reason} (remove {library.parent} to build it anew)") from error

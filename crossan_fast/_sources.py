@@ -1,9 +1,12 @@
-"""Where a model's states come from: dense tensors, a cache that the op reads by id, or rows gathered."""
+"""A batch as a model takes it: the checks of its ids, and where its states come from.
+
+That is dense tensors, a cache that the op reads by id, or rows gathered from one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +14,14 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe, nearest
 from crossan_fast.cache.staging import Rows
+from crossan_fast.cache.validate import FLOATS, first_bad_level, nonfinite_rows
 from crossan_fast.config import CrossanConfig
+from crossan_fast.ops.deduplicate import Deduplicated, first_places
 
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
 
+_ID_DTYPES = (torch.int64, torch.int32)
 # What `cache.prefetch` or `cache.prefetch_stored` read ahead.
 Gathered = Mapping[str, Tensor] | Rows
 
@@ -35,6 +41,11 @@ class Source:
     scales: Sequence[Tensor] | None
     rows: Tensor | None
     present: Tensor | None
+
+    def repeated(self, slots: Tensor) -> Source:
+        """Items `slots` `[n]` of these, in that order and as often as they come."""
+        rows = slots if self.rows is None else self.rows[slots]
+        return replace(self, rows=rows, present=None if self.present is None else self.present[slots])
 
 
 def dense(
@@ -69,16 +80,114 @@ def dense(
     return Source([states[name].flatten(0, leading - 1) for name in names], None, None, present)
 
 
+def of_batch(
+    config: CrossanConfig, states: Mapping[str, Tensor], present: Tensor | None, unique: Deduplicated
+) -> Source:
+    """The distinct items of a batch whose places have states `[B, S + 1, L, D_m]`, in the order of `unique`.
+
+    Raises:
+        ValueError, TypeError: as `dense`; on the CPU also an item with no modality, and NaN or inf.
+    """
+    source = dense(config, states, present, leading=2)
+    rows = first_places(unique.slots, len(unique.ids))
+    exists = None if source.present is None else source.present[rows]
+    if exists is not None and exists.device.type == "cpu":  # on a GPU the answer would have to be waited for
+        refuse_empty(exists | (unique.ids == 0)[:, None], "item_ids: item {}", unique.ids)
+    source = Source(source.states, None, rows, exists)
+    refuse_nonfinite(config, source, lambda n: f"that of item {int(unique.ids[n])}")
+    return source
+
+
+def check_ids(config: CrossanConfig, item_ids: Tensor, device: torch.device, alone: bool) -> None:
+    """Raise unless a batch's ids `[B, S + 1]` are rows that a model on `device` can train on.
+
+    Args:
+        alone: no other process has rows of the batch.
+    """
+    check_tensor("item_ids", item_ids, (None, None), dtypes=_ID_DTYPES, device=device)
+    places = item_ids.shape[1]
+    if not 2 <= places <= config.window + 1:
+        raise ValueError(
+            f"item_ids: expected 2 to window + 1 = {config.window + 1} places, got {describe(item_ids)}"
+        )
+    # On a GPU these checks would wait for the device at every step; the loss is 0 there instead.
+    if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if alone and not ((item_ids[:, :-1] != 0) & (item_ids[:, 1:] != 0)).any():
+            raise ValueError(f"item_ids: expected a row with a target, got none in {describe(item_ids)}")
+        if (item_ids[:, :-1].ne(0) & item_ids[:, 1:].eq(0)).any():
+            raise ValueError("item_ids: expected padding (0) on the left only, got it after an item")
+
+
+def check_range(item_ids: Tensor, known: int, cache: HiddenStateCache | None) -> None:
+    """Raise unless ids on the CPU are rows 0 to `known`."""
+    if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = item_ids.aminmax()
+        if low < 0 or high > known:
+            of = "" if cache is not None and known == cache.num_items else ", the rows of item_popularity"
+            raise ValueError(f"item_ids: expected ids in 0 to {known}{of}, got {int(low)} to {int(high)}")
+
+
+def count_of(gathered: Gathered, cache: HiddenStateCache | None) -> int:
+    """How many rows were read ahead of a cache."""
+    if cache is None:
+        raise ValueError("gathered: goes with cache, which it was read from; got states")
+    states = gathered.states if isinstance(gathered, Rows) else gathered
+    return next(iter(states.values())).shape[0]
+
+
+def refuse_empty(present: Tensor, what: str, names: Tensor | None = None) -> None:
+    """Raise for an item without any modality; `what` has a place for its name, or its row."""
+    empty = ~present.any(dim=1)
+    if not torch.compiler.is_compiling() and bool(empty.any()):
+        row = int(empty.nonzero()[0])
+        name = row if names is None else int(names[row])
+        raise ValueError(f"{what.format(name)} has no modality at all, expected at least one")
+
+
+def place(cache: HiddenStateCache, device: torch.device) -> None:
+    """Choose where the states live for a GPU that the cache does not serve yet, as `cache.to` does.
+
+    A CPU is served from wherever they are.
+    """
+    if device.type != "cpu" and cache.device != device:
+        cache.to(device)
+
+
+def refuse_nonfinite(config: CrossanConfig, source: Source, name_of: Callable[[int], str]) -> None:
+    """Raise for NaN or inf among what is read of dense states; what is absent may hold anything.
+
+    On a GPU, and where `torch.compile` traces, the answer would have to be waited for: nothing is checked.
+
+    Args:
+        name_of: item n of the source in words.
+
+    Raises:
+        ValueError: naming the modality, the item and the level.
+    """
+    if source.states[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for m, (name, states) in enumerate(zip(config.modality_names, source.states, strict=True)):
+        if states.dtype not in FLOATS or not bool(nonfinite_rows(states.detach()).any()):
+            continue
+        rows = states.detach() if source.rows is None else states.detach()[source.rows]
+        bad = nonfinite_rows(rows)
+        if source.present is not None:
+            bad &= source.present[:, m]
+        if count := int(bad.sum()):
+            first = int(bad.nonzero()[0])
+            level = first_bad_level(rows[first])
+            raise ValueError(
+                f"states[{name!r}]: expected finite values, got NaN or inf in {count} "
+                f"item{'s' if count > 1 else ''}, first {name_of(first)}, level {level}"
+            )
+
+
 def read_by_id(cache: HiddenStateCache, device: torch.device) -> bool:
     """Whether kernels on `device` reach the cache's rows; where not, rows are gathered for them first.
 
-    The CPU reads memory and mapped files alike; a GPU reads a cache that is resident on it.
+    The CPU reads memory and mapped files alike; a GPU reads a cache that is resident on it (see `place`).
     """
-    if device.type == "cpu":
-        return True
-    if cache.device != device:
-        cache.to(device)
-    return cache.tier == "resident"
+    return device.type == "cpu" or (cache.device == device and cache.tier == "resident")
 
 
 def cached(
@@ -99,7 +208,7 @@ def cached(
     order, mask = _order(config, cache), present_in(config, cache, device)
     present = mask if mask is None or ids is None else mask[ids]
     if gathered is None and read_by_id(cache, device):
-        states, scales = cache.states(device), cache.scales(device)
+        states, scales = cache.states(device, ids), cache.scales(device, ids)
         picked = None if scales is None else [scales[i] for i in order]
         return Source([states[i] for i in order], picked, ids, present)
     if ids is None:

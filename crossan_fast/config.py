@@ -10,9 +10,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from crossan_fast._checks import nearest
+from crossan_fast._untrusted import parse_json
 
 Architecture = Literal["crossan", "iisan"]
 Cross = Literal["backbone", "side", "none"]
@@ -21,6 +22,20 @@ Head = Literal["one", "two"]
 Fusion = Literal["momef", "concat"]
 Loss = Literal["in_batch", "full"]
 Attention = Literal["sdpa", "xformers"]
+
+_IISAN: dict[str, Any] = {
+    "architecture": "iisan",
+    "cross": "none",
+    "activation": "relu",
+    "head": "two",
+    "fusion": "concat",
+}
+
+# What transformers' Trainer sets on the config of whatever model it is given. None of it is a field:
+# equality, hash, `repr` and JSON do not know it, and nothing here reads it.
+_FOREIGN = ("use_cache",)
+
+_Class = TypeVar("_Class")
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -61,6 +76,21 @@ class TowerSpec:
     width: int
 
 
+def _with_foreign_attributes(cls: type[_Class]) -> type[_Class]:
+    """Let `_FOREIGN` be set on instances of a frozen dataclass; all else stays refused."""
+    refuse = cls.__setattr__
+
+    def set_attribute(self: Any, name: str, value: object) -> None:
+        if name in _FOREIGN:
+            object.__setattr__(self, name, value)
+        else:
+            refuse(self, name, value)
+
+    cls.__setattr__ = set_attribute  # type: ignore[method-assign]
+    return cls
+
+
+@_with_foreign_attributes
 @dataclass(frozen=True)
 class CrossanConfig:
     """A validated, immutable description of a `CrossanModel`; round-trips through JSON.
@@ -126,14 +156,13 @@ class CrossanConfig:
     @classmethod
     def iisan(cls, modalities: Sequence[Modality], **overrides: Any) -> CrossanConfig:
         """The ancestor: ReLU adapters, no cross terms, two-layer heads, concatenation."""
-        defaults: dict[str, Any] = {
-            "architecture": "iisan",
-            "cross": "none",
-            "activation": "relu",
-            "head": "two",
-            "fusion": "concat",
-        }
-        return cls.from_dict({"modalities": tuple(modalities), **defaults, **overrides})
+        return cls.from_dict({"modalities": tuple(modalities), **_IISAN, **overrides})
+
+    @classmethod
+    def defaults(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Every field but `modalities` with its default; IISAN's where `values` has that architecture."""
+        plain = {f.name: f.default for f in fields(cls) if f.init and f.name != "modalities"}
+        return {**plain, **_IISAN} if values.get("architecture") == "iisan" else plain
 
     @property
     def num_levels(self) -> int:
@@ -151,6 +180,10 @@ class CrossanConfig:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
+    def to_json_string(self) -> str:
+        """`to_json`, by the name that the loggers of transformers' Trainer call."""
+        return self.to_json()
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CrossanConfig:
         """Build from plain values; an unknown key is an error that names the nearest known one."""
@@ -162,7 +195,7 @@ class CrossanConfig:
 
     @classmethod
     def from_json(cls, text: str) -> CrossanConfig:
-        values = json.loads(text)
+        values = parse_json(text, "config")
         if not isinstance(values, dict):
             raise ValueError(f"config: expected a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
@@ -263,4 +296,7 @@ def _at_least(name: str, value: object, low: int) -> None:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float can hold, got more") from None

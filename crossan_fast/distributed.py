@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crossan_fast import ops
+from crossan_fast.ops.deduplicate import first_places
 
 
 def row_share(item_ids: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -25,7 +26,12 @@ def row_share(item_ids: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_negatives(
-    unique: ops.Deduplicated, embeddings: Tensor, group: dist.ProcessGroup, *, equal: bool = False
+    unique: ops.Deduplicated,
+    embeddings: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    equal: bool = False,
+    backend: str = "auto",
 ) -> tuple[ops.Deduplicated, Tensor]:
     """Join the batches of all processes of `group`; every process must call it.
 
@@ -33,6 +39,7 @@ def gather_negatives(
         unique: distinct ids of this process's batch; batches may differ in size.
         embeddings: `[U, d]`, their embeddings.
         equal: every process has as many slots; then nothing waits for the device.
+        backend: of `ops.deduplicate`.
 
     Returns:
         The joined batch's distinct ids and counts, with the slots of this process's places among them; and
@@ -51,14 +58,10 @@ def gather_negatives(
     ids, counts = torch.stack(gathered).unbind(1)
     padded = torch.nn.functional.pad(embeddings, (0, 0, 0, missing))
     everyone = _AllGather.apply(padded, group).flatten(0, 1)
-    joined = ops.deduplicate(ids, ids.numel() + 1 if equal else None)
+    joined = ops.deduplicate(ids, ids.numel() + 1 if equal else None, backend=backend)
     total = counts.new_zeros(joined.ids.shape).scatter_add_(0, joined.slots.flatten(), counts.flatten())
     # The first place of each joined id among the gathered: every process picks the same.
-    places = torch.arange(ids.numel(), device=ids.device)
-    first = places.new_full(joined.ids.shape, ids.numel()).scatter_reduce(
-        0, joined.slots.flatten(), places, "amin"
-    )
-    first = torch.where(first == ids.numel(), 0, first)
+    first = first_places(joined.slots, len(joined.ids))
     mine_joined = joined.slots[dist.get_rank(group)]
     return ops.Deduplicated(joined.ids, mine_joined[unique.slots], total), everyone[first]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,37 +14,26 @@ from torch.utils.checkpoint import checkpoint
 
 from crossan_fast import _sources, distributed, iisan, ops, serialization
 from crossan_fast._checks import check_tensor, describe
+from crossan_fast._modes import evaluating
+from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
 from crossan_fast._sources import Gathered, Source
-from crossan_fast.cache.staging import Rows
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
+from crossan_fast.ops.in_batch_loss import refuse_without_negatives
+from crossan_fast.output import CrossanOutput
 from crossan_fast.recommend import Recommendation, recommend
 
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
 
-_ID_DTYPES = (torch.int64, torch.int32)
-# Items whose states are on the device at once where the cache is not.
-_CHUNK = 2048
+# Items of a catalogue that are encoded at once: their states are on the device where the cache is not.
+CATALOGUE_CHUNK = 2048
 
 
-@dataclass(frozen=True)
-class CrossanOutput:
-    """Attributes:
-    loss: scalar: the configured loss plus `load_balance` times the router's.
-    user_embeddings: `[B, S, d]`; the last place is the user's vector.
-    item_embeddings: `[B, S + 1, d]`, by place of `item_ids`; what stands at padding has no meaning.
-    """
-
-    loss: Tensor
-    user_embeddings: Tensor
-    item_embeddings: Tensor
-
-
-class CrossanModel(nn.Module):
+class CrossanModel(Popularity):
     """CROSSAN (arXiv 2504.10307) or IISAN (arXiv 2404.02059) over cached hidden states.
 
     Args:
@@ -54,7 +43,7 @@ class CrossanModel(nn.Module):
 
     Attributes:
         item_popularity: buffer `[I + 1]`, each item's share of the training interactions; empty until
-            `set_popularity`.
+            `set_popularity`. Its rows have a `catalogue`, compared with that of every cache trained on.
         process_group: set it to share in-batch negatives with the other processes of the group
             (`crossan_fast.distributed`); None keeps to the process's own batch. ◊ The load-balance term
             stays each process's own.
@@ -62,7 +51,8 @@ class CrossanModel(nn.Module):
             shape; negatives are then shared without waiting for the device.
     """
 
-    item_popularity: Tensor
+    # transformers' Trainer asks a model which of its inputs to count and to hand to metrics.
+    main_input_name = "item_ids"
 
     def __init__(self, config: CrossanConfig, backend: str = "auto") -> None:
         super().__init__()
@@ -78,7 +68,6 @@ class CrossanModel(nn.Module):
         )
         self.fusion = Momef(config) if config.fusion == "momef" else Concat(config)
         self.sequence_encoder = SequenceEncoder(config)
-        self.register_buffer("item_popularity", torch.empty(0))
         self.process_group: torch.distributed.ProcessGroup | None = None
         self.equal_batches = False
 
@@ -96,11 +85,13 @@ class CrossanModel(nn.Module):
 
         Raises:
             ValueError, TypeError: names, shapes, dtypes or devices that do not fit; an item with no
-                modality at all, by its row.
+                modality at all, by its row; on the CPU also NaN or inf in a present state. A GPU would have
+                to be waited for: there they come out as embeddings that are not finite.
         """
         source = _sources.dense(self.config, states, present, leading=1)
         if present is not None:
-            _refuse_empty_items(present, "present: item at row {}")
+            _sources.refuse_empty(present, "present: item at row {}")
+        _sources.refuse_nonfinite(self.config, source, lambda row: f"in row {row}")
         return self._encode(source, None)[0]
 
     def encode_users(self, items: Tensor, mask: Tensor) -> Tensor:
@@ -122,22 +113,18 @@ class CrossanModel(nn.Module):
                 f"items: expected at most window={self.config.window} places, got {describe(items)}"
             )
         with span("sequence_encoder"):
-            return self.sequence_encoder(items, mask, backend=self._backend("sequence_encoder"))
+            return self.sequence_encoder(items, mask, backend=self.backend_for("sequence_encoder"))
 
     def encode_catalogue(
-        self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = _CHUNK
+        self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = CATALOGUE_CHUNK
     ) -> Tensor:
         """Embeddings of the cache's items without gradient, `[I + 1, d]` (or of `ids`); row 0 is zeros."""
         device = self._device()
+        _sources.place(cache, device)
         if ids is None:
             ids = torch.arange(cache.num_items + 1, device=device)
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                chunks = [self._encode_ids(cache, *part) for part in self._parts(cache, ids, batch_size)]
-        finally:
-            self.train(training)
+        with evaluating(self), torch.no_grad():
+            chunks = [self._encode_ids(cache, *part) for part in self._parts(cache, ids, batch_size)]
         if not chunks:
             return torch.zeros(0, self.config.embedding_dim, device=device)
         return torch.where((ids == 0)[:, None], 0, torch.cat(chunks))
@@ -153,50 +140,59 @@ class CrossanModel(nn.Module):
         present: Tensor | None = None,
         gathered: Gathered | None = None,
         capacity: int | None = None,
+        return_loss: bool = True,
     ) -> CrossanOutput:
         """One training step's loss.
 
         Args:
             item_ids: int64 or int32 `[B, S + 1]`, left-padded with 0.
             states: per modality `[B, S + 1, L, D_m]`; places of one id hold the same states.
-            cache: in place of `states`: rows are read by id.
+            cache: in place of `states`: rows are read by id. Of one that grew behind `set_popularity`'s
+                catalogue, ids name the rows that were known then, and a warning says so once.
             present: with `states`, bool `[B, S + 1, M]`; None: all present.
             gathered: with `cache`, the states of the batch's distinct ids as `ops.deduplicate(item_ids).ids`
                 has them, where `cache.prefetch` (`{name: [U, L, D_m]}`) or `cache.prefetch_stored` read them
                 ahead.
             capacity: how many distinct ids there are at most, padding counted; where it is known, a GPU need
                 not work on a slot for every place.
+            return_loss: always true: the targets are in `item_ids`. By this default transformers' Trainer
+                sees that evaluation has a loss without labels.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit, named; no row with a target; ids out of range.
+            ValueError, TypeError: arguments that do not fit, named; a cache whose rows are not those of
+                `item_popularity`; on the CPU also no row with a target, or, in batch, none with a negative;
+                ids out of range; NaN or inf in `states` (a cache checks its rows itself). A GPU would have to
+                be waited for: there the loss is 0, or NaN.
         """
-        self._check_ids(item_ids)
+        if not return_loss:
+            raise ValueError("return_loss: expected true, the output always has its loss; got false")
+        alone = self.process_group is None
+        _sources.check_ids(self.config, item_ids, self._device(), alone)
         if (states is None) == (cache is None):
             given = "both" if states is not None else "neither"
             raise ValueError(f"states, cache: expected one of the two, got {given}")
         if present is not None and states is None:
             raise ValueError("present: goes with states; a cache holds its own")
         item_ids = item_ids.to(torch.int64)
-        if cache is not None:
-            self._check_range(item_ids, cache.num_items)
+        known = self._known_items(cache, read=self.config.loss == "in_batch")
+        if known is not None:
+            _sources.check_range(item_ids, known, cache)
         if gathered is not None:
-            capacity = _check_gathered(gathered, cache)
+            capacity = _sources.count_of(gathered, cache)
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
-            return self._full(item_ids, cache)
+            return self._full(item_ids, cache, known)
         unique = ops.deduplicate(
-            item_ids, self._capacity(item_ids, capacity), backend=self._backend("deduplicate")
+            item_ids, self._capacity(item_ids, capacity), backend=self.backend_for("deduplicate")
         )
         if cache is not None:
+            if gathered is None:
+                _sources.place(cache, item_ids.device)
             source = _sources.cached(self.config, cache, item_ids.device, unique.ids, gathered)
         else:
             assert states is not None
-            source = _sources.dense(self.config, states, present, leading=2)
-            rows = _first_places(unique)
-            exists = None if source.present is None else source.present[rows]
-            # As in _check_ids: on a GPU the answer would have to be waited for.
-            if exists is not None and exists.device.type == "cpu":
-                _refuse_empty_items(exists | (unique.ids == 0)[:, None], "item_ids: item {}", unique.ids)
-            source = Source(source.states, None, rows, exists)
+            source = _sources.of_batch(self.config, states, present, unique)
+        if item_ids.device.type == "cpu" and alone:  # as in check_ids
+            refuse_without_negatives(item_ids, unique)
         source = replace(source, present=self._drop(source.present, unique.ids))
         return self._in_batch(item_ids, unique, source)
 
@@ -204,7 +200,7 @@ class CrossanModel(nn.Module):
         deduplicate, slots = self.config.deduplicate, unique.slots
         counts = unique.counts
         if not deduplicate:
-            source, counts = _by_place(source, slots.reshape(-1)), (slots.reshape(-1) != 0).to(torch.int64)
+            source, counts = source.repeated(slots.reshape(-1)), (slots.reshape(-1) != 0).to(torch.int64)
         embeddings, balance = self._encode(source, counts)
         by_place = (_rows(embeddings, slots) if deduplicate else embeddings).reshape(*item_ids.shape, -1)
         mask = item_ids[:, :-1] != 0
@@ -215,7 +211,11 @@ class CrossanModel(nn.Module):
             # On the CPU a batch has as many slots as distinct items, equal shapes or not.
             equal = self.equal_batches and item_ids.device.type != "cpu"
             unique, embeddings = distributed.gather_negatives(
-                unique, embeddings, self.process_group, equal=equal
+                unique,
+                embeddings,
+                self.process_group,
+                equal=equal,
+                backend=self.backend_for("deduplicate"),
             )
         log_popularity = self._log_popularity(unique.ids)
         with span("loss"):
@@ -226,21 +226,24 @@ class CrossanModel(nn.Module):
                     unique.slots,
                     unique.counts,
                     log_popularity,
-                    backend=self._backend("in_batch_loss"),
+                    backend=self.backend_for("in_batch_loss"),
                 )
             else:
                 loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
-    def _full(self, item_ids: Tensor, cache: HiddenStateCache | None) -> CrossanOutput:
-        if cache is None:
+    def _full(self, item_ids: Tensor, cache: HiddenStateCache | None, known: int | None) -> CrossanOutput:
+        if cache is None or known is None:
             raise ValueError("cache: loss='full' scores the whole catalogue, expected a cache, got states")
-        catalogue = torch.arange(cache.num_items + 1, device=item_ids.device)
+        catalogue = torch.arange(known + 1, device=item_ids.device)
         counts = (catalogue != 0).to(torch.int64)
         device = item_ids.device
-        exists = self._drop(_sources.present_in(self.config, cache, device), catalogue)
+        held = _sources.present_in(self.config, cache, device)
+        exists = self._drop(None if held is None else held[: known + 1], catalogue)
+        _sources.place(cache, device)
         if _sources.read_by_id(cache, device):
-            source = replace(_sources.cached(self.config, cache, device), present=exists)
+            rows = None if known == cache.num_items else catalogue
+            source = replace(_sources.cached(self.config, cache, device, rows), present=exists)
             embeddings, balance = self._encode(source, counts)
         else:
             source = Source((), None, catalogue, exists)
@@ -255,39 +258,33 @@ class CrossanModel(nn.Module):
         users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
         targets = torch.where(item_ids[:, :-1] != 0, item_ids[:, 1:], 0)
         with span("loss"):
-            loss = ops.full_loss(users, embeddings, targets, backend=self._backend("full_loss"))
+            loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
-    # -- popularity ------------------------------------------------------------------------------------
+    # -- backends --------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def set_popularity(self, counts: Tensor | Sequence[int]) -> None:
-        """Set `item_popularity` from the training interactions of each item.
+    def backend_for(self, op: str, device: torch.device | None = None) -> str:
+        """What to ask of an op as `backend=`, wherever it is called for this model.
+
+        A backend asked for by name holds for every op that it has; the others stay automatic.
 
         Args:
-            counts: `[I + 1]`, not negative; entry 0 (padding) is ignored. ◊ An item without an interaction
-                counts as if it had one, so that its logit stays finite.
+            op: one of `ops`' names.
+            device: where the call runs, for what the host does on behalf of a model elsewhere: a backend of
+                the model's device says nothing of another's, but eager is eager.
         """
-        tensor = torch.as_tensor(counts, dtype=torch.float64)
-        check_tensor("counts", tensor, (None,))
-        if tensor.numel() < 2 or not torch.isfinite(tensor).all() or (tensor < 0).any():
-            raise ValueError(f"counts: expected [I + 1] finite counts of at least 0, got {describe(tensor)}")
-        total = tensor[1:].sum()
-        if total == 0:
-            raise ValueError("counts: expected at least one interaction, got none")
-        share = tensor.clamp_min(1) / total
-        share[0] = 1
-        self.item_popularity = share.to(self._device(), torch.float32)
-
-    def _log_popularity(self, ids: Tensor) -> Tensor:
-        if self.item_popularity.numel() == 0:
-            raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
-        return torch.log(self.item_popularity[ids])
+        if device is not None and device.type != self._device().type:
+            return "eager" if self.backend == "eager" else "auto"
+        return self.backend if ops.has_kernel(op, self.backend) else "auto"
 
     # -- saving and recommending -----------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; each file appears whole or not at all."""
+        """Write `config.json` and `model.safetensors`; each file appears whole or not at all.
+
+        Raises:
+            ValueError: a weight that is not finite, by name.
+        """
         serialization.save_model(self, Path(folder))
 
     @classmethod
@@ -323,7 +320,7 @@ class CrossanModel(nn.Module):
                 ids=source.rows,
                 scales=source.scales,
                 present=source.present,
-                backend=self._backend("side_network"),
+                backend=self.backend_for("side_network"),
             )
 
     def _fuse(
@@ -333,7 +330,7 @@ class CrossanModel(nn.Module):
             if isinstance(self.fusion, Concat):
                 return self.fusion(hidden, self.heads, present=source.present), None
             fused = self.fusion(
-                hidden, self.heads, present=source.present, counts=counts, backend=self._backend("fusion")
+                hidden, self.heads, present=source.present, counts=counts, backend=self.backend_for("fusion")
             )
         return fused.items, fused.balance
 
@@ -346,7 +343,7 @@ class CrossanModel(nn.Module):
             return tuple(self._hidden(replace(source, present=present)))
 
         assert catalogue.rows is not None
-        for ids in catalogue.rows.split(_CHUNK):
+        for ids in catalogue.rows.split(CATALOGUE_CHUNK):
             present = None if catalogue.present is None else catalogue.present[ids]
             chunks.append(checkpoint(hidden, ids, present, use_reentrant=False, preserve_rng_state=False))
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -366,6 +363,11 @@ class CrossanModel(nn.Module):
         source = _sources.cached(self.config, cache, self._device(), ids, gathered)
         return self._encode(source, None)[0]
 
+    def _log_popularity(self, ids: Tensor) -> Tensor:
+        if self.item_popularity.numel() == 0:
+            raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
+        return torch.log(self.item_popularity[ids])
+
     def _total(self, loss: Tensor, item_ids: Tensor, balance: Tensor | None) -> Tensor:
         if self.process_group is not None:
             loss = loss * distributed.row_share(item_ids, self.process_group)
@@ -384,56 +386,14 @@ class CrossanModel(nn.Module):
         best = draw == draw.amax(dim=1, keepdim=True)
         return exists & ((draw >= p) | best)
 
-    def _check_ids(self, item_ids: Tensor) -> None:
-        check_tensor("item_ids", item_ids, (None, None), dtypes=_ID_DTYPES, device=self._device())
-        places = item_ids.shape[1]
-        if not 2 <= places <= self.config.window + 1:
-            raise ValueError(
-                f"item_ids: expected 2 to window + 1 = {self.config.window + 1} places, "
-                f"got {describe(item_ids)}"
-            )
-        # On a GPU these checks would wait for the device at every step; the loss is 0 there instead.
-        if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            # With several processes the others may have the rows.
-            alone = self.process_group is None
-            if alone and not ((item_ids[:, :-1] != 0) & (item_ids[:, 1:] != 0)).any():
-                raise ValueError(f"item_ids: expected a row with a target, got none in {describe(item_ids)}")
-            if (item_ids[:, :-1].ne(0) & item_ids[:, 1:].eq(0)).any():
-                raise ValueError("item_ids: expected padding (0) on the left only, got it after an item")
-
-    def _check_range(self, item_ids: Tensor, num_items: int) -> None:
-        if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = item_ids.aminmax()
-            if low < 0 or high > num_items:
-                raise ValueError(f"item_ids: expected ids in 0 to {num_items}, got {int(low)} to {int(high)}")
-
     def _capacity(self, item_ids: Tensor, known: int | None) -> int | None:
         """On a GPU every place may be distinct: a known shape costs less than asking the device."""
         if item_ids.device.type == "cpu":
             return None
         return item_ids.numel() + 1 if known is None else min(known, item_ids.numel() + 1)
 
-    def _backend(self, op: str) -> str:
-        """A backend asked for by name holds for every op that it has; the others stay automatic."""
-        return self.backend if ops.has_kernel(op, self.backend) else "auto"
-
     def _device(self) -> torch.device:
         return self.sequence_encoder.position.weight.device
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The catalogue's size is not part of the config: the buffer takes the size that was saved.
-        saved = state_dict.get(prefix + "item_popularity")
-        if saved is not None and saved.shape != self.item_popularity.shape:
-            self.item_popularity = torch.empty(saved.shape, device=self.item_popularity.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _check_gathered(gathered: Gathered, cache: HiddenStateCache | None) -> int:
-    """How many rows there are."""
-    if cache is None:
-        raise ValueError("gathered: goes with cache, which it was read from; got states")
-    states = gathered.states if isinstance(gathered, Rows) else gathered
-    return next(iter(states.values())).shape[0]
 
 
 def _rows(table: Tensor, ids: Tensor) -> Tensor:
@@ -443,25 +403,3 @@ def _rows(table: Tensor, ids: Tensor) -> Tensor:
     repeats bit for bit at every size.
     """
     return F.embedding(ids, table) if table.device.type == "cpu" else table[ids]
-
-
-def _by_place(source: Source, slots: Tensor) -> Source:
-    """The rows of distinct items, repeated for every place that has one."""
-    rows = slots if source.rows is None else source.rows[slots]
-    return replace(source, rows=rows, present=None if source.present is None else source.present[slots])
-
-
-def _first_places(unique: ops.Deduplicated) -> Tensor:
-    """For each slot a place of the batch that holds its id, `[U]`; 0 for slots that no place has."""
-    flat = unique.slots.reshape(-1)
-    places = torch.arange(flat.numel(), device=flat.device)
-    first = flat.new_full(unique.ids.shape, flat.numel()).scatter_reduce(0, flat, places, "amin")
-    return torch.where(first == flat.numel(), 0, first)
-
-
-def _refuse_empty_items(present: Tensor, what: str, names: Tensor | None = None) -> None:
-    empty = ~present.any(dim=1)
-    if not torch.compiler.is_compiling() and bool(empty.any()):
-        row = int(empty.nonzero()[0])
-        name = row if names is None else int(names[row])
-        raise ValueError(f"{what.format(name)} has no modality at all, expected at least one")

@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from crossan_fast import ops
+from crossan_fast._modes import evaluating
 
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
@@ -63,13 +64,10 @@ def recommend(
         padded = pad_sequence([torch.tensor(history) for history in rows], batch_first=True)
         exclude = padded.to(device)
     items = model.encode_catalogue(cache)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         users = model.encode_users(items[recent], recent != 0)[:, -1]
-    finally:
-        model.train(training)
-    top = ops.topk_scores(users.contiguous(), items, k, exclude)
+    backend = model.backend_for("topk_scores")
+    top = ops.topk_scores(users.contiguous(), items, k, exclude, backend=backend)
     names = cache.item_names
     return [
         [

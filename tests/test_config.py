@@ -86,3 +86,20 @@ def test_bad_modalities_are_named(arguments, error, message):
 def test_config_must_be_an_object():
     with pytest.raises(ValueError, match="expected a JSON object, got list"):
         CrossanConfig.from_json("[]")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 60_000, "config: expected JSON of a few levels"),
+        (" " * 70_000, "config: expected at most 65536 bytes in the JSON text"),
+        ("{", "config: expected JSON, got"),
+        (
+            '{"modalities": [{"name": "a", "width": 1, "levels": 1}], "dropout": 1' + "0" * 400 + "}",
+            "dropout: ",
+        ),
+    ],
+)
+def test_json_of_someone_else_is_read_within_bounds(text, message):
+    with pytest.raises(ValueError, match=message):
+        CrossanConfig.from_json(text)

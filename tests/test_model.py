@@ -1,8 +1,9 @@
-"""CrossanModel: the SPEC's checks on the definition, its equalities, its names and its errors."""
+"""CrossanModel: docs/mathematics.md's checks on the definition, its equalities, its names and its errors."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 
 import pytest
@@ -177,6 +178,38 @@ def test_save_and_load(tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
     assert torch.equal(model.eval()(IDS, cache=cache).loss, again.eval()(IDS, cache=cache).loss)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": 10**9}, r"blocks: the config says 10{9}, expected a size that the \d+ weights"),
+        ({"embedding_dim": 2**50}, "embedding_dim: the config says"),
+        ({"embedding_dim": 1024}, "size mismatch for heads.text.weight"),
+        ({"bottleneck": 2**50}, "bottleneck: the config says"),
+        ({"expert_expansion": 2**40}, "size mismatch for fusion.experts.w1"),
+    ],
+)
+def test_a_config_costs_no_more_than_the_weights_beside_it(tmp_path, changes, message):
+    make_model(small()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        CrossanModel.from_pretrained(tmp_path)
+
+
+def test_a_loaded_model_is_its_own(tmp_path):
+    model = make_model(small())
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    again = CrossanModel.from_pretrained(tmp_path)
+    assert torch.equal(torch.rand(3), expected), "loading draws no random numbers"
+    assert all(p.dtype == torch.float32 and p.requires_grad and p.is_leaf for p in again.parameters())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.float(), again.state_dict()[name])
 
 
 def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):

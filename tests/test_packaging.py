@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -75,3 +77,20 @@ def test_wheel_imports_away_from_the_tree(wheels, tmp_path):
     out = run(sys.executable, "-I", "-c", script, cwd=tmp_path).splitlines()
     assert (tmp_path / out[0]).is_relative_to(tmp_path / "site")
     assert out[1] == "[]"  # importing the package needs no transformers
+
+
+def test_every_dependency_is_imported() -> None:
+    """By the package itself; `tomllib` is younger than the oldest Python, so the list is cut out by hand."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    names = re.findall(r'^  "([a-z0-9-]+)', listed[1], re.MULTILINE)
+    assert len(names) == listed[1].count("\n")
+    imported = set()
+    for path in [*(ROOT / "crossan_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    assert not [name for name in names if {"pyyaml": "yaml"}.get(name, name) not in imported]

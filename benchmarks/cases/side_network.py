@@ -41,7 +41,7 @@ class Shape:
         )
 
     def side_floors(self, element: int) -> dict[str, Floor]:
-        """The counts of PERFORMANCE.md: states read once by each pass, bottlenecks and h written and read."""
+        """The floor: states read once by each pass, bottlenecks and h written and read."""
         states = self.items * self.modalities * self.levels * self.width * element
         saved = self.items * self.modalities * self.levels * self.rank * element
         hidden = self.items * self.modalities * self.width * element

@@ -1,7 +1,8 @@
 """Frozen encoders' hidden states on disk: format, reading by id, building from raw items."""
 
-from crossan_fast.cache.build import BuildReport, build_cache
+from crossan_fast.cache.build import build_cache
 from crossan_fast.cache.convert import convert_cache
+from crossan_fast.cache.finish import BuildReport
 from crossan_fast.cache.format import CacheError, CorruptCacheError, IncompleteCacheError
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.levels import evenly

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
-from crossan_fast.cache.format import dtype_name, row_bytes, storage_dtype
+from crossan_fast.cache.changes import Before
+from crossan_fast.cache.digests import Records
+from crossan_fast.cache.folders import at_one_moment, whole_folder
+from crossan_fast.cache.format import CacheMeta, dtype_name, row_bytes, storage_dtype
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.quantize import dequantize
 from crossan_fast.cache.validate import reject_nonfinite
-from crossan_fast.cache.writer import CHUNK_BYTES, CacheWriter, to_storage, whole_folder
+from crossan_fast.cache.writer import CHUNK_BYTES, CacheWriter, to_storage
 
 
 def convert_cache(
@@ -45,20 +48,25 @@ def convert_cache(
     storage = storage_dtype(dtype)
     if source.resolve() == out.resolve():
         raise ValueError(f"out: expected another folder than the cache that is read, got {out}")
-    cache = HiddenStateCache.open(source)
+    cache, records = at_one_moment(
+        source, lambda meta: (HiddenStateCache.open(source), _records(source, meta))
+    )
     names = list(cache.item_names[1:])
-    records = {
+    sources = {
         m.name: {**cache.sources.get(m.name, {}), "converted_from": dtype_name(cache.dtype)}
         for m in cache.modalities
     }
     errors = {}
+    unread = torch.empty(0, dtype=torch.int64)  # rows are checked as they are converted
     with (
         whole_folder(out, overwrite) as temporary,
-        CacheWriter(temporary, cache.modalities, storage, cache.num_items) as writer,
+        CacheWriter(
+            temporary, cache.modalities, storage, cache.num_items, digests=records is not None
+        ) as writer,
     ):
         for index, modality in enumerate(cache.modalities):
             lost = kept = 0.0
-            states, scales = cache.states("cpu")[index], cache.scales("cpu")
+            states, scales = cache.states("cpu", unread)[index], cache.scales("cpu", unread)
             step = max(1, CHUNK_BYTES // row_bytes(modality, torch.float32))
             for start in range(0, cache.num_items + 1, step):
                 old = states[start : start + step]
@@ -75,5 +83,12 @@ def convert_cache(
                 if progress is not None:
                     progress(len(old))
             errors[modality.name] = (lost / kept) ** 0.5 if kept else 0.0
-        writer.commit(names, cache.present[1:], records)
+        if records is not None:
+            writer.write_digests(records)
+        writer.commit(names, cache.present[1:], sources)
     return errors
+
+
+def _records(folder: Path, meta: CacheMeta) -> Records | None:
+    """What the rows were encoded from, which a conversion does not change."""
+    return Before.read(folder, meta, len(meta.modalities)).records if meta.digests else None

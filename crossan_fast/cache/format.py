@@ -6,12 +6,20 @@
     <name>.states.bin    [I + 1, L, D] in the storage dtype, little-endian, row 0 all zeros; rows of absent
                          modalities are zeros too
     <name>.scales.bin    float32 [I + 1, L], for int8 and fp8 alone: value = stored · scale
-    report.tsv           which items lack which modality, and why; for people, not checksummed
+    digests.bin          uint8 [I + 1, M, 32], what row i of modality m was made from, or was to be and could
+                         not (see `crossan_fast.cache.digests`), zeros where that is not known; only of a
+                         built cache
+    report.tsv           which items lack a modality, or keep an older state of it, and why; for people, not
+                         checksummed
     building.json        only while a build is under way (see `crossan_fast.cache.build`)
 
-Every data file only ever grows. `meta.json`, replaced in one rename, says how many bytes of each count: bytes
-behind them belong to an append that has not been committed, so a crash or a full disk leaves the old cache as
-it was. No file is a pickle.
+`meta.json`, replaced in one rename, says which files count, and how many bytes of each. New rows are written
+behind those bytes; to change old rows a file is written anew beside the old one, with a number in its name
+(`<name>.states.1.bin`; meta.json has the numbers under `versions`), and the old one is removed after the
+rename. So a crash or a full disk leaves the old cache as it was, and who has it open keeps its bytes. No file
+is a pickle.
+
+Version 2 of the format; version 1 had no digests and no numbers, and is read as well.
 """
 
 from __future__ import annotations
@@ -31,13 +39,18 @@ from crossan_fast._checks import nearest
 from crossan_fast.config import Modality
 
 FORMAT = "crossan_fast.hidden_states"
-VERSION = 1
+VERSION = 2
+_READ = (1, VERSION)
 
 META = "meta.json"
 NAMES = "items.txt"
 PRESENT = "present.bin"
+DIGESTS = "digests.bin"
 REPORT = "report.tsv"
 BUILDING = "building.json"
+
+# Of one input in digests.bin.
+RECORD_BYTES = 32
 
 # Small enough that a damaged segment names few rows, large enough that meta.json stays small (4 TB: 65k
 # segments).
@@ -127,6 +140,8 @@ class CacheMeta:
         sources: by modality name, how its states were made (encoder, pooling, layers, …); JSON values.
         segments: by file name, the committed bytes.
         written_by: library versions, for people.
+        versions: by file name, the number in the name that it has on disk; 0, none, where it is not listed.
+        digests: whether the cache says what its rows were encoded from.
     """
 
     dtype: torch.dtype
@@ -135,6 +150,13 @@ class CacheMeta:
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
     written_by: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, int] = field(default_factory=dict)
+    digests: bool = False
+
+    def file(self, name: str) -> str:
+        """The name on disk of file `name`."""
+        version = self.versions.get(name, 0)
+        return f"{name.removesuffix('.bin')}.{version}.bin" if version else name
 
     def expected_bytes(self) -> dict[str, int | None]:
         """Bytes of every data file; None where the content decides (item names)."""
@@ -144,6 +166,8 @@ class CacheMeta:
             sizes[states_file(modality)] = rows * row_bytes(modality, self.dtype)
             if is_quantized(self.dtype):
                 sizes[scales_file(modality)] = rows * modality.levels * 4
+        if self.digests:
+            sizes[DIGESTS] = rows * len(self.modalities) * RECORD_BYTES
         return sizes
 
     def committed(self, name: str) -> int:
@@ -170,6 +194,7 @@ class CacheMeta:
                 name: [[segment.size, segment.sha256] for segment in segments]
                 for name, segments in self.segments.items()
             },
+            "versions": {name: version for name, version in self.versions.items() if version},
             "written_by": dict(self.written_by),
         }
         body["sha256"] = _digest(body)
@@ -182,9 +207,9 @@ class CacheMeta:
             body = json.loads(text)
             if body["format"] != FORMAT:
                 raise CacheError(f"{where}: expected format {FORMAT!r}, got {body['format']!r}")
-            if body["version"] != VERSION:
+            if body["version"] not in _READ:
                 raise CacheError(
-                    f"{where}: expected format version {VERSION}, got {body['version']!r}; "
+                    f"{where}: expected format version {VERSION} or before, got {body['version']!r}; "
                     "this cache was written by another version of crossan_fast"
                 )
             if body.pop("sha256") != _digest(body):
@@ -201,6 +226,8 @@ class CacheMeta:
                     for name, segments in body["files"].items()
                 },
                 written_by=body["written_by"],
+                versions={name: int(version) for name, version in body.get("versions", {}).items()},
+                digests=DIGESTS in body["files"],
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CorruptCacheError(
@@ -234,10 +261,11 @@ def read_meta(folder: Path) -> CacheMeta:
             raise CorruptCacheError(
                 f"{path}: expected {size} bytes of {name} for {meta.num_items} items, got {committed}"
             )
-        have = (folder / name).stat().st_size if (folder / name).is_file() else -1
+        file = folder / meta.file(name)
+        have = file.stat().st_size if file.is_file() else -1
         if have < committed:
             found = "no such file" if have < 0 else f"{have} bytes"
-            raise CorruptCacheError(f"{folder / name}: expected {committed} bytes, got {found}")
+            raise CorruptCacheError(f"{file}: expected {committed} bytes, got {found}")
     return meta
 
 

@@ -12,16 +12,20 @@ from torch import Tensor
 
 from crossan_fast._checks import check_tensor
 from crossan_fast.cache.ahead import gather_ahead
+from crossan_fast.cache.checked import CheckedRows
+from crossan_fast.cache.folders import at_one_moment
 from crossan_fast.cache.format import (
+    DIGESTS,
     NAMES,
     PRESENT,
+    CacheMeta,
     CorruptCacheError,
     dtype_name,
     is_quantized,
-    read_meta,
     scales_file,
     states_file,
 )
+from crossan_fast.cache.loading import load
 from crossan_fast.cache.names import ItemNames
 from crossan_fast.cache.pages import PageReader
 from crossan_fast.cache.staging import CudaTransport, Rows, StagingRing, read_rows, read_stored
@@ -34,11 +38,12 @@ from crossan_fast.cache.tiers import (
     free_memory,
     host_memory,
 )
-from crossan_fast.cache.validate import checked_present, checked_states, checked_stored, reject_nonfinite
+from crossan_fast.cache.validate import checked_present, checked_states, checked_stored
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
+from crossan_fast.data.catalogue import Catalogue
 
-_CHUNK_BYTES = 4 << 20
+_OPENED = "opened; to(device) picks the fastest that fits"
 
 
 class HiddenStateCache:
@@ -54,9 +59,9 @@ class HiddenStateCache:
     Attributes:
         modalities: name, width and levels of each, in the order of `present`'s columns.
         num_items: I.
+        catalogue: what the rows mean.
         dtype: the storage dtype: float32, float16, bfloat16, float8_e4m3fn or int8 (float64 in memory only).
-        present: bool `[I + 1, M]` on the CPU; row 0 is all False. States of absent modalities are zeros on
-            disk.
+        present: bool `[I + 1, M]` on the CPU; row 0 is all False. Absent modalities' states are zeros.
         sources: by modality name, how its states were made (encoder, pooling, layers).
         folder: where it was opened, or None.
     """
@@ -69,7 +74,7 @@ class HiddenStateCache:
         present: Tensor,
         *,
         folder: Path | None = None,
-        pages: PageReader | None = None,
+        files: Sequence[MappedFile] = (),
         names: Sequence[str] | None = None,
         names_size: int = 0,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
@@ -85,13 +90,15 @@ class HiddenStateCache:
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
         self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
-        self._reader = pages
         self._names = ItemNames(self.num_items, names, folder and folder.absolute() / NAMES, names_size)
+        self.catalogue = Catalogue.of(self._names)
+        self._checked = CheckedRows(self.modalities, states, scales, self._names, folder)
+        self._reader: PageReader | None = None
         if folder is not None:
-            self._placement = Placement(
-                torch.device("cpu"), "mmap", "opened; to(device) picks the fastest that fits"
-            )
+            self._reader = PageReader(files, len(present), self._checked)
+            self._placement = Placement(torch.device("cpu"), "mmap", _OPENED)
         else:
+            self._checked.finish()
             self._placement = Placement(states[0].device, "resident", "made from tensors")
             self._loaded[states[0].device] = (self._states, self._scales)
 
@@ -105,28 +112,28 @@ class HiddenStateCache:
         Raises:
             FileNotFoundError: no such folder.
             IncompleteCacheError: a half-built cache; the message says how to go on.
-            CorruptCacheError: a file is missing or short, or, with `verify`, bytes differ from what was
-                written.
+            CorruptCacheError: a file is missing or short, or (`verify`) its bytes are not those written.
             CacheError: the folder is no cache, or one of another version.
         """
         folder = Path(folder)
-        meta = read_meta(folder)
+        return at_one_moment(folder, lambda meta: cls._mapped(folder, meta, verify))
+
+    @classmethod
+    def _mapped(cls, folder: Path, meta: CacheMeta, verify: bool) -> HiddenStateCache:
         if verify and (problems := verify_cache(folder)):
             raise CorruptCacheError(f"folder: {folder} is damaged: " + "; ".join(problems))
         rows = meta.num_items + 1
-
-        def mapped(name: str) -> MappedFile:
-            return MappedFile(folder / name, meta.committed(name))
-
-        states = {m: mapped(states_file(m)) for m in meta.modalities}
-        scales = {m: mapped(scales_file(m)) for m in meta.modalities} if is_quantized(meta.dtype) else {}
+        names = meta.expected_bytes().keys() - {NAMES, DIGESTS}
+        files = {name: MappedFile(folder / meta.file(name), meta.committed(name)) for name in names}
+        states = {m: files[states_file(m)] for m in meta.modalities}
+        scales = {m: files[scales_file(m)] for m in meta.modalities} if is_quantized(meta.dtype) else {}
         return cls(
             meta.modalities,
             [file.bytes.view(meta.dtype).view(rows, m.levels, m.width) for m, file in states.items()],
             [file.bytes.view(torch.float32).view(rows, m.levels) for m, file in scales.items()] or None,
-            mapped(PRESENT).bytes.view(torch.bool).view(rows, len(meta.modalities)),
+            files[PRESENT].bytes.view(torch.bool).view(rows, len(meta.modalities)),
             folder=folder,
-            pages=PageReader([*states.values(), *scales.values()], rows),
+            files=[*states.values(), *scales.values()],
             names_size=meta.committed(NAMES),
             sources=meta.sources,
         )
@@ -211,38 +218,40 @@ class HiddenStateCache:
 
         Args:
             device: that `gather` returns to by default.
-            tier: `auto` (by size, see `crossan_fast.cache.tiers.choose_tier`), `resident`, `pinned` or
-                `mmap`.
+            tier: `auto` (by size, see `cache.tiers.choose_tier`), `resident`, `pinned` or `mmap`.
 
         Raises:
             ValueError: the tier cannot serve this device or this cache, or loading met a NaN or inf.
             RuntimeError: the device is not there.
         """
         self._placement = self.placement(device, tier)
-        target = self.device
-        if self.tier == "resident":
-            self._load(target, target)
-        elif self.tier == "pinned":
-            self._load(target, torch.device("cpu"), pin=True)
-        else:
+        target, pin = self.device, self.tier == "pinned"
+        if self.tier == "mmap":
             self._loaded.pop(target, None)
+        else:
+            self._load(target, torch.device("cpu") if pin else target, pin)
         return self
 
-    def states(self, device: str | torch.device) -> list[Tensor]:
+    def states(self, device: str | torch.device, ids: Tensor | None = None) -> list[Tensor]:
         """`[I + 1, L, D_m]` on `device` in the storage dtype, one for each modality in order; read only.
 
-        For kernels that gather inside. A GPU that `to` was not called for yet is chosen as by `to`. Loaded
-        once and kept. On the CPU these are the memory-mapped files unless `to("cpu")` chose `resident`, so
-        that a kernel reads from disk no more than the rows it touches.
+        For kernels that gather inside. A GPU that `to` was not called for yet is chosen as by `to`. On the
+        CPU these are the memory-mapped files unless `to("cpu")` chose `resident`: only touched rows are read.
+
+        Args:
+            ids: the only rows that will be read, int64 or int32 `[n]`; None: any. Rows of mapped files are
+                checked before their first use: None reads the files whole once. `torch.compile` traces no
+                check: call `warm(wait=True)` before.
 
         Raises:
             RuntimeError: the states are too large for this GPU; `gather` and `prefetch` serve it instead.
+            ValueError, IndexError: NaN or inf in a row; ids out of range.
         """
-        return self._at(exact_device(device))[0]
+        return self._finite_at(device, ids)[0]
 
-    def scales(self, device: str | torch.device) -> list[Tensor] | None:
+    def scales(self, device: str | torch.device, ids: Tensor | None = None) -> list[Tensor] | None:
         """fp32 `[I + 1, L]` for each modality of an int8 or fp8 cache, placed as `states`; else None."""
-        return self._at(exact_device(device))[1]
+        return self._finite_at(device, ids)[1]
 
     def present_mask(
         self, device: str | torch.device, modalities: Sequence[int] | None = None
@@ -269,6 +278,14 @@ class HiddenStateCache:
             self._masks[key] = None if bool(rows[1:].all()) else rows.to(key[0])
         return self._masks[key]
 
+    def _finite_at(
+        self, device: str | torch.device, ids: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        found = self._at(exact_device(device))
+        if found[0] is self._states:
+            self._checked.look(ids if ids is None else self._checked_ids(ids))
+        return found
+
     def _at(self, device: torch.device) -> tuple[list[Tensor], list[Tensor] | None]:
         if device not in self._loaded:
             if device.type == "cpu" and self.folder is not None:
@@ -286,23 +303,9 @@ class HiddenStateCache:
         if key in self._loaded and self._loaded[key][0][0].device == where:
             return
 
-        def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return [
-                self._copied(t, where, pin, m.name) for t, m in zip(tensors, self.modalities, strict=True)
-            ]
-
-        self._loaded[key] = copies(self._states), None if self._scales is None else copies(self._scales)
-
-    def _copied(self, source: Tensor, where: torch.device, pin: bool, name: str) -> Tensor:
-        """A copy made a chunk at a time: a mapped file is read once, in order, and checked on the way."""
-        copy = torch.empty(source.shape, dtype=source.dtype, device=where, pin_memory=pin)
-        step = max(1, _CHUNK_BYTES // max(1, source[0].numel() * source.element_size()))
-        for start in range(0, len(source), step):
-            chunk = source[start : start + step]
-            if self.folder is not None:
-                reject_nonfinite(chunk, name, self._names, start)
-            copy[start : start + step].copy_(chunk)
-        return copy
+        copies = load([*self._states, *(self._scales or ())], self._checked, where, pin)
+        split = len(self._states)
+        self._loaded[key] = copies[:split], copies[split:] or None
 
     # Rows
 
@@ -317,7 +320,8 @@ class HiddenStateCache:
             dtype: of the result; default: the storage dtype, fp32 for int8 and fp8.
 
         Raises:
-            TypeError: ids of another dtype. ValueError: ids of another shape. IndexError: ids out of range.
+            TypeError: ids of another dtype. IndexError: ids out of range. ValueError: ids of another shape;
+                NaN or inf in a row.
         """
         return self._gather(self._checked_ids(ids), self._target(device), dtype).states
 
@@ -391,10 +395,10 @@ class HiddenStateCache:
 
         For tier `mmap`, before an epoch: in order a disk reads many times as fast as row by row, and
         gathering then meets no page that is not in memory. The system may take pages back: call it before
-        each epoch; what is still in memory is gone through at memory speed.
+        each epoch; what is still in memory is gone through at memory speed. Rows are checked on the way.
 
         Args:
-            wait: return when all is read.
+            wait: return when all is read; ValueError for NaN or inf, which else a row's first use raises.
 
         Returns:
             Whether they are, or will be, in memory.
@@ -424,6 +428,8 @@ class HiddenStateCache:
         ring: StagingRing | None = None,
     ) -> Rows:
         states, scales = self._loaded.get(target, (self._states, self._scales))
+        if states is self._states:
+            self._checked.look(ids)
         names = [modality.name for modality in self.modalities]
         if not stored or scales is None:
             return Rows(dict(zip(names, read_rows(states, scales, ids, target, dtype, ring), strict=True)))

@@ -46,10 +46,15 @@ def read_image(path: Path) -> Array:
         raise BrokenInput(f"unreadable image: {_brief(error)}") from error
 
 
+def frame_files(folder: Path) -> list[Path]:
+    """The frames of a clip that is a folder, in order."""
+    return sorted((file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
+
+
 def read_video(path: Path, frames: int) -> Array:
     """uint8 `[frames, H, W, 3]`, evenly spaced, first and last included; shorter clips repeat frames."""
     if path.is_dir():
-        files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
+        files = frame_files(path)
         if not files:
             raise BrokenInput("folder without frames")
         images = [read_image(files[index]) for index in _spread(len(files), frames)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,39 @@ class Journal:
 
     Attributes:
         plan: what must be the same for finished rows to mean the same (settings, items), by what to call it.
-        base_items: items of the cache when the build began.
-        done: for each pass over the items, bool `[new items]`.
+        base: which state of which cache it began with, '' for none.
+        done: for each pass over the items, bool `[items]`; what it has nothing to encode of is done at once.
         fingerprints: of each pass's encoder weights, '' before it was loaded.
-        broken: modality -> new item's index -> reason, of inputs that could not be used.
+        spared: how many of `done` were so from the beginning.
+        broken: modality -> item's index -> reason, of inputs that could not be used.
     """
 
     plan: Mapping[str, str]
-    base_items: int
+    base: str
     done: list[npt.NDArray[np.bool_]]
     fingerprints: list[str]
+    spared: int = 0
     broken: dict[str, dict[int, str]] = field(default_factory=dict)
 
     @classmethod
-    def fresh(cls, plan: Mapping[str, str], base_items: int, passes: int, new_items: int) -> Journal:
-        return cls(plan, base_items, [np.zeros(new_items, np.bool_) for _ in range(passes)], [""] * passes)
+    def fresh(cls, plan: Mapping[str, str], base: str, todo: Sequence[npt.NDArray[np.bool_]]) -> Journal:
+        done = [~needed for needed in todo]
+        return cls(plan, base, done, [""] * len(done), int(sum(each.sum() for each in done)))
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was encoded."""
+        return sum(int(done.sum()) for done in self.done) > self.spared
 
     def write(self, folder: Path) -> None:
         """Put it beside the data, whole or not at all."""
         body = {
             "plan": dict(self.plan),
-            "base_items": self.base_items,
-            "encoded": int(sum(done.sum() for done in self.done)),
-            "to_encode": sum(len(done) for done in self.done),
-            "new_items": len(self.done[0]),
+            "base": self.base,
+            "encoded": int(sum(done.sum() for done in self.done)) - self.spared,
+            "to_encode": sum(len(done) for done in self.done) - self.spared,
+            "items": len(self.done[0]),
+            "spared": self.spared,
             "done": [base64.b64encode(np.packbits(done).tobytes()).decode() for done in self.done],
             "fingerprints": self.fingerprints,
             "broken": self.broken,
@@ -61,14 +70,16 @@ class Journal:
             body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return cls(
                 body["plan"],
-                body["base_items"],
-                [_unpacked(bits, body["new_items"]) for bits in body["done"]],
+                body["base"],
+                [_unpacked(bits, body["items"]) for bits in body["done"]],
                 body["fingerprints"],
+                body["spared"],
                 {name: {int(i): why for i, why in rows.items()} for name, rows in body["broken"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
-                f"{path}: damaged ({type(error).__name__}: {error}); begin anew with restart=True (--restart)"
+                f"{path}: damaged, or of another version ({type(error).__name__}: {error}); "
+                "begin anew with restart=True (--restart)"
             ) from error
 
     def check_plan(self, plan: Mapping[str, str], folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +28,16 @@ class ItemNames(Sequence[str]):
         self._num_items, self._file, self._size = num_items, file, size
         if names is not None:
             self.by_row = ["", *names]
+        elif file is not None:
+            # Of this file, whatever its path leads to when the names are asked for.
+            self._descriptor = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
 
     @cached_property
     def by_row(self) -> Sequence[str]:
         """Row -> name, '' for row 0."""
-        assert self._file is not None
-        with open(self._file, "rb") as file:
+        with open(self._descriptor, "rb", closefd=False) as file:
+            file.seek(0)
             names = ["", *file.read(self._size).decode().split("\n")[:-1]]
         if len(names) != self._num_items + 1:
             raise CorruptCacheError(f"{self._file}: expected {self._num_items} lines, got {len(names) - 1}")
@@ -53,6 +59,9 @@ class ItemNames(Sequence[str]):
                 f"name: no item {name!r} among the cache's {self._num_items}{nearest(str(name), known)}"
             )
         return row
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ItemNames, (self._num_items, list(self.by_row[1:]), None, 0)
 
     def __len__(self) -> int:
         return self._num_items

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from crossan_fast.cache.checked import CheckedRows
 from crossan_fast.cache.tiers import MappedFile, host_memory
 
 # Of the free memory. The system takes pages of files back whenever it needs them, so they may have more of it
@@ -30,10 +31,12 @@ class PageReader:
 
     Args:
         files: of `rows` rows each, of one width within a file.
+        checked: of the same files in this order: what is read whole is looked at on the way; None: nothing.
     """
 
-    def __init__(self, files: Sequence[MappedFile], rows: int) -> None:
+    def __init__(self, files: Sequence[MappedFile], rows: int, checked: CheckedRows | None = None) -> None:
         self._files = list(files)
+        self._checked = checked
         tables = [file.bytes.view(rows, -1) for file in files]
         # One byte of each page of a row, and its last: enough to make the system read them all.
         self._marks = [(table[:, :: mmap.PAGESIZE], table[:, -1:]) for table in tables]
@@ -120,10 +123,14 @@ def _read_on(to: weakref.ref[PageReader], whole: Future[None], number: int, star
         raw = reader._files[number].bytes
         stop = min(start + _CHUNK_BYTES, raw.numel())
         raw[start : stop : mmap.PAGESIZE].amax()
+        if reader._checked is not None:
+            reader._checked.look_at_bytes(number, start, stop)
         number, start = (number, stop) if stop < raw.numel() else (number + 1, 0)
         if number < len(reader._files):
             reader._pool.submit(_read_on, to, whole, number, start)
         else:
+            if reader._checked is not None:
+                reader._checked.finish()
             whole.set_result(None)
     except Exception as error:  # whoever waits gets it; the interpreter's end is one of them
         whole.set_exception(error)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import nearest
+from crossan_fast.cache import digests
 from crossan_fast.cache.inputs import BrokenInput
 from crossan_fast.cache.levels import choose_levels, pool
 from crossan_fast.cache.specs import DEFAULT_COLUMNS, ModalitySpec
@@ -58,6 +59,12 @@ class Pass(Protocol):
 
     def missing(self, index: int) -> str | None:
         """Why item `index` of the items file has no input at all, or None."""
+
+    def record(self, index: int, before: bytes) -> bytes:
+        """What item `index` of the items file has as input, as `crossan_fast.cache.digests` puts it.
+
+        `before` is the record that its row was made from.
+        """
 
     def sizes(self, indices: Sequence[int]) -> list[int]:
         """What batches are sorted by."""
@@ -109,6 +116,14 @@ class EncoderPass:
     def missing(self, index: int) -> str | None:
         """Why this item has no input at all, or None."""
         return None if self._cells[index] else f"empty {self.column}"
+
+    def record(self, index: int, before: bytes) -> bytes:
+        cell = self._cell(index)
+        if self.missing(index) is not None:
+            return digests.EMPTY
+        if isinstance(cell, str):
+            return digests.of_bytes("text", cell.encode("utf-8", "surrogatepass"))
+        return digests.of_file(cell, before)
 
     def sizes(self, indices: Sequence[int]) -> list[int]:
         return self.encoder.sizes([self._cell(index) for index in indices])
@@ -186,6 +201,9 @@ class ArrayPass:
 
     def missing(self, index: int) -> str | None:
         return None
+
+    def record(self, index: int, before: bytes) -> bytes:
+        return digests.of_bytes("states", self._array[index, list(self._levels)].tobytes())
 
     def sizes(self, indices: Sequence[int]) -> list[int]:
         return [0] * len(indices)

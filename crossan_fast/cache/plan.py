@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from crossan_fast.cache.changes import Before, Changes, find_changes
+from crossan_fast.cache.folders import holds_anything, restore_retired
 from crossan_fast.cache.format import (
     BUILDING,
     META,
-    NAMES,
+    PRESENT,
     CacheError,
     CacheMeta,
     dtype_name,
     read_meta,
+    scales_file,
+    states_file,
     storage_dtype,
 )
 from crossan_fast.cache.passes import Items, Pass
@@ -39,9 +43,9 @@ class BuildPlan:
         modalities: in the order that was asked for, the cache's.
         records: by modality name, how its states are made.
         dtype: storage.
-        indices: of the items file's items to encode; `indices[k]` is to become row `base_items + 1 + k`.
         base: the cache to append to, or None.
-        not_listed: items of `base` that the items file does not name.
+        before: what `base` holds.
+        changes: which of the items file's items are to be encoded, and to which rows.
         digest: of what must stay the same for a stopped build to go on, by what to call it.
     """
 
@@ -49,18 +53,41 @@ class BuildPlan:
     modalities: tuple[Modality, ...]
     records: dict[str, dict[str, Any]]
     dtype: torch.dtype
-    indices: list[int]
     base: CacheMeta | None
-    not_listed: int
+    before: Before
+    changes: Changes
     digest: dict[str, str]
+
+    @property
+    def indices(self) -> list[int]:
+        return self.changes.indices
 
     @property
     def base_items(self) -> int:
         return self.base.num_items if self.base else 0
 
     @property
+    def old(self) -> int:
+        """How many of `indices` have rows in `base`; they come first."""
+        return sum(row <= self.base_items for row in self.changes.rows)
+
+    @property
     def num_items(self) -> int:
-        return self.base_items + len(self.indices)
+        return self.base_items + len(self.indices) - self.old
+
+    @property
+    def base_key(self) -> str:
+        """Of this very state of `base`, '' for none."""
+        return _sha256(self.base.to_json()) if self.base else ""
+
+    @property
+    def anew(self) -> set[str]:
+        """Files of `base` in which old rows change."""
+        files = {PRESENT} if self.old else set()
+        for work, todo in zip(self.passes, self.changes.todo, strict=True):
+            if todo[: self.old].any():
+                files |= {name(m) for m in work.modalities for name in (states_file, scales_file)}
+        return files
 
     @classmethod
     def make(
@@ -72,6 +99,7 @@ class BuildPlan:
         folder: Path,
         dtype: str | torch.dtype | None,
         compute_dtype: str,
+        re_encode: str | Collection[str] = (),
     ) -> BuildPlan:
         found = {m.name: m for p in passes for m in p.modalities}
         records = {name: dict(record) for p in passes for name, record in p.records.items()}
@@ -85,32 +113,27 @@ class BuildPlan:
         if dtype is None:
             dtype = base.dtype if base else "bf16"
         storage = storage_dtype(dtype)
-        known: set[str] = set()
         if base is not None:
             _check_same(base, modalities, records, storage, folder)
-            with open(folder / NAMES, "rb") as file:
-                known = set(file.read(base.committed(NAMES)).decode().split("\n")[:-1])
-        indices = [index for index, name in enumerate(items.names) if name not in known]
+        before = Before.read(folder, base, len(modalities))
+        changes = find_changes(items, passes, modalities, before, re_encode)
         columns = sorted({p.records[m.name].get("column", "") for p in passes for m in p.modalities} - {""})
-        cells = [[items.names[i], *(items.columns[c][i] for c in columns)] for i in indices]
+        cells = [[items.names[i], *(items.columns[c][i] for c in columns)] for i in changes.indices]
+        todo = [] if base is None else [changes.rows, *(needed.tolist() for needed in changes.todo)]
         digest = {
             "modalities": _sha256([dataclasses.astuple(m) for m in modalities]),
             "settings": _sha256([dtype_name(storage), *(_comparable(records[m.name]) for m in modalities)]),
-            "items": _sha256(cells),
+            "items": _sha256([cells, todo]),
         }
-        not_listed = len(known) - (len(items.names) - len(indices))
-        return cls(passes, modalities, records, storage, indices, base, not_listed, digest)
+        return cls(passes, modalities, records, storage, base, before, changes, digest)
 
 
 def existing_cache(folder: Path) -> CacheMeta | None:
     """Meta of the cache in `folder`, None where there is none yet."""
+    restore_retired(folder)
     if (folder / META).is_file():
         return read_meta(folder)
-    if (
-        folder.exists()
-        and (not folder.is_dir() or any(folder.iterdir()))
-        and not (folder / BUILDING).is_file()
-    ):
+    if holds_anything(folder) and not (folder / BUILDING).is_file():
         raise FileExistsError(f"folder: {folder} is not empty and is no cache; expected a new folder")
     return None
 

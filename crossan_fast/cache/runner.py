@@ -21,6 +21,8 @@ from crossan_fast.cache.validate import nonfinite_rows
 from crossan_fast.cache.writer import CacheWriter, to_storage
 from crossan_fast.config import Modality
 
+UNREAD = "cannot be read any more"
+
 
 class BrokenItemError(ValueError):
     """With `strict`: an item's input cannot be used."""
@@ -48,24 +50,25 @@ class Runner:
         """Encode what the journal does not call done; journalled on the way out, however this ends."""
         work, done = self._plan.passes[number], self._journal.done[number]
         names = [m.name for m in work.modalities]
-        present = [k for k, index in enumerate(self._plan.indices) if work.missing(index) is None]
         if done.all():
             return
+        todo = self._plan.changes.todo[number].nonzero()[0].tolist()
+        absent = [k for k in todo if work.missing(self._plan.indices[k]) is not None]
+        present = [k for k in todo if work.missing(self._plan.indices[k]) is None]
         self._bar.set_description(", ".join(names))
         work.load(device, dtype)
         self._check_weights(number, work)
-        absent = [k for k, index in enumerate(self._plan.indices) if work.missing(index) is not None]
         self._write_absent(work, absent)
         done[absent] = True
         batches = _batches(present, work, self._plan.indices, self._batch_size)
         # Planned over all items and skipped whole, so that a build that goes on makes the same batches.
-        todo = [batch for batch in batches if not done[batch].all()]
-        positions = (k for batch in todo for k in batch)
+        left = [batch for batch in batches if not done[batch].all()]
+        positions = (k for batch in left for k in batch)
         inputs = read_ahead(
             positions, lambda k: self._read(work, k), depth=2 * self._batch_size, threads=work.threads
         )
         try:
-            for batch in todo:
+            for batch in left:
                 self._encode(work, batch, [result for _, result in islice(inputs, len(batch))])
                 fresh = int((~done[batch]).sum())
                 done[batch] = True
@@ -97,7 +100,7 @@ class Runner:
             else:
                 positions.append(k)
                 tensors.append(read)
-        self._write_absent(work, unusable)
+        self._leave(work.modalities, unusable)
         if not positions:
             return
         for modality, states in zip(work.modalities, work.encode(tensors), strict=True):
@@ -112,6 +115,10 @@ class Runner:
             if overflowed.any():  # never of int8 and fp8, whose scales fit every row
                 stored = torch.where(overflowed[:, None, None], 0, stored)
             self._writer.write(modality, [self._row(k) for k in positions], stored, scales)
+            spoiled = (bad | overflowed).tolist()
+            self._leave(
+                [modality], [k for k, is_spoiled in zip(positions, spoiled, strict=True) if is_spoiled]
+            )
 
     def _break(self, modality: Modality, k: int, reason: str) -> None:
         if self._strict:
@@ -125,8 +132,19 @@ class Runner:
                 rows = [self._row(k) for k in positions[start : start + self._batch_size]]
                 self._writer.write_absent(modality, rows)
 
+    def _leave(self, modalities: Sequence[Modality], positions: list[int]) -> None:
+        """What cannot be encoded: an old row as it was, zeros in a new one."""
+        rows = [self._row(k) for k in positions]
+        old, new = (
+            [r for r in rows if r <= self._plan.base_items],
+            [r for r in rows if r > self._plan.base_items],
+        )
+        for modality in modalities:
+            self._writer.write_old(modality, old)
+            self._writer.write_absent(modality, new)
+
     def _row(self, k: int) -> int:
-        return self._plan.base_items + 1 + k
+        return self._plan.changes.rows[k]
 
     def _save(self) -> None:
         self._writer.flush()  # rows first: a journal may lag behind them, never run ahead
@@ -165,13 +183,17 @@ class Runner:
 
 def refuse_missing(plan: BuildPlan, items: Items, strict: bool) -> None:
     """Raise for items without any input where that is strict, or where a new cache's items all are."""
-    for work in plan.passes:
-        empty = [index for index in plan.indices if work.missing(index) is not None]
+    if strict and plan.changes.unread:
+        item, name = plan.changes.unread[0]
+        raise BrokenItemError(f"item {item!r}: modality {name!r}: {UNREAD}")
+    for work, todo in zip(plan.passes, plan.changes.todo, strict=True):
+        chosen = [index for index, needed in zip(plan.indices, todo, strict=True) if needed]
+        empty = [index for index in chosen if work.missing(index) is not None]
         name = work.modalities[0].name
-        if empty and (strict or (plan.base is None and len(empty) == len(plan.indices))):
+        if empty and (strict or (plan.base is None and len(empty) == len(chosen))):
             raise BrokenItemError(
                 f"item {items.names[empty[0]]!r}: modality {name!r}: {work.missing(empty[0])} "
-                f"({len(empty)} of {len(plan.indices)} items)"
+                f"({len(empty)} of {len(chosen)} items)"
             )
 
 

@@ -13,6 +13,7 @@ from crossan_fast.config import Modality
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _STORED = (*FLOATS, torch.int8, torch.float8_e4m3fn)
+_E4M3_NAN = 0x7F
 
 
 def nonfinite_rows(block: Tensor) -> Tensor:
@@ -21,29 +22,52 @@ def nonfinite_rows(block: Tensor) -> Tensor:
     if block.dtype == torch.int8 or block.numel() == 0:
         return sound
     if is_quantized(block.dtype):
-        block = block.float()  # isfinite is not implemented for float8
-    # One vectorised pass that NaN propagates through; isfinite is 20 times slower, and needed for bad blocks
-    # only.
+        # Without its sign e4m3's NaN is the largest code, and there is no inf; reductions know no float8.
+        codes = block.view(torch.uint8).flatten(1) & _E4M3_NAN
+        return codes.amax(dim=1) == _E4M3_NAN
+    # One vectorised pass that NaN propagates through; isfinite is 20 times slower.
     if all(bound.isfinite() for bound in block.aminmax()):
         return sound
-    return ~block.flatten(1).isfinite().all(dim=1)
+    return (block.flatten(1) * 0).sum(dim=1, dtype=torch.float32).isnan()  # finite · 0 = 0, the others NaN
 
 
 def reject_nonfinite(
-    block: Tensor, name: str, names: Sequence[str], first_row: int = 0, kept_as: str = ""
+    block: Tensor,
+    name: str,
+    names: Sequence[str],
+    first_row: int = 0,
+    kept_as: str = "",
+    *,
+    what: str = "states",
+    rows: Tensor | None = None,
+    advice: str = "",
 ) -> None:
-    """Raise if a row of `block` `[n, L, D]` has NaN or inf; row k of it is row `first_row + k` of the cache.
+    """Raise if a row of `block` `[n, L, D]` (or `[n, L]`) has NaN or inf.
 
-    `names` are those of rows 1..I. `kept_as` says after which conversion, where the input itself was finite.
+    Args:
+        name: of the modality.
+        names: those of rows 1..I.
+        first_row: row k of the block is row `first_row + k` of the cache.
+        kept_as: says after which conversion, where the input itself was finite.
+        what: the argument's name.
+        rows: the row of each of the block's, in place of `first_row`.
+        advice: the message's end.
     """
     bad = nonfinite_rows(block).nonzero().flatten()
     if len(bad):
-        row = first_row + int(bad[0])
+        place = int(bad[0])
+        row = first_row + place if rows is None else int(rows[place])
         item = f"item {names[row - 1]!r}" if row else "the padding row"
         raise ValueError(
-            f"states[{name!r}]: expected finite values, got NaN or inf{kept_as} in {len(bad)} "
-            f"row{'s' if len(bad) > 1 else ''}, first in row {row} ({item})"
+            f"{what}[{name!r}]: expected finite values, got NaN or inf{kept_as} in {len(bad)} "
+            f"row{'s' if len(bad) > 1 else ''}, first in row {row} ({item}), "
+            f"level {first_bad_level(block[place])}{advice}"
         )
+
+
+def first_bad_level(row: Tensor) -> int:
+    """The first level of `[L, D]` (or `[L]`) that has NaN or inf, counted from 0 among those kept."""
+    return int(nonfinite_rows(row.reshape(len(row), -1)).nonzero()[0])
 
 
 def checked_states(
@@ -122,5 +146,5 @@ def checked_stored(
         ordered.append(
             check_tensor(what, scales[m.name], shape, dtypes=(torch.float32,), device=first.device)
         )
-        reject_nonfinite(scales[m.name], m.name, names)
+        reject_nonfinite(scales[m.name], m.name, names, what="scales")
     return ordered

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from crossan_fast.cache.folders import at_one_moment
 from crossan_fast.cache.format import (
+    DIGESTS,
     NAMES,
     PRESENT,
+    RECORD_BYTES,
     CacheMeta,
     Segment,
     hash_range,
     is_quantized,
-    read_meta,
     row_bytes,
     scales_file,
     states_file,
@@ -35,7 +37,10 @@ def verify_cache(
         as `HiddenStateCache.open`, where meta.json itself, or a file's size, is wrong.
     """
     folder = Path(folder)
-    meta = read_meta(folder)
+    return at_one_moment(folder, lambda meta: _compare(folder, meta, progress))
+
+
+def _compare(folder: Path, meta: CacheMeta, progress: Callable[[int], object] | None) -> list[str]:
     row_sizes = _row_sizes(meta)
     jobs: list[tuple[str, int, Segment]] = []
     for name, segments in meta.segments.items():
@@ -47,7 +52,7 @@ def verify_cache(
     def check(job: tuple[str, int, Segment]) -> str | None:
         name, start, segment = job
         stop = start + segment.size
-        digest = hash_range(folder / name, start, stop)
+        digest = hash_range(folder / meta.file(name), start, stop)
         if progress is not None:
             progress(segment.size)
         if digest == segment.sha256:
@@ -55,7 +60,7 @@ def verify_cache(
         rows = ""
         if name in row_sizes and stop > start:
             rows = f" (rows {start // row_sizes[name]} to {(stop - 1) // row_sizes[name]})"
-        return f"{name}: bytes {start} to {stop - 1}{rows} differ from what was written"
+        return f"{meta.file(name)}: bytes {start} to {stop - 1}{rows} differ from what was written"
 
     with ThreadPoolExecutor() as pool:  # hashing large blocks releases the interpreter's lock
         return [problem for problem in pool.map(check, jobs) if problem is not None]
@@ -63,12 +68,11 @@ def verify_cache(
 
 def total_bytes(folder: str | os.PathLike[str]) -> int:
     """Bytes that `verify_cache` will read."""
-    meta = read_meta(Path(folder))
-    return sum(meta.committed(name) for name in meta.segments)
+    return at_one_moment(Path(folder), lambda meta: sum(map(meta.committed, meta.segments)))
 
 
 def _row_sizes(meta: CacheMeta) -> dict[str, int]:
-    sizes = {PRESENT: len(meta.modalities)}
+    sizes = {PRESENT: len(meta.modalities), DIGESTS: len(meta.modalities) * RECORD_BYTES}
     for modality in meta.modalities:
         sizes[states_file(modality)] = row_bytes(modality, meta.dtype)
         if is_quantized(meta.dtype):

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import errno
+import math
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from crossan_fast.cache.digests import Records
+from crossan_fast.cache.folders import whole_folder
 from crossan_fast.cache.format import (
-    BUILDING,
+    DIGESTS,
     META,
     NAMES,
     PRESENT,
+    RECORD_BYTES,
+    CacheError,
     CacheMeta,
+    CorruptCacheError,
     Segment,
     dtype_name,
     hash_range,
@@ -49,7 +56,7 @@ def to_storage(states: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
 
 
 class CacheWriter:
-    """Writes one cache folder's data files in place, behind the bytes that its meta.json commits.
+    """Writes one cache folder's data files: in place behind the bytes that its meta.json commits, or anew.
 
     All room is taken at the start, so that a full disk shows before hours of encoding. Callers see to it
     that there is one writer at a time (`locked`). Until `commit` returns, readers see the cache as it was, or
@@ -58,10 +65,15 @@ class CacheWriter:
     Args:
         folder: made where missing.
         modalities, dtype, num_items: of the cache after the commit; `num_items` counts what `base` holds too.
-        base: the cache being appended to; its rows are never touched.
+        base: the cache being appended to; its files' bytes are never touched.
+        anew: files of `base` (by name, without numbers) whose old rows change: they are copied under their
+            next number first, which takes their room once more until `commit`.
+        digests: whether the cache is to have records of its inputs; of `base`'s too, it is written anew.
+        going_on: take the files as an earlier writer with the same arguments left them.
 
     Raises:
         OSError: no room; files are as they were.
+        CacheError: `going_on`, and a file is not there.
     """
 
     def __init__(
@@ -71,15 +83,27 @@ class CacheWriter:
         dtype: torch.dtype,
         num_items: int,
         base: CacheMeta | None = None,
+        *,
+        anew: Collection[str] = (),
+        digests: bool = False,
+        going_on: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        self._target = CacheMeta(storage_dtype(dtype), num_items, tuple(modalities))
         self._base = base
+        self._anew = {*anew, DIGESTS} & base.segments.keys() if base else set()
+        versions = dict(base.versions) if base else {}
+        versions |= {name: versions.get(name, 0) + 1 for name in self._anew}
+        self._target = CacheMeta(
+            storage_dtype(dtype), num_items, tuple(modalities), versions=versions, digests=digests
+        )
         self._descriptors: dict[str, int] = {}
         created = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._reserve()
+            if going_on:
+                self._take_up()
+            else:
+                self._reserve()
         except BaseException:
             self.close()
             if created:
@@ -88,8 +112,13 @@ class CacheWriter:
 
     @property
     def first_new_row(self) -> int:
-        """The first row that this writer may write; 1 for a new cache."""
+        """The first row that is in no cache yet; 1 for a new cache."""
         return 1 + (self._base.num_items if self._base else 0)
+
+    @property
+    def files(self) -> set[str]:
+        """Names on disk of the files that this writer writes."""
+        return {self._target.file(name) for name in self._target.expected_bytes()}
 
     def write(self, modality: Modality, rows: Sequence[int], stored: Tensor, scales: Tensor | None) -> None:
         """Put `stored` `[n, L, D]` (storage dtype) and its scales at `rows`; any order, again is fine."""
@@ -101,6 +130,32 @@ class CacheWriter:
         """Zeros at `rows`: what absent modalities and the padding row hold."""
         shape = (len(rows), modality.levels, modality.width)
         self.write(modality, rows, *to_storage(torch.zeros(shape), self._target.dtype))
+
+    def write_old(self, modality: Modality, rows: Sequence[int]) -> None:
+        """At `rows` of `base`, what they hold there."""
+        for name in (states_file(modality), scales_file(modality)):
+            if self._base is None or name not in self._anew:
+                continue
+            size = self._base.committed(name) // (self._base.num_items + 1)
+            with open(self.folder / self._base.file(name), "rb") as file:
+                for row in rows:
+                    data = os.pread(file.fileno(), size, row * size)
+                    _write_at(self._descriptors[name], data, row * size)
+
+    def write_present(self, rows: Sequence[int], present: Tensor) -> None:
+        """Flags `[n, M]` of `rows`."""
+        self._write_rows(PRESENT, rows, present.to(torch.uint8))
+
+    def write_digests(self, records: Records) -> None:
+        """Records `[I + 1, M, 32]` of all rows."""
+        _write_at(self._descriptors[DIGESTS], np.ascontiguousarray(records).reshape(-1).data, 0)
+
+    def read_digests(self) -> Records:
+        """As `write_digests` left them."""
+        shape = (self._target.num_items + 1, len(self._target.modalities), RECORD_BYTES)
+        return np.fromfile(self.folder / self._target.file(DIGESTS), np.uint8, math.prod(shape)).reshape(
+            shape
+        )
 
     def flush(self) -> None:
         """Return when what was written would survive a power cut."""
@@ -120,11 +175,9 @@ class CacheWriter:
         text = "".join(f"{name}\n" for name in names).encode()
         names_start = self._base.committed(NAMES) if self._base else 0
         _write_at(self._descriptors[NAMES], text, names_start)
-        self._write_rows(
-            PRESENT, range(self.first_new_row, self._target.num_items + 1), present.to(torch.uint8)
-        )
+        self.write_present(range(self.first_new_row, self._target.num_items + 1), present)
         if self._base is None:
-            self._write_rows(PRESENT, [0], torch.zeros(1, len(self._target.modalities), dtype=torch.uint8))
+            self.write_present([0], torch.zeros(1, len(self._target.modalities)))
             for modality in self._target.modalities:
                 self.write_absent(modality, [0])
         sizes = {
@@ -134,10 +187,9 @@ class CacheWriter:
         for name, size in sizes.items():
             os.ftruncate(self._descriptors[name], size)
         self.flush()
-        meta = CacheMeta(
-            dtype=self._target.dtype,
-            num_items=self._target.num_items,
-            modalities=self._target.modalities,
+        sync_folder(self.folder)
+        meta = dataclasses.replace(
+            self._target,
             sources=sources,
             segments={name: self._segments(name, size) for name, size in sizes.items()},
             written_by={"python": platform.python_version(), "torch": torch.__version__},
@@ -161,12 +213,16 @@ class CacheWriter:
         fresh = []
         try:
             for name, size in self._target.expected_bytes().items():
-                path = self.folder / name
+                path = self.folder / self._target.file(name)
+                if name in self._anew:
+                    path.unlink(missing_ok=True)  # of a writer that did not get to its commit
                 if not path.exists():
                     fresh.append(path)
                 self._descriptors[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 if size is not None:
                     _allocate(self._descriptors[name], size)
+            for name in self._anew:
+                self._copy_old(name)
         except OSError as error:
             for name, descriptor in self._descriptors.items():
                 if self._base is not None:
@@ -181,13 +237,32 @@ class CacheWriter:
                 f"folder: no room in {self.folder} for {total / 1e9:.2f} GB; what was there is unchanged",
             ) from error
 
+    def _take_up(self) -> None:
+        for name, size in self._target.expected_bytes().items():
+            path = self.folder / self._target.file(name)
+            if not path.is_file() or path.stat().st_size < (size or 0):
+                raise CacheError(
+                    f"{path}: the stopped build's file is missing or short; begin anew with restart=True "
+                    "(--restart)"
+                )
+            self._descriptors[name] = os.open(path, os.O_RDWR)
+
+    def _copy_old(self, name: str) -> None:
+        assert self._base is not None
+        left, offset = self._base.committed(name), 0
+        with open(self.folder / self._base.file(name), "rb") as file:
+            while left:
+                block = file.read(min(left, CHUNK_BYTES))
+                if not block:
+                    raise CorruptCacheError(f"{self.folder / self._base.file(name)}: is shorter than it was")
+                _write_at(self._descriptors[name], block, offset)
+                left, offset = left - len(block), offset + len(block)
+
     def _write_rows(self, name: str, rows: Sequence[int], block: Tensor) -> None:
         if not len(rows):
             return
-        if (
-            min(rows) < (0 if self._base is None else self.first_new_row)
-            or max(rows) > self._target.num_items
-        ):
+        first = 0 if self._base is None else 1 if name in self._anew else self.first_new_row
+        if min(rows) < first or max(rows) > self._target.num_items:
             raise IndexError(f"rows: expected rows of this write, got {min(rows)} to {max(rows)}")
         size = block[0].numel() * block.element_size()
         data = block.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
@@ -198,63 +273,12 @@ class CacheWriter:
             _write_at(self._descriptors[name], data[index * size : (index + 1) * size], row * size)
 
     def _segments(self, name: str, size: int) -> tuple[Segment, ...]:
-        old = tuple(self._base.segments[name]) if self._base else ()
+        old = tuple(self._base.segments.get(name, ())) if self._base and name not in self._anew else ()
+        path = self.folder / self._target.file(name)
         ranges = list(segment_ranges(sum(s.size for s in old), size))
         with ThreadPoolExecutor() as pool:  # hashing large blocks releases the interpreter's lock
-            digests = list(pool.map(lambda r: hash_range(self.folder / name, *r), ranges))
+            digests = list(pool.map(lambda r: hash_range(path, *r), ranges))
         return old + tuple(Segment(stop - start, d) for (start, stop), d in zip(ranges, digests, strict=True))
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it alone for writing; the lock ends with the process, however that ends.
-
-    Raises:
-        BlockingIOError: another process is writing to it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(error.errno, f"folder: another process is writing to {folder}") from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-    """A sibling folder to write to, which takes the place of `folder` when the block ends without an error.
-
-    Raises:
-        FileExistsError: `folder` has something in it and `overwrite` is off, or it is no cache.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"folder: {folder} is not empty; pass overwrite=True to replace a cache")
-        if not (folder / META).exists() and not (folder / BUILDING).exists():
-            raise FileExistsError(f"folder: {folder} is not a cache; it will not be replaced")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    try:
-        yield temporary
-        if folder.exists():
-            os.rename(folder, retired)
-        os.rename(temporary, folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(retired, ignore_errors=True)
 
 
 def write_cache(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 # Modules are imported only for the command that was asked for: `doctor` must work where others can't.
 COMMANDS = {
@@ -17,6 +19,9 @@ COMMANDS = {
     "recommend": "the next items for a history of item names",
     "doctor": "what is installed, which backend each op uses, and why",
 }
+
+# A dotted key, `=`, and a value. A file of such a name is written `./key=value`.
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """A command with the positional `overrides` takes `key=value` wherever it stands.
+
+    argparse by itself fills a positional from one place only: what follows a flag would be left over, or be
+    taken for the flag's own value.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.get_default("overrides") is None:
+            return super().parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        overrides = [word for word in words if _OVERRIDE.match(word)]
+        rest = [word for word in words if not _OVERRIDE.match(word)]
+        parsed, unknown = super().parse_known_args(rest, namespace)
+        parsed.overrides = [*overrides, *parsed.overrides]
+        return parsed, unknown
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     from crossan_fast import __version__
 
@@ -55,7 +78,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"crossan-fast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_CommandParser)
     asked = next((word for word in arguments if not word.startswith("-")), None)
     for name, text in COMMANDS.items():
         if name == asked:

@@ -7,13 +7,16 @@ import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from crossan_fast.cache.build import build_cache
+from crossan_fast.cache.changes import ALL
 from crossan_fast.cache.convert import convert_cache
+from crossan_fast.cache.finish import BuildReport
 from crossan_fast.cache.format import REPORT, dtype_name
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache
@@ -36,7 +39,8 @@ image, video or audio encoder. Options:
 
 Modalities that read the same column with the same encoder share one pass. A build that is stopped goes on
 where it was when the same command is given again; with more items in the items file, the new ones are
-appended.
+appended, and items whose text or file is another by now are encoded again (their rows change all at once,
+when all is done).
 """
 
 _EXAMPLE = """\
@@ -79,6 +83,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     build.add_argument("--lowercase", action="store_true", help="lower-case texts first")
     build.add_argument("--strict", action="store_true", help="stop at an input that cannot be used")
     build.add_argument("--restart", action="store_true", help="forget what a stopped build did")
+    build.add_argument(
+        "--re-encode",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="encode these items again whatever their inputs are, or `all`",
+    )
     build.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
     info = commands.add_parser("info", help="say what a cache holds")
@@ -131,17 +142,32 @@ def _build_from(items: ItemTable, args: argparse.Namespace) -> int:
             lowercase=args.lowercase,
             strict=args.strict,
             restart=args.restart,
+            re_encode=ALL if args.re_encode == [ALL] else args.re_encode,
             progress=not args.no_progress,
         )
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
-    if report.not_listed:
-        print(f"{report.not_listed} items of the cache are not in {args.items}; they are kept")
-    if not report.added:
-        print(f"{report.folder}: complete, all {report.num_items} items are there already")
-        return 0
-    print(f"{report.folder}: {report.added} items added in {report.seconds:.1f} s, {report.num_items} in all")
+    print(_summary(report))
+    if report.unknown:
+        print(
+            f"of {report.unknown} items it is not known what their rows were made from: changes of their "
+            "inputs do not show; to encode them again, add --re-encode NAME... or --re-encode all"
+        )
     return 0
+
+
+def _summary(report: BuildReport) -> str:
+    def counted(what: str, counts: Mapping[str, int]) -> list[str]:
+        parts = [f"{count} {name}" for name, count in counts.items() if count]
+        return [f"{what} {', '.join(parts)}"] if parts else []
+
+    parts = [f"{report.added} items added, {report.unchanged} unchanged"]
+    parts += counted("re-encoded:", report.re_encoded)
+    parts += counted("no longer there:", report.emptied)
+    parts += counted("changed but not usable, so kept as before:", report.kept)
+    if report.not_listed:
+        parts.append(f"not in the items file, but kept: {report.not_listed}")
+    return f"{report.folder}: {'; '.join(parts)}; {report.num_items} items in all, {report.seconds:.1f} s"
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -201,9 +227,12 @@ def _print_cost(run: Path, before: Path, after: Path) -> None:
     folder = RunFolder(run)
     config = folder.read_config()
     model = folder.load_model("best", backend=config.backend)
+    held = folder.read_population()
     found: dict[Part, list[float]] = {"validation": [], "test": []}
     for cache in (before, after):
-        task = open_task(dataclasses.replace(config, cache=str(cache)))
+        task = open_task(
+            dataclasses.replace(config, cache=str(cache)), None if held is None else held.catalogue
+        )
         for split, values in found.items():
             result = evaluate(
                 model.to(task.device),

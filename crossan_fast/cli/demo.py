@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from crossan_fast.cache import HiddenStateCache, build_cache
@@ -99,7 +98,7 @@ def popularity_metrics(split: Split) -> dict[str, float]:
     """The same ranking by training interactions alone; ties count against the target."""
     scores = split.train_counts.float()[:, None]
     exclude = excluded(split.history_test, split.test_target, "all_except_target")
-    ranks = rank_of_target(torch.ones(split.num_users, 1), scores, split.test_target, exclude)
+    ranks = rank_of_target(scores.new_ones(split.num_users, 1), scores, split.test_target, exclude)
     return metrics_of(ranks, CUTOFFS)
 
 

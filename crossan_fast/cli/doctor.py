@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from crossan_fast import _build
+from crossan_fast import _build, _library
 from crossan_fast.ops import _dispatch
 
 _EXTRAS = {
@@ -32,7 +32,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "doctor",
         help="what is installed, which backend each op uses, and why",
         description="Show versions, compilers and devices, and for each op the backend that is picked on CPU "
-        "and GPU, with the reasons against the others. May build the compiled extension, as first use would.",
+        "and GPU, with the reasons against the others.",
+    )
+    parser.add_argument(
+        "--build",
+        action="store_true",
+        help="build what the picked backends need and is not built yet, as their first use would (minutes)",
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="compute type (default fp32)"
@@ -54,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     for name, text in _machine():
         _row(name, text)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[args.dtype]
-    # First, since choosing builds what is not built yet, and the extension's rows tell what there is.
-    choices = {device: list(_choices(device, dtype)) for device in ("cpu", "cuda")}
+    # First, since with --build choosing builds, and the extension's rows tell what there is.
+    choices = {device: list(_choices(device, dtype, args.build)) for device in ("cpu", "cuda")}
     _title("compiled extension")
     for name, text in _extension():
         _row(name, text)
@@ -85,7 +90,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     home = _build.cuda_home()
     nvcc = "nvcc" if home is None else str(home / "bin" / "nvcc")
     yield "nvcc", _tool(nvcc, "install the CUDA toolkit (or set CUDA_HOME) to build the CUDA kernels")
-    with _build.ninja_on_path():
+    with _library.ninja_on_path():
         yield "ninja", _tool("ninja", "pip install ninja")
 
 
@@ -104,20 +109,20 @@ def _extension() -> Iterator[tuple[str, str]]:
         elif failure := _build.failed(name):
             yield name, f"did not compile, see {failure}; remove that file to try again"
         else:
-            yield name, "not built yet; built on first use"
+            yield name, "not built yet; built on first use, or by `crossan-fast doctor --build`"
         if name == "cuda" and _build.nvcc_version() is not None:
             targets = ", ".join(f"sm_{target}" for target in _build.cuda_architectures())
             yield "cuda targets", f"{targets}, no PTX for others; CROSSAN_FAST_CUDA_ARCH=80;90a names targets"
 
 
-def _choices(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
+def _choices(device: str, dtype: torch.dtype, build: bool) -> Iterator[tuple[str, str]]:
     """Each op's pick, then every reason against a backend with the ops that it holds for."""
     against: dict[tuple[str, str], list[str]] = {}
     for op in _dispatch.OPS:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", _dispatch.FallbackWarning)  # the reasons are printed below
-                choice = _dispatch.choose(op, device, dtype)
+                choice = (_dispatch.choose if build else _dispatch.foresee)(op, device, dtype)
         except _dispatch.BackendUnavailable as error:
             yield op, f"none: {error}"
             continue

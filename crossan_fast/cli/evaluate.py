@@ -13,11 +13,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "evaluate",
         help="rank a run's held-out targets in the full catalogue",
         description="Rank a run's held-out targets in the full catalogue; prints HR, NDCG and MRR with the "
-        "protocol. What is not given is as the run's config has it.",
+        "protocol. What is not given is as the run's config has it. Items that were appended to the cache "
+        "after training take no part unless asked for: the numbers stay those of the run.",
     )
     parser.add_argument("--run", required=True, help="folder of a run")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
     parser.add_argument("--cache", help="folder of another cache of the same items, such as a converted one")
+    parser.add_argument(
+        "--catalogue",
+        choices=("run", "all"),
+        default="run",
+        help="the items that the run was trained on, or all that the cache has by now (default: run)",
+    )
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
     parser.add_argument(
         "--filter-history",
@@ -33,6 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics."""
     from crossan_fast.training import RunFolder, evaluate, open_task
+    from crossan_fast.training.population import Population
 
     folder = RunFolder(args.run)
     config = folder.read_config()
@@ -46,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
             config, evaluation=dataclasses.replace(wanted, candidates=args.candidates)
         )
     model = folder.load_model(args.checkpoint, backend=config.backend)
-    task = open_task(config)
+    held = folder.read_population()
+    task = open_task(config, held.catalogue if held is not None and args.catalogue == "run" else None)
     result = evaluate(
         model.to(task.device),
         task.cache,
@@ -57,5 +66,8 @@ def run(args: argparse.Namespace) -> int:
         candidates=task.candidates(config),
         batch_size=wanted.batch_size,
     )
+    if held is not None and (difference := held.difference(Population.of(task))):
+        note = f"not what the run was evaluated on: {difference}"
+        result = dataclasses.replace(result, note="; ".join(filter(None, (result.note, note))))
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -36,6 +37,9 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device or config.device)
     model = folder.load_model("best", backend=config.backend).to(device)
     cache = HiddenStateCache.open(args.cache or config.path("cache")).to(device)
+    held = folder.read_population()
+    if held is not None and (difference := held.appended(cache.catalogue)):
+        print(f"note: {difference}", file=sys.stderr)
     titles: dict[str, str] = {}
     if args.items or config.items:
         titles = item_titles(Path(args.items) if args.items else config.path("items"))

@@ -13,8 +13,18 @@ folder gets the resolved config, a log, checkpoints and results.
 _EXAMPLE = """\
 example:
   crossan-fast train config.yaml seed=1 model.dropout=0.2 run=runs/second
-  crossan-fast train config.yaml run=runs/second --resume
+  crossan-fast train config.yaml run=runs/second --resume epochs=80
   torchrun --nproc-per-node 4 -m crossan_fast train config.yaml
+"""
+
+
+_STATUS = """
+exit status:
+  0  trained
+  2  an input that does not fit, or a loss or gradient that is not finite: nothing of that epoch is kept
+  3  trained to its end and written, but diverged: the mean loss of the last epoch is more than 1.25 times
+     that of a model that knows nothing (the first step's, or the logarithm of the number of items that a
+     target is told from, whichever is larger); results.json then has "diverged": true
 """
 
 
@@ -24,11 +34,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "train",
         help="train a model as a YAML file says",
         description=_DESCRIPTION,
-        epilog=_EXAMPLE + _fields(),
+        epilog=_EXAMPLE + _STATUS + _fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to override")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="fields to override, anywhere",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on behind the last epoch in the run's folder"
     )
@@ -59,6 +75,7 @@ def _fields() -> str:
 def run(args: argparse.Namespace) -> int:
     """Train, then print the test result."""
     from crossan_fast.training import Result, Trainer, join_processes, load_config
+    from crossan_fast.training.divergence import EXIT_STATUS
     from crossan_fast.training.memory import keep_freed_memory
 
     config = load_config(args.config, args.overrides)
@@ -78,10 +95,11 @@ def run(args: argparse.Namespace) -> int:
                 print(profile)
             return 0
         results = trainer.fit(resume=args.resume, progress=not args.quiet)
+    status = EXIT_STATUS if results["diverged"] else 0
     if not processes.first:
-        return 0
+        return status
     names = {field.name for field in dataclasses.fields(Result)}
     print(f"best epoch {results['best_epoch']} of {results['epochs']}, by validation NDCG@10")
     print(Result(**{name: value for name, value in results["test"].items() if name in names}))
     print(f"run: {trainer.folder.path}")
-    return 0
+    return status

@@ -21,12 +21,14 @@ import warnings
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from crossan_fast.data._tables import Table
+from crossan_fast.data.catalogue import Catalogue
 from crossan_fast.data.items import ITEM_COLUMNS
 
 USER_COLUMNS = ("user", "user_id", "userid")
@@ -56,7 +58,8 @@ class Dropped:
 class Interactions:
     """Sequences of catalogue rows: user u took `ids[offsets[u]:offsets[u + 1]]` (int64), oldest first.
 
-    `item_names[i]` is the name of row i; row 0 is padding and its name is the empty string.
+    `item_names[i]` is the name of row i; row 0 is padding and its name is the empty string. `max_items` is
+    what the reader was asked to keep of each user, None for everything.
     """
 
     user_names: list[str]
@@ -64,6 +67,7 @@ class Interactions:
     ids: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
     dropped: Dropped = field(default_factory=Dropped)
+    max_items: int | None = None
     _rows: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +100,11 @@ class Interactions:
     def num_items(self) -> int:
         """Rows without the padding row."""
         return len(self.item_names) - 1
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """What the rows mean."""
+        return Catalogue.of(self.item_names[1:])
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -130,18 +139,20 @@ def read_interactions(
     items: Sequence[str] | None,
     *,
     min_items: int = 5,
-    max_items: int = 13,
-    catalogue: Literal["used", "all"] = "used",
+    max_items: int | None = None,
+    catalogue: Literal["all", "used"] = "all",
     strict: bool = False,
 ) -> Interactions:
     """Read a users file in either layout above.
 
-    Users with fewer than `min_items` items are left out and of the others the last `max_items` items kept (13
-    is a window of 10 with its training, validation and test targets). `items` are the known names
+    Users with fewer than `min_items` items are left out and of the others the last `max_items` items kept;
+    with None everything is kept here, and `leave_one_out` keeps what its window asks for (IISAN keeps 13, a
+    window of 10 with its training, validation and test targets). `items` are the known names
     (`ItemTable.names`, or a cache's `item_names`; a leading '' for the padding row is allowed); with None
-    every name in the file is known, in order of first appearance. With `catalogue="used"`, as IISAN has it,
-    the items that occur in what is kept get rows 1, 2, ... in the order of `items`; with `"all"` every one of
-    `items` has its row, so that rows are those of a cache whose names are given.
+    every name in the file is known, in order of first appearance. With `catalogue="all"` every one of `items`
+    has its row, so that rows are those of a cache whose names are given; with `"used"`, as IISAN has it, the
+    items that occur in what is kept get rows 1, 2, ... in the order of `items`: rows of a catalogue of their
+    own, which no cache of all `items` has.
 
     Interactions with unknown items are dropped with a counted warning before `min_items` is applied, or are
     an error with `strict`. Users keep the order in which they first appear in the file; equal timestamps keep
@@ -172,8 +183,8 @@ def build_interactions(
     items: Sequence[str] | None = None,
     *,
     min_items: int = 5,
-    max_items: int = 13,
-    catalogue: Literal["used", "all"] = "used",
+    max_items: int | None = None,
+    catalogue: Literal["all", "used"] = "all",
     strict: bool = False,
 ) -> Interactions:
     """`read_interactions` for sequences at hand: `{user: item names, oldest first}`, otherwise the same."""
@@ -273,15 +284,15 @@ def _assemble(
     items: Sequence[str] | None,
     source: str,
     min_items: int,
-    max_items: int,
+    max_items: int | None,
     catalogue: str,
     strict: bool,
     stacklevel: int,
 ) -> Interactions:
-    if not 1 <= min_items <= max_items:
+    if min_items < 1 or (max_items is not None and max_items < min_items):
         raise ValueError(f"min_items, max_items: expected 1 <= min <= max, got {min_items} and {max_items}")
-    if catalogue not in ("used", "all"):
-        raise ValueError(f"catalogue: expected 'used' or 'all', got {catalogue!r}")
+    if catalogue not in ("all", "used"):
+        raise ValueError(f"catalogue: expected 'all' or 'used', got {catalogue!r}")
     names = list(raw.vocabulary if items is None else items[1:] if items and items[0] == "" else items)
     index = {name: i for i, name in enumerate(names)}
     if len(index) != len(names):
@@ -311,15 +322,16 @@ def _assemble(
             f"(the longest has {lengths.max(initial=0)})"
         )
     of_kept_user = long_enough[owner]
+    most = lengths.max() if max_items is None else max_items
     from_end = np.cumsum(lengths)[owner] - np.arange(len(owner))  # 1 at a user's newest item
-    kept = of_kept_user & (from_end <= max_items)
+    kept = of_kept_user & (from_end <= most)
     kept_items = picked[kept]
 
     used = np.ones(len(names), dtype=bool)
     if catalogue == "used":
         used = np.bincount(kept_items, minlength=len(names)) > 0
     row_of_index = np.cumsum(used)  # 1 is the first used item's
-    kept_lengths = np.minimum(lengths[long_enough], max_items)
+    kept_lengths = np.minimum(lengths[long_enough], most)
     return Interactions(
         user_names=[raw.user_names[user] for user in np.flatnonzero(long_enough)],
         item_names=["", *(names[i] for i in np.flatnonzero(used))],
@@ -332,4 +344,5 @@ def _assemble(
             old_interactions=int(of_kept_user.sum() - kept.sum()),
             unused_items=int((~used).sum()),
         ),
+        max_items=max_items,
     )

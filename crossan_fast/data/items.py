@@ -116,7 +116,7 @@ def read_items(path: str | os.PathLike[str], *, strict: bool = False) -> ItemTab
         raise ValueError(f"items: {table.path} has a header but no items")
     if repeated:
         warnings.warn(f"items: {table.path}: {repeated} repeated lines dropped", stacklevel=2)
-    columns = {c: [cells[j] for cells in rows.values()] for j, c in enumerate(header) if j != key}
+    columns = {c: [cells[j] for cells in rows.values()] for j, c in enumerate(header) if c and j != key}
     return ItemTable(names=list(rows), columns=columns, folder=table.path.parent)
 
 

@@ -103,8 +103,8 @@ class Shop:
         return ItemTable(list(self.item_names), columns, self.folder or Path())
 
     def interactions(self) -> Interactions:
-        """What `read_interactions` gives for the written users file, with all items in the catalogue."""
-        return build_interactions(self.sequences, self.item_names, catalogue="all")
+        """What `read_interactions` gives for the written users file."""
+        return build_interactions(self.sequences, self.item_names)
 
 
 def make_shop(

@@ -7,7 +7,9 @@ For a user who took a b c d e f (oldest first) and a window S = 3:
     test_input          c d e            test_target         f
     history_validation  a b c d          history_test        a b c d e    (left-padded to the longest)
 
-Every tensor is int64 with 0 as padding, on the left.
+Every tensor is int64 with 0 as padding, on the left. Of a longer sequence the last S + 3 items count, all
+that a window of training with its target and both held-out targets need; or the last `max_items` of the
+reader of the interactions, where it was told.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from crossan_fast.data.catalogue import Catalogue
 from crossan_fast.data.interactions import Interactions
 
 
@@ -44,6 +47,8 @@ class Split:
     """[U, H]: all items before the test target."""
     train_counts: Tensor
     """[I + 1]: how often each row occurs before the targets; row 0 (padding) is 0."""
+    catalogue: Catalogue
+    """What the rows mean: compared with a cache's wherever the two meet."""
 
     @property
     def num_users(self) -> int:
@@ -51,7 +56,7 @@ class Split:
 
     @property
     def num_items(self) -> int:
-        return self.train_counts.shape[0] - 1
+        return self.catalogue.num_items
 
     def to(self, device: torch.device | str) -> Split:
         """The same split with its tensors on `device`."""
@@ -64,7 +69,8 @@ class Split:
 def leave_one_out(interactions: Interactions, window: int) -> Split:
     """Hold out each user's last item for testing and the one before for validation.
 
-    Counts in `train_counts` cover everything before the two targets, also what lies before the training
+    Of each user the last `interactions.max_items` items count, where that is None the last `window` + 3;
+    `train_counts` and the histories cover all of them before the targets, also what lies before the training
     window. Raises ValueError for a window below 1, no users, or a user with fewer than 3 items (named).
     """
     if window < 1:
@@ -78,15 +84,16 @@ def leave_one_out(interactions: Interactions, window: int) -> Split:
             f"interactions: leave-one-out needs 3 items a user, "
             f"{interactions.user_names[user]!r} has {lengths[user]}"
         )
-    ids, starts, ends = interactions.ids, interactions.offsets[:-1], interactions.offsets[1:]
-    longest = int(lengths.max())
+    ids, ends = interactions.ids, interactions.offsets[1:]
+    counted = np.minimum(lengths, interactions.max_items or window + 3)
+    starts, longest = ends - counted, int(counted.max())
 
     def last(width: int, before_end: int) -> Tensor:
         """[U, width]: the items up to `before_end` places before each user's end, left-padded."""
         return torch.from_numpy(_last(ids, starts, ends - before_end, width))
 
-    in_train = np.ones(ids.size, dtype=bool)
-    in_train[ends - 1] = in_train[ends - 2] = False
+    before_targets = np.arange(ids.size) < np.repeat(ends - 2, lengths)
+    in_train = before_targets & (np.arange(ids.size) >= np.repeat(starts, lengths))
     return Split(
         window=window,
         train=last(window + 1, 2),
@@ -97,6 +104,7 @@ def leave_one_out(interactions: Interactions, window: int) -> Split:
         history_validation=last(longest - 2, 2),
         history_test=last(longest - 1, 1),
         train_counts=torch.from_numpy(np.bincount(ids[in_train], minlength=len(interactions.item_names))),
+        catalogue=interactions.catalogue,
     )
 
 

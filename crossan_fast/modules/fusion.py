@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
-from crossan_fast.ops.fusion import FusionOutput, FusionWeights, fusion
+from crossan_fast.ops._contracts import FusionWeights
+from crossan_fast.ops.fusion import FusionOutput, fusion
 
 
 class Head(nn.Linear):

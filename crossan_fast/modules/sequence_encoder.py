@@ -5,56 +5,33 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
-from crossan_fast.ops._dispatch import choose
-from crossan_fast.ops.sequence_encoder import (
-    EPS,
-    SequenceEncoderBlock,
-    SequenceEncoderWeights,
-    sequence_encoder,
-)
+from crossan_fast.ops._contracts import SequenceEncoderBlock, SequenceEncoderWeights
+from crossan_fast.ops.sequence_encoder import EPS, sequence_encoder, sequence_encoder_reference
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without biases."""
+    """The weights of multi-head self-attention without biases."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.dropout = dropout
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor, packed: bool) -> Tensor:
-        """x `[B, S, d]`; mask bool `[B, S]`, True at real items, which stand at the end of each row."""
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.query, self.key, self.value))
-        p = self.dropout if self.training else 0.0
-        mixed = _packed(q, k, v, mask, p) if packed else _dense(q, k, v, mask, p)
-        return self.out(mixed.flatten(-2))
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """q, k, v `[B, S, heads, d / heads]`."""
-    places = mask.shape[1]
-    causal = torch.ones(places, places, dtype=torch.bool, device=mask.device).tril()
-    # A padding place sees itself, so that its softmax is not over nothing; nobody reads its output.
-    itself = torch.eye(places, dtype=torch.bool, device=mask.device)
-    seen = (causal & mask[:, None, :]) | itself
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], dropout_p=dropout)
-    return mixed.transpose(1, 2)
-
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """The same over the real items alone, one causal block a sequence; the lengths pass through the host."""
+    """xformers' attention over the real items alone, one causal block a sequence; see `ops.sequence_encoder`.
+
+    The lengths pass through the host.
+    """
     from xformers.ops import fmha
 
     lengths = [length for length in mask.sum(dim=1).tolist() if length]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mixed = torch.zeros_like(v)
     if lengths:
         bias = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(lengths)
@@ -62,20 +39,19 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Te
             q[mask][None], k[mask][None], v[mask][None], attn_bias=bias, p=dropout
         )
         mixed[mask] = real[0].to(mixed.dtype)
-    return mixed
+    return mixed.transpose(1, 2)
 
 
 class Block(nn.Module):
-    """Attention, then a ReLU feed-forward of width 4d, each with dropout, residual and LayerNorm after."""
+    """The weights of attention, then of a ReLU feed-forward of width 4d, each with its LayerNorm."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention = Attention(width, heads, dropout)
+        self.attention = Attention(width)
         self.attention_norm = nn.LayerNorm(width, eps=EPS)
         self.widen = nn.Linear(width, 4 * width)
         self.narrow = nn.Linear(4 * width, width)
         self.forward_norm = nn.LayerNorm(width, eps=EPS)
-        self.dropout = nn.Dropout(dropout)
 
     def weights(self) -> SequenceEncoderBlock:
         attention, after, last = self.attention, self.attention_norm, self.forward_norm
@@ -94,16 +70,12 @@ class Block(nn.Module):
             last.bias,
         )
 
-    def forward(self, x: Tensor, mask: Tensor, packed: bool) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask, packed)))
-        return self.forward_norm(x + self.dropout(self.narrow(F.relu(self.widen(x)))))
-
 
 class SequenceEncoder(nn.Module):
-    """Learned positions, LayerNorm, dropout, then the blocks.
+    """The weights of learned positions, a LayerNorm and the blocks, in the op's terms.
 
-    `backend="eager"` runs the modules below one by one; the compiled op (`crossan_fast.ops.sequence_encoder`)
-    takes their weights and runs them as one, on the real places alone.
+    What is computed with them is `crossan_fast.ops.sequence_encoder`; with `attention="xformers"` its
+    reference, around xformers' attention.
 
     Raises:
         ImportError: `attention="xformers"` where xformers is not installed.
@@ -114,10 +86,8 @@ class SequenceEncoder(nn.Module):
         width = config.embedding_dim
         self.position = nn.Embedding(config.window, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            Block(width, config.attention_heads, config.dropout) for _ in range(config.blocks)
-        )
+        self.dropout = config.dropout
+        self.blocks = nn.ModuleList(Block(width) for _ in range(config.blocks))
         self.heads = config.attention_heads
         self.packed = config.attention == "xformers"
         if self.packed:
@@ -131,29 +101,18 @@ class SequenceEncoder(nn.Module):
     def forward(self, items: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
         """items `[B, S, d]`, mask bool `[B, S]` → users `[B, S, d]`; the last place is the user's vector.
 
-        Sequences shorter than the window stand at its end, as left padding puts them. Nobody reads the output
-        at padding; it is zeros from the op.
+        Sequences shorter than the window stand at its end, as left padding puts them. Users are zeros at
+        padding.
         """
-        if self.packed and items.device.type != "cuda":
+        dropout = self.dropout if self.training else 0.0
+        if not self.packed:
+            return sequence_encoder(items, mask, self.weights(), self.heads, dropout=dropout, backend=backend)
+        if items.device.type != "cuda":
             raise ValueError(
                 f"attention: 'xformers' runs on CUDA, expected a CUDA device, got {items.device}"
             )
-        dtype = torch.promote_types(items.dtype, self.position.weight.dtype)
-        choice = choose("sequence_encoder", items.device.type, dtype, (), backend)
-        if choice.backend != "eager":
-            return self._fused(items, mask, choice.backend)
-        places = self.position.weight[-items.shape[1] :]
-        x = self.dropout(self.norm(items + places))
-        for block in self.blocks:
-            x = block(x, mask, self.packed)
-        return x
-
-    def _fused(self, items: Tensor, mask: Tensor, backend: str) -> Tensor:
-        p = self.dropout.p if self.training else 0.0
-        # From torch's own generator: a run repeats under torch.manual_seed, and no two steps drop the same.
-        seed = torch.randint(2**63 - 1, (), device=items.device) if p else None
-        return sequence_encoder(
-            items, mask, self.weights(), self.heads, dropout=p, seed=seed, backend=backend
+        return sequence_encoder_reference(
+            items, mask, self.weights(), self.heads, dropout=dropout, attend=_packed
         )
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
-from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights, side_network
+from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
+from crossan_fast.ops.side_network import side_network
 
 
 class StackedLinear(nn.Module):

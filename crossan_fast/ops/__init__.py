@@ -1,23 +1,20 @@
 """One file an op: plain-torch reference (`*_reference`), registered op with fake and gradient, dispatch."""
 
+from crossan_fast.ops._contracts import (
+    FusionWeights,
+    SequenceEncoderBlock,
+    SequenceEncoderWeights,
+    SideNetworkStructure,
+    SideNetworkWeights,
+)
 from crossan_fast.ops._dispatch import BackendUnavailable, FallbackWarning, check_backend, has_kernel
 from crossan_fast.ops.deduplicate import Deduplicated, deduplicate, deduplicate_reference
 from crossan_fast.ops.full_loss import full_loss, full_loss_reference
-from crossan_fast.ops.fusion import FusionOutput, FusionWeights, fusion, fusion_reference
+from crossan_fast.ops.fusion import FusionOutput, fusion, fusion_reference
 from crossan_fast.ops.in_batch_loss import in_batch_loss, in_batch_loss_by_place, in_batch_loss_reference
 from crossan_fast.ops.rank_of_target import rank_of_target, rank_of_target_reference
-from crossan_fast.ops.sequence_encoder import (
-    SequenceEncoderBlock,
-    SequenceEncoderWeights,
-    sequence_encoder,
-    sequence_encoder_reference,
-)
-from crossan_fast.ops.side_network import (
-    SideNetworkStructure,
-    SideNetworkWeights,
-    side_network,
-    side_network_reference,
-)
+from crossan_fast.ops.sequence_encoder import sequence_encoder, sequence_encoder_reference
+from crossan_fast.ops.side_network import side_network, side_network_reference
 from crossan_fast.ops.topk_scores import TopK, topk_scores, topk_scores_reference
 
 __all__ = [

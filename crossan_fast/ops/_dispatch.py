@@ -10,32 +10,44 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import pkgutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from crossan_fast import _build
 from crossan_fast._checks import nearest
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
-OPS = (
-    "side_network",
-    "fusion",
-    "sequence_encoder",
-    "in_batch_loss",
-    "full_loss",
-    "topk_scores",
-    "rank_of_target",
-    "deduplicate",
+# Every file or folder of ops/ whose name is no private one is an op.
+OPS = tuple(
+    sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_"))
 )
 
-# The order in which `auto` tries backends, by device type, each with the reason for its place; the first that
-# accepts is picked.
-_ORDER = {
+# Files of benchmarks/results/ with rows of `cpp` against eager, by the vectors of the CPU that gave them.
+_CPU_RESULTS = {"AVX-512": "intel-xeon-2-cores-avx512.csv"}
+
+
+@functools.cache
+def _measured_on_cpus() -> str:
+    vectors, march = _build.vectors(), _build.cpu_march()
+    elsewhere = ", ".join(f"{kind} (benchmarks/results/{name})" for kind, name in _CPU_RESULTS.items())
+    if march != "native":
+        return f"ahead of eager with {elsewhere}; not yet measured when compiled for {march}"
+    if vectors not in _CPU_RESULTS:
+        return f"ahead of eager with {elsewhere}; not yet measured with {vectors}, which this CPU has"
+    return f"measured ahead of eager with {vectors}, see benchmarks/results/{_CPU_RESULTS[vectors]}"
+
+
+# The order in which `auto` tries backends, by device type, each with the reason for its place (or what tells
+# it at run time); the first that accepts is picked.
+_ORDER: dict[str, dict[str, str | Callable[[], str]]] = {
     "cpu": {
-        "cpp": "measured ahead of eager with AVX-512, see benchmarks/results/intel-xeon-2-cores-avx512.csv",
+        "cpp": _measured_on_cpus,
         "eager": "nothing faster serves this op here",
     },
     "cuda": {
@@ -50,7 +62,8 @@ _EAGER_BY_DESIGN = {
     (
         "sequence_encoder",
         "cuda",
-    ): "torch's scaled_dot_product_attention, or xformers' where the config says so, captured with the step",
+    ): "torch's own kernels, around xformers' attention where the config says so, captured with the step",
+    ("deduplicate", "cuda"): "torch's sort, which does not wait for the device",
 }
 
 # Calls that run an op's reference whatever is picked for it, by op and device, for `crossan-fast doctor`.
@@ -62,12 +75,15 @@ REFERENCE_CALLS = {
     "item_ids.numel() + 1 always fits",
 }
 
-# Registration modules; imported when a backend is first asked for, and free of side effects until then.
+# Where a backend's implementations are found: `find(op)` of a module that is imported when first asked.
 _MODULES = {
-    "cpp": "crossan_fast.ops._compiled",
+    "cpp": "crossan_fast.ops._cpp",
     "cuda": "crossan_fast.ops._cuda",
     "triton": "crossan_fast.ops._triton",
 }
+
+
+NO_KERNEL = "has no kernel for this op"
 
 
 class FallbackWarning(UserWarning):
@@ -95,14 +111,27 @@ class Request:
     dtype: torch.dtype
     features: tuple[str, ...] = ()
 
+    def feature(self, name: str, default: str) -> str:
+        """The value of a feature `name=value`."""
+        values = [value for key, _, value in (f.partition("=") for f in self.features) if key == name]
+        return values[0] if values else default
+
+    def size(self, name: str, default: int) -> int:
+        """A feature that is a number."""
+        return int(self.feature(name, str(default)))
+
+    def sizes(self, name: str) -> list[int]:
+        """A feature that is a list of numbers."""
+        return [int(value) for value in self.feature(name, "").split(",") if value]
+
 
 @dataclass(frozen=True)
 class Implementation:
     """A backend's host functions for one op.
 
     Attributes:
-        forward: see the op's file for arguments.
-        backward: likewise; None for ops without a gradient.
+        forward: takes the arguments of the op's schema and returns what its fake says.
+        backward: likewise of `<op>_backward`; None for ops without a gradient.
         refuses: why the backend can't serve a request, or None where it can.
         not_by_default: why `auto` passes it over although it can, or None.
     """
@@ -126,40 +155,30 @@ class Choice:
     rejected: tuple[tuple[str, str], ...] = ()
 
 
-_table: dict[tuple[str, str], Implementation] = {}
-
-
-def register(op: str, backend: str, implementation: Implementation) -> None:
-    """Called by the registration modules."""
-    _table[op, backend] = implementation
-
-
 def implementation(op: str, backend: str) -> Implementation:
     """The host functions behind a choice that was made."""
-    problem = _load(backend)
-    if problem or (op, backend) not in _table:
-        raise BackendUnavailable(f"{op}: backend {backend!r}: {problem or 'has no kernel for this op'}")
-    return _table[op, backend]
+    found = _find(op, backend)
+    if isinstance(found, str):
+        raise BackendUnavailable(f"{op}: backend {backend!r}: {found}")
+    return found
 
 
 @functools.cache
-def _load(backend: str) -> str | None:
+def _find(op: str, backend: str) -> Implementation | str:
+    """A backend's host functions for an op, or why it has none."""
     try:
-        importlib.import_module(_MODULES[backend])
+        found = importlib.import_module(_MODULES[backend]).find(op)
     except ImportError as error:
         return f"{_MODULES[backend]} cannot be imported: {error}"
-    return None
+    return found or NO_KERNEL
 
 
 def refusal(request: Request, backend: str) -> str | None:
     """Why `backend` can't serve `request`, or None."""
     if backend == "eager":
         return None
-    if problem := _load(backend):
-        return problem
-    if (request.op, backend) not in _table:
-        return "has no kernel for this op"
-    return _table[request.op, backend].refuses(request)
+    found = _find(request.op, backend)
+    return found if isinstance(found, str) else found.refuses(request)
 
 
 def check_backend(backend: str) -> None:
@@ -169,16 +188,16 @@ def check_backend(backend: str) -> None:
 
 @torch.compiler.assume_constant_result
 def has_kernel(op: str, backend: str) -> bool:
-    """Whether a backend's registration module offers `op` at all; `auto` and `eager` offer every op."""
-    if backend in ("auto", "eager"):
-        return True
-    return _load(backend) is not None or (op, backend) in _table
+    """Whether a backend offers `op` at all; `auto` and `eager` offer every op.
+
+    So does one that cannot be imported, until `choose` says why it cannot.
+    """
+    return backend in ("auto", "eager") or _find(op, backend) != NO_KERNEL
 
 
 def _passed_over(request: Request, backend: str) -> str | None:
-    if backend == "eager" or _load(backend) or (request.op, backend) not in _table:
-        return None  # for refusal() to put into words
-    return _table[request.op, backend].not_by_default
+    found = _find(request.op, backend) if backend != "eager" else None
+    return found.not_by_default if isinstance(found, Implementation) else None
 
 
 @torch.compiler.assume_constant_result
@@ -194,6 +213,12 @@ def choose(
         BackendUnavailable: a backend that was asked for by name refuses.
     """
     return _choose(Request(op, device, dtype, features), _wanted(backend))
+
+
+def foresee(op: str, device: str, dtype: torch.dtype) -> Choice:
+    """What `choose` picks, told without building what is not built yet, and forgotten."""
+    with _build.foreseeing():
+        return _choose.__wrapped__(Request(op, device, dtype), _wanted("auto"))
 
 
 def _wanted(backend: str) -> str:
@@ -229,7 +254,8 @@ def _choose(request: Request, wanted: str) -> Choice:
                 FallbackWarning,
                 stacklevel=2,
             )
-        return Choice(backend, reason_for, tuple(rejected))
+        why = reason_for if isinstance(reason_for, str) else reason_for()
+        return Choice(backend, why, tuple(rejected))
     return Choice("eager", f"the only backend for {request.device}", tuple(rejected))
 
 

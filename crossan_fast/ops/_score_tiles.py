@@ -15,14 +15,16 @@ from torch import Tensor
 from crossan_fast._checks import check_tensor, describe
 
 TILE = 4096
-# Scores formed at a time: as many as stay in a core's cache while the features pass.
+# Scores formed at a time on a CPU: as many as stay in a core's cache while the features pass.
 BLOCK = 2**18
 
 
 def dot_products(users: Tensor, items: Tensor) -> Tensor:
     """users `[B, d]` times items `[n, d]` or `[B, n, d]`: `[B, n]`, summed in fp32 at least, rounded once."""
     wide = torch.promote_types(users.dtype, torch.float32)
-    rows = max(1, BLOCK // max(1, items.shape[-2]))
+    rows = max(1, users.shape[0])
+    if users.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses them itself
+        rows = max(1, BLOCK // max(1, items.shape[-2]))
     blocks = [
         _summed(block.to(wide), (items if items.dim() == 2 else items[i * rows : (i + 1) * rows]).to(wide))
         for i, block in enumerate(users.split(rows))
@@ -55,10 +57,10 @@ def score_tiles(users: Tensor, items: Tensor, exclude: Tensor | None) -> Iterato
 def check_ranking(users: Tensor, items: Tensor, exclude: Tensor | None) -> None:
     """Raise unless the arguments that the ranking ops share fit each other."""
     check_tensor("users", users, (None, None))
-    check_tensor("items", items, (None, users.shape[1]), dtypes=(users.dtype,), device=users.device)
+    check_tensor("items", items, (None, users.shape[1]), dtypes=(users.dtype,))
     if items.shape[0] < 2:
         raise ValueError(f"items: expected a padding row and at least one item, got {describe(items)}")
     if exclude is not None:
-        check_tensor("exclude", exclude, (None, None), dtypes=(torch.int64,), device=users.device)
+        check_tensor("exclude", exclude, (None, None), dtypes=(torch.int64,))
         if exclude.shape[0] != users.shape[0]:
             raise ValueError(f"exclude: expected a row for each row of users, got {describe(exclude)}")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import describe
-from crossan_fast.ops._dispatch import choose, implementation
-from crossan_fast.ops._registration import define
+from crossan_fast.ops._dispatch import choose
+from crossan_fast.ops._registration import define, on_one_device
 
 
 class Deduplicated(NamedTuple):
@@ -50,13 +50,39 @@ def deduplicate_reference(item_ids: Tensor, capacity: int | None = None) -> Dedu
     return Deduplicated(ids, inverse[1:].reshape(item_ids.shape), counts)
 
 
+def first_places(slots: Tensor, count: int) -> Tensor:
+    """For each of `count` slots the first place that has it, `[count]`; 0 for slots that no place has."""
+    flat = slots.reshape(-1)
+    places = torch.arange(flat.numel(), device=flat.device)
+    first = flat.new_full((count,), flat.numel()).scatter_reduce(0, flat, places, "amin")
+    return torch.where(first == flat.numel(), 0, first)
+
+
+def deduplicate_without_waiting(item_ids: Tensor, capacity: int) -> Deduplicated:
+    """The same of fixed shapes, in plain torch that asks the device for nothing: what `eager` runs on a GPU.
+
+    More distinct ids than `capacity` − 1 cannot raise here; places of those beyond become padding.
+    """
+    flat = item_ids.reshape(-1).to(torch.int64)
+    ordered, order = torch.sort(torch.cat([flat.new_zeros(1), flat]))
+    slot = torch.cat([flat.new_zeros(1), (ordered[1:] != ordered[:-1]).to(torch.int64)]).cumsum(0)
+    # One slot more than there are takes the writes of ids that do not fit.
+    kept = slot.clamp_max(capacity)
+    ids = flat.new_zeros(capacity + 1).scatter_(0, kept, ordered)
+    counts = flat.new_zeros(capacity + 1).scatter_add_(0, kept, torch.ones_like(kept))
+    slots = torch.zeros_like(slot).scatter_(0, order, torch.where(slot < capacity, slot, 0))
+    counts[0].zero_()
+    return Deduplicated(ids[:capacity], slots[1:].reshape(item_ids.shape), counts[:capacity])
+
+
+@on_one_device
 def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str = "auto") -> Deduplicated:
     """The distinct ids of a batch; arguments as `deduplicate_reference`.
 
-    With a `capacity` the result's shape is known, and backends on a GPU do not wait for the device; more
-    distinct ids than fit are then an error only where the ids are on the CPU. A capacity of
-    `item_ids.numel() + 1` always fits. Without one the reference runs on a GPU and where `torch.compile`
-    traces, whatever the backend.
+    With a `capacity` the result's shape is known, and no backend on a GPU waits for the device; more distinct
+    ids than fit are then an error only where the ids are on the CPU. A capacity of `item_ids.numel() + 1`
+    always fits. Without one the reference runs on a GPU and where `torch.compile` traces, whatever the
+    backend.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, named.
@@ -66,26 +92,25 @@ def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str =
         raise TypeError(f"item_ids: expected int64 or int32, got {describe(item_ids)}")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity: expected at least 1, got {capacity}")
+    on_cpu = item_ids.device.type == "cpu"
     choice = choose("deduplicate", item_ids.device.type, torch.int64, (), backend)
     if choice.backend == "eager":
-        return deduplicate_reference(item_ids, capacity)
-    if capacity is None:
-        # Nothing is saved on a GPU, which has to be asked for the size; a traced op has to know it.
-        if item_ids.device.type != "cpu" or torch.compiler.is_compiling():
-            return deduplicate_reference(item_ids)
-        return Deduplicated(*implementation("deduplicate", choice.backend).forward(item_ids, None))
+        if capacity is None or on_cpu:
+            return deduplicate_reference(item_ids, capacity)
+        return deduplicate_without_waiting(item_ids, capacity)
+    # A GPU has to be asked for the size, which saves nothing there; a traced op has to know it.
+    if capacity is None and (not on_cpu or torch.compiler.is_compiling()):
+        return deduplicate_reference(item_ids)
     return Deduplicated(*_deduplicate(item_ids, capacity, choice.backend))
 
 
-def _run(item_ids, capacity, backend):
-    return implementation("deduplicate", backend).forward(item_ids, capacity)
-
-
-def _fake(item_ids, capacity, backend):
-    ids = item_ids.new_empty((capacity,), dtype=torch.int64)
+def _fake(item_ids, capacity):
+    if capacity is None:
+        size = torch.library.get_ctx().new_dynamic_size()
+    else:
+        size = capacity
+    ids = item_ids.new_empty((size,), dtype=torch.int64)
     return ids, item_ids.new_empty(item_ids.shape, dtype=torch.int64), torch.empty_like(ids)
 
 
-_deduplicate = define(
-    "deduplicate(Tensor item_ids, int capacity, str backend) -> (Tensor, Tensor, Tensor)", _run, _fake
-)
+_deduplicate = define("deduplicate(Tensor item_ids, int? capacity) -> (Tensor, Tensor, Tensor)", _fake)

@@ -1,4 +1,4 @@
-"""full_loss: softmax over the whole catalogue (SPEC, "Losses"): no correction, no mask but padding."""
+"""full_loss: softmax over the whole catalogue (docs/mathematics.md), nothing masked but padding."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._dispatch import choose, compute_dtype
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 
 def full_loss_reference(users: Tensor, items: Tensor, targets: Tensor) -> Tensor:
@@ -29,6 +29,7 @@ def full_loss_reference(users: Tensor, items: Tensor, targets: Tensor) -> Tensor
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
 
 
+@on_one_device
 def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """Softmax cross entropy over the catalogue; arguments as `full_loss_reference`.
 
@@ -40,8 +41,8 @@ def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
     device = users.device
-    check_tensor("items", items, (None, users.shape[-1]), device=device)
-    check_tensor("targets", targets, (None,) * (users.dim() - 1), dtypes=(torch.int64,), device=device)
+    check_tensor("items", items, (None, users.shape[-1]))
+    check_tensor("targets", targets, (None,) * (users.dim() - 1), dtypes=(torch.int64,))
     if targets.shape != users.shape[:-1]:
         raise ValueError(f"targets: expected the shape of users without d, got {describe(targets)}")
     dtype = compute_dtype(device.type, torch.promote_types(users.dtype, items.dtype))
@@ -54,23 +55,13 @@ def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "
     return _full_loss(users, items, targets.reshape(-1), choice.backend)[0]
 
 
-def _run(users, items, targets, backend):
+def _fake(users, items, targets):
     """The loss, and each row's log-sum-exp `[R]` for the backward."""
-    return implementation("full_loss", backend).forward(users, items, targets)
-
-
-def _run_backward(grad_loss, lse, users, items, targets, backend):
-    backward = implementation("full_loss", backend).backward
-    assert backward is not None
-    return backward(grad_loss, lse, users, items, targets)
-
-
-def _fake(users, items, targets, backend):
     wide = torch.promote_types(users.dtype, torch.float32)
     return users.new_empty((), dtype=wide), users.new_empty(users.shape[:1], dtype=wide)
 
 
-def _fake_backward(grad_loss, lse, users, items, targets, backend):
+def _fake_backward(grad_loss, lse, users, items, targets):
     return users.new_empty(users.shape), items.new_empty(items.shape)
 
 
@@ -88,10 +79,8 @@ def _backward(ctx, grad_loss, _):
 
 
 _TENSORS = "Tensor users, Tensor items, Tensor targets"
-_full_loss = define(f"full_loss({_TENSORS}, str backend) -> (Tensor, Tensor)", _run, _fake)
+_full_loss = define(f"full_loss({_TENSORS}) -> (Tensor, Tensor)", _fake)
 _full_loss_backward = define(
-    f"full_loss_backward(Tensor grad_loss, Tensor lse, {_TENSORS}, str backend) -> (Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+    f"full_loss_backward(Tensor grad_loss, Tensor lse, {_TENSORS}) -> (Tensor, Tensor)", _fake_backward
 )
 differentiate(_full_loss, _keep, _backward)

@@ -1,4 +1,4 @@
-"""fusion: MOMEF, the mixture of modality expert fusion ◊ (SPEC, "MOMEF").
+"""fusion: MOMEF, the mixture of modality expert fusion ◊ (docs/mathematics.md, "Fusion").
 
     e_m = W_head,m h_m + b_head,m            p = softmax(W_r [e_1 ‖ … ‖ e_M] + b_r)
     E_m(e) = e + W2_m · gelu(W1_m e + b1_m) + b2_m          item = Σ_m p_m · E_m(e_m)
@@ -18,32 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
-from crossan_fast.ops._registration import define, differentiate
-
-
-class FusionWeights(NamedTuple):
-    """The trainable tensors of MOMEF; M modalities, item width d, expert hidden width f (4d).
-
-    Attributes:
-        head_weight: per modality `[d, D_m]`.
-        head_bias: per modality `[d]`.
-        router_weight: `[M, M·d]`.
-        router_bias: `[M]`.
-        w1: `[M, f, d]`.
-        b1: `[M, f]`.
-        w2: `[M, d, f]`.
-        b2: `[M, d]`.
-    """
-
-    head_weight: Sequence[Tensor]
-    head_bias: Sequence[Tensor]
-    router_weight: Tensor
-    router_bias: Tensor
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
+from crossan_fast.ops._contracts import FusionWeights
+from crossan_fast.ops._dispatch import choose, compute_dtype
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 
 class FusionOutput(NamedTuple):
@@ -127,6 +104,7 @@ def _balance(probability: Tensor, exists: Tensor, k: int, counts: Tensor | None)
     return probability.shape[1] * (fraction.detach() * mean).sum()
 
 
+@on_one_device
 def fusion(
     hidden: Sequence[Tensor],
     weights: FusionWeights,
@@ -153,9 +131,8 @@ def fusion(
     if choice.backend == "eager":
         output = fusion_reference(hidden, weights, present=present, top_k=top_k, counts=counts, dtype=default)
         return FusionOutput(output.items.to(dtype), output.balance)
-    flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
     items, assigned, probability, *_ = _fusion(
-        list(hidden), flat, present, top_k, counts, dtype, choice.backend
+        list(hidden), weights.flatten(), present, top_k, counts, dtype, choice.backend
     )
     return FusionOutput(items, len(hidden) * (assigned * probability).sum())
 
@@ -168,7 +145,6 @@ def _check(
     counts: Tensor | None,
 ) -> None:
     modalities, expansion, width = weights.w1.shape
-    device = weights.w1.device
     for name, group in (
         ("hidden", hidden),
         ("head_weight", weights.head_weight),
@@ -178,16 +154,16 @@ def _check(
             raise ValueError(f"{name}: expected {modalities} tensors, got {len(group)}")
     count = hidden[0].shape[0]
     for m, (h, weight) in enumerate(zip(hidden, weights.head_weight, strict=True)):
-        check_tensor(f"head_weight[{m}]", weight, (width, None), device=device)
-        check_tensor(f"head_bias[{m}]", weights.head_bias[m], (width,), device=device)
-        check_tensor(f"hidden[{m}]", h, (None, weight.shape[1]), device=device)
+        check_tensor(f"head_weight[{m}]", weight, (width, None))
+        check_tensor(f"head_bias[{m}]", weights.head_bias[m], (width,))
+        check_tensor(f"hidden[{m}]", h, (None, weight.shape[1]))
         if h.shape[0] != count:
             raise ValueError(f"hidden[{m}]: expected {count} rows as in hidden[0], got {describe(h)}")
-    check_tensor("router_weight", weights.router_weight, (modalities, modalities * width), device=device)
-    check_tensor("router_bias", weights.router_bias, (modalities,), device=device)
-    check_tensor("b1", weights.b1, (modalities, expansion), device=device)
-    check_tensor("w2", weights.w2, (modalities, width, expansion), device=device)
-    check_tensor("b2", weights.b2, (modalities, width), device=device)
+    check_tensor("router_weight", weights.router_weight, (modalities, modalities * width))
+    check_tensor("router_bias", weights.router_bias, (modalities,))
+    check_tensor("b1", weights.b1, (modalities, expansion))
+    check_tensor("w2", weights.w2, (modalities, width, expansion))
+    check_tensor("b2", weights.b2, (modalities, width))
     if top_k is not None and not 1 <= top_k <= modalities:
         raise ValueError(f"top_k: expected 1 to {modalities}, got {top_k}")
     for name, rows, shape, dtype in (
@@ -195,45 +171,13 @@ def _check(
         ("counts", counts, (None,), torch.int64),
     ):
         if rows is not None:
-            check_tensor(name, rows, shape, dtypes=(dtype,), device=device)
+            check_tensor(name, rows, shape, dtypes=(dtype,))
             if rows.shape[0] != count:
                 raise ValueError(f"{name}: expected {count} rows as in hidden, got {describe(rows)}")
 
 
-def _unflatten(tensors: Sequence[Tensor], modalities: int) -> FusionWeights:
-    heads, biases = tensors[:modalities], tensors[modalities : 2 * modalities]
-    return FusionWeights(heads, biases, *tensors[2 * modalities :])
-
-
-def _run(hidden, weights, present, top_k, counts, dtype, backend):
+def _fake(hidden, weights, present, top_k, counts, dtype):
     """Items, f `[M]`, P `[M]`; for the backward e `[N, M·d]` and the router's logits `[N, M]`."""
-    items, assigned, probability, saved = implementation("fusion", backend).forward(
-        hidden, _unflatten(weights, len(hidden)), present, top_k, counts, dtype
-    )
-    return [items, assigned, probability, *saved]
-
-
-def _run_backward(
-    grad_items, grad_probability, saved, hidden, weights, present, top_k, counts, dtype, backend
-):
-    """Gradients of `hidden`, then of `weights`."""
-    backward = implementation("fusion", backend).backward
-    assert backward is not None
-    grad_hidden, grad_weights = backward(
-        grad_items,
-        grad_probability,
-        saved,
-        hidden,
-        _unflatten(weights, len(hidden)),
-        present,
-        top_k,
-        counts,
-        dtype,
-    )
-    return [*grad_hidden, *grad_weights]
-
-
-def _fake(hidden, weights, present, top_k, counts, dtype, backend):
     modalities, count = len(hidden), hidden[0].shape[0]
     width, wide = weights[0].shape[0], torch.promote_types(dtype, torch.float32)
     empty = hidden[0].new_empty
@@ -247,6 +191,7 @@ def _fake(hidden, weights, present, top_k, counts, dtype, backend):
 
 
 def _fake_backward(grad_items, grad_probability, saved, hidden, weights, *rest):
+    """Gradients of `hidden`, then of `weights`."""
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*hidden, *weights)]
 
 
@@ -276,14 +221,10 @@ def _backward(ctx, grad_items, _, grad_probability, *__):
     return gradients[: ctx.num_hidden], gradients[ctx.num_hidden :], None, None
 
 
-_COMMON = (
-    "Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype, "
-    "str backend"
-)
-_fusion = define(f"fusion({_COMMON}) -> Tensor[]", _run, _fake)
+_COMMON = "Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype"
+_fusion = define(f"fusion({_COMMON}) -> Tensor[]", _fake)
 _fusion_backward = define(
     f"fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor[] saved, {_COMMON}) -> Tensor[]",
-    _run_backward,
     _fake_backward,
 )
 differentiate(_fusion, _keep, _backward)

@@ -1,4 +1,4 @@
-"""in_batch_loss: IISAN's debiased in-batch softmax, exact over the batch's distinct ids (SPEC, "Losses").
+"""in_batch_loss: IISAN's debiased in-batch softmax over a batch's distinct ids (docs/mathematics.md).
 
 Row (b, s) with a real item at s predicts item[b, s+1]. With logit = ⟨user, item⟩ − log pop(item), U the
 batch's distinct ids and n_u their counts,
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._dispatch import choose, compute_dtype
+from crossan_fast.ops._registration import define, differentiate, on_one_device
+from crossan_fast.ops.deduplicate import Deduplicated
 
 
 def in_batch_loss_reference(
@@ -45,6 +46,26 @@ def in_batch_loss_reference(
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
 
 
+def refuse_without_negatives(item_ids: Tensor, unique: Deduplicated) -> None:
+    """Raise where no row of a batch has a negative: its loss is 0 whatever the model, and nothing learns.
+
+    Args:
+        item_ids: `[B, S+1]`, left-padded with 0.
+        unique: `deduplicate(item_ids)`, without a capacity.
+    """
+    distinct = unique.ids.numel() - 1
+    if distinct > item_ids.shape[1] or torch.compiler.is_compiling():  # more than one sequence holds
+        return
+    ordered = item_ids[item_ids[:, -2] != 0].sort(dim=1).values
+    own = (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + (ordered[:, 0] != 0)
+    if bool((own == distinct).all()):
+        raise ValueError(
+            "item_ids: expected items of other sequences as negatives for loss 'in_batch', got none: each of "
+            f"the {len(own)} with a target holds all {distinct} distinct items of the batch"
+        )
+
+
+@on_one_device
 def in_batch_loss_by_place(users: Tensor, items: Tensor, item_ids: Tensor, log_popularity: Tensor) -> Tensor:
     """The same loss with a column for every place of the batch, as IISAN states it.
 
@@ -67,6 +88,7 @@ def in_batch_loss_by_place(users: Tensor, items: Tensor, item_ids: Tensor, log_p
     return torch.where(rows, loss, 0).sum() / rows.sum().clamp_min(1)
 
 
+@on_one_device
 def in_batch_loss(
     users: Tensor,
     items: Tensor,
@@ -87,12 +109,12 @@ def in_batch_loss(
     """
     check_tensor("users", users, (None, None, None))
     device = users.device
-    check_tensor("items", items, (None, users.shape[2]), device=device)
-    check_tensor("slots", slots, (None, None), dtypes=(torch.int64,), device=device)
+    check_tensor("items", items, (None, users.shape[2]))
+    check_tensor("slots", slots, (None, None), dtypes=(torch.int64,))
     if slots.shape[0] != users.shape[0] or slots.shape[1] != users.shape[1] + 1:
         raise ValueError(f"slots: expected [B, S + 1] to users' [B, S, d], got {describe(slots)}")
-    check_tensor("counts", counts, (None,), dtypes=(torch.int64,), device=device)
-    check_tensor("log_popularity", log_popularity, (None,), device=device)
+    check_tensor("counts", counts, (None,), dtypes=(torch.int64,))
+    check_tensor("log_popularity", log_popularity, (None,))
     for name, column in (("counts", counts), ("log_popularity", log_popularity)):
         if column.shape[0] != items.shape[0]:
             raise ValueError(f"{name}: expected an entry for each row of items, got {describe(column)}")
@@ -106,18 +128,8 @@ def in_batch_loss(
     return _in_batch_loss(users, items, slots, counts, log_popularity.to(wide), choice.backend)[0]
 
 
-def _run(users, items, slots, counts, log_popularity, backend):
+def _fake(users, items, slots, counts, log_popularity):
     """The loss, and each row's log-sum-exp `[B, S]` for the backward."""
-    return implementation("in_batch_loss", backend).forward(users, items, slots, counts, log_popularity)
-
-
-def _run_backward(grad_loss, lse, users, items, slots, counts, log_popularity, backend):
-    backward = implementation("in_batch_loss", backend).backward
-    assert backward is not None
-    return backward(grad_loss, lse, users, items, slots, counts, log_popularity)
-
-
-def _fake(users, items, slots, counts, log_popularity, backend):
     wide = torch.promote_types(users.dtype, torch.float32)
     return users.new_empty((), dtype=wide), users.new_empty(users.shape[:2], dtype=wide)
 
@@ -140,10 +152,8 @@ def _backward(ctx, grad_loss, _):
 
 
 _TENSORS = "Tensor users, Tensor items, Tensor slots, Tensor counts, Tensor log_popularity"
-_in_batch_loss = define(f"in_batch_loss({_TENSORS}, str backend) -> (Tensor, Tensor)", _run, _fake)
+_in_batch_loss = define(f"in_batch_loss({_TENSORS}) -> (Tensor, Tensor)", _fake)
 _in_batch_loss_backward = define(
-    f"in_batch_loss_backward(Tensor grad_loss, Tensor lse, {_TENSORS}, str backend) -> (Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+    f"in_batch_loss_backward(Tensor grad_loss, Tensor lse, {_TENSORS}) -> (Tensor, Tensor)", _fake_backward
 )
 differentiate(_in_batch_loss, _keep, _backward)

@@ -1,4 +1,4 @@
-"""rank_of_target: where a user's target stands in the full ranking (SPEC, "Evaluation").
+"""rank_of_target: where a user's target stands in the full ranking (docs/mathematics.md, "Evaluation").
 
 rank = 1 + #{j ≠ t : score_j ≥ score_t}: ties count against the target, so a constant scorer gets nothing.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, implementation
-from crossan_fast.ops._registration import define
+from crossan_fast.ops._dispatch import choose
+from crossan_fast.ops._registration import define, on_one_device
 from crossan_fast.ops._score_tiles import check_ranking, dot_products, score_tiles
 
 
@@ -39,6 +39,7 @@ def rank_of_target_reference(
     return ahead  # the target itself is among the counted: that is the 1
 
 
+@on_one_device
 def rank_of_target(
     users: Tensor,
     items: Tensor,
@@ -54,7 +55,7 @@ def rank_of_target(
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
     check_ranking(users, items, exclude)
-    check_tensor("targets", targets, (None,), dtypes=(torch.int64,), device=users.device)
+    check_tensor("targets", targets, (None,), dtypes=(torch.int64,))
     if targets.shape[0] != users.shape[0]:
         raise ValueError(f"targets: expected an id for each row of users, got {describe(targets)}")
     users, items = users.detach(), items.detach()
@@ -64,16 +65,10 @@ def rank_of_target(
     return _rank_of_target(users, items, targets, exclude, choice.backend)
 
 
-def _run(users, items, targets, exclude, backend):
-    return implementation("rank_of_target", backend).forward(users, items, targets, exclude)
-
-
-def _fake(users, items, targets, exclude, backend):
+def _fake(users, items, targets, exclude):
     return users.new_empty(users.shape[:1], dtype=torch.int64)
 
 
 _rank_of_target = define(
-    "rank_of_target(Tensor users, Tensor items, Tensor targets, Tensor? exclude, str backend) -> Tensor",
-    _run,
-    _fake,
+    "rank_of_target(Tensor users, Tensor items, Tensor targets, Tensor? exclude) -> Tensor", _fake
 )

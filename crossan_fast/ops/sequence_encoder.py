@@ -1,4 +1,4 @@
-"""sequence_encoder: SASRec as IISAN has it (SPEC, "Sequence encoder"), over a batch of left-padded sequences.
+"""sequence_encoder: SASRec as IISAN has it (docs/mathematics.md), over a batch of left-padded sequences.
 
     x = drop(LN(item + position)), then for each block
     x ← LN(x + drop(W_out A(x))),      A(x) = drop(softmax(q kᵀ / √d_head)) v a head, over real places so far
@@ -13,61 +13,22 @@ included.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._dispatch import choose, implementation
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._contracts import SequenceEncoderWeights
+from crossan_fast.ops._dispatch import choose
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 EPS = 1e-6
 
-
-class SequenceEncoderBlock(NamedTuple):
-    """One block's tensors; item width d, feed-forward width f (4d). No bias in attention.
-
-    Attributes:
-        query, key, value, out: `[d, d]`.
-        attention_gain, attention_bias: `[d]`, the norm after attention.
-        widen, widen_bias: `[f, d]`, `[f]`.
-        narrow, narrow_bias: `[d, f]`, `[d]`.
-        forward_gain, forward_bias: `[d]`, the norm after the feed-forward.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    out: Tensor
-    attention_gain: Tensor
-    attention_bias: Tensor
-    widen: Tensor
-    widen_bias: Tensor
-    narrow: Tensor
-    narrow_bias: Tensor
-    forward_gain: Tensor
-    forward_bias: Tensor
-
-
-class SequenceEncoderWeights(NamedTuple):
-    """The trainable tensors.
-
-    Attributes:
-        position: `[window, d]`; sequences shorter than the window use its last rows.
-        gain, bias: `[d]`, the norm before the blocks.
-        blocks: see `SequenceEncoderBlock`.
-    """
-
-    position: Tensor
-    gain: Tensor
-    bias: Tensor
-    blocks: Sequence[SequenceEncoderBlock]
-
-    def flatten(self) -> list[Tensor]:
-        return [self.position, self.gain, self.bias, *(tensor for block in self.blocks for tensor in block)]
+# (q, k, v `[B, heads, S, d / heads]`, mask, dropout) → what each place reads, shaped as q: softmax attention
+# over the real places so far, with dropout on its probabilities.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def sequence_encoder_reference(
@@ -78,6 +39,7 @@ def sequence_encoder_reference(
     *,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    attend: Attend | None = None,
 ) -> Tensor:
     """The definition, in plain torch, usable in float64.
 
@@ -87,7 +49,8 @@ def sequence_encoder_reference(
         weights: see `SequenceEncoderWeights`.
         heads: a divisor of d.
         dropout: the probability p of a zero; what is kept is divided by 1 − p.
-        seed: int64 scalar, needed where `dropout` is not 0.
+        seed: int64 scalar that dropout is a function of; None: torch's own generator draws it.
+        attend: a library's attention in place of the one written out here.
 
     Returns:
         `[B, S, d]`, a vector for each prefix, zeros at padding.
@@ -96,11 +59,12 @@ def sequence_encoder_reference(
     real = mask[..., None]
 
     def drop(x: Tensor, site: int) -> Tensor:
-        """x `[B, S, columns]`."""
+        """x `[B, S, …]`; what follows counts as columns, in order."""
         if not dropout:
             return x
-        assert seed is not None
-        keep = dropout_mask(seed, site, batch * places, x.shape[-1], dropout).view_as(x)
+        if seed is None:
+            return F.dropout(x, dropout)
+        keep = dropout_mask(seed, site, batch * places, x.shape[2:].numel(), dropout).view(x.shape)
         return torch.where(keep, x / (1 - dropout), 0)
 
     def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -117,11 +81,13 @@ def sequence_encoder_reference(
     x = drop(norm(x, weights.gain, weights.bias), 0)
     for index, block in enumerate(weights.blocks):
         q, k, v = split(x, block.query), split(x, block.key), split(x, block.value)
-        scores = (q @ k.mT) * (width // heads) ** -0.5
-        probability = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
-        by_place = probability.transpose(1, 2).reshape(batch, places, heads * places)
-        probability = drop(by_place, 3 * index + 1).view(batch, places, heads, places).transpose(1, 2)
-        mixed = (probability @ v).transpose(1, 2).reshape(batch, places, width)
+        if attend is None:
+            scores = (q @ k.mT) * (width // heads) ** -0.5
+            probability = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+            mixed = drop(probability.transpose(1, 2), 3 * index + 1).transpose(1, 2) @ v
+        else:
+            mixed = attend(q, k, v, mask, dropout)
+        mixed = mixed.transpose(1, 2).reshape(batch, places, width)
         attended = drop(F.linear(mixed, block.out), 3 * index + 2)
         x = norm(x + attended, block.attention_gain, block.attention_bias)
         inner = F.relu(F.linear(x, block.widen, block.widen_bias))
@@ -152,6 +118,7 @@ def dropout_mask(seed: Tensor, site: int, places: int, columns: int, probability
     return words.gather(0, which[None])[0] >= min(round(probability * 2**32), low)
 
 
+@on_one_device
 def sequence_encoder(
     items: Tensor,
     mask: Tensor,
@@ -179,9 +146,12 @@ def sequence_encoder(
             return sequence_encoder_reference(
                 items.to(dtype), mask, weights, heads, dropout=dropout, seed=seed
             )
+    if dropout and seed is None:
+        # From torch's own generator: a run repeats under torch.manual_seed, and no two steps drop the same.
+        seed = torch.randint(2**63 - 1, (), device=items.device)
     flat = weights.flatten()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (items, *flat))
-    return _sequence_encoder(items, mask, flat, heads, dropout, seed, keep, dtype, choice.backend)[0]
+    return _sequence_encoder(items, mask, flat, heads, EPS, dropout, seed, keep, dtype, choice.backend)[0]
 
 
 def _check(
@@ -194,47 +164,30 @@ def _check(
 ) -> None:
     width = weights.gain.shape[0]
     check_tensor("items", items, (None, None, width))
-    device = items.device
-    check_tensor("mask", mask, (None, None), dtypes=(torch.bool,), device=device)
+    check_tensor("mask", mask, (None, None), dtypes=(torch.bool,))
     if mask.shape != items.shape[:2]:
         raise ValueError(f"mask: expected {list(items.shape[:2])} as in items, got {describe(mask)}")
-    check_tensor("position", weights.position, (None, width), device=device)
+    check_tensor("position", weights.position, (None, width))
     if items.shape[1] > weights.position.shape[0]:
         raise ValueError(
             f"items: expected at most {weights.position.shape[0]} places, the rows of position, "
             f"got {describe(items)}"
         )
-    check_tensor("bias", weights.bias, (width,), device=device)
+    check_tensor("bias", weights.bias, (width,))
     for index, block in enumerate(weights.blocks):
         inner = block.widen.shape[0]
         shapes = [(width, width)] * 4 + [(width,)] * 2 + [(inner, width), (inner,), (width, inner)]
         shapes += [(width,)] * 3
         for name, tensor, shape in zip(block._fields, block, shapes, strict=True):
             # The names are put together only for a complaint: this runs at every step.
-            if tensor.shape != shape or tensor.device != device:
-                check_tensor(f"blocks[{index}].{name}", tensor, shape, device=device)
+            if tensor.shape != shape:
+                check_tensor(f"blocks[{index}].{name}", tensor, shape)
     if heads < 1 or width % heads:
         raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
     if seed is not None:
-        check_tensor("seed", seed, (), dtypes=(torch.int64,), device=device)
-    elif dropout:
-        raise ValueError(f"seed: dropout={dropout} needs an int64 scalar, got None")
-
-
-def _run(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
-    """Users, and with `keep` what the backward reads: `[B·S, kept_width]`, else no rows of it."""
-    return implementation("sequence_encoder", backend).forward(
-        items, mask, weights, heads, EPS, dropout, seed, keep, dtype
-    )
-
-
-def _run_backward(grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend):
-    """Gradients of `items`, then of `weights`."""
-    backward = implementation("sequence_encoder", backend).backward
-    assert backward is not None
-    return backward(grad_users, kept, items, mask, weights, heads, EPS, dropout, seed, dtype)
+        check_tensor("seed", seed, (), dtypes=(torch.int64,))
 
 
 def kept_width(width: int, inner: int, heads: int, blocks: int) -> int:
@@ -245,21 +198,23 @@ def kept_width(width: int, inner: int, heads: int, blocks: int) -> int:
     return blocks * (rows + heads + 2) + 2 * (width + 16) + 1
 
 
-def _fake(items, mask, weights, heads, dropout, seed, keep, dtype, backend):
-    blocks = (len(weights) - 3) // 12
-    inner = weights[9].shape[0] if blocks else 0
+def _fake(items, mask, weights, heads, eps, dropout, seed, keep, dtype):
+    """Users, and with `keep` what the backward reads: `[B·S, kept_width]`, else no rows of it."""
+    layers = SequenceEncoderWeights.unflatten(weights).blocks
+    blocks, inner = len(layers), layers[0].widen.shape[0] if layers else 0
     wide = torch.promote_types(dtype, torch.float32)
     kept = (items.shape[0] * items.shape[1] if keep else 0, kept_width(items.shape[2], inner, heads, blocks))
     return items.new_empty(items.shape, dtype=dtype), items.new_empty(kept, dtype=wide)
 
 
 def _fake_backward(grad_users, kept, items, mask, weights, *rest):
+    """Gradients of `items`, then of `weights`."""
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (items, *weights)]
 
 
 def _keep(ctx, arguments, output):
-    items, mask, weights, heads, dropout, seed, _, dtype, backend = arguments
-    ctx.static = heads, dropout, dtype, backend
+    items, mask, weights, heads, eps, dropout, seed, _, dtype, backend = arguments
+    ctx.static = heads, eps, dropout, dtype, backend
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], items, mask, seed, *weights)
 
@@ -268,21 +223,19 @@ def _backward(ctx, grad_users, _):
     if grad_users is None:
         return (None,) * 4
     kept, items, mask, seed, *weights = ctx.saved_tensors
-    heads, dropout, dtype, backend = ctx.static
+    heads, eps, dropout, dtype, backend = ctx.static
     grad_items, *grad_weights = _sequence_encoder_backward(
-        grad_users, kept, items, mask, weights, heads, dropout, seed, dtype, backend
+        grad_users, kept, items, mask, weights, heads, eps, dropout, seed, dtype, backend
     )
     return grad_items, None, grad_weights, None
 
 
-_COMMON = "Tensor items, Tensor mask, Tensor[] weights, int heads, float dropout, Tensor? seed"
+_COMMON = "Tensor items, Tensor mask, Tensor[] weights, int heads, float eps, float dropout, Tensor? seed"
 _sequence_encoder = define(
-    f"sequence_encoder({_COMMON}, bool keep, ScalarType dtype, str backend) -> (Tensor, Tensor)", _run, _fake
+    f"sequence_encoder({_COMMON}, bool keep, ScalarType dtype) -> (Tensor, Tensor)", _fake
 )
 _sequence_encoder_backward = define(
-    f"sequence_encoder_backward(Tensor grad_users, Tensor kept, {_COMMON}, ScalarType dtype, str backend) "
-    "-> Tensor[]",
-    _run_backward,
+    f"sequence_encoder_backward(Tensor grad_users, Tensor kept, {_COMMON}, ScalarType dtype) -> Tensor[]",
     _fake_backward,
 )
 differentiate(_sequence_encoder, _keep, _backward)

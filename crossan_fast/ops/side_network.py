@@ -1,6 +1,6 @@
 """side_network: every tower's last hidden state from cached backbone states, in one op.
 
-With c[m] the states of modality m, μ = sigmoid(θ / τ) and A the side adapter (SPEC, "Side network")
+With c[m] the states of modality m, μ = sigmoid(θ / τ) and A the side adapter (docs/mathematics.md)
 `A(x) = x + W_up · act(W_down x + b_down) + b_up`, a tower of modality m starts at h = 0 and walks levels l:
 
     x = μ[l]·c[m][:, l] + (1 − μ[l])·h + Σ_{n≠m} tanh(ν[n, l])·T_{n→m}(s[n, l]),    h ← A[l](x)
@@ -17,131 +17,18 @@ tower without a present source gives zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast.config import CrossanConfig
-from crossan_fast.ops._dispatch import choose, compute_dtype, implementation
-from crossan_fast.ops._registration import define, differentiate
+from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
+from crossan_fast.ops._dispatch import choose, compute_dtype
+from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *SCALED_DTYPES)
-
-
-class SideNetworkWeights(NamedTuple):
-    """The trainable tensors of a side network, each field a list; T towers, L levels, rank r.
-
-    Attributes:
-        down_weight: per tower `[L, r, D]`.
-        down_bias: per tower `[L, r]`.
-        up_weight: per tower `[L, D, r]`.
-        up_bias: per tower `[L, D]`.
-        gate: per tower θ `[L]`.
-        cross_gate: ν `[L]` per ordered pair (m, n), in the order of `SideNetworkStructure.cross_pairs`.
-        cross_down: `[r, D_n]` per ordered pair of unequal widths (`projected_pairs`).
-        cross_up: `[D_m, r]`, likewise.
-        pair_weight: `[L, D_narrow, D_wide]` per pair tower of unequal widths (`narrowed_towers`).
-        pair_bias: `[L, D_narrow]`, likewise.
-    """
-
-    down_weight: Sequence[Tensor]
-    down_bias: Sequence[Tensor]
-    up_weight: Sequence[Tensor]
-    up_bias: Sequence[Tensor]
-    gate: Sequence[Tensor]
-    cross_gate: Sequence[Tensor] = ()
-    cross_down: Sequence[Tensor] = ()
-    cross_up: Sequence[Tensor] = ()
-    pair_weight: Sequence[Tensor] = ()
-    pair_bias: Sequence[Tensor] = ()
-
-    def flatten(self) -> list[Tensor]:
-        """All tensors in field order: how they travel through the registered op."""
-        return [tensor for group in self for tensor in group]
-
-
-@dataclass(frozen=True)
-class SideNetworkStructure:
-    """What is not a tensor: which towers there are and how they are joined.
-
-    Attributes:
-        widths: D_m of each modality.
-        sources: per tower its modality `(m,)` or pair `(a, b)`; the first M towers are the modalities'.
-        cross: `backbone`, `side` or `none`.
-        activation: `gelu` (erf) or `relu`.
-        temperature: τ of the gates.
-    """
-
-    widths: tuple[int, ...]
-    sources: tuple[tuple[int, ...], ...]
-    cross: str = "backbone"
-    activation: str = "gelu"
-    temperature: float = 0.1
-
-    def __post_init__(self) -> None:
-        # Filled now: torch.compile can't trace the lock that Python 3.11 takes when a cached property fills,
-        # nor make text of widths that it takes for dynamic.
-        for name in ("tower_widths", "cross_pairs", "projected_pairs", "narrowed_towers", "widths_text"):
-            getattr(self, name)
-
-    @classmethod
-    def of(cls, config: CrossanConfig) -> SideNetworkStructure:
-        return cls(
-            widths=tuple(m.width for m in config.modalities),
-            sources=tuple(t.sources for t in config.towers),
-            cross=config.cross if len(config.modalities) > 1 else "none",
-            activation=config.activation,
-            temperature=config.gate_temperature,
-        )
-
-    @cached_property
-    def widths_text(self) -> str:
-        """The widths as a feature of `Request`."""
-        return ",".join(map(str, self.widths))
-
-    @cached_property
-    def tower_widths(self) -> tuple[int, ...]:
-        return tuple(min(self.widths[m] for m in source) for source in self.sources)
-
-    @cached_property
-    def cross_pairs(self) -> tuple[tuple[int, int], ...]:
-        """Ordered pairs (m, n): tower m receives from modality n."""
-        if self.cross == "none":
-            return ()
-        count = len(self.widths)
-        return tuple((m, n) for m in range(count) for n in range(count) if n != m)
-
-    @cached_property
-    def projected_pairs(self) -> tuple[tuple[int, int], ...]:
-        """The cross pairs of unequal widths, which need T as a pair of matrices."""
-        return tuple((m, n) for m, n in self.cross_pairs if self.widths[m] != self.widths[n])
-
-    @cached_property
-    def narrowed_towers(self) -> tuple[int, ...]:
-        """Pair towers of unequal widths, which need a Linear from the wider to the narrower."""
-        return tuple(
-            t
-            for t, source in enumerate(self.sources)
-            if len(source) == 2 and self.widths[source[0]] != self.widths[source[1]]
-        )
-
-    def unflatten(self, tensors: Sequence[Tensor]) -> SideNetworkWeights:
-        towers, crosses = len(self.sources), len(self.cross_pairs)
-        projected, narrowed = len(self.projected_pairs), len(self.narrowed_towers)
-        sizes = [towers] * 5 + [crosses, projected, projected, narrowed, narrowed]
-        if len(tensors) != sum(sizes):
-            raise ValueError(f"weights: expected {sum(sizes)} tensors, got {len(tensors)}")
-        groups, start = [], 0
-        for size in sizes:
-            groups.append(list(tensors[start : start + size]))
-            start += size
-        return SideNetworkWeights(*groups)
 
 
 def side_network_reference(
@@ -232,6 +119,7 @@ def _where(mask: Tensor | None, value: Tensor) -> Tensor:
     return value if mask is None else torch.where(mask, value, 0)
 
 
+@on_one_device
 def side_network(
     states: Sequence[Tensor],
     weights: SideNetworkWeights,
@@ -270,11 +158,7 @@ def side_network(
         ids,
         present,
         weights.flatten(),
-        list(structure.widths),
-        _encode(structure.sources),
-        structure.cross,
-        structure.activation,
-        structure.temperature,
+        *structure.static,
         dtype,
         choice.backend,
     )
@@ -302,10 +186,9 @@ def _check(
 ) -> None:
     if len(states) != len(structure.widths):
         raise ValueError(f"states: expected {len(structure.widths)} tensors, got {len(states)}")
-    device = weights.gate[0].device
     rows, levels = states[0].shape[0], weights.gate[0].shape[0]
     for m, (state, width) in enumerate(zip(states, structure.widths, strict=True)):
-        check_tensor(f"states[{m}]", state, (None, levels, width), dtypes=STATE_DTYPES, device=device)
+        check_tensor(f"states[{m}]", state, (None, levels, width), dtypes=STATE_DTYPES)
         if state.shape[0] != rows:
             raise ValueError(f"states[{m}]: expected {rows} rows as in states[0], got {describe(state)}")
         if scales is None and state.dtype in SCALED_DTYPES:
@@ -314,62 +197,22 @@ def _check(
         if len(scales) != len(states):
             raise ValueError(f"scales: expected {len(states)} tensors, got {len(scales)}")
         for m, scale in enumerate(scales):
-            check_tensor(f"scales[{m}]", scale, (None, levels), dtypes=(torch.float32,), device=device)
+            check_tensor(f"scales[{m}]", scale, (None, levels), dtypes=(torch.float32,))
             if scale.shape[0] != rows:
                 raise ValueError(f"scales[{m}]: expected {rows} rows as in states, got {describe(scale)}")
     if ids is not None:
-        check_tensor("ids", ids, (None,), dtypes=(torch.int64, torch.int32), device=device)
+        check_tensor("ids", ids, (None,), dtypes=(torch.int64, torch.int32))
     if present is not None:
-        check_tensor("present", present, (None, len(states)), dtypes=(torch.bool,), device=device)
+        check_tensor("present", present, (None, len(states)), dtypes=(torch.bool,))
         count = rows if ids is None else ids.shape[0]
         if present.shape[0] != count:
             raise ValueError(f"present: expected a row for each of {count} items, got {describe(present)}")
 
 
-def _encode(sources: tuple[tuple[int, ...], ...]) -> list[int]:
-    """Towers' sources as the flat list of an op schema: (a, b) each, b = −1 for a modality's own tower."""
-    return [index for source in sources for index in (*source, -1)[:2]]
-
-
-def _decode(
-    widths: Sequence[int], sources: Sequence[int], cross: str, activation: str, temperature: float
-) -> SideNetworkStructure:
-    pairs = zip(sources[::2], sources[1::2], strict=True)
-    decoded = tuple((a,) if b < 0 else (a, b) for a, b in pairs)
-    return SideNetworkStructure(tuple(widths), decoded, cross, activation, temperature)
-
-
-def _run(states, scales, ids, present, weights, widths, sources, *static):
+def _fake(states, scales, ids, present, weights, *static):
     """Outputs of the towers, then their bottlenecks' pre-activations z `[N, L, r]`, kept for the backward."""
-    *joined, dtype, backend = static
-    structure = _decode(widths, sources, *joined)
-    outputs, saved = implementation("side_network", backend).forward(
-        states, scales or None, ids, present, structure.unflatten(weights), structure, dtype
-    )
-    return [*outputs, *saved]
-
-
-def _run_backward(grad_outputs, saved, states, scales, ids, present, weights, widths, sources, *static):
-    *joined, dtype, backend = static
-    structure = _decode(widths, sources, *joined)
-    backward = implementation("side_network", backend).backward
-    assert backward is not None
-    return backward(
-        grad_outputs,
-        saved,
-        states,
-        scales or None,
-        ids,
-        present,
-        structure.unflatten(weights),
-        structure,
-        dtype,
-    )
-
-
-def _fake(states, scales, ids, present, weights, widths, sources, *static):
-    dtype = static[-2]
-    structure = _decode(widths, sources, *static[:-2])
+    *static, dtype = static
+    structure = SideNetworkStructure.from_static(*static)
     count = states[0].shape[0] if ids is None else ids.shape[0]
     outputs = [states[0].new_empty((count, width), dtype=dtype) for width in structure.tower_widths]
     bottlenecks = [
@@ -410,12 +253,10 @@ def _backward(ctx, *grads):
 
 _COMMON = (
     "Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, int[] widths, "
-    "int[] sources, str cross, str activation, float temperature, ScalarType dtype, str backend"
+    "int[] sources, str cross, str activation, float temperature, ScalarType dtype"
 )
-_side_network = define(f"side_network({_COMMON}) -> Tensor[]", _run, _fake)
+_side_network = define(f"side_network({_COMMON}) -> Tensor[]", _fake)
 _side_network_backward = define(
-    f"side_network_backward(Tensor[] grad_outputs, Tensor[] saved, {_COMMON}) -> Tensor[]",
-    _run_backward,
-    _fake_backward,
+    f"side_network_backward(Tensor[] grad_outputs, Tensor[] saved, {_COMMON}) -> Tensor[]", _fake_backward
 )
 differentiate(_side_network, _keep, _backward)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crossan_fast.ops._dispatch import choose, implementation
-from crossan_fast.ops._registration import define
+from crossan_fast.ops._dispatch import choose
+from crossan_fast.ops._registration import define, on_one_device
 from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
 
@@ -48,6 +48,7 @@ def topk_scores_reference(users: Tensor, items: Tensor, k: int, exclude: Tensor 
     return TopK(scores, ids.masked_fill(scores == float("-inf"), 0))
 
 
+@on_one_device
 def topk_scores(
     users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None, *, backend: str = "auto"
 ) -> TopK:
@@ -67,17 +68,11 @@ def topk_scores(
     return TopK(*_topk_scores(users, items, k, exclude, choice.backend))
 
 
-def _run(users, items, k, exclude, backend):
-    return implementation("topk_scores", backend).forward(users, items, k, exclude)
-
-
-def _fake(users, items, k, exclude, backend):
+def _fake(users, items, k, exclude):
     shape = (users.shape[0], k)
     return users.new_empty(shape), users.new_empty(shape, dtype=torch.int64)
 
 
 _topk_scores = define(
-    "topk_scores(Tensor users, Tensor items, int k, Tensor? exclude, str backend) -> (Tensor, Tensor)",
-    _run,
-    _fake,
+    "topk_scores(Tensor users, Tensor items, int k, Tensor? exclude) -> (Tensor, Tensor)", _fake
 )

@@ -6,9 +6,9 @@ from crossan_fast.training.distributed import Processes, join_processes
 from crossan_fast.training.evaluation import Result, evaluate
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.run_folder import RunFolder
-from crossan_fast.training.step import TrainStep
+from crossan_fast.training.step import TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
-from crossan_fast.training.trainer import Trainer, TrainingError, train
+from crossan_fast.training.trainer import Trainer, train
 
 __all__ = [
     "Batches",

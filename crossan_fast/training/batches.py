@@ -19,12 +19,13 @@ class Batches:
 
     Every batch has the shape `[batch_size, S + 1]` (divided by `size` and rounded up), so that a step can be
     captured once: the last batch of an epoch is filled up with rows of padding, which predict nothing and
-    stand in no sum. The order of an epoch depends on the seed and the epoch's number alone: to resume is to
+    stand in no sum. One row that would be alone there, without negatives, gets the epoch's first row for
+    company. The order of an epoch depends on the seed and the epoch's number alone: to resume is to
     ask for the next epoch.
 
     Args:
         sequences: int64, left-padded with 0; rows with fewer than two items have no target and are left out.
-        batch_size: rows a batch; one epoch visits every row once.
+        batch_size: rows a batch; one epoch visits every row once (but for that company).
         seed: of the permutations.
         rank, size: with several processes, whose part of each batch to give: every `size`-th row from `rank`
             on. The parts of all make up the batch that one process would draw; they are filled up to one
@@ -82,6 +83,8 @@ class Batches:
         self._generator.manual_seed(int(mixed[0]))
         order = torch.randperm(self.rows, generator=self._generator, device=device)
         filling = len(self) * self.batch_size - self.rows
+        if filling == self.batch_size - 1 > 0:
+            order, filling = torch.cat([order, order[:1]]), filling - 1
         order = torch.nn.functional.pad(order, (0, filling), value=self.rows)
         mine = order.reshape(len(self), self.batch_size)[:, self._rank :: self._size]
         part = -(-self.batch_size // self._size)

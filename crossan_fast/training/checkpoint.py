@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crossan_fast.config import CrossanConfig
 from crossan_fast.model import CrossanModel
-from crossan_fast.serialization import write_whole
+from crossan_fast.serialization import model_of, refuse_nonfinite, write_whole
 from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
@@ -34,7 +34,7 @@ def save_checkpoint(
         progress: JSON values, given back by `load_checkpoint`.
 
     Raises:
-        OSError: no room; the old file is as it was.
+        OSError: no room. ValueError: NaN or inf in a tensor, named. The old file is as it was.
     """
     tensors = {_MODEL + name: value for name, value in model.state_dict().items()}
     tensors |= {_OPTIMIZER + name: value for name, value in optimizer_tensors(optimizer).items()}
@@ -46,6 +46,7 @@ def save_checkpoint(
         tensors[_RANDOM + "cuda"] = torch.cuda.get_rng_state(device)
     metadata = {"version": VERSION, "config": model.config.to_json(), "progress": json.dumps(progress)}
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    refuse_nonfinite(plain)
     write_whole(path, save(plain, metadata=metadata))
 
 
@@ -79,9 +80,8 @@ def load_checkpoint(
 def load_weights(path: Path, *, backend: str = "auto") -> CrossanModel:
     """The model of a checkpoint, for evaluation; errors as `load_checkpoint`."""
     tensors, metadata = _read(path)
-    model = CrossanModel(CrossanConfig.from_json(metadata["config"]), backend=backend)
-    model.load_state_dict(_under(tensors, _MODEL))
-    return model
+    config = CrossanConfig.from_json(metadata["config"])
+    return model_of(CrossanModel, config, _under(tensors, _MODEL), backend)
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

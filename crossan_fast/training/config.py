@@ -20,9 +20,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
-import yaml
-
 from crossan_fast._checks import nearest
+from crossan_fast._untrusted import parse_yaml, read_settings
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.config import CrossanConfig, Modality
 
@@ -80,8 +79,8 @@ class EvaluationConfig:
     Attributes:
         k: cut-offs of HR and NDCG; 10 is added where it is missing, since NDCG@10 picks the best epoch.
         filter_history: `all` (IISAN's protocol), `all_except_target` or `none`.
-        candidates: rank the items that the users file names (`used`, so that items appended to the cache
-            later do not move the numbers), or `all` of the cache.
+        candidates: rank the items that the users file names (`used`, as IISAN does), or `all` that the cache
+            held when the run began.
         batch_size: users ranked at once.
     """
 
@@ -107,7 +106,8 @@ class TrainConfig:
         items: items file for titles in recommendations; None: names alone.
         data: what `${data}` in `cache`, `users` and `items` stands for; None: CROSSAN_FAST_DATA.
         modalities: names of the cache's modalities to use, in this order; None: all.
-        model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults.
+        model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults. What
+            is left out is filled in, so that two configs of one model are equal.
         optimizer, evaluation: see there.
         min_items, max_items, strict: of `read_interactions`; max_items None: the window, the item that the
             last prefix of the window predicts in training counted in it, and both held-out targets.
@@ -145,6 +145,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", {**CrossanConfig.defaults(self.model), **self.model})
         for name in ("batch_size", "epochs", "evaluate_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)
@@ -185,8 +186,7 @@ class TrainConfig:
                     f"modalities: the cache holds {list(held)}, got {name!r}{nearest(name, held)}"
                 )
             chosen.append(held[name])
-        make = CrossanConfig.iisan if self.model.get("architecture") == "iisan" else CrossanConfig
-        return make(modalities=tuple(chosen), **self.model)
+        return CrossanConfig(modalities=tuple(chosen), **self.model)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -194,18 +194,13 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError, TypeError: no YAML mapping, an unknown key (with the nearest known one), or a value that
-            does not fit; the key is named.
+        ValueError, TypeError: no YAML mapping, one with aliases or larger than settings are, an unknown key
+            (with the nearest known one), or a value that does not fit; the key is named.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"config: no file {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"config: {path} is not UTF-8: {error}") from error
+    values = parse_yaml(read_settings(path, "config"), "config", str(path))
     if not isinstance(values, dict):
         raise ValueError(f"config: expected a mapping in {path}, got {type(values).__name__}")
     return TrainConfig.from_dict(apply_overrides(values, overrides))
@@ -218,10 +213,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override: expected key=value, got {override!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override: the value of {override!r} is no YAML") from error
+        value = parse_yaml(text, "override", f"the value of {override!r}")
         *parents, last = key.split(".")
         place = result
         for parent in parents:
@@ -289,7 +281,7 @@ def _fit(hint: Any, value: Any, name: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise TypeError(f"{name}: expected a number, got {value!r}") from None
     expected = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     if hint in expected:

@@ -1,4 +1,4 @@
-"""Full-catalogue ranking of held-out targets (SPEC, "Evaluation"): HR@k, NDCG@k and MRR.
+"""Full-catalogue ranking of held-out targets (docs/mathematics.md): HR@k, NDCG@k and MRR.
 
 rank = 1 + #{j ≠ t : score_j ≥ score_t}: ties count against the target. Scores are made a tile at a time by
 `crossan_fast.ops.rank_of_target`; no users × items matrix exists.
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from crossan_fast import ops
-from crossan_fast._checks import check_tensor, nearest
+from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Split
-from crossan_fast.model import CrossanModel
+from crossan_fast.model import CATALOGUE_CHUNK, CrossanModel
 from crossan_fast.training.config import FilterHistory
 from crossan_fast.training.distributed import Processes
 
-# Items encoded at once: `CrossanModel.encode_catalogue`'s default, so that shares are cut where it cuts.
-_CHUNK = 2048
+_HINT = "; a split of interactions read with this cache's item_names and catalogue='all' has its rows"
 
 Part = Literal["validation", "test"]
 
@@ -37,6 +37,7 @@ class Result:
         filter_history: which items of a user's own history were no candidates.
         users: how many were ranked.
         candidates: how many items each target was ranked among, itself included.
+        note: what else to know, such as items of the cache that took no part; empty where there is nothing.
     """
 
     metrics: dict[str, float]
@@ -44,6 +45,7 @@ class Result:
     filter_history: FilterHistory
     users: int
     candidates: int
+    note: str = ""
 
     @property
     def protocol(self) -> str:
@@ -51,6 +53,7 @@ class Result:
         return (
             f"{self.split} targets of {self.users:,} users, full ranking of {self.candidates:,} items, "
             f"filter_history={self.filter_history}, ties against the target"
+            + (f"; {self.note}" if self.note else "")
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,20 +84,24 @@ def evaluate(
     """Rank every user's held-out target in the whole catalogue.
 
     Args:
-        model: put in evaluation mode for the call.
-        cache: holds the items; its rows are the split's ids.
+        model: put in evaluation mode for the call. It scores items by their states: none of them need be what
+            it was trained on.
+        cache: holds the items; its first rows are the split's. Items of one that grew since take no part
+            unless `candidates` names them, and the result's note says so.
         split: on the model's device.
         part: `validation` or `test`.
         k: cut-offs, each below the number of candidates, so that the last rank never is a hit.
         filter_history: `all` removes every item of the user's history, as IISAN does: a target that repeats
             one can never be hit; `all_except_target` keeps the target; `none` removes nothing.
-        candidates: int64 `[C]`, distinct ids to rank among, the targets included; None: all of the cache.
+        candidates: int64 `[C]`, distinct ids to rank among, the targets included; None: all that the split
+            knows.
         batch_size: users ranked at once.
         processes: of a run with several: each encodes its share of the items and ranks its share of the
             users, whole batches at a time, so that the result is that of one process; every process calls.
 
     Raises:
-        ValueError: a wrong option; an item's or a user's embedding that is not finite.
+        ValueError: a wrong option; a cache whose first rows are not the split's; an item's or a user's
+            embedding that is not finite.
     """
     if part not in get_args(Part):
         raise ValueError(
@@ -104,14 +111,19 @@ def evaluate(
     history = split.history_test
     if part == "validation":
         inputs, targets, history = split.validation_input, split.validation_target, split.history_validation
-    total = cache.num_items if candidates is None else candidates.numel()
+    if inputs.device != model.item_popularity.device:
+        wanted = model.item_popularity.device
+        raise ValueError(f"split: expected device {wanted} as the model, got {describe(inputs)}")
+    cache.catalogue.require(split.catalogue, "split", _HINT)
+    total = split.num_items if candidates is None else candidates.numel()
     check_cutoffs(k, total)
     processes = processes or Processes()
-    items = _catalogue(model, cache, processes)
+    known = split.num_items if candidates is None else max(split.num_items, int(candidates.max()))
+    if known > cache.num_items:
+        raise ValueError(f"candidates: expected rows 1 to {cache.num_items} of the cache, got {known}")
+    items = _catalogue(model, cache, known, processes)
     _refuse_nonfinite(items, cache)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         ranks = rank_targets(
             model,
             items,
@@ -122,9 +134,10 @@ def evaluate(
             batch_size=batch_size,
             processes=processes,
         )
-    finally:
-        model.train(training)
-    return Result(metrics_of(ranks, k), part, filter_history, ranks.numel(), total)
+    note = ""
+    if split.num_items < cache.num_items:
+        note = f"the split knows {split.num_items:,} of the cache's {cache.num_items:,} items"
+    return Result(metrics_of(ranks, k), part, filter_history, ranks.numel(), total, note)
 
 
 @torch.no_grad()
@@ -172,20 +185,23 @@ def rank_targets(
         wanted, banned = targets[rows], None if exclude is None else exclude[rows]
         if place is not None:
             wanted, banned = place[wanted], None if banned is None else place[banned]
-        backend = model.backend if ops.has_kernel("rank_of_target", model.backend) else "auto"
+        backend = model.backend_for("rank_of_target")
         ranks[rows] = ops.rank_of_target(users, ranked.to(users.dtype), wanted, banned, backend=backend)
     return processes.sum(ranks)
 
 
-def _catalogue(model: CrossanModel, cache: HiddenStateCache, processes: Processes) -> Tensor:
-    if processes.size == 1:
-        return model.encode_catalogue(cache)
+def _catalogue(model: CrossanModel, cache: HiddenStateCache, known: int, processes: Processes) -> Tensor:
+    """Embeddings of the first `known` items, `[known + 1, d]`."""
     device = model.item_popularity.device
-    chunks = torch.arange(cache.num_items + 1, device=device).split(_CHUNK)[processes.rank :: processes.size]
-    items = torch.zeros(cache.num_items + 1, model.config.embedding_dim, device=device)
+    ids = torch.arange(known + 1, device=device)
+    if processes.size == 1:
+        return model.encode_catalogue(cache, ids=ids)
+    # Shares are cut where `encode_catalogue` cuts.
+    chunks = ids.split(CATALOGUE_CHUNK)[processes.rank :: processes.size]
+    items = torch.zeros(known + 1, model.config.embedding_dim, device=device)
     if chunks:
         mine = torch.cat(chunks)
-        items[mine] = model.encode_catalogue(cache, ids=mine, batch_size=_CHUNK).to(items.dtype)
+        items[mine] = model.encode_catalogue(cache, ids=mine).to(items.dtype)
     return processes.sum(items)
 
 

@@ -22,7 +22,13 @@ class Known(TypedDict, total=False):
 
 
 def feed(
-    batches: Batches, number: int, cache: HiddenStateCache, device: torch.device, *, slots: bool = True
+    batches: Batches,
+    number: int,
+    cache: HiddenStateCache,
+    device: torch.device,
+    *,
+    slots: bool = True,
+    backend: str = "auto",
 ) -> Iterator[tuple[Tensor, Known]]:
     """An epoch's `(item_ids on device, known)`, by where the cache's states are.
 
@@ -30,7 +36,8 @@ def feed(
     (`slots`: off where shapes have to agree between processes). Pinned or memory-mapped for a GPU: the next
     batches' distinct rows are gathered in the background; `batches` must then be on the CPU, since the host
     reads the rows. On the CPU: the next batch's pages are read from disk meanwhile. Memory-mapped files that
-    fit the free memory are read whole in the background, too.
+    fit the free memory are read whole in the background, too. `backend` is that of `ops.deduplicate` on the
+    host.
     """
     if cache.tier == "mmap":
         cache.warm()
@@ -43,7 +50,7 @@ def feed(
             most = item_ids.numel() + 1
             yield item_ids, {} if count is None else {"capacity": bucket(count, most)}
     else:
-        yield from _gathered(batches.epoch(number), cache, device)
+        yield from _gathered(batches.epoch(number), cache, device, backend)
 
 
 def bucket(count: int, most: int) -> int:
@@ -66,14 +73,14 @@ def _touched(batches: Iterator[Tensor], cache: HiddenStateCache) -> Iterator[Ten
 
 
 def _gathered(
-    batches: Iterator[Tensor], cache: HiddenStateCache, device: torch.device
+    batches: Iterator[Tensor], cache: HiddenStateCache, device: torch.device, backend: str
 ) -> Iterator[tuple[Tensor, Known]]:
     drawn: list[Tensor] = []
 
     def distinct() -> Iterator[Tensor]:
         for item_ids in batches:
             drawn.append(item_ids)
-            yield ops.deduplicate(item_ids).ids
+            yield ops.deduplicate(item_ids, backend=backend).ids
 
     for _, rows in cache.prefetch_stored(distinct(), device):
         yield drawn.pop(0).to(device, non_blocking=True), {"gathered": rows}

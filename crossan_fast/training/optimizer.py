@@ -73,16 +73,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps:
             group["lr"] = group["base_lr"] * share
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: float | None) -> None:
-    """Scale all gradients together to at most `norm`."""
-    if norm is None:
-        return
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float | None) -> Tensor:
+    """Scale all gradients together to at most `norm` (None: as they are); gives the norm they had, `[]`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    total = nn.utils.get_total_norm(gradients, foreach=True)
+    total: Tensor = nn.utils.get_total_norm(gradients, foreach=True)
     # A GPU would have to be waited for; on a CPU gradients within the bound need not be written again.
-    if total.device.type == "cpu" and bool(total <= norm):
-        return
+    if norm is None or (total.device.type == "cpu" and bool(total <= norm)):
+        return total
     torch._foreach_mul_(gradients, (norm / (total + 1e-6)).clamp(max=1.0))
+    return total
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

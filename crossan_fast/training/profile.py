@@ -121,7 +121,7 @@ def _floor(trainer: Trainer, items: float) -> tuple[float, str]:
     """Two thin products a level, forward and twice backward; states read once for each direction."""
     config, cache = trainer.model.config, trainer.task.cache
     if config.loss == "full":
-        items = cache.num_items
+        items = trainer.task.split.num_items
     operations = 3 * sum(4 * config.bottleneck * tower.width * config.num_levels for tower in config.towers)
     size = torch.empty(0, dtype=cache.dtype).element_size()
     moved = 2 * sum(m.levels * m.width * size for m in config.modalities)

@@ -1,6 +1,7 @@
 """A run on disk.
 
 config.yaml        the resolved config
+population.json    the items and users that it trains on
 log.jsonl          one line an epoch: losses, seconds, validation metrics
 last.safetensors   everything that `--resume` needs, replaced whole after each epoch
 best/              config.json and model.safetensors of the best epoch, for `CrossanModel.from_pretrained`
@@ -23,6 +24,7 @@ from crossan_fast.model import CrossanModel
 from crossan_fast.serialization import write_whole
 from crossan_fast.training.checkpoint import load_weights
 from crossan_fast.training.config import TrainConfig, load_config
+from crossan_fast.training.population import Population
 
 
 class RunFolder:
@@ -31,6 +33,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.population = self.path / "population.json"
         self.log = self.path / "log.jsonl"
         self.last = self.path / "last.safetensors"
         self.best = self.path / "best"
@@ -46,6 +49,10 @@ class RunFolder:
         if not self.config.is_file():
             raise FileNotFoundError(f"run: expected {self.config.name} in {self.path}, found none")
         return load_config(self.config)
+
+    def read_population(self) -> Population | None:
+        """What the run trains on; None where no epoch has ended yet."""
+        return Population.read(self.population) if self.last.exists() else None
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """The whole log: a resumed run drops lines of an epoch that was cut off."""

@@ -16,6 +16,25 @@ from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.config import OptimizerConfig, Precision
 from crossan_fast.training.optimizer import clip_gradients, set_learning_rate
 
+REMEDY = "a smaller optimizer.learning_rate or optimizer.clip_norm, or more optimizer.warmup_steps, may help"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, and what to change."""
+
+
+class NotFinite(TrainingError):
+    """A step's loss or gradient is NaN or inf.
+
+    Attributes:
+        what: `loss`, or `gradient` for the norm of all gradients together.
+        value: what it is.
+    """
+
+    def __init__(self, what: str, value: float, step: int) -> None:
+        super().__init__(f"{what}: {value} at step {step}; {REMEDY}")
+        self.what, self.value = what, value
+
 
 class TrainStep:
     """Callable on item ids `[B, S + 1]`; gives the loss, detached, on the device.
@@ -28,6 +47,12 @@ class TrainStep:
         precision: `bf16` runs forward and backward under autocast.
         group: of several processes, each with a part of the batch: losses are then parts of the joined
             batch's (their mean is its loss), and every process has its gradients.
+
+    On the CPU a loss or gradient that is not finite raises `NotFinite`; the weights stay those of the step
+    before. A GPU is not waited for: `unsound` counts there, and the weights are lost.
+
+    Attributes:
+        unsound: int64 `[]` on the device: steps from the first on whose gradient was not finite; 0: none.
     """
 
     def __init__(
@@ -57,6 +82,7 @@ class TrainStep:
         self._autocast = precision == "bf16"
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = next(model.parameters()).device
+        self.unsound = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __call__(self, item_ids: Tensor, **known: object) -> Tensor:
         """One step; `known` goes to the model's forward, see `crossan_fast.training.feed`."""
@@ -84,6 +110,9 @@ class TrainStep:
     def compute(self, item_ids: Tensor, **known: object) -> Tensor:
         """All of a step that happens on the device and can be captured."""
         loss = self.forward_backward(item_ids, **known)
+        # Of several processes one alone must not leave; its gradient is everyone's, and not finite either.
+        if self.group is None and loss.device.type == "cpu" and not bool(loss.isfinite()):
+            raise NotFinite("loss", float(loss), self.steps + 1)
         self.update()
         return loss
 
@@ -102,5 +131,14 @@ class TrainStep:
     def update(self) -> None:
         """Clip what `forward_backward` left and apply it."""
         with span("optimizer"):
-            clip_gradients(self._parameters, self._config.clip_norm)
+            norm = clip_gradients(self._parameters, self._config.clip_norm)
+            self._judge(norm)
             self.optimizer.step()
+
+    def _judge(self, norm: Tensor) -> None:
+        """Before an update with gradients of this norm."""
+        if self.device.type == "cpu":
+            if not bool(norm.isfinite()):
+                raise NotFinite("gradient", float(norm), self.steps + 1)
+        else:
+            self.unsound += (self.unsound > 0) | ~norm.isfinite()

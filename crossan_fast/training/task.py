@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from crossan_fast.cache import HiddenStateCache
-from crossan_fast.data import Dropped, Split, leave_one_out, read_interactions
+from crossan_fast.data import Catalogue, Dropped, Split, leave_one_out, read_interactions
 from crossan_fast.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Task:
     """Attributes:
-    cache: its rows are the catalogue.
+    cache: holds the items; its first rows are the catalogue of the split.
     split: leave-one-out, on `device`.
     used: int64 `[C]`, ascending: the rows that some user's kept interactions name.
     dropped: what the reader left out.
@@ -38,29 +38,41 @@ class Task:
 
     def describe(self) -> str:
         """Sizes in words, for logs."""
+        known = self.split.num_items
+        grown = "" if known == self.cache.num_items else f" (of the run's own {known:,})"
         return (
             f"{self.split.num_users:,} users, {self.used.numel():,} items of the cache's "
-            f"{self.cache.num_items:,}; left out: {self.dropped}; "
+            f"{self.cache.num_items:,}{grown}; left out: {self.dropped}; "
             f"cache {self.cache.tier} on {self.device} ({self.cache.tier_reason})"
         )
 
 
-def open_task(config: TrainConfig) -> Task:
+def open_task(config: TrainConfig, catalogue: Catalogue | None = None) -> Task:
     """Open the cache and read the users of a config.
 
+    Args:
+        catalogue: of a run, which the cache may have grown from: later items are unknown, as they were to
+            it; None: every item of the cache is known.
+
     Raises:
+        ValueError: a cache of other items than `catalogue`.
         FileNotFoundError, ValueError: see `HiddenStateCache.open`, `read_interactions`, `leave_one_out`.
     """
     device = resolve_device(config.device)
     cache = HiddenStateCache.open(config.path("cache"))
+    known = cache.num_items
+    if catalogue is not None:
+        cache.catalogue.require(
+            catalogue, "run", "; expected its own cache, or one grown or converted from it"
+        )
+        known = catalogue.num_items
     window = config.crossan_config(cache).window
     interactions = read_interactions(
         config.path("users"),
-        cache.item_names,
+        cache.item_names[: known + 1],
         min_items=config.min_items,
         # The last training row holds window + 1 items, and two more are held out.
         max_items=config.max_items if config.max_items is not None else window + 3,
-        catalogue="all",
         strict=config.strict,
     )
     split = leave_one_out(interactions, window)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,21 @@ from crossan_fast.training.batches import Batches
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.config import TrainConfig, flatten
 from crossan_fast.training.distributed import Processes, join_processes
+from crossan_fast.training.divergence import diverged, refuse_nothing_learned, warning
 from crossan_fast.training.evaluation import Part, Result, check_cutoffs, evaluate
 from crossan_fast.training.feed import Known, feed
 from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.memory import keep_freed_memory
 from crossan_fast.training.optimizer import make_optimizer
+from crossan_fast.training.population import Population
 from crossan_fast.training.run_folder import RunFolder, versions
-from crossan_fast.training.step import TrainStep
+from crossan_fast.training.step import REMEDY, NotFinite, TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
 
 MONITOR = "ndcg@10"
 
 # What may differ between a run and its continuation: none of it changes the numbers of an epoch.
 _FREE = ("run", "cache", "users", "items", "data", "device", "backend", "epochs", "patience", "tensorboard")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, and what to change."""
 
 
 class Trainer:
@@ -55,16 +55,19 @@ class Trainer:
     ) -> None:
         self.config = config
         self.processes = processes or Processes()
-        self.task = task if task is not None else open_task(config)
         self.folder = RunFolder(config.run)
+        if task is None:
+            held = self.folder.read_population()
+            task = open_task(config, None if held is None else held.catalogue)
+        self.task = task
         self.device = self.task.device
         candidates = self.task.candidates(config)
-        total = self.task.cache.num_items if candidates is None else candidates.numel()
+        total = self.task.split.num_items if candidates is None else candidates.numel()
         check_cutoffs(config.evaluation.k, total)  # now, not after the first epoch
         torch.manual_seed(config.seed)
         model = CrossanModel(config.crossan_config(self.task.cache), backend=config.backend)
         self.model = model.to(self.device)
-        self.model.set_popularity(self.task.split.train_counts)
+        self.model.set_popularity(self.task.split)
         # Rows that the host has to gather are drawn on the host.
         on_host = self.device.type == "cuda" and self.task.cache.tier != "resident"
         sequences = self.task.split.train
@@ -75,6 +78,10 @@ class Trainer:
             rank=self.processes.rank,
             size=self.processes.size,
         )
+        _refuse_lonely(self.model.config.loss, self.batches)
+        # What a target is told from in training, at most.
+        drawn = config.batch_size * sequences.shape[1]
+        self.columns = self.task.cache.num_items if self.model.config.loss == "full" else drawn
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.step = TrainStep(
             self.model,
@@ -102,8 +109,12 @@ class Trainer:
 
         Raises:
             FileExistsError: the folder holds a run and `resume` is off.
-            ValueError: the folder's run was made with another config.
-            TrainingError: the loss is not finite.
+            ValueError: the folder's run was made with another config, or of other items or users.
+            TrainingError: a loss or gradient is not finite, or no batch has a negative.
+
+        Warns:
+            RuntimeWarning: the last epoch's loss is worse than that of a model that knows nothing, which
+                `results.json` has as `diverged` (see `crossan_fast.training.divergence`).
         """
         if not self.processes.first:
             progress, say = False, lambda line: None
@@ -122,6 +133,8 @@ class Trainer:
             if writer is not None:
                 _write_events(writer, entry, losses)
             say(_line(entry, self.config.epochs))
+            if diverged(self.history, self.columns):
+                say(f"warning: {warning(self.history, self.columns)}")
         if writer is not None:
             writer.close()
         return self._finish(stopped)
@@ -144,7 +157,8 @@ class Trainer:
     def feed(self, epoch: int) -> Iterator[tuple[torch.Tensor, Known]]:
         """The batches of an epoch, 1, 2, …; see `crossan_fast.training.feed`."""
         alone = self.processes.size == 1
-        return feed(self.batches, epoch, self.task.cache, self.device, slots=alone)
+        backend = self.model.backend_for("deduplicate", torch.device("cpu"))
+        return feed(self.batches, epoch, self.task.cache, self.device, slots=alone, backend=backend)
 
     def _begin(self, resume: bool, say: Callable[[str], None]) -> None:
         held = self.folder.last.exists()
@@ -152,18 +166,29 @@ class Trainer:
             raise FileExistsError(
                 f"run: {self.folder.path} holds a run; pass --resume to go on with it, or another run=FOLDER"
             )
+        population = self.folder.read_population()
         if held:
-            _refuse_changes(self.folder.read_config(), self.config)
+            _refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
+            _refuse_others(population, self.task)
             state = load_checkpoint(self.folder.last, self.model, self.optimizer, self.step.average)
             self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
             self.step.steps = state["steps"]
             if self.processes.first:
                 self.folder.write_log(self.history)
             say(f"{self.folder.path}: goes on behind epoch {len(self.history)}")
+            new = self.task.cache.num_items - self.task.split.num_items
+            if new:
+                say(f"{new:,} items of the cache came after the run began and take no part in it")
         # Nobody may find what another is about to write.
         self.processes.wait()
         if self.processes.first:
             self.folder.write_config(self.config)
+            if population is None:
+                Population.of(self.task).write(self.folder.population)
+
+    def _stated(self, config: TrainConfig) -> TrainConfig:
+        """With the modalities that None stands for here, so that stating them is no change."""
+        return replace(config, modalities=config.crossan_config(self.task.cache).modality_names)
 
     def _epoch(self, epoch: int, progress: bool) -> tuple[dict[str, Any], torch.Tensor]:
         self.model.train()
@@ -179,27 +204,37 @@ class Trainer:
             leave=False,
             disable=None if progress else True,
         )
-        for index, (item_ids, known) in enumerate(bar):
-            losses[index] = self._run(item_ids, **known)
+        try:
+            for index, (item_ids, known) in enumerate(bar):
+                losses[index] = self._run(item_ids, **known)
+        except NotFinite as error:
+            raise self._stop(error.what, error.value, index + 1, epoch) from None
         read = (self.processes.sum(losses) / self.processes.size).cpu()
         trained = time.perf_counter()
-        if not bool(torch.isfinite(read).all()):
-            where = int((~torch.isfinite(read)).nonzero()[0])
-            raise TrainingError(
-                f"loss: {float(read[where])} at step {where + 1} of epoch {epoch}; a smaller "
-                "optimizer.learning_rate or optimizer.clip_norm, or more warmup_steps, may help; "
-                f"{self.folder.last} is of the epoch before"
-            )
+        bad = (~torch.isfinite(read)).nonzero().flatten().tolist()
+        unsound = int(self.step.unsound)
+        # A step's gradient spoils the losses behind it.
+        if unsound and not (bad and bad[0] <= len(read) - unsound):
+            raise self._stop("gradient", float("nan"), len(read) + 1 - unsound, epoch)
+        if bad:
+            raise self._stop("loss", float(read[bad[0]]), bad[0] + 1, epoch)
+        refuse_nothing_learned(read, epoch)
         entry: dict[str, Any] = {
             "epoch": epoch,
             "loss": float(read.double().mean()),
             "train_seconds": trained - started,
         }
+        if epoch == 1:
+            entry["first_loss"] = float(read[0])
         if epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs:
             with self.step.averaged():
                 entry["validation"] = self.evaluate("validation").metrics
             entry["evaluation_seconds"] = time.perf_counter() - trained
         return entry, read
+
+    def _stop(self, what: str, value: float, step: int, epoch: int) -> TrainingError:
+        kept = f"; {self.folder.last} is of the epoch before" if self.history else ""
+        return TrainingError(f"{what}: {value} at step {step} of epoch {epoch}; {REMEDY}{kept}")
 
     def _keep(self, entry: dict[str, Any]) -> None:
         """Write the best epoch first: a run cut off between the two files repeats the epoch and agrees."""
@@ -232,6 +267,7 @@ class Trainer:
             "best_epoch": self._best["epoch"],
             "epochs": len(self.history),
             "stopped_by": stopped,
+            "diverged": diverged(self.history, self.columns),
             "train_seconds": sum(entry["train_seconds"] for entry in self.history),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "validation": self.evaluate("validation").to_dict(),
@@ -240,6 +276,8 @@ class Trainer:
         }
         if self.processes.first:
             self.folder.write_results(results)
+            if results["diverged"]:
+                warnings.warn(warning(self.history, self.columns), RuntimeWarning, stacklevel=3)
         return results
 
 
@@ -256,6 +294,16 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         return trainer.fit(resume=resume, progress=progress)
 
 
+def _refuse_lonely(loss: str, batches: Batches) -> None:
+    if loss != "in_batch":
+        return
+    expected = "expected at least 2 for loss 'in_batch', whose negatives are other users' items"
+    if batches.batch_size < 2:
+        raise ValueError(f"batch_size: {expected}, got {batches.batch_size}")
+    if batches.rows < 2:
+        raise ValueError(f"users: {expected}, got {batches.rows} with two training items or more")
+
+
 def _refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
     before, after = dict(flatten(old.to_dict())), dict(flatten(new.to_dict()))
     for key in sorted(before.keys() | after.keys()):
@@ -264,6 +312,13 @@ def _refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
                 f"{key}: the run was made with {before.get(key)!r}, expected the same to go on with it, "
                 f"got {after.get(key)!r}"
             )
+
+
+def _refuse_others(held: Population | None, task: Task) -> None:
+    if held is not None and (difference := held.difference(Population.of(task))):
+        raise ValueError(
+            f"cache, users: expected those of the run to go on with it, got others: {difference}"
+        )
 
 
 def _line(entry: dict[str, Any], epochs: int) -> str:

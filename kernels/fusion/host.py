@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -26,9 +26,7 @@ from crossan_fast.kernels._common import (
     uniform,
 )
 from crossan_fast.kernels.fusion import backward_kernels, forward_kernels
-
-if TYPE_CHECKING:
-    from crossan_fast.ops.fusion import FusionWeights
+from crossan_fast.ops._contracts import FusionWeights
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _STATISTICS_BLOCK, _SUM_BLOCK = 64, 1024
@@ -154,19 +152,19 @@ def _tile(
 
 def forward(
     hidden: Sequence[Tensor],
-    weights: FusionWeights,
+    weights: Sequence[Tensor],
     present: Tensor | None,
     top_k: int | None,
     counts: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """See `fusion_reference` for the arguments.
+) -> list[Tensor]:
+    """Arguments as in the op's schema; see `fusion_reference`.
 
     Returns:
-        (items `[N, d]` in `dtype`; shares of assignments `[M]` and mean router probabilities `[M]`, fp32;
-        saved: e `[N, M·d]` in `dtype` and the router's logits `[N, M]` in fp32).
+        items `[N, d]` in `dtype`; shares of assignments `[M]` and mean router probabilities `[M]`, fp32; for
+        the backward e `[N, M·d]` in `dtype` and the router's logits `[N, M]` in fp32.
     """
-    inputs = (hidden, weights, present, top_k, counts, dtype)
+    inputs = (hidden, FusionWeights.unflatten(weights), present, top_k, counts, dtype)
     return _forward(_tile("forward", *inputs, lambda tile: _forward(tile, *inputs)), *inputs)
 
 
@@ -178,7 +176,7 @@ def _forward(
     top_k: int | None,
     counts: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+) -> list[Tensor]:
     p = _problem(hidden, weights, present, top_k, counts, dtype, tile)
     count, (modalities, _, width) = p.count, weights.w1.shape
     like = weights.w1
@@ -220,7 +218,7 @@ def _forward(
             BLOCK_M=padded,
             BLOCK=_STATISTICS_BLOCK,
         )
-    return items, assigned, probability, saved
+    return [items, assigned, probability, *saved]
 
 
 def backward(
@@ -228,19 +226,18 @@ def backward(
     grad_probability: Tensor,
     saved: Sequence[Tensor],
     hidden: Sequence[Tensor],
-    weights: FusionWeights,
+    weights: Sequence[Tensor],
     present: Tensor | None,
     top_k: int | None,
     counts: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of `hidden`, and of the weights in field order; each in its tensor's own dtype."""
+) -> list[Tensor]:
+    """Gradients of `hidden`, then of `weights`, each in its tensor's own dtype."""
     if hidden[0].shape[0] == 0:
-        flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
-        return [torch.zeros_like(h) for h in hidden], [torch.zeros_like(w) for w in flat]
-    inputs = (hidden, weights, present, top_k, counts, dtype)
+        return [torch.zeros_like(tensor) for tensor in (*hidden, *weights)]
+    inputs = (hidden, FusionWeights.unflatten(weights), present, top_k, counts, dtype)
 
-    def run(tile: Config) -> tuple[list[Tensor], list[Tensor]]:
+    def run(tile: Config) -> list[Tensor]:
         return _backward(tile, grad_items, grad_probability, saved, *inputs)
 
     return run(_tile("backward", *inputs, run))
@@ -257,10 +254,10 @@ def _backward(
     top_k: int | None,
     counts: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> list[Tensor]:
     p = _problem(hidden, weights, present, top_k, counts, dtype, tile)
     count, (modalities, inner, _) = p.count, weights.w1.shape
-    flat = [*weights.head_weight, *weights.head_bias, *weights[2:]]
+    flat = weights.flatten()
     grad_items, (embedded, logits) = grad_items.contiguous(), (t.contiguous() for t in saved)
     grad_hidden = [torch.empty_like(h) for h in p.hidden]
     grad_flat = [
@@ -344,10 +341,8 @@ def _backward(
             SIZES=sizes,
             BLOCK=_SUM_BLOCK,
         )
-    return (
-        [grad.to(h.dtype) for grad, h in zip(grad_hidden, hidden, strict=True)],
-        [grad.to(w.dtype) for grad, w in zip(grad_flat, flat, strict=True)],
-    )
+    pairs = zip((*grad_hidden, *grad_flat), (*hidden, *flat), strict=True)
+    return [grad.to(tensor.dtype) for grad, tensor in pairs]
 
 
 def _total(count: int, present: Tensor | None, counts: Tensor | None, like: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """side_network in Triton: `host` chunks and launches, the other files hold what it launches."""
 
-from crossan_fast.kernels.side_network.host import backward, forward
+from crossan_fast.kernels.side_network.host import backward, forward, refuses
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "refuses"]

@@ -20,7 +20,8 @@ from crossan_fast.kernels.side_network.forward_launch import forward_group
 from crossan_fast.kernels.side_network.gradient_launch import GroupGradient
 from crossan_fast.kernels.side_network.parameters import Items, Level, Parameters
 from crossan_fast.kernels.side_network.plan import Source, Tower, group_towers
-from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
+from crossan_fast.ops._contracts import SideNetworkStructure
+from crossan_fast.ops._dispatch import Request
 
 # Items at a time: what bounds the backward's scratch, and the forward's where it has any.
 CHUNK = 8192
@@ -28,30 +29,36 @@ CHUNK = 8192
 DENSE_CHUNK = 1024
 
 
+def refuses(request: Request) -> str | None:
+    """See `crossan_fast.ops._triton`."""
+    if "states_grad" in request.features:
+        return "gives no gradient to states: the backbones are frozen"
+    return None
+
+
 def forward(
     states: Sequence[Tensor],
-    scales: Sequence[Tensor] | None,
+    scales: Sequence[Tensor],
     ids: Tensor | None,
     present: Tensor | None,
-    weights: SideNetworkWeights,
-    structure: SideNetworkStructure,
-    dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Every tower's last h, and the pre-activations that the backward needs.
+    weights: Sequence[Tensor],
+    *static: Any,
+) -> list[Tensor]:
+    """Every tower's last h `[N, D_t]`, then per tower the pre-activations z `[N, L, r]` for the backward.
 
-    Args and semantics are `side_network_reference`'s; tensors are on one device, already checked.
-
-    Returns:
-        Per tower `[N, D_t]` and z `[N, L, r]`, both in `dtype`, zero where a tower has no present source.
+    Arguments are those of the op's schema, on one device and checked. Both are in the compute dtype, zero
+    where a tower has no present source.
     """
+    *fields, dtype = static
+    structure = SideNetworkStructure.from_static(*fields)
     with on_device(states[0]), torch.no_grad():
-        p = Parameters(weights, structure, dtype)
-        data = _Data.of(states, scales, ids, present)
+        p = Parameters(structure.unflatten(weights), structure, dtype)
+        data = _Data.of(states, scales or None, ids, present)
         new: dict[str, Any] = {"device": states[0].device, "dtype": dtype}
         outputs = [torch.empty(data.count, width, **new) for width in structure.tower_widths]
         saved = [torch.empty(data.count, p.levels, p.rank, **new) for _ in structure.sources]
         if data.count == 0:
-            return outputs, saved
+            return [*outputs, *saved]
         level = Level.all(p)
         for chunk, first, last in data.chunks(_chunk_size(structure)):
             here = [t[first:last] for t in outputs]
@@ -64,26 +71,27 @@ def forward(
                 towers, _ = _towers(p, chunk)
                 for group in group_towers(towers):
                     forward_group(group, level, chunk.items, here, z)
-        return outputs, saved
+        return [*outputs, *saved]
 
 
 def backward(
     grad_outputs: Sequence[Tensor],
     saved: Sequence[Tensor],
     states: Sequence[Tensor],
-    scales: Sequence[Tensor] | None,
+    scales: Sequence[Tensor],
     ids: Tensor | None,
     present: Tensor | None,
-    weights: SideNetworkWeights,
-    structure: SideNetworkStructure,
-    dtype: torch.dtype,
+    weights: Sequence[Tensor],
+    *static: Any,
 ) -> list[Tensor]:
-    """Gradients of `weights.flatten()`, in order, each in its weight's dtype; the same bits every run."""
+    """Gradients of `weights`, in order, each in its weight's dtype; the same bits every run."""
+    *fields, dtype = static
+    structure = SideNetworkStructure.from_static(*fields)
     with on_device(states[0]), torch.no_grad():
-        p = Parameters(weights, structure, dtype)
-        data = _Data.of(states, scales, ids, present)
+        p = Parameters(structure.unflatten(weights), structure, dtype)
+        data = _Data.of(states, scales or None, ids, present)
         if data.count == 0:
-            return [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights.flatten()]
+            return [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights]
         grads = _Gradients(p)
         level = Level.all(p)
         g = [t.to(dtype).contiguous() for t in grad_outputs]

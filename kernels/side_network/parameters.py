@@ -13,7 +13,7 @@ from torch import Tensor
 from crossan_fast.kernels._autotune import bucket
 from crossan_fast.kernels._common import dot_precision, launch, power_of_two, uniform
 from crossan_fast.kernels.side_network import gate_kernels
-from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
+from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
 
 
 @dataclass

@@ -25,7 +25,8 @@ def test_the_config_takes_every_variant(variant: str, monkeypatch: pytest.Monkey
 
 def test_the_data_are_the_papers(data_folder: Path) -> None:
     items = read_items(data_folder / "scientific" / "items.tsv")
-    interactions = read_interactions(data_folder / "scientific" / "users.tsv", items.names)
+    users = data_folder / "scientific" / "users.tsv"
+    interactions = read_interactions(users, items.names, max_items=13, catalogue="used")
     assert str(interactions) == "12,076 users, 20,314 items, 81,711 interactions"
     split = leave_one_out(interactions, 10)
     repeats = (split.history_test == split.test_target[:, None]).any(dim=1)

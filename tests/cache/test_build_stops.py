@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cache_building import build, count_encodings, files_of, specs_of, subset
@@ -22,7 +24,7 @@ from crossan_fast.cache import (
     verify_cache,
 )
 from crossan_fast.cache.encoders import FrozenEncoder
-from crossan_fast.cache.writer import locked
+from crossan_fast.cache.folders import locked
 from crossan_fast.data.items import ItemTable
 
 
@@ -116,10 +118,10 @@ def test_new_items_are_appended_and_old_rows_stay(
     build(subset(items, list(range(9))), modalities, folder)
     old = HiddenStateCache.open(folder)
     held = [tensor.clone() for tensor in old.states("cpu")]
-    # Another order, new items between old ones, three old ones left out, and an old one's title changed.
-    later = subset(items, [12, 3, 2, 13, 0, 9, 1, 10, 5, 11, 6], title={1: "unheard of"})
+    # Another order, new items between old ones, three old ones left out.
+    later = subset(items, [12, 3, 2, 13, 0, 9, 1, 10, 5, 11, 6])
     report = build(later, None, folder, dtype=None)
-    assert (report.num_items, report.added, report.not_listed) == (14, 5, 3)
+    assert (report.num_items, report.added, report.not_listed, report.unchanged) == (14, 5, 3, 6)
     cache = HiddenStateCache.open(folder, verify=True)
     assert list(cache.item_names[1:]) == [*items.names[:9], "item12", "item13", "item9", "item10", "item11"]
     for before, now in zip(held, cache.states("cpu"), strict=True):
@@ -204,3 +206,23 @@ def test_a_full_disk_while_appending(
 def test_one_writer_at_a_time(encoders: dict[str, Path], items: ItemTable, tmp_path: Path) -> None:
     with locked(tmp_path / "c"), pytest.raises(BlockingIOError, match="another process is writing to"):
         build(items, [f"text={encoders['bert']}:levels=3"], tmp_path / "c")
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
+def test_names_may_hold_what_only_looks_like_a_line_break(tmp_path: Path, mark: str) -> None:
+    names = [f"a{mark}b", "c", f"d{mark}"]
+    states = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
+    states[0] = np.nan
+    for count in (2, 3):  # the second build appends, and reads what the first has written
+        np.save(tmp_path / "states.npy", states[:count])
+        table = ItemTable(names[:count], {}, tmp_path)
+        spec = f"audio={tmp_path / 'states.npy'}:precomputed"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            build(table, [spec], tmp_path / "c")
+    assert list(HiddenStateCache.open(tmp_path / "c", verify=True).item_names[1:]) == names
+    lines = (tmp_path / "c" / "report.tsv").read_bytes().decode().split("\n")
+    assert [line.split("\t")[:2] for line in lines[1:-1]] == [[names[0], "audio"]]
+    (tmp_path / "c" / "report.tsv").write_bytes(b"edited by hand\r\nx\xff\ty\n")
+    np.save(tmp_path / "states.npy", states[[0, 1, 2, 2]])
+    assert build(ItemTable([*names, "e"], {}, tmp_path), [spec], tmp_path / "c").added == 1

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from cache_states import make_states
 
-from crossan_fast.cache import CacheError, CorruptCacheError, HiddenStateCache, verify_cache, write_cache
+from crossan_fast.cache import (
+    CacheError,
+    CorruptCacheError,
+    HiddenStateCache,
+    folders,
+    verify_cache,
+    write_cache,
+)
 from crossan_fast.cache import format as cache_format
 from crossan_fast.cache.writer import CacheWriter
 from crossan_fast.config import Modality
-
-
-def make_states(items: int = 9) -> dict[str, Tensor]:
-    states = {"text": torch.randn(items + 1, 2, 6), "audio": torch.randn(items + 1, 2, 3)}
-    for tensor in states.values():
-        tensor[0] = 0
-    return states
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -136,6 +136,7 @@ def test_a_full_disk_leaves_the_old_cache_intact(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
+        patch.setattr(folders, "_swapped", lambda *_: False)
         with pytest.raises(OSError, match=r"No space|no room in .* what was there is unchanged"):
             write_cache(folder, make_states(12), overwrite=True)
     assert snapshot(folder) == before

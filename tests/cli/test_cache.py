@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from crossan_fast.cache import HiddenStateCache
+from crossan_fast.cache import HiddenStateCache, write_cache
 from crossan_fast.cache.passes import ArrayPass
 from crossan_fast.cli import cache as command
 
@@ -43,13 +43,13 @@ def build(files: Path, *more: object) -> int:
 def test_build_info_verify_convert(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build(files, "--dtype", "fp32") == 0
     output = capsys.readouterr()
-    assert "3 items added in" in output.out
+    assert "3 items added, 0 unchanged; 3 items in all" in output.out
     assert (
         f"of 3 items 1 lack 'audio'; 1 have no modality at all, which a model refuses; see {files / 'c'}"
         in output.err
     )
     assert build(files) == 0
-    assert "complete, all 3 items are there already" in capsys.readouterr().out
+    assert "0 items added, 3 unchanged; 3 items in all" in capsys.readouterr().out
     assert run("info", files / "c") == 0
     described = capsys.readouterr().out
     assert "3 items, fp32, 0.0 MB of states" in described
@@ -90,11 +90,37 @@ def test_more_items_are_appended(files: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert run("build", *arguments) == 0
     printed = capsys.readouterr().out
-    assert "1 items of the cache are not in" in printed and "2 items added in" in printed
+    assert (
+        "2 items added, 0 unchanged; re-encoded: 2 audio; not in the items file, but kept: 1; 5 items in all"
+    ) in printed
     cache = HiddenStateCache.open(files / "c", verify=True)
     assert list(cache.item_names) == ["", "lamp", "chair", "bed", "rug", "sofa"]
-    expected = torch.from_numpy(np.load(files / "more.npy"))[[0, 3]].bfloat16()
-    assert torch.equal(cache.gather(torch.tensor([4, 5]))["audio"], expected)
+    expected = torch.from_numpy(np.load(files / "more.npy")).bfloat16()
+    assert torch.equal(cache.gather(cache.rows_of(["rug", "lamp", "chair", "sofa"]))["audio"], expected)
+
+
+def test_items_are_encoded_again_where_asked(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = np.load(files / "more.npy")[:3]
+    write_cache(
+        files / "c",
+        {"audio": torch.from_numpy(np.pad(states, ((1, 0), (0, 0), (0, 0))))},
+        item_names=["lamp", "chair", "bed"],
+        sources={"audio": {"layers": [0, 1]}},
+    )
+    np.save(files / "states.npy", states + 1)
+    assert build(files) == 0
+    printed = capsys.readouterr().out
+    assert "0 items added, 3 unchanged;" in printed
+    assert "of 3 items it is not known what their rows were made from" in printed
+    assert "--re-encode all" in printed
+    assert build(files, "--re-encode", "lamp", "bed") == 0
+    assert "0 items added, 1 unchanged; re-encoded: 2 audio;" in capsys.readouterr().out
+    now = HiddenStateCache.open(files / "c", verify=True).gather(torch.tensor([1, 2, 3]))["audio"].numpy()
+    assert np.array_equal(now, states + np.array([1, 0, 1], np.float32)[:, None, None])
+    assert build(files, "--re-encode", "all") == 0
+    assert "re-encoded: 3 audio;" in (printed := capsys.readouterr().out) and "not known" not in printed
+    with pytest.raises(KeyError, match="no item 'lamb' in the items file; did you mean 'lamp'"):
+        build(files, "--re-encode", "lamb")
 
 
 def test_strict_raises(files: Path) -> None:

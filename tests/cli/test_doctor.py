@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossan_fast import _build
+from benchmarks import results
+from crossan_fast import _build, _library
 from crossan_fast.cli import main
 from crossan_fast.ops import _dispatch
 
@@ -20,9 +21,8 @@ def backends(monkeypatch: pytest.MonkeyPatch):
     orders = {"cpu": ("cpp", "triton", "eager"), "cuda": ("eager",)}
     monkeypatch.setattr(_dispatch, "_ORDER", {d: dict.fromkeys(o, "measured") for d, o in orders.items()})
     planted = {(op, "triton"): _dispatch.Implementation(print) for op in ("fusion", "deduplicate")}
-    monkeypatch.setattr(_dispatch, "_table", planted)
-    reasons = {"cpp": "planted: no compiler", "triton": None}
-    monkeypatch.setattr(_dispatch, "_load", reasons.get)
+    otherwise = {"cpp": "planted: no compiler", "triton": _dispatch.NO_KERNEL}
+    monkeypatch.setattr(_dispatch, "_find", lambda *key: planted.get(key, otherwise[key[1]]))
     _dispatch._choose.cache_clear()
     yield
     _dispatch._choose.cache_clear()
@@ -81,12 +81,12 @@ def test_a_build_that_failed_or_does_not_fit_is_said(
 ) -> None:
     monkeypatch.setenv("CROSSAN_FAST_BUILD_DIR", str(tmp_path))
     monkeypatch.setattr(_build, "AHEAD_OF_TIME", tmp_path / "wheel")
-    monkeypatch.setattr(_dispatch, "_load", lambda backend: "planted")
+    monkeypatch.setattr(_dispatch, "_find", lambda op, backend: "planted")
     _dispatch._choose.cache_clear()
     failure = _build.build_folder(_build.PARTS["cpu"]) / "failure.txt"
     failure.parent.mkdir(parents=True)
     failure.write_text("planted")
-    shipped = _build.BuildInfo("cpu", "x.so", "1.0", "c++", "x86_64", [], 1.0, True)
+    shipped = _build.BuildInfo("cpu", "x.so", "1.0", "c++", "x86_64", [], 1.0, 0, "", True)
     (tmp_path / "wheel" / "cpu").mkdir(parents=True)
     (tmp_path / "wheel" / "cpu" / "x.so").touch()
     (tmp_path / "wheel" / "cpu" / "stamp.json").write_text(json.dumps(asdict(shipped)))
@@ -95,3 +95,73 @@ def test_a_build_that_failed_or_does_not_fit_is_said(
     assert extension["cpu"] == f"did not compile, see {failure}; remove that file to try again"
     assert extension["cpu wheel"].endswith(f"passed over: built for torch 1.0, this is {torch.__version__}")
     _dispatch._choose.cache_clear()
+
+
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A machine where nothing is built yet, and where to build is to leave a mark."""
+    if reason := _build.PARTS["cpu"].missing():
+        pytest.skip(f"cannot build: {reason}")
+
+    def mark(recipe: _library.Recipe, folder: Path) -> None:
+        (tmp_path / recipe.part).touch()
+        raise _library.BuildError("planted")
+
+    monkeypatch.setenv("CROSSAN_FAST_BUILD_DIR", str(tmp_path))
+    monkeypatch.setattr(_build, "AHEAD_OF_TIME", tmp_path / "wheel")
+    monkeypatch.setattr(_library, "obtain", mark)
+    _build._outcome.cache_clear()
+    _dispatch._choose.cache_clear()
+    yield tmp_path
+    _build._outcome.cache_clear()
+    _dispatch._choose.cache_clear()
+
+
+def test_nothing_is_built_unless_asked(unbuilt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert list(unbuilt.iterdir()) == []
+    assert "doctor --build" in section(printed, "compiled extension")["cpu"]
+    assert all(section(printed, "ops on cpu in fp32")[op].startswith("cpp (") for op in _dispatch.OPS)
+    assert main(["doctor", "--build"]) == 0
+    printed = capsys.readouterr().out
+    assert (unbuilt / "cpu").exists()
+    assert section(printed, "ops on cpu in fp32")["not cpp"] == "for any op: planted"
+
+
+@pytest.mark.parametrize(
+    "vectors, march, reason",
+    [
+        ("AVX-512", "native", "measured ahead of eager with AVX-512, see benchmarks/results/"),
+        ("AVX2", "native", "not yet measured with AVX2, which this CPU has"),
+        ("AVX-512", "x86-64-v3", "not yet measured when compiled for x86-64-v3"),
+    ],
+)
+def test_the_reason_names_rows_of_this_kind_of_cpu_or_says_that_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, vectors: str, march: str, reason: str
+) -> None:
+    monkeypatch.setattr(_build, "vectors", lambda: vectors)
+    monkeypatch.setenv("CROSSAN_FAST_MARCH", march)
+    _dispatch._measured_on_cpus.cache_clear()
+    said = _dispatch._measured_on_cpus()
+    _dispatch._measured_on_cpus.cache_clear()
+    assert reason in said and said.startswith("measured") == (vectors == "AVX-512" and march == "native")
+
+
+def test_the_rows_that_reasons_name_are_all_that_were_measured_on_cpus() -> None:
+    named = {"AVX512": "AVX-512"}  # torch's words in a row's device, and ours
+    found = set()
+    for path in results.files(results.FOLDER):
+        for row in results.read(path):
+            kind = row.device.rpartition(", ")[2]
+            if "cores" in row.device:
+                found.add((named.get(kind, kind), path.name))
+    assert found == set(_dispatch._CPU_RESULTS.items())
+
+
+@pytest.mark.parametrize(
+    "flags, said", [("avx avx2 avx512f", "AVX-512"), ("avx avx2", "AVX2"), ("asimd sve", "SVE")]
+)
+def test_vectors_are_read_from_the_cpus_flags(monkeypatch: pytest.MonkeyPatch, flags: str, said: str) -> None:
+    monkeypatch.setattr(_build, "cpu_flags", flags.split)
+    assert _build.vectors() == said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from crossan_fast import cli
 from crossan_fast.cli import COMMANDS, main
 
 
@@ -27,6 +28,36 @@ def test_train_prints_each_epoch_and_the_protocol(
     assert f"{100 * results['test']['metrics']['hr@10']:.2f}" in printed
     assert main([*arguments, "epochs=3", "--resume"]) == 0
     assert "goes on behind epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train config.yaml --quiet seed=1",
+        "train config.yaml --resume epochs=7 --quiet model.dropout=0.2 seed=1",
+        "train --quiet seed=1 config.yaml",
+        "train seed=1 config.yaml --profile epochs=3",
+        "train config.yaml --profile 5 seed=1",
+        "train ./a=1/config.yaml seed=1 -- epochs=2",
+        "--debug train config.yaml --quiet users=u=1.tsv",
+        "train config.yaml",
+    ],
+)
+def test_overrides_stand_anywhere(line: str) -> None:
+    words = line.split()
+    args = cli._parser(words).parse_args(words)
+    assert args.overrides == [word for word in words if "=" in word and word[0] != "."]
+    assert Path(args.config).name == "config.yaml"
+    assert args.quiet == ("--quiet" in words)
+    assert args.profile == (None if "--profile" not in words else 5 if "5" in words else 20)
+
+
+def test_what_is_no_override_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("train c.yaml --quite seed=1", "train c.yaml --quiet seed", "evaluate --run r seed=1"):
+        with pytest.raises(SystemExit) as stopped:
+            main(line.split())
+        assert stopped.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossan_fast.data import Dropped, Interactions, build_interactions, read_interactions, read_items
+from crossan_fast.data import (
+    Catalogue,
+    Dropped,
+    Interactions,
+    build_interactions,
+    read_interactions,
+    read_items,
+)
 
 Write = Callable[..., Path]
 
@@ -24,7 +31,8 @@ def named(interactions: Interactions) -> dict[str, list[str]]:
 
 def test_iisan_layout(write: Write) -> None:
     path = write("u1\tc a a\nu2\ta b\nu3\td c b a\n", "users.tsv")
-    found = read_interactions(path, ["a", "b", "c", "x", "d"], min_items=3, max_items=3)
+    known = ["a", "b", "c", "x", "d"]
+    found = read_interactions(path, known, min_items=3, max_items=3, catalogue="used")
     assert named(found) == {"u1": ["c", "a", "a"], "u3": ["c", "b", "a"]}
     assert found.item_names == ["", "a", "b", "c"]
     assert found.ids.tolist() == [3, 1, 1, 3, 2, 1]
@@ -54,9 +62,10 @@ def test_sequences_may_have_a_header(write: Write) -> None:
     assert named(read_interactions(path, None, min_items=3)) == {"u": ["a", "b", "c"]}
 
 
-def test_catalogue_all_gives_the_rows_of_a_cache() -> None:
+def test_rows_are_those_of_a_cache_by_default() -> None:
     cache_names = ["", "z", "a", "b", "y"]
-    found = build_interactions({"u": ["b", "a", "b"]}, cache_names, min_items=3, catalogue="all")
+    found = build_interactions({"u": ["b", "a", "b"]}, cache_names, min_items=3)
+    assert found.catalogue == Catalogue.of(cache_names[1:])
     assert found.item_names == cache_names
     assert found.ids.tolist() == [3, 2, 3]
     assert found.dropped.unused_items == 0
@@ -132,7 +141,9 @@ def _build(
 ) -> Interactions | None:
     """None where the builder says that no user is left."""
     try:
-        return build_interactions(sequences, known, min_items=min_items, max_items=max_items)
+        return build_interactions(
+            sequences, known, min_items=min_items, max_items=max_items, catalogue="used"
+        )
     except ValueError as error:
         assert "known items" in str(error)
         return None
@@ -196,7 +207,7 @@ def test_bad_arguments() -> None:
         build_interactions(sequences, ["a", "b", "a"])
     with pytest.raises(ValueError, match=r"expected 1 <= min <= max, got 5 and 4"):
         build_interactions(sequences, max_items=4)
-    with pytest.raises(ValueError, match=r"catalogue: expected 'used' or 'all', got 'some'"):
+    with pytest.raises(ValueError, match=r"catalogue: expected 'all' or 'used', got 'some'"):
         build_interactions(sequences, catalogue="some")  # type: ignore[arg-type]
 
 
@@ -220,7 +231,7 @@ def test_interactions_check_what_they_are_made_of(
 
 def test_scientific_has_the_counts_of_iisan(scientific: Path) -> None:
     items = read_items(scientific / "items.tsv")
-    found = read_interactions(scientific / "users.tsv", items.names)
+    found = read_interactions(scientific / "users.tsv", items.names, max_items=13, catalogue="used")
     assert (found.num_users, found.num_items, found.ids.size) == (12076, 20314, 81711)
     assert found.dropped == Dropped(old_interactions=3500, unused_items=511)
     order = [items.index_of(name) for name in found.item_names[1:]]

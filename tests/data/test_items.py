@@ -43,6 +43,29 @@ def test_header_names_columns_in_any_order(tmp_path: Path, write: Write, separat
     assert table.title_of("b") is None
 
 
+@pytest.mark.parametrize(
+    "header", ["item,title,image path,Unit price ($),", "Item ID,Title,Image-Path,,100 %"]
+)
+def test_a_header_is_one_whatever_its_other_cells_hold(write: Write, header: str) -> None:
+    table = read_items(write(header + "\na,one,img/a.png,,\n"))
+    assert table.names == ["a"]
+    assert table.columns["title"] == ["one"] and table.columns["image_path"] == ["img/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"PAR1\x15\x04\x15\xff", "a Parquet file; expected .*read_parquet"),
+        (b"PK\x03\x04\x14\x00\x06", "a zip archive or a spreadsheet; .*CSV UTF-8"),
+        (b"\x1f\x8b\x08\x00", "a gzip file; .*unpack it first"),
+        ("a\tx\n".encode("utf-16"), "in UTF-16; .*iconv -f UTF-16 -t UTF-8"),
+    ],
+)
+def test_files_of_other_formats_are_called_what_they_are(write: Write, content: bytes, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"items: .*items\.tsv is {kind}"):
+        read_items(write(content))
+
+
 def test_windows_line_ends_byte_order_mark_blank_lines_and_unicode_line_breaks(write: Write) -> None:
     data = "\ufeffa\tfirst\r\n\r\nb\tsecond\u2028still second\x85and here\r\n\n".encode()
     table = read_items(write(data))
@@ -66,6 +89,7 @@ def test_repeated_lines_are_dropped_with_a_count_or_an_error_with_strict(write: 
         ("", r"items: .*items\.tsv is empty"),
         (" \n\n", r"items\.tsv is empty"),
         ("item\ttitle\n", r"has a header but no items"),
+        ("item\ttitle\tTitle \n", r"line 1: expected different column names, got 'title' twice"),
         ("a\tx\nb\n", r"line 2: expected 2 tab-separated columns, got 1"),
         ("a\tx\n\nb\ty\tz\n", r"line 3: expected 2 tab-separated columns, got 3"),
         ('id,title\n1,"a\nb"\n2,c,d\n', r"line 4: expected 2 comma-separated columns, got 3"),

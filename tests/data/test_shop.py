@@ -188,7 +188,7 @@ def test_written_shop_comes_back_through_the_readers(tmp_path: Path) -> None:
     assert shop.folder == tmp_path / "new" / "shop"
     items = read_items(shop.folder / "items.tsv", strict=True)
     assert items == shop.item_table()
-    read = read_interactions(shop.folder / "users.tsv", items.names, catalogue="all", strict=True)
+    read = read_interactions(shop.folder / "users.tsv", items.names, strict=True)
     assert np.array_equal(read.ids, shop.interactions().ids)
     assert read.user_names == list(shop.sequences)
     media = {column: items.paths(column) for column in ("image_path", "video_path", "audio_path")}

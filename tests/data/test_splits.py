@@ -70,6 +70,27 @@ def test_docstring_example() -> None:
     assert split.train_counts.tolist() == [0, 1, 1, 1, 2, 1, 1]
 
 
+@pytest.mark.parametrize("window", [2, 10, 20])
+def test_the_window_decides_what_is_kept(window: int) -> None:
+    """As if the reader had kept the window, the item that it predicts and both targets."""
+    sequences = {"long": [f"i{k}" for k in range(40)], "short": list("abcde")}
+    split = leave_one_out(build_interactions(sequences), window)
+    kept = build_interactions(sequences, [*sequences["long"], *"abcde"], max_items=window + 3)
+    expected = leave_one_out(kept, window)
+    for name, value in vars(expected).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(split, name), value), name
+    assert split.train[0].tolist() == list(range(38 - window, 39)), "no place of the window is empty"
+    assert int(split.train_counts.sum()) == window + 1 + 3
+
+
+def test_a_readers_limit_stands() -> None:
+    sequences = {"u": [f"i{k}" for k in range(40)]}
+    split = leave_one_out(build_interactions(sequences, max_items=30), 5)
+    assert split.history_test.shape == (1, 29)
+    assert int(split.train_counts.sum()) == 28
+
+
 def test_to_moves_every_tensor() -> None:
     split = leave_one_out(build_interactions({"u": list("abcde")}), 2).to("meta")
     assert {t.device.type for t in vars(split).values() if isinstance(t, torch.Tensor)} == {"meta"}
@@ -88,7 +109,7 @@ def test_bad_input_is_named() -> None:
 
 def test_scientific_targets_repeat_history_as_published(scientific: Path) -> None:
     items = read_items(scientific / "items.tsv")
-    interactions = read_interactions(scientific / "users.tsv", items.names)
+    interactions = read_interactions(scientific / "users.tsv", items.names, max_items=13)
     split = check(interactions, 10, range(0, 12076, 97))
     assert split.train.shape == (12076, 11)
     repeats = (split.history_test == split.test_target[:, None]).any(1)

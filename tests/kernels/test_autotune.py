@@ -102,10 +102,10 @@ def _network(count):
     weights = SideNetworkWeights(*groups, cross_gate=[_normal(levels, seed=90 + i) for i in range(2)])
     states = [_normal(9, levels, width, seed=50 + t) for t in range(towers)]
     ids = torch.arange(count, device=DEVICE) % 9
-    rest = (states, None, ids, None, weights, structure, torch.float32)
-    outputs, saved = side_network.forward(*rest)
+    rest = (states, [], ids, None, weights.flatten(), *structure.static, torch.float32)
+    outputs = side_network.forward(*rest)
     grads = [_normal(count, width, seed=70 + t) for t in range(towers)]
-    return [*outputs, *saved, *side_network.backward(grads, saved, *rest)]
+    return [*outputs, *side_network.backward(grads, outputs[towers:], *rest)]
 
 
 def _fusion(count):
@@ -113,10 +113,10 @@ def _fusion(count):
     shapes = ((m, m * d), (m,), (m, 4 * d, d), (m, 4 * d), (m, d, 4 * d), (m, d))
     rest = [_normal(*shape, seed=i) for i, shape in enumerate(shapes)]
     heads = [_normal(d, width, seed=20 + i) for i in range(m)], [_normal(d, seed=30 + i) for i in range(m)]
-    hidden, weights = [_normal(count, width, seed=40 + i) for i in range(m)], FusionWeights(*heads, *rest)
-    items, _, probability, saved = fusion.forward(hidden, weights, None, None, None, torch.float32)
-    grads = fusion.backward(items, probability, saved, hidden, weights, None, None, None, torch.float32)
-    return [items, probability, *grads[0], *grads[1]]
+    hidden = [_normal(count, width, seed=40 + i) for i in range(m)]
+    call = (hidden, FusionWeights(*heads, *rest).flatten(), None, None, None, torch.float32)
+    items, _, probability, *saved = fusion.forward(*call)
+    return [items, probability, *fusion.backward(items, probability, saved, *call)]
 
 
 def _full_loss(count):

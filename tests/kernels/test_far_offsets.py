@@ -60,9 +60,9 @@ def test_side_network_gathers_far_rows(fused, ids_dtype, far, monkeypatch):
     grads = [torch.randn(len(ids), WIDTH) for _ in range(2)]
 
     def run(states, ids):
-        rest = ([states, states], None, ids, None, weights, structure, torch.float32)
-        outputs, saved = side_network.forward(*rest)
-        return [*outputs, *saved, *side_network.backward(grads, saved, *rest)]
+        rest = ([states, states], [], ids, None, weights.flatten(), *structure.static, torch.float32)
+        outputs = side_network.forward(*rest)
+        return [*outputs, *side_network.backward(grads, outputs[2:], *rest)]
 
     for got, want in zip(run(cache, ids + ROWS - NEAR), run(near, ids), strict=True):
         assert want.any()

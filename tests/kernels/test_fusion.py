@@ -43,25 +43,18 @@ def some_present(count, modalities, seed=1):
     return present.to(DEVICE)
 
 
-def flat(weights):
-    return [*weights.head_weight, *weights.head_bias, *weights[2:]]
-
-
 def kernel(hidden, weights, grad, *, present=None, top_k=None, counts=None, dtype, grad_balance=0.5):
     m = len(hidden)
-    items, assigned, probability, saved = fusion.forward(hidden, weights, present, top_k, counts, dtype)
-    of_probability = grad_balance * m * assigned
-    grads = fusion.backward(
-        grad.to(dtype), of_probability, saved, hidden, weights, present, top_k, counts, dtype
-    )
-    return [items, m * (assigned * probability).sum(), *grads[0], *grads[1]]
+    call = (hidden, weights.flatten(), present, top_k, counts, dtype)
+    items, assigned, probability, *saved = fusion.forward(*call)
+    grads = fusion.backward(grad.to(dtype), grad_balance * m * assigned, saved, *call)
+    return [items, m * (assigned * probability).sum(), *grads]
 
 
 def reference(hidden, weights, grad, *, dtype, grad_balance=0.5, **options):
-    m = len(hidden)
     hidden = [h.to(dtype).requires_grad_() for h in hidden]
-    tensors = [w.to(dtype).requires_grad_() for w in flat(weights)]
-    weights = FusionWeights(tensors[:m], tensors[m : 2 * m], *tensors[2 * m :])
+    tensors = [w.to(dtype).requires_grad_() for w in weights.flatten()]
+    weights = FusionWeights.unflatten(tensors)
     out = fusion_reference(hidden, weights, **options)
     loss = (out.items * grad.to(dtype)).sum() + grad_balance * out.balance
     return [out.items.detach(), out.balance.detach(), *torch.autograd.grad(loss, (*hidden, *tensors))]
@@ -114,7 +107,7 @@ def test_ties_go_to_the_modality_that_comes_first():
     present = torch.ones(9, 3, dtype=torch.bool, device=DEVICE)
     present[4:, 0] = False
     for top_k in (1, 2):
-        items, assigned, _, _ = fusion.forward(hidden, weights, present, top_k, None, torch.float32)
+        items, assigned, *_ = fusion.forward(hidden, weights.flatten(), present, top_k, None, torch.float32)
         expected = fusion_reference(hidden, weights, present=present, top_k=top_k)
         torch.testing.assert_close(items, expected.items)
         shares = [4, 5, 0] if top_k == 1 else [4, 9, 5]
@@ -146,7 +139,7 @@ def test_no_items():
     hidden, weights = make(0, (8, 12), 16, 16, torch.float32)
     out = kernel(hidden, weights, torch.zeros(0, 16, device=DEVICE), dtype=torch.float32)
     assert out[0].shape == (0, 16) and out[1] == 0
-    assert [t.shape for t in out[2:]] == [t.shape for t in (*hidden, *flat(weights))]
+    assert [t.shape for t in out[2:]] == [t.shape for t in (*hidden, *weights.flatten())]
     assert not any(t.any() for t in out)
 
 
@@ -184,7 +177,7 @@ def test_full_precision_weights_under_half_precision_compute():
 
 def test_registered_op_passes_opcheck():
     hidden, weights = make(5, (8, 6), 8, 8, torch.float32)
-    tensors = [t.requires_grad_() for t in flat(weights)]
+    tensors = [t.requires_grad_() for t in weights.flatten()]
     op = torch.ops.crossan_fast.fusion.default
     torch.library.opcheck(op, (hidden, tensors, some_present(5, 2), 1, None, torch.float32, "triton"))
 

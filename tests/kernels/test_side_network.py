@@ -99,9 +99,10 @@ def reference(case: Case, built, dtype: torch.dtype):
 
 def run(case: Case, built):
     weights, states, scales, ids, present, grads = built
-    arguments = (states, scales, ids, present, weights, case.structure, case.dtype)
-    outputs, saved = kernel.forward(*arguments)
-    return outputs, saved, kernel.backward(grads, saved, *arguments)
+    call = (states, scales or [], ids, present, weights.flatten(), *case.structure.static, case.dtype)
+    results, towers = kernel.forward(*call), len(case.structure.sources)
+    outputs, saved = results[:towers], results[towers:]
+    return outputs, saved, kernel.backward(grads, saved, *call)
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -194,7 +195,8 @@ def test_every_fp8_code_is_decoded(device: torch.device) -> None:
     zeros = [torch.zeros(s, device=device) for s in ((1, 16, width), (1, 16), (1, width, 16), (1, width))]
     weights = SideNetworkWeights(*([z] for z in zeros), gate=[torch.full((1,), 100.0, device=device)])
     scales = [torch.full((1, 1), 0.5, device=device)]
-    (out,), _ = kernel.forward([states], scales, None, None, weights, structure, torch.float32)
+    static = (*structure.static, torch.float32)
+    out, _ = kernel.forward([states], scales, None, None, weights.flatten(), *static)
     assert torch.equal(out[0].cpu(), states.cpu().float().flatten() * 0.5)
 
 
@@ -319,7 +321,7 @@ def test_registered_op_passes_opcheck(device: torch.device) -> None:
     structure = SideNetworkStructure((24, 24), PAIR, "backbone", "gelu")
     weights, states, scales, ids, present, _ = Case(structure, items=5, stored=torch.int8).build(device)
     flat = [w.requires_grad_() for w in weights.flatten()]
-    static = (list(structure.widths), [0, -1, 1, -1], "backbone", "gelu", 0.1, torch.float32, "triton")
+    static = (*structure.static, torch.float32, "triton")
     torch.library.opcheck(
         torch.ops.crossan_fast.side_network.default, (states, scales, ids, present, flat, *static)
     )

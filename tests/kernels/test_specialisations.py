@@ -31,10 +31,10 @@ def network(n):
     shapes = ((levels, rank, width), (levels, rank), (levels, width, rank), (levels, width), (levels,))
     groups = [[aot._new(*shape)] * towers for shape in shapes]
     weights = SideNetworkWeights(*groups, cross_gate=[aot._new(levels)] * 2)
-    rest = ([aot._new(500, levels, width)] * towers, None, aot._new(n, kind=torch.int64), None)
-    rest = (*rest, weights, structure, torch.bfloat16)
-    outputs, saved = side_network.forward(*rest)
-    side_network.backward(outputs, saved, *rest)
+    rest = ([aot._new(500, levels, width)] * towers, [], aot._new(n, kind=torch.int64), None)
+    rest = (*rest, weights.flatten(), *structure.static, torch.bfloat16)
+    outputs = side_network.forward(*rest)
+    side_network.backward(outputs[:towers], outputs[towers:], *rest)
 
 def everything(n):
     network(n)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from crossan_fast import CrossanConfig, Modality
 from crossan_fast.modules import sequence_encoder as module
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
+from crossan_fast.ops import sequence_encoder_reference
 
 WINDOW, D = 5, 8
 MASK = torch.arange(WINDOW) >= torch.tensor([[0], [2], [4]])
@@ -86,11 +87,29 @@ def fake_xformers(monkeypatch):
 
 def test_packed_attention_equals_dense(monkeypatch):
     fake_xformers(monkeypatch)
-    q, k, v = (torch.randn(3, WINDOW, 2, D // 2, dtype=torch.float64) for _ in range(3))
-    dense, packed = module._dense(q, k, v, MASK, 0.0), module._packed(q, k, v, MASK, 0.0)
-    torch.testing.assert_close(packed[MASK], dense[MASK])
-    assert packed[~MASK].abs().sum() == 0
-    assert module._packed(q, k, v, MASK & False, 0.0).abs().sum() == 0
+    encode, items = encoder(), torch.randn(3, WINDOW, D, dtype=torch.float64)
+    for mask in (MASK, MASK & False):
+        dense = encode(items, mask, backend="eager")
+        packed = sequence_encoder_reference(
+            items, mask, encode.weights(), encode.heads, attend=module._packed
+        )
+        torch.testing.assert_close(packed, dense)
+
+
+def test_xformers_in_the_config_is_what_attends(monkeypatch):
+    fake_xformers(monkeypatch)
+    encode = SequenceEncoder(config(attention="xformers", dropout=0.3))
+    asked = []
+
+    def reference(items, mask, weights, heads, *, dropout, attend):
+        asked.append((heads, dropout, attend))
+        return items
+
+    monkeypatch.setattr(module, "sequence_encoder_reference", reference)
+    items = types.SimpleNamespace(device=torch.device("cuda"))
+    assert encode(items, MASK) is items
+    assert encode.eval()(items, MASK) is items
+    assert asked == [(2, 0.3, module._packed), (2, 0.0, module._packed)]
 
 
 def test_xformers_needs_cuda(monkeypatch):

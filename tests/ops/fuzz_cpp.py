@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import _build
-from crossan_fast.ops.side_network import SideNetworkStructure, _encode
+from crossan_fast.ops.side_network import SideNetworkStructure
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 STORED = (*FLOATS, torch.int8, torch.float8_e4m3fn)
@@ -77,7 +77,7 @@ def side_network(ops) -> None:
     present = torch.rand(count, modalities) > 0.3 if random.random() < 0.5 else None
     if random.random() < 0.05:
         weights[random.randrange(len(weights))] = values(2, 2)
-    static = (widths, _encode(sources), cross, structure.activation, 0.1, dtype)
+    static = (*structure.static, dtype)
     out = ops.side_network(states, scales, ids, present, weights, *static)
     assert [tuple(o.shape) for o in out] == [(count, d) for d in towers] + [(count, levels, rank)] * len(
         towers

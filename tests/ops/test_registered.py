@@ -32,20 +32,28 @@ def vjp(function, inputs, grads):
     return _pool.submit(work).result()
 
 
-def side_forward(states, scales, ids, present, weights, structure, dtype):
+def side_forward(states, scales, ids, present, weights, *static):
+    *fields, dtype = static
+    structure = ops.SideNetworkStructure.from_static(*fields)
     out = side_network_reference(
-        states, weights, structure, ids=ids, scales=scales, present=present, dtype=dtype
+        states,
+        structure.unflatten(weights),
+        structure,
+        ids=ids,
+        scales=scales or None,
+        present=present,
+        dtype=dtype,
     )
-    return [h.clone() for h in out], [h.new_zeros(len(h), LEVELS, RANK) for h in out]
+    return [*(h.clone() for h in out), *(h.new_zeros(len(h), LEVELS, RANK) for h in out)]
 
 
-def side_backward(grads, saved, states, scales, ids, present, weights, structure, dtype):
+def side_backward(grads, saved, states, scales, ids, present, weights, *static):
     assert all(z.shape[1:] == (LEVELS, RANK) for z in saved)
 
     def run(flat):
-        return side_forward(states, scales, ids, present, structure.unflatten(flat), structure, dtype)[0]
+        return side_forward(states, scales, ids, present, flat, *static)[: len(grads)]
 
-    return vjp(run, weights.flatten(), grads)
+    return vjp(run, weights, grads)
 
 
 def router(hidden, weights, present, top_k, counts):
@@ -65,23 +73,19 @@ def router(hidden, weights, present, top_k, counts):
 
 
 def fusion_forward(hidden, weights, present, top_k, counts, dtype):
+    weights = ops.FusionWeights.unflatten(weights)
     items = fusion_reference(hidden, weights, present=present, top_k=top_k, dtype=dtype).items
-    assigned, probability, e, logits = router(hidden, weights, present, top_k, counts)
-    return items, assigned, probability, [e, logits]
+    return [items, *router(hidden, weights, present, top_k, counts)]
 
 
 def fusion_backward(grad_items, grad_probability, saved, hidden, weights, present, top_k, counts, dtype):
     count = len(hidden)
 
     def run(flat):
-        heads, rest = flat[count:][: 2 * count], flat[3 * count :]
-        packed = ops.FusionWeights(heads[:count], heads[count:], *rest)
-        items, _, probability, _ = fusion_forward(flat[:count], packed, present, top_k, counts, dtype)
+        items, _, probability, *_ = fusion_forward(flat[:count], flat[count:], present, top_k, counts, dtype)
         return items, probability
 
-    flat = [*hidden, *weights.head_weight, *weights.head_bias, *weights[2:]]
-    found = vjp(run, flat, (grad_items, grad_probability))
-    return found[:count], found[count:]
+    return vjp(run, [*hidden, *weights], (grad_items, grad_probability))
 
 
 def loss_implementation(reference):
@@ -115,8 +119,7 @@ def mirror(monkeypatch):
         ),
     }
     monkeypatch.delenv("CROSSAN_FAST_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "_table", table)
-    monkeypatch.setattr(_dispatch, "_load", lambda backend: None)
+    monkeypatch.setattr(_dispatch, "_find", lambda *key: table.get(key, _dispatch.NO_KERNEL))
     _dispatch._choose.cache_clear()
     torch.compiler.reset()
     yield
@@ -146,10 +149,6 @@ def fusion_problem(dtype=torch.float64):
     return hidden, weights
 
 
-def packed(weights):
-    return ops.FusionWeights(weights[:M], weights[M : 2 * M], *weights[2 * M :])
-
-
 def loss_problem():
     item_ids = torch.tensor([[0, 0, 3, 2], [1, 4, 4, 5], [0, 5, 1, 1]])
     unique = ops.deduplicate(item_ids, 13)
@@ -174,9 +173,7 @@ def test_side_network(present):
     want = side_network_reference(states, towers.weights(), towers.structure, ids=IDS, present=present)
     assert all(torch.equal(a, b) for a, b in zip(run(*flat), want, strict=True))
     assert torch.autograd.gradcheck(run, flat, fast_mode=True)
-    s = towers.structure
-    sources = [0, -1, 1, -1]
-    static = (list(s.widths), sources, s.cross, s.activation, s.temperature, torch.float64, "cpp")
+    static = (*towers.structure.static, torch.float64, "cpp")
     arguments = (states, [], IDS, present, flat, *static)
     torch.library.opcheck(torch.ops.crossan_fast.side_network.default, arguments)
 
@@ -202,7 +199,12 @@ def test_fusion(top_k):
     def run(*tensors, backend="auto"):
         return tuple(
             ops.fusion(
-                tensors[:M], packed(tensors[M:]), present=PRESENT, top_k=top_k, counts=counts, backend=backend
+                tensors[:M],
+                ops.FusionWeights.unflatten(tensors[M:]),
+                present=PRESENT,
+                top_k=top_k,
+                counts=counts,
+                backend=backend,
             )
         )
 
@@ -256,7 +258,7 @@ def test_compile_without_graph_breaks_and_with_dynamic_sizes():
 
     def step(ids):
         hidden = ops.side_network(states, towers.weights(), towers.structure, ids=ids)
-        fused = ops.fusion(hidden, packed(weights))
+        fused = ops.fusion(hidden, ops.FusionWeights.unflatten(weights))
         return fused.items.square().sum() + fused.balance
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -12,13 +12,36 @@ WITH_TARGET = ROWS[[0, 2, 4, 5]]
 
 
 def test_each_row_with_a_target_comes_once_and_padding_fills_up() -> None:
-    batches = Batches(ROWS, 3, seed=0)
-    assert (batches.rows, len(batches)) == (4, 2)
+    extra = torch.tensor([[1, 2, 3]])
+    batches = Batches(torch.cat([ROWS, extra]), 3, seed=0)
+    assert (batches.rows, len(batches)) == (5, 2)
     drawn = list(batches.epoch(1))
     assert [batch.shape for batch in drawn] == [(3, 3), (3, 3)]
     joined = torch.cat(drawn)
-    assert sorted(joined[:4].tolist()) == sorted(WITH_TARGET.tolist())
-    assert joined[4:].eq(0).all()
+    assert sorted(joined[:5].tolist()) == sorted([*WITH_TARGET.tolist(), *extra.tolist()])
+    assert joined[5:].eq(0).all()
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(4, 3), (7, 3), (7, 2), (9, 8)])
+def test_no_row_is_alone_in_the_last_batch(rows: int, batch_size: int) -> None:
+    sequences = torch.arange(1, 2 * rows + 1).reshape(rows, 2)
+    batches = Batches(sequences, batch_size, seed=0)
+    assert len(batches) == -(-rows // batch_size)
+    for number in range(1, 4):
+        drawn = list(batches.epoch(number))
+        held = [int(batch[:, 0].count_nonzero()) for batch in drawn]
+        assert held == [batch_size] * (len(batches) - 1) + [2]
+        visits = torch.cat(drawn)[:, 0].unique(return_counts=True)
+        assert visits[0].tolist() == [0] * (batch_size > 2) + sequences[:, 0].tolist()
+        assert visits[1][-rows:].sum() == rows + 1, "one comes twice, to keep it company"
+        parts = [Batches(sequences, batch_size, seed=0, rank=rank, size=2) for rank in range(2)]
+        last = torch.cat([list(part.epoch(number))[-1] for part in parts])
+        assert sorted(last[last[:, 0] != 0].tolist()) == sorted(drawn[-1][drawn[-1][:, 0] != 0].tolist())
+
+
+def test_a_row_that_is_the_only_one_stays_so() -> None:
+    (batch,) = Batches(torch.tensor([[1, 2]]), 1, seed=0).epoch(1)
+    assert batch.tolist() == [[1, 2]]
 
 
 def test_seed_and_number_decide_the_order() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,49 @@ def test_files_that_hold_no_config(tmp_path: Path) -> None:
             load_config(file)
 
 
+# Nine lines that stand for 10^9 values: their repr, in the message for a wrong value, would take hours.
+BOMB = "\n".join(["a0: &a0 boom", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("cache: &a c\nusers: *a\nrun: r\n", r"aliases .*line 2, column 8"),
+        ("modalities: " + "[" * 5000, "nested more than 32 deep"),
+        ("- " * 5000, "nested more than 32 deep"),
+        ("cache: " + "c" * 100_000, "expected at most 65536 bytes in .*config.yaml"),
+        ("epochs: 2001-13-01", "is no YAML: month must be in 1..12"),
+        ("epochs: " + ":".join(["1"] * 500) + ".5", "is no YAML: int too large"),
+    ],
+    ids=["alias", "deep flow", "deep block", "large", "date", "float"],
+)
+def test_a_file_of_someone_else_is_read_within_bounds(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_config(file)
+    assert str(raised.value).startswith("config: ")
+
+
+def test_a_yaml_bomb_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{BOMB}\ncache: *a9\nusers: u\nrun: r\n")
+    # In a process of its own: what expands a bomb does so inside one call that nothing interrupts.
+    script = "import sys; from crossan_fast.training import load_config; load_config(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(file)], capture_output=True, text=True, timeout=120
+    )
+    assert "ValueError: config: " in done.stderr
+    assert "aliases (*name) are not read here" in done.stderr
+
+
+def test_an_override_and_a_number_are_bounded_too(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"override: the value of .* aliases"):
+        apply_overrides(values, ["modalities=[&a x, *a]"])
+    with pytest.raises(TypeError, match=r"model\.dropout: expected a number"):
+        TrainConfig.from_dict(apply_overrides(values, [f"model.dropout={10**400}"]))
+
+
 def test_the_data_folder_is_a_setting_or_a_variable(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,3 +155,13 @@ def test_the_model_takes_the_modalities_asked_for(values: dict[str, Any], world:
         TrainConfig.from_dict({**values, "modalities": ["imag"]}).crossan_config(cache)
     iisan = TrainConfig.from_dict({**values, "model": {"architecture": "iisan"}}).crossan_config(cache)
     assert (iisan.fusion, iisan.head, iisan.activation) == ("concat", "two", "relu")
+
+
+def test_configs_of_one_model_are_equal(values: dict[str, Any]) -> None:
+    plain = TrainConfig.from_dict(values)
+    stated = TrainConfig.from_dict(apply_overrides(values, ["model.attention_heads=2", "model.top_k=null"]))
+    assert stated == plain
+    assert plain.to_dict()["model"]["cross"] == "backbone", "a resolved config leaves nothing to a default"
+    iisan = TrainConfig.from_dict({**values, "model": {"architecture": "iisan"}})
+    assert iisan == TrainConfig.from_dict({**values, "model": {"architecture": "iisan", "head": "two"}})
+    assert iisan != TrainConfig.from_dict({**values, "model": {"architecture": "iisan", "head": "one"}})

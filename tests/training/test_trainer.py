@@ -45,6 +45,7 @@ def test_the_run_folder_holds_everything(values: dict[str, Any]) -> None:
         "config.yaml",
         "last.safetensors",
         "log.jsonl",
+        "population.json",
         "results.json",
     ]
     assert folder.read_config() == config
@@ -243,6 +244,22 @@ def test_a_run_is_neither_overwritten_nor_continued_with_another_config(values: 
         quiet(changed, resume=True)
 
 
+def test_stating_a_default_is_no_change(values: dict[str, Any]) -> None:
+    quiet(with_values(values, epochs=1))
+    stated = {
+        "model": {**values["model"], "attention_heads": 2, "architecture": "crossan", "top_k": None},
+        "optimizer": {**values["optimizer"], "average": None},
+        "evaluation": {"k": [5, 20]},
+        "modalities": ["text", "image"],
+    }
+    assert len(quiet(with_values({**values, **stated}, epochs=2), resume=True).history) == 2
+    changed = {"model": {**values["model"], "attention_heads": 4}}
+    with pytest.raises(ValueError, match=r"model\.attention_heads: the run was made with 2, .* got 4"):
+        quiet(with_values({**values, **changed}, epochs=3), resume=True)
+    with pytest.raises(ValueError, match=r"modalities: the run was made with \['text', 'image'\]"):
+        quiet(with_values({**values, "modalities": ["image", "text"]}, epochs=3), resume=True)
+
+
 def test_resuming_nothing_starts(values: dict[str, Any]) -> None:
     assert len(quiet(with_values(values, epochs=1), resume=True).history) == 1
 
@@ -296,7 +313,11 @@ def test_wrong_data_is_named(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device: 'tpu9' cannot be used"):
         Trainer(with_values(values, device="tpu9"))
     users = tmp_path / "users.tsv"
-    users.write_text("ann\t" + " ".join(f"item{i}" for i in range(1, 8)) + " unheard_of\n")
+    users.write_text(
+        "ann\t"
+        + " ".join(f"item{i}" for i in range(1, 8))
+        + " unheard_of\nben\titem1 item2 item3 item9 item8\n"
+    )
     with pytest.raises(ValueError, match=r"1 interactions with 1 items that the items file lacks"):
         Trainer(with_values(values, users=str(users), strict=True))
     with pytest.warns(UserWarning, match="'unheard_of'; dropped"):

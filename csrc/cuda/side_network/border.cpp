@@ -256,10 +256,10 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
 
 CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
 #define CROSSAN_STATIC                                                                                 \
-  "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, int path, " \
-  "int backward_items"
+  "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, int path=0, " \
+  "int backward_items=0"
   library.def(
-      "side_network_forward(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, "
+      "side_network(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, "
       "Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");
   library.def(
       "side_network_backward(Tensor[] grad_outputs, Tensor[] saved, Tensor[] states, Tensor[] scales, "
@@ -274,6 +274,6 @@ CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
 
 CROSSAN_LIBRARY_IMPL(CROSSAN_NAMESPACE, CROSSAN_DISPATCH_KEY, library) {
   using namespace crossan_fast::border;
-  library.impl("side_network_forward", &side_network_forward);
+  library.impl("side_network", &side_network_forward);
   library.impl("side_network_backward", &side_network_backward);
 }

@@ -230,7 +230,7 @@ def test_wrong_ids_end_the_launch_with_a_message(gpu, call):
     """In a process of its own: what a device-side failure leaves behind is no CUDA context to go on with."""
     calls = {
         "gather": "ops.gather_convert(torch.zeros(4, 2, 8, device=d), None, ids, torch.float32)",
-        "side_network": "ops.side_network_forward([torch.zeros(4, 1, 64, device=d).half()], [], ids, None, "
+        "side_network": "ops.side_network([torch.zeros(4, 1, 64, device=d).half()], [], ids, None, "
         "[torch.zeros(s, device=d) for s in ((1, 8, 64), (1, 8), (1, 64, 8), (1, 64), (1,))], "
         "[64], [0, -1], 'none', 'relu', 1.0, torch.half, 0, 0)",
         "deduplicate": "ops.deduplicate(ids - 5, 9)",

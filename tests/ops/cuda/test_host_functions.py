@@ -17,7 +17,7 @@ from crossan_fast.ops.side_network import (
 
 @pytest.fixture
 def emulated(ops, monkeypatch):
-    monkeypatch.setattr(_cuda, "_ops", lambda: ops)
+    monkeypatch.setattr(_cuda, "library", lambda: ops)
 
 
 def _error(got, exact) -> float:
@@ -46,10 +46,6 @@ def _fusion_case(dtype: torch.dtype, presence: bool, counted: bool):
     return [draw(count, d) for d in widths], weights, present, counts, draw(count, width)
 
 
-def _flatten(weights: FusionWeights) -> list[torch.Tensor]:
-    return [*weights.head_weight, *weights.head_bias, *weights[2:]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [None, 1, 2])
 @pytest.mark.parametrize("presence, counted", [(False, False), (True, True)])
@@ -57,7 +53,7 @@ def test_fusion(emulated, dtype, top_k, presence, counted):
     hidden, weights, present, counts, grad = _fusion_case(dtype, presence, counted)
 
     def reference(wide):
-        flat = [t.detach().to(wide).requires_grad_() for t in (*hidden, *_flatten(weights))]
+        flat = [t.detach().to(wide).requires_grad_() for t in (*hidden, *weights.flatten())]
         h, w = flat[:4], FusionWeights(flat[4:8], flat[8:12], *flat[12:])
         items, balance = fusion_reference(h, w, present=present, top_k=top_k, counts=counts)
         torch.autograd.backward((items, balance), (grad.to(wide), torch.tensor(3.0, dtype=wide)))
@@ -65,7 +61,7 @@ def test_fusion(emulated, dtype, top_k, presence, counted):
 
     exact_items, exact_balance, exact_grads = reference(torch.float64)
     eager_items, eager_balance, eager_grads = reference(dtype)
-    leaves = [t.detach().clone().requires_grad_() for t in (*hidden, *_flatten(weights))]
+    leaves = [t.detach().clone().requires_grad_() for t in (*hidden, *weights.flatten())]
     items, assigned, mean, *_ = torch.ops.crossan_fast.fusion(
         leaves[:4], leaves[4:], present, top_k, counts, dtype, "cuda"
     )
@@ -94,7 +90,7 @@ def test_side_network_through_autograd(emulated):
     )
     states, ids = [draw(9, 2, 64), draw(9, 2, 64)], torch.tensor([3, 0, 8, 3, 1])
     leaves = [w.clone().requires_grad_() for w in weights.flatten()]
-    static = ([64, 64], [0, -1, 1, -1], "backbone", "gelu", 0.1, torch.bfloat16)
+    static = (*structure.static, torch.bfloat16)
     outputs = torch.ops.crossan_fast.side_network(states, [], ids, None, leaves, *static, "cuda")[:2]
     exact_leaves = [w.double().requires_grad_() for w in weights.flatten()]
     exact = side_network_reference(
@@ -122,7 +118,7 @@ def test_auto_passes_the_unmeasured_backend_over(monkeypatch):
     monkeypatch.setitem(_dispatch._ORDER, "cuda", {"cuda": "first", "eager": "last"})
     _dispatch._choose.cache_clear()
     with pytest.warns(_dispatch.FallbackWarning, match="cuda: not yet measured on a GPU"):
-        choice = _dispatch.choose("deduplicate", "cuda", torch.int64)
+        choice = _dispatch.choose("fusion", "cuda", torch.bfloat16)
     _dispatch._choose.cache_clear()
     assert choice.backend == "eager"
     assert choice.rejected == (("cuda", _cuda._UNMEASURED),)
@@ -163,9 +159,7 @@ def test_structures_are_refused_by_the_limit_s_name(
     emulated, emulate, monkeypatch, widths, pairs, cross, levels, rank, reason
 ):
     emulate(architecture=90, shared=227 * 1024)
-    monkeypatch.setattr(
-        _cuda, "_refuses", lambda request, dtypes: None
-    )  # a GPU is here, and the part is built
+    monkeypatch.setattr(_cuda, "refuses", lambda request: None)  # a GPU is here, and the part is built
     structure = SideNetworkStructure(widths, (*((m,) for m in range(len(widths))), *pairs), cross)
     features = features_of(structure, levels, rank)
     found = _dispatch.refusal(_dispatch.Request("side_network", "cuda", torch.bfloat16, features), "cuda")

@@ -115,7 +115,7 @@ def _reference(case: Case, dtype: torch.dtype, seed: int = 0):
 def _run(ops, case: Case, path: int, seed: int = 0, backward_items: int = 0):
     states, scales, ids, present, weights, grads = case.make(seed)
     static = _static(case, path, backward_items)
-    results = ops.side_network_forward(states, scales or [], ids, present, weights.flatten(), *static)
+    results = ops.side_network(states, scales or [], ids, present, weights.flatten(), *static)
     towers = len(case.structure.sources)
     outputs, saved = results[:towers], results[towers:]
     flat = ops.side_network_backward(
@@ -224,8 +224,8 @@ def test_absent_states_are_never_read(ops, path):
         rows[ids[present[:, m]]] = False
         state[rows] = float("nan")
     arguments = (scales or [], ids, present, weights.flatten(), *_static(case, path))
-    clean = ops.side_network_forward(states, *arguments)
-    for got, want in zip(ops.side_network_forward(poisoned, *arguments), clean, strict=True):
+    clean = ops.side_network(states, *arguments)
+    for got, want in zip(ops.side_network(poisoned, *arguments), clean, strict=True):
         assert torch.equal(got, want)
 
 
@@ -279,7 +279,7 @@ def test_views_may_begin_anywhere(ops, path):
     states, _, ids, _, weights, grads = case.make()
     flat, static = weights.flatten(), _static(case, path)
     outputs, saved, want = _run(ops, case, path)
-    shifted = ops.side_network_forward(off(states), [], ids, None, off(flat), *static)
+    shifted = ops.side_network(off(states), [], ids, None, off(flat), *static)
     assert all(torch.equal(a, b) for a, b in zip(shifted, [*outputs, *saved], strict=True))
     got = ops.side_network_backward(off(grads), off(saved), off(states), [], ids, None, off(flat), *static)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -312,10 +312,10 @@ def test_limits_of_the_device(ops, emulate):
     states, _, ids, _, weights, _ = SMALL.make()
     emulate(architecture=80)
     with pytest.raises(RuntimeError, match="the path that was asked for needs another GPU"):
-        ops.side_network_forward(states, [], ids, None, weights.flatten(), *_static(SMALL, HOPPER))
+        ops.side_network(states, [], ids, None, weights.flatten(), *_static(SMALL, HOPPER))
     emulate(architecture=80, shared=40 * 1024)
     with pytest.raises(RuntimeError, match="side_network: more elements"):
-        ops.side_network_forward(states, [], ids, None, weights.flatten(), *_static(SMALL, MMA))
+        ops.side_network(states, [], ids, None, weights.flatten(), *_static(SMALL, MMA))
 
 
 @pytest.mark.parametrize("place", [0, 2047, 2048, 4099])
@@ -324,7 +324,7 @@ def test_a_wrong_id_is_found_wherever_it_stands(ops, emulate, place):
     states, _, ids, _, weights, _ = case.make()
     ids[place] = case.rows
     with pytest.raises(RuntimeError, match=r"ids: an id is outside of the states' rows \(got 57\)"):
-        ops.side_network_forward(states, [], ids, None, weights.flatten(), *_static(case, MMA))
+        ops.side_network(states, [], ids, None, weights.flatten(), *_static(case, MMA))
 
 
 def test_errors_name_the_argument(ops, emulate):
@@ -332,7 +332,7 @@ def test_errors_name_the_argument(ops, emulate):
     flat, static = weights.flatten(), _static(SMALL, MMA)
 
     def forward(states=states, scales=(), ids=ids, present=None, flat=flat, static=static):
-        return ops.side_network_forward(states, list(scales), ids, present, flat, *static)
+        return ops.side_network(states, list(scales), ids, present, flat, *static)
 
     def changed(index, value):
         return (*static[:index], value, *static[index + 1 :])

@@ -30,7 +30,7 @@ def random_states(widths, rows=ROWS):
 
 
 def by_hand(config, towers, states, present):
-    """One item, one tower, one level at a time, straight from the SPEC's sentences."""
+    """One item, one tower, one level at a time, straight from the sentences of docs/mathematics.md."""
     out = [np.zeros((ROWS, spec.width)) for spec in config.towers]
     names = config.modality_names
     p = {k: v.detach().numpy() for k, v in towers.state_dict().items()}

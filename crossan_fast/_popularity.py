@@ -1,0 +1,140 @@
+"""A model's popularity: shares of the training interactions, by the rows of one catalogue."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from crossan_fast._checks import check_tensor, describe
+from crossan_fast.data import Catalogue, Split
+
+if TYPE_CHECKING:
+    from crossan_fast.cache import HiddenStateCache
+
+_HINT = (
+    "; set_popularity takes a split of interactions that were read with this cache's item_names and "
+    "catalogue='all'"
+)
+_BUFFERS = ("item_popularity", "catalogue_digest")
+
+
+class Popularity(nn.Module):
+    """What a model knows of its items by row; the base of `CrossanModel`.
+
+    Attributes:
+        item_popularity: buffer `[I + 1]`, each item's share of the training interactions; empty until
+            `set_popularity`.
+        catalogue_digest: buffer uint8 `[32]`, what these rows mean; empty where that is unknown.
+    """
+
+    item_popularity: Tensor
+    catalogue_digest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("item_popularity", torch.empty(0))
+        self.register_buffer("catalogue_digest", _to_buffer(None))
+        self._catalogue: Catalogue | None = None
+        self._warned_of = 0
+
+    @property
+    def catalogue(self) -> Catalogue | None:
+        """What the rows of `item_popularity` mean; None where that is unknown."""
+        return self._catalogue
+
+    @torch.no_grad()
+    def set_popularity(
+        self, counts: Split | Tensor | Sequence[int], catalogue: Catalogue | None = None
+    ) -> None:
+        """Set `item_popularity` from the training interactions of each item.
+
+        Args:
+            counts: a split, for its counts and its catalogue; or `[I + 1]`, not negative; entry 0 (padding)
+                is ignored. ◊ An item without an interaction counts as if it had one, so that its logit stays
+                finite.
+            catalogue: what the rows of plain counts mean: the `catalogue` of interactions or of a cache. It
+                is saved with the model and compared with that of every cache it trains on; None: unknown,
+                and a cache must have as many items as there are counts.
+        """
+        if isinstance(counts, Split):
+            if catalogue is not None:
+                raise ValueError("catalogue: goes with plain counts; a split has its own")
+            catalogue = counts.catalogue
+            counts = counts.train_counts
+        share, device = _shares(counts, catalogue), self.item_popularity.device
+        self.item_popularity = share.to(device, torch.float32)
+        self.catalogue_digest = _to_buffer(catalogue).to(device)
+        self._catalogue = catalogue
+
+    def _known_items(self, cache: HiddenStateCache | None, read: bool) -> int | None:
+        """The last row that ids may name: of the cache and of the popularity; None where neither has one.
+
+        Args:
+            read: whether the loss reads the popularity.
+
+        Raises:
+            ValueError: rows of the popularity that are not the cache's first ones, or cannot be told to be.
+        """
+        held = self.item_popularity.numel()
+        if cache is None:
+            return held - 1 if held else None
+        if self._catalogue is None:
+            if held and read and held != cache.num_items + 1:
+                raise ValueError(
+                    f"item_popularity: expected a share for each of the cache's {cache.num_items:,} items, "
+                    f"got {held - 1:,} of an unknown catalogue{_HINT}"
+                )
+            return cache.num_items
+        cache.catalogue.require(self._catalogue, "item_popularity", _HINT)
+        known = self._catalogue.num_items
+        if known < cache.num_items != self._warned_of and not torch.compiler.is_compiling():
+            self._warned_of = cache.num_items
+            warnings.warn(
+                f"cache: it has grown to {cache.num_items:,} items; the model trains on the {known:,} that "
+                "its popularity knows, until set_popularity is called with a split of all of them",
+                stacklevel=5,  # behind Module.__call__
+            )
+        return known
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        popularity = state_dict.get(prefix + _BUFFERS[0])
+        if popularity is not None:
+            digest = state_dict.setdefault(prefix + _BUFFERS[1], _to_buffer(None))
+            # The catalogue's size is not part of the config: buffers take the sizes that were saved.
+            for name, saved in zip(_BUFFERS, (popularity, digest), strict=True):
+                if saved.shape != getattr(self, name).shape:
+                    setattr(self, name, getattr(self, name).new_empty(saved.shape))
+            self._catalogue = _from_buffers(popularity, digest)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _shares(counts: Tensor | Sequence[int], catalogue: Catalogue | None) -> Tensor:
+    tensor = torch.as_tensor(counts, dtype=torch.float64)
+    check_tensor("counts", tensor, (None,))
+    if tensor.numel() < 2 or not torch.isfinite(tensor).all() or (tensor < 0).any():
+        raise ValueError(f"counts: expected [I + 1] finite counts of at least 0, got {describe(tensor)}")
+    if catalogue is not None and catalogue.num_items != tensor.numel() - 1:
+        raise ValueError(
+            f"counts: expected [{catalogue.num_items + 1}] for {catalogue}, got {describe(tensor)}"
+        )
+    total = tensor[1:].sum()
+    if total == 0:
+        raise ValueError("counts: expected at least one interaction, got none")
+    share = tensor.clamp_min(1) / total
+    share[0] = 1
+    return share
+
+
+def _to_buffer(catalogue: Catalogue | None) -> Tensor:
+    digest = b"" if catalogue is None else bytes.fromhex(catalogue.digest)
+    return torch.tensor(list(digest), dtype=torch.uint8)
+
+
+def _from_buffers(popularity: Tensor, digest: Tensor) -> Catalogue | None:
+    if not digest.numel() or digest.is_meta:
+        return None
+    return Catalogue.known_by(popularity.numel() - 1, bytes(digest.tolist()).hex())

@@ -1,0 +1,92 @@
+"""Settings from files that someone else may have written: YAML and JSON, read within bounds.
+
+A settings file holds some hundred values. Whatever it holds, reading it takes a moment and little memory:
+its size and depth are bounded, and YAML's aliases, by which a few lines stand for billions of values, are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+MAX_BYTES = 64 * 1024
+MAX_DEPTH = 32
+
+
+def read_settings(path: Path, name: str) -> str:
+    """A settings file's text.
+
+    Args:
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError: larger than a settings file can be, or no UTF-8.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    try:
+        return _bounded(content, name, str(path)).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: {path} is not UTF-8: {error}") from error
+
+
+def parse_yaml(text: str, name: str, source: str) -> Any:
+    """The plain values of a YAML text.
+
+    Args:
+        name: of the argument, for messages.
+        source: what the text is, for messages.
+
+    Raises:
+        ValueError: too large, too deep, with an alias, or no YAML.
+    """
+    _bounded(text.encode("utf-8", "surrogatepass"), name, source)
+    try:
+        return yaml.load(text, _Loader)
+    # A date of month 13, or an integer too long to convert, is a bare error of the type that it would be.
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{name}: {source} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_json(text: str, name: str) -> Any:
+    """The plain values of a JSON text; errors as `parse_yaml`'s."""
+    _bounded(text.encode("utf-8", "surrogatepass"), name, "the JSON text")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name}: expected JSON of a few levels, got it nested too deep to read") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: expected JSON, got {error}") from error
+
+
+def _bounded(content: bytes, name: str, source: str) -> bytes:
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{name}: expected at most {MAX_BYTES} bytes in {source}, got more")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases and deep nesting while it composes, before anything is built of them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self._refuse("aliases (*name) are not read here")
+        if self._depth == MAX_DEPTH:
+            self._refuse(f"nested more than {MAX_DEPTH} deep")
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def _refuse(self, problem: str) -> NoReturn:
+        mark = self.peek_event().start_mark
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)

@@ -1,0 +1,105 @@
+"""Rows of mapped files are looked at before their first use: a NaN in one becomes a NaN in every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from crossan_fast.cache.validate import nonfinite_rows, reject_nonfinite
+from crossan_fast.config import Modality
+
+_CHUNK_BYTES = 4 << 20
+
+
+class CheckedRows:
+    """Which rows of a cache's files are known to hold finite values alone; raises for one that does not.
+
+    A row is read for this once in the life of an opened cache; afterwards asking for it is a look at one
+    byte. Threads may ask at once: at worst two of them look at the same row.
+
+    Args:
+        modalities: of the cache.
+        states: `[I + 1, L, D_m]` for each of them.
+        scales: fp32 `[I + 1, L]` for each of them, for int8 and fp8 states alone.
+        names: of rows 1..I, for messages; read only for them.
+        folder: where the files are, for messages; None for tensors, of which `finish` is told at once.
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[Modality],
+        states: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        names: Sequence[str],
+        folder: Path | None,
+    ) -> None:
+        kinds = [("states", states), ("scales", scales or ())]
+        self._tables = [
+            (what, modality.name, table)
+            for what, tables in kinds
+            for modality, table in zip(modalities, tables, strict=False)
+        ]
+        self._names = names
+        self._advice = (
+            f"; `crossan-fast cache verify {folder}` says whether the file was damaged after it was written"
+        )
+        self._sound = torch.zeros(len(states[0]), dtype=torch.bool)
+        self._all = False
+
+    def look(self, ids: Tensor | None) -> None:
+        """Look at the rows `ids` `[n]` (None: all) that nobody has looked at yet.
+
+        Does nothing where `torch.compile` traces.
+
+        Raises:
+            ValueError: NaN or inf in one, with its modality, item, row and level.
+        """
+        if self._all or torch.compiler.is_compiling():
+            return
+        if ids is None:
+            for number, (_, _, table) in enumerate(self._tables):
+                for start in range(0, len(table), step := _rows_at_once(table)):
+                    self.look_at(number, start, table[start : start + step])
+            self.finish()
+            return
+        ids = ids.cpu()
+        known = self._sound.index_select(0, ids)
+        if bool(known.all()):
+            return
+        fresh = ids[~known]
+        for what, name, table in self._tables:
+            raw = table.view(torch.uint8) if table.element_size() == 1 else table  # no gather of fp8
+            for rows in fresh.split(_rows_at_once(table)):
+                block = raw.index_select(0, rows).view(table.dtype)
+                reject_nonfinite(block, name, self._names, what=what, advice=self._advice, rows=rows)
+        self._sound[fresh] = True
+
+    def look_at(self, number: int, first_row: int, block: Tensor) -> None:
+        """Look at `block`, a file's rows from `first_row` on; files are numbered as they were given.
+
+        Whoever has had every row of every file looked at so calls `finish`.
+        """
+        if not self._all:
+            what, name, _ = self._tables[number]
+            reject_nonfinite(block, name, self._names, first_row, what=what, advice=self._advice)
+
+    def look_at_bytes(self, number: int, start: int, stop: int) -> None:
+        """As `look_at`, of whole elements in bytes `start` to `stop` of a file, wherever its rows begin."""
+        table = self._tables[number][2]
+        size = table.element_size()
+        if self._all or not nonfinite_rows(table.view(1, -1)[:, start // size : stop // size]).any():
+            return
+        width = table[0].numel() * size
+        first = start // width
+        self.look_at(number, first, table[first : -(-stop // width)])
+
+    def finish(self) -> None:
+        """Every row has been looked at."""
+        self._all = True
+
+
+def _rows_at_once(table: Tensor) -> int:
+    return max(1, _CHUNK_BYTES // max(1, table[0].numel() * table.element_size()))

@@ -1,0 +1,76 @@
+"""What a run was trained and evaluated on, kept in its folder, so that its numbers can be had again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from crossan_fast.data import Catalogue
+from crossan_fast.serialization import write_whole
+from crossan_fast.training.task import Task
+
+
+@dataclass(frozen=True)
+class Population:
+    """Attributes:
+    items, names: the catalogue: its size and digest. The cache's first rows are these, later ones are not.
+    users: how many have sequences.
+    used: how many items these name, the candidates unless the config ranks all.
+    sequences: digest of the users' sequences as rows, targets included.
+    """
+
+    items: int
+    names: str
+    users: int
+    used: int
+    sequences: str
+
+    @classmethod
+    def of(cls, task: Task) -> Population:
+        split = task.split
+        sha = hashlib.sha256()
+        for tensor in (split.history_test, split.test_target):
+            sha.update(str(list(tensor.shape)).encode())
+            sha.update(tensor.cpu().contiguous().numpy().tobytes())
+        catalogue = split.catalogue
+        used = task.used.numel()
+        return cls(catalogue.num_items, catalogue.digest, split.num_users, used, sha.hexdigest())
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return Catalogue.known_by(self.items, self.names)
+
+    def difference(self, now: Population) -> str:
+        """How what is there now differs from the run's, in words; empty where nothing does."""
+        if self == now:
+            return ""
+        if (sizes := self._sizes()) == now._sizes():
+            return f"{sizes} as before, but other {'names' if self.names != now.names else 'sequences'}"
+        return f"{sizes} before, {now._sizes()} now"
+
+    def appended(self, cache: Catalogue) -> str:
+        """How a cache's items differ from the run's, in words; empty where nothing does."""
+        if cache == self.catalogue:
+            return ""
+        if not cache.starts_with(self.catalogue):
+            return "the cache is of other items than the run's"
+        new = cache.num_items - self.items
+        return f"{new:,} of the cache's {cache.num_items:,} items came after training"
+
+    def _sizes(self) -> str:
+        return f"{self.users:,} users of {self.used:,} of {self.items:,} items"
+
+    def write(self, path: Path) -> None:
+        write_whole(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Population | None:
+        """None where there is no such file: a run of before it was kept."""
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"run: {path} cannot be read: {error}") from error
