@@ -17,9 +17,9 @@ PROGRAMS = 264
 @triton.jit
 def load_block(matrix, index, size, width, BLOCK_D: tl.constexpr):
     """Rows `index` of a contiguous matrix, `[index, BLOCK_D]`; int64 offsets, as 2^20 · d may pass 2^31."""
-    column = tl.arange(0, BLOCK_D)
-    offset = index.to(tl.int64)[:, None] * width + column[None, :]
-    return tl.load(matrix + offset, mask=(index < size)[:, None] & (column < width)[None, :], other=0.0)
+    index_d = tl.arange(0, BLOCK_D)
+    offset = index.to(tl.int64)[:, None] * width + index_d[None, :]
+    return tl.load(matrix + offset, mask=(index < size)[:, None] & (index_d < width)[None, :], other=0.0)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -34,37 +34,37 @@ BLOCKED = tl.constexpr(-1e30)
 
 
 @triton.jit
-def row_targets(slots, row, rows, places, IN_BATCH: tl.constexpr):
+def row_targets(slots, index_r, rows, places, IN_BATCH: tl.constexpr):
     """The column each row predicts, and whether there is one."""
-    inside = row < rows
+    mask_r = index_r < rows
     if IN_BATCH:
-        offset = (row // (places - 1)).to(tl.int64) * places + row % (places - 1)
-        now = tl.load(slots + offset, mask=inside, other=0)
-        target = tl.load(slots + offset + 1, mask=inside, other=0)
+        offset = (index_r // (places - 1)).to(tl.int64) * places + index_r % (places - 1)
+        now = tl.load(slots + offset, mask=mask_r, other=0)
+        target = tl.load(slots + offset + 1, mask=mask_r, other=0)
         return target, (now != 0) & (target != 0)
-    target = tl.load(slots + row, mask=inside, other=0)
+    target = tl.load(slots + index_r, mask=mask_r, other=0)
     return target, target != 0
 
 
 @triton.jit
-def column_bias(counts, log_popularity, column, columns, IN_BATCH: tl.constexpr):
+def column_bias(counts, log_popularity, index_c, columns, IN_BATCH: tl.constexpr):
     """What a column adds to its logits; −inf takes it out."""
-    inside = column < columns
+    mask_c = index_c < columns
     if IN_BATCH:
-        count = tl.load(counts + column, mask=inside, other=0).to(tl.float32)
-        popularity = tl.load(log_popularity + column, mask=inside, other=0.0).to(tl.float32)
+        count = tl.load(counts + index_c, mask=mask_c, other=0).to(tl.float32)
+        popularity = tl.load(log_popularity + index_c, mask=mask_c, other=0.0).to(tl.float32)
         bias = tl.log(tl.maximum(count, 1.0)) - popularity
         return tl.where(count > 0, bias, float("-inf"))
-    return tl.where(inside & (column > 0), 0.0, float("-inf"))
+    return tl.where(mask_c & (index_c > 0), 0.0, float("-inf"))
 
 
 @triton.jit
 def sequence_slots(slots, first, sequences, places, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr):
     """The slots of `BLOCK_Q` sequences from `first` on, `[BLOCK_Q, BLOCK_S]`, −1 where there is none."""
-    sequence = first + tl.arange(0, BLOCK_Q)
-    place = tl.arange(0, BLOCK_S)
-    mask = (sequence < sequences)[:, None] & (place < places)[None, :]
-    offset = sequence.to(tl.int64)[:, None] * places + place[None, :]
+    index_q = first + tl.arange(0, BLOCK_Q)
+    index_s = tl.arange(0, BLOCK_S)
+    mask = (index_q < sequences)[:, None] & (index_s < places)[None, :]
+    offset = index_q.to(tl.int64)[:, None] * places + index_s[None, :]
     return tl.load(slots + offset, mask=mask, other=-1).to(tl.int32)
 
 
@@ -75,20 +75,20 @@ def own_columns(slots, own, first, sequences, places, start, BLOCK_Q: tl.constex
     blocked = tl.zeros([BLOCK_Q, BLOCK_C], dtype=tl.float32)
     hits = tl.sum(tl.sum(((own >= start) & (own < start + BLOCK_C)).to(tl.int32), axis=1), axis=0)
     if hits > 0:
-        column = start + tl.arange(0, BLOCK_C)
-        sequence = first + tl.arange(0, BLOCK_Q)
-        pointer = slots + sequence.to(tl.int64) * places
+        index_c = start + tl.arange(0, BLOCK_C)
+        index_q = first + tl.arange(0, BLOCK_Q)
+        pointer = slots + index_q.to(tl.int64) * places
         for place in range(places):
-            slot = tl.load(pointer + place, mask=sequence < sequences, other=-1).to(tl.int32)
-            blocked = tl.where(slot[:, None] == column[None, :], BLOCKED, blocked)
+            slot = tl.load(pointer + place, mask=index_q < sequences, other=-1).to(tl.int32)
+            blocked = tl.where(slot[:, None] == index_c[None, :], BLOCKED, blocked)
     return blocked.to(tl.bfloat16)
 
 
 @triton.jit
-def membership(row, first, places, BLOCK_Q: tl.constexpr):
+def membership(index_r, first, places, BLOCK_Q: tl.constexpr):
     """1 where a row belongs to a sequence, `[rows, BLOCK_Q]`."""
-    sequence = first + tl.arange(0, BLOCK_Q)
-    belongs = (row // (places - 1))[:, None] == sequence[None, :]
+    index_q = first + tl.arange(0, BLOCK_Q)
+    belongs = (index_r // (places - 1))[:, None] == index_q[None, :]
     return tl.where(belongs, 1.0, 0.0).to(tl.bfloat16)
 
 
@@ -130,9 +130,9 @@ def forward_kernel(
 ):
     """Running maximum and sum of one block of rows over one part of the columns."""
     part = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    user = load_block(users, row, rows, width, BLOCK_D)  # [BR, d]
-    target, valid = row_targets(slots, row, rows, places, IN_BATCH)
+    index_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
+    target, valid = row_targets(slots, index_r, rows, places, IN_BATCH)
     own_logit, _ = target_logits(
         user, items, log_popularity, target, valid, columns, width, IN_BATCH, BLOCK_D
     )
@@ -141,29 +141,29 @@ def forward_kernel(
     sum_ = tl.zeros([BLOCK_R], dtype=tl.float32)
     if IN_BATCH:
         first = tl.program_id(0) * BLOCK_R // (places - 1)
-        own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)
-        member = membership(row, first, places, BLOCK_Q)
+        own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)  # [BQ, BS]
+        member = membership(index_r, first, places, BLOCK_Q)  # [BR, BQ]
     start = part * part_length * BLOCK_C
     stop = tl.minimum(start + part_length * BLOCK_C, columns)
     if tl.sum(valid.to(tl.int32), axis=0) == 0:
         stop = start
     for begin in range(start, stop, BLOCK_C):
-        column = begin + tl.arange(0, BLOCK_C)
-        item = load_block(items, column, columns, width, BLOCK_D)  # [BC, d]
-        logit = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+        index_c = begin + tl.arange(0, BLOCK_C)
+        item = load_block(items, index_c, columns, width, BLOCK_D)  # [BC, d]
+        logit = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)  # [BR, BC]
         if IN_BATCH:
-            blocked = own_columns(slots, own, first, sequences, places, begin, BLOCK_Q, BLOCK_C)
+            blocked = own_columns(slots, own, first, sequences, places, begin, BLOCK_Q, BLOCK_C)  # [BQ, BC]
             logit = dot(member, blocked, logit, PRECISION)
         logit = dot(user, tl.trans(item), logit, PRECISION)
-        logit = logit + column_bias(counts, log_popularity, column, columns, IN_BATCH)[None, :]
+        logit = logit + column_bias(counts, log_popularity, index_c, columns, IN_BATCH)[None, :]
         higher = tl.maximum(top, tl.max(logit, axis=1))
         sum_ = sum_ * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), axis=1)
         top = higher
-    offset = part.to(tl.int64) * rows + row
-    tl.store(maximum + offset, top, mask=row < rows)
-    tl.store(total + offset, sum_, mask=row < rows)
+    offset = part.to(tl.int64) * rows + index_r
+    tl.store(maximum + offset, top, mask=index_r < rows)
+    tl.store(total + offset, sum_, mask=index_r < rows)
     if part == 0:
-        tl.store(positive + row, own_logit, mask=row < rows)
+        tl.store(positive + index_r, own_logit, mask=index_r < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "places", "parts"])
@@ -181,20 +181,22 @@ def combine_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """Join the parts of each row: log-sum-exp, +inf without a target; sums of loss and rows a program."""
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = row < rows
-    _, valid = row_targets(slots, row, rows, places, IN_BATCH)
-    logit = tl.load(positive + row, mask=inside, other=0.0)
+    index_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = index_r < rows
+    _, valid = row_targets(slots, index_r, rows, places, IN_BATCH)
+    logit = tl.load(positive + index_r, mask=mask_r, other=0.0)
     top = logit
     for part in range(parts):
-        top = tl.maximum(top, tl.load(maximum + tl.cast(part, tl.int64) * rows + row, mask=inside, other=0.0))
+        top = tl.maximum(
+            top, tl.load(maximum + tl.cast(part, tl.int64) * rows + index_r, mask=mask_r, other=0.0)
+        )
     sum_ = tl.exp(logit - top) if IN_BATCH else tl.zeros([BLOCK_R], dtype=tl.float32)
     for part in range(parts):
-        offset = tl.cast(part, tl.int64) * rows + row
-        here = tl.load(total + offset, mask=inside, other=0.0)
-        sum_ += here * tl.exp(tl.load(maximum + offset, mask=inside, other=0.0) - top)
+        offset = tl.cast(part, tl.int64) * rows + index_r
+        here = tl.load(total + offset, mask=mask_r, other=0.0)
+        sum_ += here * tl.exp(tl.load(maximum + offset, mask=mask_r, other=0.0) - top)
     log_sum = tl.log(tl.where(valid, sum_, 1.0))
-    tl.store(lse + row, tl.where(valid, top + log_sum, float("inf")), mask=inside)
+    tl.store(lse + index_r, tl.where(valid, top + log_sum, float("inf")), mask=mask_r)
     loss = tl.where(valid, (top - logit) + log_sum, 0.0)
     tl.store(partial + 2 * tl.program_id(0), tl.sum(loss, axis=0))
     tl.store(partial + 2 * tl.program_id(0) + 1, tl.sum(valid.to(tl.float32), axis=0))
@@ -207,9 +209,9 @@ def mean_kernel(partial, loss, programs, BLOCK: tl.constexpr):
     sum_ = tl.zeros([BLOCK], dtype=tl.float32)
     count = tl.zeros([BLOCK], dtype=tl.float32)
     for begin in range(0, programs, BLOCK):
-        inside = begin + index < programs
-        sum_ += tl.load(partial + 2 * (begin + index), mask=inside, other=0.0)
-        count += tl.load(partial + 2 * (begin + index) + 1, mask=inside, other=0.0)
+        mask = begin + index < programs
+        sum_ += tl.load(partial + 2 * (begin + index), mask=mask, other=0.0)
+        count += tl.load(partial + 2 * (begin + index) + 1, mask=mask, other=0.0)
     tl.store(loss, tl.sum(sum_, axis=0) / tl.maximum(tl.sum(count, axis=0), 1.0))
 
 
@@ -264,28 +266,28 @@ def backward_rows_kernel(
     `coefficient` takes what the target's own place adds to d logit, for the walk by columns.
     """
     part = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    user = load_block(users, row, rows, width, BLOCK_D)  # [BR, d]
-    target, valid = row_targets(slots, row, rows, places, IN_BATCH)
-    log_sum = tl.load(lse + row, mask=row < rows, other=float("inf"))
+    index_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
+    target, valid = row_targets(slots, index_r, rows, places, IN_BATCH)
+    log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
     gradient = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
     if IN_BATCH:
         first = tl.program_id(0) * BLOCK_R // (places - 1)
-        own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)
-        member = membership(row, first, places, BLOCK_Q)
+        own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)  # [BQ, BS]
+        member = membership(index_r, first, places, BLOCK_Q)  # [BR, BQ]
     start = part * part_length * BLOCK_C
     stop = tl.minimum(start + part_length * BLOCK_C, columns)
     if tl.sum(valid.to(tl.int32), axis=0) == 0:
         stop = start
     for begin in range(start, stop, BLOCK_C):
-        column = begin + tl.arange(0, BLOCK_C)
-        item = load_block(items, column, columns, width, BLOCK_D)  # [BC, d]
-        logit = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+        index_c = begin + tl.arange(0, BLOCK_C)
+        item = load_block(items, index_c, columns, width, BLOCK_D)  # [BC, d]
+        logit = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)  # [BR, BC]
         if IN_BATCH:
-            blocked = own_columns(slots, own, first, sequences, places, begin, BLOCK_Q, BLOCK_C)
+            blocked = own_columns(slots, own, first, sequences, places, begin, BLOCK_Q, BLOCK_C)  # [BQ, BC]
             logit = dot(member, blocked, logit, PRECISION)
         logit = dot(user, tl.trans(item), logit, PRECISION)
-        bias = column_bias(counts, log_popularity, column, columns, IN_BATCH)
+        bias = column_bias(counts, log_popularity, index_c, columns, IN_BATCH)
         share = tl.exp((logit + bias[None, :]) - log_sum[:, None]) * SCALE  # [BR, BC]
         gradient = dot(share.to(item.dtype), item, gradient, PRECISION)
     gradient = gradient * (1.0 / SCALE)
@@ -298,8 +300,10 @@ def backward_rows_kernel(
         else:
             missing = tl.where(valid, -1.0, 0.0)
         gradient += missing[:, None] * item_of_target.to(tl.float32)
-        tl.store(coefficient + row, missing, mask=row < rows)
-    store_block(grad_users, gradient, row, rows, width, part, grad_loss, counted, SPLIT, COUNTERS, BLOCK_D)
+        tl.store(coefficient + index_r, missing, mask=index_r < rows)
+    store_block(
+        grad_users, gradient, index_r, rows, width, part, grad_loss, counted, SPLIT, COUNTERS, BLOCK_D
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "sequences", "places", "part_length"])
@@ -337,32 +341,32 @@ def backward_columns_kernel(
     """
     part = tl.program_id(1)
     begin_column = tl.program_id(0) * BLOCK_C
-    column = begin_column + tl.arange(0, BLOCK_C)
-    item = load_block(items, column, columns, width, BLOCK_D)  # [BC, d]
-    bias = column_bias(counts, log_popularity, column, columns, IN_BATCH)
+    index_c = begin_column + tl.arange(0, BLOCK_C)
+    item = load_block(items, index_c, columns, width, BLOCK_D)  # [BC, d]
+    bias = column_bias(counts, log_popularity, index_c, columns, IN_BATCH)
     gradient = tl.zeros([BLOCK_C, BLOCK_D], dtype=tl.float32)
     start = part * part_length * BLOCK_R
     stop = tl.minimum(start + part_length * BLOCK_R, rows)
     for begin in range(start, stop, BLOCK_R):
-        row = begin + tl.arange(0, BLOCK_R)
-        user = load_block(users, row, rows, width, BLOCK_D)  # [BR, d]
-        target, _ = row_targets(slots, row, rows, places, IN_BATCH)
-        log_sum = tl.load(lse + row, mask=row < rows, other=float("inf"))
-        missing = tl.load(coefficient + row, mask=row < rows, other=0.0) * SCALE
-        logit = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)
+        index_r = begin + tl.arange(0, BLOCK_R)
+        user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
+        target, _ = row_targets(slots, index_r, rows, places, IN_BATCH)
+        log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
+        missing = tl.load(coefficient + index_r, mask=index_r < rows, other=0.0) * SCALE
+        logit = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)  # [BC, BR]
         if IN_BATCH:
             first = begin // (places - 1)
-            own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)
-            member = membership(row, first, places, BLOCK_Q)
+            own = sequence_slots(slots, first, sequences, places, BLOCK_Q, BLOCK_S)  # [BQ, BS]
+            member = membership(index_r, first, places, BLOCK_Q)  # [BR, BQ]
             blocked = own_columns(slots, own, first, sequences, places, begin_column, BLOCK_Q, BLOCK_C)
             logit = dot(tl.trans(blocked), tl.trans(member), logit, PRECISION)
         logit = dot(item, tl.trans(user), logit, PRECISION)
-        share = tl.exp((logit + bias[:, None]) - log_sum[None, :]) * SCALE
-        share += tl.where(column[:, None] == target[None, :], missing[None, :], 0.0)
+        share = tl.exp((logit + bias[:, None]) - log_sum[None, :]) * SCALE  # [BC, BR]
+        share += tl.where(index_c[:, None] == target[None, :], missing[None, :], 0.0)
         gradient = dot(share.to(user.dtype), user, gradient, PRECISION)
     gradient = gradient * (1.0 / SCALE)
     store_block(
-        grad_items, gradient, column, columns, width, part, grad_loss, counted, SPLIT, COUNTERS, BLOCK_D
+        grad_items, gradient, index_c, columns, width, part, grad_loss, counted, SPLIT, COUNTERS, BLOCK_D
     )
 
 
@@ -381,13 +385,13 @@ def store_block(
     BLOCK_D: tl.constexpr,
 ):
     """Write a finished gradient, or the part of one that `sum_parts_kernel` finishes."""
-    feature = tl.arange(0, BLOCK_D)
-    offset = index.to(tl.int64)[:, None] * width + feature[None, :]
+    index_d = tl.arange(0, BLOCK_D)
+    offset = index.to(tl.int64)[:, None] * width + index_d[None, :]
     if SPLIT:
         offset += tl.cast(part, tl.int64) * size * width
     else:
         gradient = gradient * row_gradient(grad_loss, counted, COUNTERS)
-    mask = (index < size)[:, None] & (feature < width)[None, :]
+    mask = (index < size)[:, None] & (index_d < width)[None, :]
     tl.store(out + offset, gradient.to(out.dtype.element_ty), mask=mask)
 
 

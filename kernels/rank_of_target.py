@@ -31,8 +31,8 @@ def scores_of_own(
     BLOCK_D: tl.constexpr,
 ):
     """The score of one item per user, `ids [BLOCK_I]`: user i's own is `ids[i]`."""
-    item = load_block(items, ids, columns, width, BLOCK_D)
-    score = scores(user, item, PRECISION, BLOCK_U, BLOCK_I)
+    item = load_block(items, ids, columns, width, BLOCK_D)  # [BI, d]
+    score = scores(user, item, PRECISION, BLOCK_U, BLOCK_I)  # [BU, BI]
     diagonal = tl.arange(0, BLOCK_U)[:, None] == tl.arange(0, BLOCK_I)[None, :]
     return tl.max(tl.where(diagonal, score, float("-inf")), axis=1)
 
@@ -56,43 +56,43 @@ def rank_kernel(
 ):
     """The part of one block of users' ranks that one part of the catalogue adds."""
     part = tl.program_id(1)
-    index = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    inside = index < batch
+    index_u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+    mask_u = index_u < batch
     # Users once more, for loads of one id per user into a block of BLOCK_I items; past BLOCK_U there is none.
     lane = tl.arange(0, BLOCK_I)
     own = tl.program_id(0) * BLOCK_U + lane
-    own_inside = (lane < BLOCK_U) & (own < batch)
-    user = load_block(users, index, batch, width, BLOCK_D)  # [BU, d]
-    target = tl.load(targets + index, mask=inside, other=0)
-    own_target = tl.load(targets + own, mask=own_inside, other=0)
+    own_mask = (lane < BLOCK_U) & (own < batch)
+    user = load_block(users, index_u, batch, width, BLOCK_D)  # [BU, d]
+    target = tl.load(targets + index_u, mask=mask_u, other=0)
+    own_target = tl.load(targets + own, mask=own_mask, other=0)
     bar = scores_of_own(user, items, own_target, columns, width, PRECISION, BLOCK_U, BLOCK_I, BLOCK_D)
-    row = exclude + index.to(tl.int64) * history
+    pointer = exclude + index_u.to(tl.int64) * history
     for place in range(history):
-        excluded = tl.load(row + place, mask=inside, other=0)
+        excluded = tl.load(pointer + place, mask=mask_u, other=0)
         bar = tl.where(excluded == target, float("-inf"), bar)
 
-    ahead = tl.where(inside & (part == 0), 1, 0).to(tl.int64)
+    ahead = tl.where(mask_u & (part == 0), 1, 0).to(tl.int64)
     start = part * part_length * BLOCK_I
     stop = tl.minimum(start + part_length * BLOCK_I, columns)
     for begin in range(start, stop, BLOCK_I):
-        column = begin + tl.arange(0, BLOCK_I)
-        item = load_block(items, column, columns, width, BLOCK_D)  # [BI, d]
-        score = scores(user, item, PRECISION, BLOCK_U, BLOCK_I)
-        candidate = ((column > 0) & (column < columns))[None, :] & (column[None, :] != target[:, None])
+        index_i = begin + tl.arange(0, BLOCK_I)
+        item = load_block(items, index_i, columns, width, BLOCK_D)  # [BI, d]
+        score = scores(user, item, PRECISION, BLOCK_U, BLOCK_I)  # [BU, BI]
+        candidate = ((index_i > 0) & (index_i < columns))[None, :] & (index_i[None, :] != target[:, None])
         ahead += tl.sum((candidate & (score >= bar[:, None])).to(tl.int32), axis=1)
 
     # With a bar of −inf the excluded, of score −inf themselves, stay ahead: ties count against the target.
     finite = bar > float("-inf")
-    own_row = exclude + own.to(tl.int64) * history
+    own_pointer = exclude + own.to(tl.int64) * history
     for place in range(part, history, tl.num_programs(1)):
-        excluded = tl.load(row + place, mask=inside, other=0)
-        own_excluded = tl.load(own_row + place, mask=own_inside, other=0)
+        excluded = tl.load(pointer + place, mask=mask_u, other=0)
+        own_excluded = tl.load(own_pointer + place, mask=own_mask, other=0)
         score = scores_of_own(user, items, own_excluded, columns, width, PRECISION, BLOCK_U, BLOCK_I, BLOCK_D)
         counted = finite & (excluded > 0) & (excluded < columns) & (score >= bar)
         for earlier in range(place):
-            counted = counted & (tl.load(row + earlier, mask=inside, other=0) != excluded)
+            counted = counted & (tl.load(pointer + earlier, mask=mask_u, other=0) != excluded)
         ahead -= counted.to(tl.int64)
-    tl.store(ranks + part.to(tl.int64) * batch + index, ahead, mask=inside)
+    tl.store(ranks + part.to(tl.int64) * batch + index_u, ahead, mask=mask_u)
 
 
 def forward(users: Tensor, items: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Tensor:

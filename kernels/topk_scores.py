@@ -23,12 +23,12 @@ LAST_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def to_keys(score, column):
+def to_keys(score, index_i):
     """Keys of scores that are numbers; their order is that of scores, then of falling ids."""
     score = tl.where(score == 0, 0.0, score)  # −0 ties with 0
     bits = score.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (ordered.to(tl.int64) << 32) | (column ^ LAST_ID).to(tl.int64)
+    return (ordered.to(tl.int64) << 32) | (index_i ^ LAST_ID).to(tl.int64)
 
 
 @triton.jit
@@ -58,49 +58,49 @@ def topk_kernel(
 ):
     """The best BLOCK_K of one part of the catalogue for one block of users."""
     part = tl.program_id(1)
-    index = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    user = load_block(users, index, batch, width, BLOCK_D)  # [BU, d]
+    index_u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+    user = load_block(users, index_u, batch, width, BLOCK_D)  # [BU, d]
     best = tl.full([BLOCK_U, BLOCK_K], EMPTY, dtype=tl.int64)
     last = tl.full([BLOCK_U], EMPTY, dtype=tl.int64)
     start = part * part_length * BLOCK_I
     stop = tl.minimum(start + part_length * BLOCK_I, columns)
     for begin in range(start, stop, BLOCK_I):
-        column = begin + tl.arange(0, BLOCK_I)
-        item = load_block(items, column, columns, width, BLOCK_D)  # [BI, d]
-        score = scores(user, item, PRECISION, BLOCK_U, BLOCK_I)
-        candidate = ((column > 0) & (column < columns))[None, :] & (score > float("-inf"))
-        key = tl.where(candidate, to_keys(score, column[None, :]), EMPTY)
-        better = (key > last[:, None]) & (index < batch)[:, None]
+        index_i = begin + tl.arange(0, BLOCK_I)
+        item = load_block(items, index_i, columns, width, BLOCK_D)  # [BI, d]
+        score = scores(user, item, PRECISION, BLOCK_U, BLOCK_I)  # [BU, BI]
+        candidate = ((index_i > 0) & (index_i < columns))[None, :] & (score > float("-inf"))
+        key = tl.where(candidate, to_keys(score, index_i[None, :]), EMPTY)
+        better = (key > last[:, None]) & (index_u < batch)[:, None]
         if tl.max(tl.max(better.to(tl.int32), axis=1), axis=0) > 0:
-            row = exclude + index.to(tl.int64) * history
+            pointer = exclude + index_u.to(tl.int64) * history
             for place in range(history):
-                excluded = tl.load(row + place, mask=index < batch, other=0)
-                key = tl.where(excluded[:, None] == column[None, :], EMPTY, key)
-            best = merge(best, tl.topk(key, BLOCK_K))
+                excluded = tl.load(pointer + place, mask=index_u < batch, other=0)
+                key = tl.where(excluded[:, None] == index_i[None, :], EMPTY, key)
+            best = merge(best, tl.topk(key, BLOCK_K))  # [BU, BK]
             last = tl.min(best, axis=1)
     place = tl.arange(0, BLOCK_K)
-    offset = (part.to(tl.int64) * batch + index)[:, None] * BLOCK_K + place[None, :]
-    tl.store(keys + offset, best, mask=(index < batch)[:, None] & (place < BLOCK_K)[None, :])
+    offset = (part.to(tl.int64) * batch + index_u)[:, None] * BLOCK_K + place[None, :]
+    tl.store(keys + offset, best, mask=(index_u < batch)[:, None] & (place < BLOCK_K)[None, :])
 
 
 @triton.jit(do_not_specialize=["batch", "parts", "k"])
 def merge_kernel(keys, out_scores, out_ids, batch, parts, k, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr):
     """Merge the parts' lists, and take keys apart again."""
-    index = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    place = tl.arange(0, BLOCK_K)
-    offset = index.to(tl.int64)[:, None] * BLOCK_K + place[None, :]
-    inside = (index < batch)[:, None] & (place < BLOCK_K)[None, :]
-    best = tl.load(keys + offset, mask=inside, other=EMPTY)
+    index_u = tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
+    index_k = tl.arange(0, BLOCK_K)
+    offset = index_u.to(tl.int64)[:, None] * BLOCK_K + index_k[None, :]
+    mask_uk = (index_u < batch)[:, None] & (index_k < BLOCK_K)[None, :]
+    best = tl.load(keys + offset, mask=mask_uk, other=EMPTY)  # [BU, BK]
     for _ in range(1, parts):
         offset += tl.cast(batch, tl.int64) * BLOCK_K
-        best = merge(best, tl.load(keys + offset, mask=inside, other=EMPTY))
+        best = merge(best, tl.load(keys + offset, mask=mask_uk, other=EMPTY))
     ordered = (best >> 32).to(tl.int32)
     score = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
     empty = best == EMPTY
     score = tl.where(empty, float("-inf"), score).to(out_scores.dtype.element_ty)
     item = tl.where(empty, 0, (best & LAST_ID) ^ LAST_ID)
-    offset = index.to(tl.int64)[:, None] * k + place[None, :]
-    mask = inside & (place < k)[None, :]
+    offset = index_u.to(tl.int64)[:, None] * k + index_k[None, :]
+    mask = mask_uk & (index_k < k)[None, :]
     tl.store(out_scores + offset, score, mask=mask)
     tl.store(out_ids + offset, item, mask=mask)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import poisoning
 import pytest
 import torch
 
@@ -20,6 +22,12 @@ def _seeded():
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
     torch.set_num_threads(int(os.environ.get("CROSSAN_FAST_TEST_THREADS", "1")))
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    with poisoning.poisoned_memory():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -52,71 +52,73 @@ def items_kernel(
     PRECISION: tl.constexpr,
 ):
     """Gradients of e, of the router's logits and of hidden for one block of items."""
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = row < count
-    feature = tl.arange(0, BLOCK_D)
-    modality = tl.arange(0, BLOCK_M)
-    here = inside[:, None] & (feature < D)[None, :]
-    exists = existing(present, row, count, modality, M, HAS_PRESENT)
-    logits = load_tile(router_logits, row, count, modality, M, M)
-    probability, chosen, share = route(logits, exists, modality, M, TOP_K)
-    grad = load_tile(grad_items, row, count, feature, D, D).to(tl.float32)  # [BN, d]
+    index_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = index_n < count
+    index_d = tl.arange(0, BLOCK_D)
+    index_m = tl.arange(0, BLOCK_M)
+    mask_nd = mask_n[:, None] & (index_d < D)[None, :]
+    exists = existing(present, index_n, count, index_m, M, HAS_PRESENT)  # [BN, BM]
+    logits = load_tile(router_logits, index_n, count, index_m, M, M)  # [BN, BM]
+    probability, chosen, share = route(logits, exists, index_m, M, TOP_K)
+    grad = load_tile(grad_items, index_n, count, index_d, D, D).to(tl.float32)  # [BN, d]
 
     # Experts: what each adds to its e, kept aside until the router's gradient is known, and d loss / d share.
     grad_share = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for m in range(M):
-        runs = column_of(tl.where(chosen, 1.0, 0.0), modality, m) > 0
-        grad_e = column_of(share, modality, m)[:, None] * grad
+        runs = column_of(tl.where(chosen, 1.0, 0.0), index_m, m) > 0
+        grad_e = column_of(share, index_m, m)[:, None] * grad
         if tl.max(runs.to(tl.int32), axis=0) > 0:
-            e = load_tile(embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
-            bias = tl.load(b2 + m * D + feature, mask=feature < D, other=0.0).to(tl.float32)
+            e = load_tile(embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+            bias = tl.load(b2 + m * D + index_d, mask=index_d < D, other=0.0).to(tl.float32)
             expert = e.to(tl.float32) + bias[None, :]
             grad_expert = narrow(grad_e, DTYPE)
             for begin in range(0, F, BLOCK_F):
-                unit = begin + tl.arange(0, BLOCK_F)
-                first = load_tile(w1 + m * F * D, unit, F, feature, D, D).to(DTYPE)  # [BF, d]
-                second = load_tile(w2 + m * D * F, feature, D, unit, F, F).to(DTYPE)  # [d, BF]
+                index_f = begin + tl.arange(0, BLOCK_F)
+                first = load_tile(w1 + m * F * D, index_f, F, index_d, D, D).to(DTYPE)  # [BF, d]
+                second = load_tile(w2 + m * D * F, index_d, D, index_f, F, F).to(DTYPE)  # [d, BF]
                 zero = tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32)
-                inner = dot(e, tl.trans(first), zero, PRECISION)
-                inner += tl.load(b1 + m * F + unit, mask=unit < F, other=0.0).to(tl.float32)[None, :]
+                inner = dot(e, tl.trans(first), zero, PRECISION)  # [BN, BF]
+                inner += tl.load(b1 + m * F + index_f, mask=index_f < F, other=0.0).to(tl.float32)[None, :]
                 expert = dot(narrow(activate(inner, True), DTYPE), tl.trans(second), expert, PRECISION)
                 grad_inner = dot(grad_expert, second, zero, PRECISION) * activate_grad(inner, True)
                 grad_e = dot(narrow(grad_inner, DTYPE), first, grad_e, PRECISION)
             of_share = tl.where(runs, tl.sum(grad * expert, axis=1), 0.0)
-            grad_share += tl.where(modality[None, :] == m, of_share[:, None], 0.0)
-        offset = row.to(tl.int64)[:, None] * (M * D) + (m * D + feature)[None, :]
-        tl.store(scratch + offset, grad_e, mask=here)
+            grad_share += tl.where(index_m[None, :] == m, of_share[:, None], 0.0)
+        offset = index_n.to(tl.int64)[:, None] * (M * D) + (m * D + index_d)[None, :]
+        tl.store(scratch + offset, grad_e, mask=mask_nd)
 
     # Router: from the shares, and from the mean probabilities of the load-balance loss.
     grad_logit = share * (grad_share - tl.sum(share * grad_share, axis=1)[:, None])
-    weight = tl.where(inside, 1.0, 0.0) / tl.load(total)
+    weight = tl.where(mask_n, 1.0, 0.0) / tl.load(total)
     if HAS_COUNTS:
-        weight *= tl.load(counts + row, mask=inside, other=0).to(tl.float32)
-    grad_mean = tl.load(grad_probability + modality, mask=modality < M, other=0.0).to(tl.float32)
+        weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
+    grad_mean = tl.load(grad_probability + index_m, mask=index_m < M, other=0.0).to(tl.float32)
     grad_p = weight[:, None] * grad_mean[None, :]
     grad_logit += probability * (grad_p - tl.sum(probability * grad_p, axis=1)[:, None])
-    grad_logit = narrow(grad_logit, DTYPE)
-    offset = row.to(tl.int64)[:, None] * M + modality[None, :]
-    tl.store(grad_logits + offset, grad_logit, mask=inside[:, None] & (modality < M)[None, :])
+    grad_logit = narrow(grad_logit, DTYPE)  # [BN, BM]
+    offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
+    tl.store(grad_logits + offset, grad_logit, mask=mask_n[:, None] & (index_m < M)[None, :])
 
     tl.debug_barrier()  # the scratch, written above, is read below by other threads of this program
     for m in tl.static_range(M):
-        offset = row.to(tl.int64)[:, None] * (M * D) + (m * D + feature)[None, :]
-        grad_e = tl.load(scratch + offset, mask=here, other=0.0)
-        router = load_tile(router_weight + m * D, modality, M, feature, D, M * D).to(DTYPE)  # [BM, d]
+        offset = index_n.to(tl.int64)[:, None] * (M * D) + (m * D + index_d)[None, :]
+        grad_e = tl.load(scratch + offset, mask=mask_nd, other=0.0)  # [BN, d]
+        router = load_tile(router_weight + m * D, index_m, M, index_d, D, M * D).to(DTYPE)  # [BM, d]
         grad_e = dot(grad_logit, router, grad_e, PRECISION)
         if HAS_PRESENT:
-            there = tl.load(present + row.to(tl.int64) * M + m, mask=inside, other=0) != 0
+            there = tl.load(present + index_n.to(tl.int64) * M + m, mask=mask_n, other=0) != 0
             grad_e = tl.where(there[:, None], grad_e, 0.0)
         grad_e = narrow(grad_e, DTYPE)
-        tl.store(grad_embedded + offset, grad_e, mask=here)
+        tl.store(grad_embedded + offset, grad_e, mask=mask_nd)
         for begin in range(0, WIDTHS[m], BLOCK_K):
-            column = begin + tl.arange(0, BLOCK_K)
-            head = load_tile(head_weight[m], feature, D, column, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [d, BK]
-            grad_h = dot(grad_e, head, tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32), PRECISION)
-            at = row.to(tl.int64)[:, None] * WIDTHS[m] + column[None, :]
-            mask = inside[:, None] & (column < WIDTHS[m])[None, :]
-            tl.store(grad_hidden[m] + at, narrow(grad_h, grad_hidden[m].dtype.element_ty), mask=mask)
+            index_k = begin + tl.arange(0, BLOCK_K)
+            head = load_tile(head_weight[m], index_d, D, index_k, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [d, BK]
+            grad_h = dot(grad_e, head, tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32), PRECISION)  # [BN, BK]
+            hidden_offset = index_n.to(tl.int64)[:, None] * WIDTHS[m] + index_k[None, :]
+            mask = mask_n[:, None] & (index_k < WIDTHS[m])[None, :]
+            tl.store(
+                grad_hidden[m] + hidden_offset, narrow(grad_h, grad_hidden[m].dtype.element_ty), mask=mask
+            )
 
 
 @triton.jit(do_not_specialize=["count", "part_length"])
@@ -141,25 +143,25 @@ def heads_kernel(
     m = tl.program_id(1)
     part = tl.program_id(2)
     width = pick_constant(WIDTHS, m)
-    column = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    index_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     if tl.program_id(0) * BLOCK_K < width:
         states = pick(hidden, m)
-        feature = tl.arange(0, BLOCK_D)
+        index_d = tl.arange(0, BLOCK_D)
         weight = tl.zeros([BLOCK_D, BLOCK_K], dtype=tl.float32)
         bias = tl.zeros([BLOCK_D], dtype=tl.float32)
         start = part * part_length * BLOCK_N
         for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
-            row = begin + tl.arange(0, BLOCK_N)
-            grad = load_tile(grad_embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
-            h = load_tile(states, row, count, column, width, width).to(DTYPE)  # [BN, BK]
+            index_n = begin + tl.arange(0, BLOCK_N)
+            grad = load_tile(grad_embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+            h = load_tile(states, index_n, count, index_k, width, width).to(DTYPE)  # [BN, BK]
             weight = dot(tl.trans(grad), h, weight, PRECISION)
             bias += tl.sum(grad.to(tl.float32), axis=0)
-        own = partial + part.to(tl.int64) * SIZE
-        at = own + pick_constant(STARTS, m) + feature[:, None] * width + column[None, :]
-        tl.store(at, weight, mask=(feature < D)[:, None] & (column < width)[None, :])
+        base = partial + part.to(tl.int64) * SIZE
+        pointer = base + pick_constant(STARTS, m) + index_d[:, None] * width + index_k[None, :]
+        tl.store(pointer, weight, mask=(index_d < D)[:, None] & (index_k < width)[None, :])
         if tl.program_id(0) == 0:
             # Biases follow the last weight, d each.
-            tl.store(own + STARTS[M] + m * D + feature, bias, mask=feature < D)
+            tl.store(base + STARTS[M] + m * D + index_d, bias, mask=index_d < D)
 
 
 @triton.jit(do_not_specialize=["count", "part_length"])
@@ -181,22 +183,22 @@ def router_kernel(
     """The router's weights of modality m's embedding, and its bias, over one part of the items."""
     m = tl.program_id(0)
     part = tl.program_id(1)
-    feature = tl.arange(0, BLOCK_D)
-    modality = tl.arange(0, BLOCK_M)
+    index_d = tl.arange(0, BLOCK_D)
+    index_m = tl.arange(0, BLOCK_M)
     weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     bias = tl.zeros([BLOCK_M], dtype=tl.float32)
     start = part * part_length * BLOCK_N
     for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
-        row = begin + tl.arange(0, BLOCK_N)
-        grad = load_tile(grad_logits, row, count, modality, M, M)  # [BN, BM]
-        e = load_tile(embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
+        index_n = begin + tl.arange(0, BLOCK_N)
+        grad = load_tile(grad_logits, index_n, count, index_m, M, M)  # [BN, BM]
+        e = load_tile(embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
         weight = dot(tl.trans(grad), e, weight, PRECISION)
         bias += tl.sum(grad.to(tl.float32), axis=0)
-    own = partial + part.to(tl.int64) * SIZE + START
-    at = own + modality[:, None] * (M * D) + (m * D + feature)[None, :]
-    tl.store(at, weight, mask=(modality < M)[:, None] & (feature < D)[None, :])
+    base = partial + part.to(tl.int64) * SIZE + START
+    pointer = base + index_m[:, None] * (M * D) + (m * D + index_d)[None, :]
+    tl.store(pointer, weight, mask=(index_m < M)[:, None] & (index_d < D)[None, :])
     if m == 0:
-        tl.store(own + M * M * D + modality, bias, mask=modality < M)
+        tl.store(base + M * M * D + index_m, bias, mask=index_m < M)
 
 
 @triton.jit(do_not_specialize=["count", "part_length"])
@@ -228,46 +230,46 @@ def experts_kernel(
     """BLOCK_F inner units of expert m over one part of the items: w1, b1, w2, b2 from START on."""
     m = tl.program_id(1)
     part = tl.program_id(2)
-    unit = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    feature = tl.arange(0, BLOCK_D)
-    modality = tl.arange(0, BLOCK_M)
-    first = load_tile(w1 + m * F * D, unit, F, feature, D, D).to(DTYPE)  # [BF, d]
-    second = load_tile(w2 + m * D * F, feature, D, unit, F, F).to(DTYPE)  # [d, BF]
-    bias = tl.load(b1 + m * F + unit, mask=unit < F, other=0.0).to(tl.float32)
+    index_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    index_d = tl.arange(0, BLOCK_D)
+    index_m = tl.arange(0, BLOCK_M)
+    first = load_tile(w1 + m * F * D, index_f, F, index_d, D, D).to(DTYPE)  # [BF, d]
+    second = load_tile(w2 + m * D * F, index_d, D, index_f, F, F).to(DTYPE)  # [d, BF]
+    bias = tl.load(b1 + m * F + index_f, mask=index_f < F, other=0.0).to(tl.float32)
     grad_first = tl.zeros([BLOCK_F, BLOCK_D], dtype=tl.float32)
     grad_second = tl.zeros([BLOCK_D, BLOCK_F], dtype=tl.float32)
     grad_b1 = tl.zeros([BLOCK_F], dtype=tl.float32)
     grad_b2 = tl.zeros([BLOCK_D], dtype=tl.float32)
     start = part * part_length * BLOCK_N
     for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
-        row = begin + tl.arange(0, BLOCK_N)
-        exists = existing(present, row, count, modality, M, HAS_PRESENT)
-        logits = load_tile(router_logits, row, count, modality, M, M)
-        _, chosen, share = route(logits, exists, modality, M, TOP_K)
-        runs = column_of(tl.where(chosen, 1.0, 0.0), modality, m)
+        index_n = begin + tl.arange(0, BLOCK_N)
+        exists = existing(present, index_n, count, index_m, M, HAS_PRESENT)  # [BN, BM]
+        logits = load_tile(router_logits, index_n, count, index_m, M, M)  # [BN, BM]
+        _, chosen, share = route(logits, exists, index_m, M, TOP_K)
+        runs = column_of(tl.where(chosen, 1.0, 0.0), index_m, m)
         if tl.max(runs, axis=0) > 0:
-            e = load_tile(embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
-            grad = load_tile(grad_items, row, count, feature, D, D).to(tl.float32)
-            grad *= column_of(share, modality, m)[:, None]
+            e = load_tile(embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+            grad = load_tile(grad_items, index_n, count, index_d, D, D).to(tl.float32)  # [BN, d]
+            grad *= column_of(share, index_m, m)[:, None]
             grad_b2 += tl.sum(grad, axis=0)
             grad_expert = narrow(grad, DTYPE)
             zero = tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32)
             inner = dot(e, tl.trans(first), zero, PRECISION) + bias[None, :]
-            active = narrow(activate(inner, True), DTYPE)
+            active = narrow(activate(inner, True), DTYPE)  # [BN, BF]
             grad_second = dot(tl.trans(grad_expert), active, grad_second, PRECISION)
             grad_inner = dot(grad_expert, second, zero, PRECISION) * activate_grad(inner, True)
             grad_b1 += tl.sum(grad_inner, axis=0)
             grad_first = dot(tl.trans(narrow(grad_inner, DTYPE)), e, grad_first, PRECISION)
-    own = partial + part.to(tl.int64) * SIZE + START
-    at = own + m * F * D + unit[:, None] * D + feature[None, :]
-    tl.store(at, grad_first, mask=(unit < F)[:, None] & (feature < D)[None, :])
-    own += M * F * D
-    tl.store(own + m * F + unit, grad_b1, mask=unit < F)
-    own += M * F
-    at = own + m * D * F + feature[:, None] * F + unit[None, :]
-    tl.store(at, grad_second, mask=(feature < D)[:, None] & (unit < F)[None, :])
+    base = partial + part.to(tl.int64) * SIZE + START
+    pointer = base + m * F * D + index_f[:, None] * D + index_d[None, :]
+    tl.store(pointer, grad_first, mask=(index_f < F)[:, None] & (index_d < D)[None, :])
+    base += M * F * D
+    tl.store(base + m * F + index_f, grad_b1, mask=index_f < F)
+    base += M * F
+    pointer = base + m * D * F + index_d[:, None] * F + index_f[None, :]
+    tl.store(pointer, grad_second, mask=(index_d < D)[:, None] & (index_f < F)[None, :])
     if tl.program_id(0) == 0:
-        tl.store(own + M * D * F + m * D + feature, grad_b2, mask=feature < D)
+        tl.store(base + M * D * F + m * D + index_d, grad_b2, mask=index_d < D)
 
 
 @triton.jit(do_not_specialize=["parts"])

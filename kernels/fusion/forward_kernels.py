@@ -14,26 +14,26 @@ from crossan_fast.kernels._common import activate, dot, narrow
 
 
 @triton.jit
-def load_tile(matrix, row, rows, column, columns, stride):
-    """A block `[row, column]` of a matrix, zeros outside; int64 offsets."""
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(matrix + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+def load_tile(matrix, index_i, rows, index_j, columns, stride):
+    """A block `[index_i, index_j]` of a matrix, zeros outside; int64 offsets."""
+    mask = (index_i < rows)[:, None] & (index_j < columns)[None, :]
+    return tl.load(matrix + index_i.to(tl.int64)[:, None] * stride + index_j[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def column_of(values, modality, m):
+def column_of(values, index_m, m):
     """Column m of `[BN, BM]`."""
-    return tl.sum(tl.where(modality[None, :] == m, values, 0.0), axis=1)
+    return tl.sum(tl.where(index_m[None, :] == m, values, 0.0), axis=1)
 
 
 @triton.jit
-def top(probability, exists, modality, M: tl.constexpr, K: tl.constexpr):
+def top(probability, exists, index_m, M: tl.constexpr, K: tl.constexpr):
     """The K most probable of the existing modalities, the first of equals: fewer than K surpass them."""
     own = tl.where(exists, probability, -1.0)
     surpassed = tl.zeros_like(own)
     for m in tl.static_range(M):
-        other = column_of(own, modality, m)[:, None]
-        ahead = (other > own) | ((other == own) & (modality[None, :] > m))
+        other = column_of(own, index_m, m)[:, None]
+        ahead = (other > own) | ((other == own) & (index_m[None, :] > m))
         surpassed += tl.where(ahead, 1.0, 0.0)
     return exists & (surpassed < K)
 
@@ -49,38 +49,38 @@ def softmax(logits, keep):
 
 
 @triton.jit
-def existing(present, row, count, modality, M: tl.constexpr, HAS_PRESENT: tl.constexpr):
+def existing(present, index_n, count, index_m, M: tl.constexpr, HAS_PRESENT: tl.constexpr):
     """Which modalities an item has, `[BN, BM]`."""
-    mask = (row < count)[:, None] & (modality < M)[None, :]
+    mask = (index_n < count)[:, None] & (index_m < M)[None, :]
     if HAS_PRESENT:
-        offset = row.to(tl.int64)[:, None] * M + modality[None, :]
+        offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
         return tl.load(present + offset, mask=mask, other=0) != 0
     return mask
 
 
 @triton.jit
-def route(logits, exists, modality, M: tl.constexpr, TOP_K: tl.constexpr):
+def route(logits, exists, index_m, M: tl.constexpr, TOP_K: tl.constexpr):
     """(router probabilities, chosen experts, their shares), each `[BN, BM]`; TOP_K 0 chooses all."""
     probability = softmax(logits, exists)
     if TOP_K == 0:
         return probability, exists, probability
-    chosen = top(probability, exists, modality, M, TOP_K)
+    chosen = top(probability, exists, index_m, M, TOP_K)
     return probability, chosen, softmax(logits, chosen)
 
 
 @triton.jit
 def add_logits(
-    logits, e, router_weight, feature, modality, M: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
+    logits, e, router_weight, index_d, index_m, M: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr
 ):
     """logits `[BN, BM]` + e `[BN, d]` times one modality's columns of the router, `[M, d]` at M·d apart."""
     if e.dtype == tl.float32 and PRECISION == "ieee":
         # Without matrix instructions a product keeps d numbers of each operand in a thread, and spills.
         for m in tl.static_range(M):
-            router = tl.load(router_weight + m * M * D + feature, mask=feature < D, other=0.0).to(tl.float32)
-            logits += tl.where(modality[None, :] == m, tl.sum(e * router[None, :], axis=1)[:, None], 0.0)
+            router = tl.load(router_weight + m * M * D + index_d, mask=index_d < D, other=0.0).to(tl.float32)
+            logits += tl.where(index_m[None, :] == m, tl.sum(e * router[None, :], axis=1)[:, None], 0.0)
         return logits
     else:
-        router = load_tile(router_weight, modality, M, feature, D, M * D).to(e.dtype)  # [BM, d]
+        router = load_tile(router_weight, index_m, M, index_d, D, M * D).to(e.dtype)  # [BM, d]
         return dot(e, tl.trans(router), logits, PRECISION)
 
 
@@ -117,61 +117,61 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = row < count
-    feature = tl.arange(0, BLOCK_D)
-    modality = tl.arange(0, BLOCK_M)
-    exists = existing(present, row, count, modality, M, HAS_PRESENT)
+    index_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = index_n < count
+    index_d = tl.arange(0, BLOCK_D)
+    index_m = tl.arange(0, BLOCK_M)
+    exists = existing(present, index_n, count, index_m, M, HAS_PRESENT)  # [BN, BM]
 
-    logits = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    logits = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)  # [BN, BM]
     for m in tl.static_range(M):
-        e = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+        e = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)  # [BN, d]
         for begin in range(0, WIDTHS[m], BLOCK_K):
-            column = begin + tl.arange(0, BLOCK_K)
-            h = load_tile(hidden[m], row, count, column, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [BN, BK]
-            head = load_tile(head_weight[m], feature, D, column, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [d, BK]
+            index_k = begin + tl.arange(0, BLOCK_K)
+            h = load_tile(hidden[m], index_n, count, index_k, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [BN, BK]
+            head = load_tile(head_weight[m], index_d, D, index_k, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [d, BK]
             e = dot(h, tl.trans(head), e, PRECISION)
-        e += tl.load(head_bias[m] + feature, mask=feature < D, other=0.0).to(tl.float32)[None, :]
+        e += tl.load(head_bias[m] + index_d, mask=index_d < D, other=0.0).to(tl.float32)[None, :]
         if HAS_PRESENT:
-            here = tl.load(present + row.to(tl.int64) * M + m, mask=inside, other=0) != 0
+            here = tl.load(present + index_n.to(tl.int64) * M + m, mask=mask_n, other=0) != 0
             e = tl.where(here[:, None], e, 0.0)
         e = narrow(e, DTYPE)
-        offset = row.to(tl.int64)[:, None] * (M * D) + (m * D + feature)[None, :]
-        tl.store(embedded + offset, e, mask=inside[:, None] & (feature < D)[None, :])
-        logits = add_logits(logits, e, router_weight + m * D, feature, modality, M, D, PRECISION)
-    logits += tl.load(router_bias + modality, mask=modality < M, other=0.0).to(tl.float32)[None, :]
-    offset = row.to(tl.int64)[:, None] * M + modality[None, :]
-    tl.store(router_logits + offset, logits, mask=inside[:, None] & (modality < M)[None, :])
+        offset = index_n.to(tl.int64)[:, None] * (M * D) + (m * D + index_d)[None, :]
+        tl.store(embedded + offset, e, mask=mask_n[:, None] & (index_d < D)[None, :])
+        logits = add_logits(logits, e, router_weight + m * D, index_d, index_m, M, D, PRECISION)
+    logits += tl.load(router_bias + index_m, mask=index_m < M, other=0.0).to(tl.float32)[None, :]
+    offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
+    tl.store(router_logits + offset, logits, mask=mask_n[:, None] & (index_m < M)[None, :])
 
-    probability, chosen, share = route(logits, exists, modality, M, TOP_K)
+    probability, chosen, share = route(logits, exists, index_m, M, TOP_K)
     weight = tl.where(tl.max(exists.to(tl.int32), axis=1) > 0, 1.0, 0.0)
     if HAS_COUNTS:
-        weight *= tl.load(counts + row, mask=inside, other=0).to(tl.float32)
-    assigned = chosen if TOP_K else top(probability, exists, modality, M, 1)
-    statistic = partial + tl.program_id(0) * 3 * BLOCK_M + modality
+        weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
+    assigned = chosen if TOP_K else top(probability, exists, index_m, M, 1)
+    statistic = partial + tl.program_id(0) * 3 * BLOCK_M + index_m
     tl.store(statistic, tl.sum(tl.where(assigned, weight[:, None], 0.0), axis=0))
     tl.store(statistic + BLOCK_M, tl.sum(weight[:, None] * probability, axis=0))
     tl.store(statistic + 2 * BLOCK_M, tl.zeros([BLOCK_M], dtype=tl.float32) + tl.sum(weight, axis=0))
 
     tl.debug_barrier()  # e, written above, is read below by other threads of this program
-    item = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    item = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)  # [BN, d]
     for m in range(M):
-        runs = column_of(tl.where(chosen, 1.0, 0.0), modality, m) > 0
+        runs = column_of(tl.where(chosen, 1.0, 0.0), index_m, m) > 0
         if tl.max(runs.to(tl.int32), axis=0) > 0:
-            own = load_tile(embedded + m * D, row, count, feature, D, M * D)  # [BN, d]
-            bias = tl.load(b2 + m * D + feature, mask=feature < D, other=0.0).to(tl.float32)
-            expert = own.to(tl.float32) + bias[None, :]
+            own = load_tile(embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+            bias = tl.load(b2 + m * D + index_d, mask=index_d < D, other=0.0).to(tl.float32)
+            expert = own.to(tl.float32) + bias[None, :]  # [BN, d]
             for begin in range(0, F, BLOCK_F):
-                unit = begin + tl.arange(0, BLOCK_F)
-                first = load_tile(w1 + m * F * D, unit, F, feature, D, D).to(DTYPE)  # [BF, d]
+                index_f = begin + tl.arange(0, BLOCK_F)
+                first = load_tile(w1 + m * F * D, index_f, F, index_d, D, D).to(DTYPE)  # [BF, d]
                 inner = dot(own, tl.trans(first), tl.zeros([BLOCK_N, BLOCK_F], dtype=tl.float32), PRECISION)
-                inner += tl.load(b1 + m * F + unit, mask=unit < F, other=0.0).to(tl.float32)[None, :]
-                inner = narrow(activate(inner, True), DTYPE)
-                second = load_tile(w2 + m * D * F, feature, D, unit, F, F).to(DTYPE)  # [d, BF]
+                inner += tl.load(b1 + m * F + index_f, mask=index_f < F, other=0.0).to(tl.float32)[None, :]
+                inner = narrow(activate(inner, True), DTYPE)  # [BN, BF]
+                second = load_tile(w2 + m * D * F, index_d, D, index_f, F, F).to(DTYPE)  # [d, BF]
                 expert = dot(inner, tl.trans(second), expert, PRECISION)
-            item += tl.where(runs[:, None], column_of(share, modality, m)[:, None] * expert, 0.0)
-    offset = row.to(tl.int64)[:, None] * D + feature[None, :]
-    tl.store(items + offset, narrow(item, DTYPE), mask=inside[:, None] & (feature < D)[None, :])
+            item += tl.where(runs[:, None], column_of(share, index_m, m)[:, None] * expert, 0.0)
+    offset = index_n.to(tl.int64)[:, None] * D + index_d[None, :]
+    tl.store(items + offset, narrow(item, DTYPE), mask=mask_n[:, None] & (index_d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -179,14 +179,14 @@ def statistics_kernel(
     partial, assigned, probability, programs, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Shares of assignments and mean probabilities `[M]` from the programs' sums, in their order."""
-    modality = tl.arange(0, BLOCK_M)
-    program = tl.arange(0, BLOCK)
+    index_m = tl.arange(0, BLOCK_M)
+    index_p = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
     means = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
     total = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
     for begin in range(0, programs, BLOCK):
-        offset = (begin + program)[:, None] * 3 * BLOCK_M + modality[None, :]
-        mask = (begin + program < programs)[:, None] & (modality < M)[None, :]
+        offset = (begin + index_p)[:, None] * 3 * BLOCK_M + index_m[None, :]
+        mask = (begin + index_p < programs)[:, None] & (index_m < M)[None, :]
         sums += tl.load(partial + offset, mask=mask, other=0.0)
         means += tl.load(partial + offset + BLOCK_M, mask=mask, other=0.0)
         total += tl.load(partial + offset + 2 * BLOCK_M, mask=mask, other=0.0)
@@ -195,5 +195,5 @@ def statistics_kernel(
     share = sums_ / tl.where(everything > 0, everything, 1.0)
     weight = tl.sum(total, axis=0)
     mean = tl.sum(means, axis=0) / tl.where(weight > 0, weight, 1.0)
-    tl.store(assigned + modality, share, mask=modality < M)
-    tl.store(probability + modality, mean, mask=modality < M)
+    tl.store(assigned + index_m, share, mask=index_m < M)
+    tl.store(probability + index_m, mean, mask=index_m < M)

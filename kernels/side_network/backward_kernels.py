@@ -37,7 +37,7 @@ from crossan_fast.kernels.side_network.tiles import (
 def grad_down_levels(
     grad_out,
     up_weight,
-    offs_n,
+    index_n,
     exists,
     begin,
     end,
@@ -45,26 +45,28 @@ def grad_down_levels(
     COUNT: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """W_up,lᵀ g of levels FIRST … over columns [begin, end): a tuple of [BN, BR] in fp32."""
-    offs_r = tl.arange(0, BR)
-    mask_r = offs_r < R
+    index_r = tl.arange(0, BLOCK_R)
+    mask_r = index_r < R
     e = ()
     for _ in tl.static_range(COUNT):
-        e = e + (tl.zeros((BN, BR), tl.float32),)
-    rows = grad_out + offs_n.to(tl.int64) * D
-    for d in range(begin, end, BD):
-        offs_d = d + tl.arange(0, BD)
-        mask_d = offs_d < D
-        g = tl.load(rows[:, None] + offs_d[None, :], mask=exists[:, None] & mask_d[None, :], other=0)
+        e = e + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
+    row_pointer = grad_out + index_n.to(tl.int64) * D
+    for d in range(begin, end, BLOCK_D):
+        index_d = d + tl.arange(0, BLOCK_D)
+        mask_d = index_d < D
+        g = tl.load(  # [BN, BD]
+            row_pointer[:, None] + index_d[None, :], mask=exists[:, None] & mask_d[None, :], other=0
+        )
         e_next = ()
         for i in tl.static_range(COUNT):
             weight = tl.load(  # [BD, BR]
-                up_weight + (FIRST + i) * D * R + offs_d[:, None] * R + offs_r[None, :],
+                up_weight + (FIRST + i) * D * R + index_d[:, None] * R + index_r[None, :],
                 mask=mask_d[:, None] & mask_r[None, :],
                 other=0,
             )
@@ -89,37 +91,37 @@ def grad_down_kernel(
     L: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The products with g alone, for `span` columns a program: partial [splits, T, N, L, BR]."""
     tower = tl.program_id(0)
     split = tl.program_id(2)
-    offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask_n = offs_n < N
+    index_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = index_n < N
     begin = split * span
     e = grad_down_levels(
         pick(grad_out, tower),
         pick(up_weight, tower),
-        offs_n,
-        exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND),
+        index_n,
+        exists_mask(present, present_stride, tower, index_n, mask_n, EXISTS_FIRST, EXISTS_SECOND),
         begin,
         tl.minimum(begin + span, D),
         FIRST,
         COUNT,
         D,
         R,
-        BN,
-        BD,
-        BR,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_R,
         PRECISION,
     )
-    row = (split * tl.num_programs(0) + tower).to(tl.int64) * N + offs_n
-    at = partial + (row * L * BR)[:, None] + tl.arange(0, BR)[None, :]
+    row = (split * tl.num_programs(0) + tower).to(tl.int64) * N + index_n
+    pointer = partial + (row * L * BLOCK_R)[:, None] + tl.arange(0, BLOCK_R)[None, :]
     for i in tl.static_range(COUNT):
-        tl.store(at + (FIRST + i) * BR, e[i], mask=mask_n[:, None])
+        tl.store(pointer + (FIRST + i) * BLOCK_R, e[i], mask=mask_n[:, None])
 
 
 @triton.jit
@@ -134,28 +136,32 @@ def grad_walk_level(
     exists,
     L: tl.constexpr,
     R: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Finish da of a level from κ·W_upᵀ g [BN, BR], write its dz and a; pointers [BN, 1] are to level 0."""
-    offs_r = tl.arange(0, BR)
-    DEPTH: tl.constexpr = product_depth(BR)
-    offs_p = tl.arange(0, DEPTH)
-    tile = mixing + offs_p[:, None] * BR + offs_r[None, :]  # [r of z, r of a]
+    index_r = tl.arange(0, BLOCK_R)
+    DEPTH: tl.constexpr = product_depth(BLOCK_R)
+    index_p = tl.arange(0, DEPTH)
+    tile = mixing + index_p[:, None] * BLOCK_R + index_r[None, :]  # [r of z, r of a]
     for q in tl.range(level + 1, L, num_stages=3):
         pair = q * (q - 1) // 2 + level
-        for r in range(0, BR, DEPTH):
-            dz = tl.load(grad_z + (q * BR + r) + offs_p[None, :], mask=mask_n[:, None], other=0)
-            da = dot(dz, tl.load(tile + pair * (BR * BR) + r * BR), da, PRECISION)
-    saved += offs_r[None, :]
-    grad_z += offs_r[None, :]
-    activations += offs_r[None, :]
-    z = tl.load(saved + level * R, mask=exists[:, None] & (offs_r < R)[None, :], other=0).to(tl.float32)
-    dz = narrow(da * activate_grad(z, GELU), grad_z.dtype.element_ty)
-    tl.store(grad_z + level * BR, dz, mask=mask_n[:, None])
+        for r in range(0, BLOCK_R, DEPTH):
+            dz = tl.load(  # [BN, DEPTH]
+                grad_z + (q * BLOCK_R + r) + index_p[None, :], mask=mask_n[:, None], other=0
+            )
+            da = dot(dz, tl.load(tile + pair * (BLOCK_R * BLOCK_R) + r * BLOCK_R), da, PRECISION)
+    saved += index_r[None, :]
+    grad_z += index_r[None, :]
+    activations += index_r[None, :]
+    z = tl.load(  # [BN, BR]
+        saved + level * R, mask=exists[:, None] & (index_r < R)[None, :], other=0
+    ).to(tl.float32)
+    dz = narrow(da * activate_grad(z, GELU), grad_z.dtype.element_ty)  # [BN, BR]
+    tl.store(grad_z + level * BLOCK_R, dz, mask=mask_n[:, None])
     a = narrow(activate(z, GELU), activations.dtype.element_ty)
-    tl.store(activations + level * BR, a, mask=mask_n[:, None])
+    tl.store(activations + level * BLOCK_R, a, mask=mask_n[:, None])
     tl.debug_barrier()  # other threads of this program read dz for the levels before
 
 
@@ -179,29 +185,29 @@ def grad_walk_kernel(
     L: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dz and a, [T, N, L, BR] in the compute dtype; without `partial`, products with g are formed here."""
     tower = tl.program_id(0)
-    offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask_n = offs_n < N
-    offs_r = tl.arange(0, BR)
+    index_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = index_n < N
+    index_r = tl.arange(0, BLOCK_R)
     index = pick_constant(TOWERS, tower).to(tl.int64)
     carry += index * L
-    mixing += index * (L * (L - 1) // 2 * BR * BR)
-    exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
-    at = ((tower.to(tl.int64) * N + offs_n) * L * BR)[:, None]
-    z_rows = pick(saved, tower) + (offs_n.to(tl.int64) * L * R)[:, None]
+    mixing += index * (L * (L - 1) // 2 * BLOCK_R * BLOCK_R)
+    exists = exists_mask(present, present_stride, tower, index_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
+    offset = ((tower.to(tl.int64) * N + index_n) * L * BLOCK_R)[:, None]
+    z_pointer = pick(saved, tower) + (index_n.to(tl.int64) * L * R)[:, None]
     tail = tl.full((), 1.0, tl.float32)  # κ_{L,l}
     if partial is None:
         e = grad_down_levels(
             pick(grad_out, tower),
             pick(up_weight, tower),
-            offs_n,
+            index_n,
             exists,
             0,
             D,
@@ -209,9 +215,9 @@ def grad_walk_kernel(
             L,
             D,
             R,
-            BN,
-            BD,
-            BR,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_R,
             PRECISION,
         )
         for i in tl.static_range(L):
@@ -219,35 +225,42 @@ def grad_walk_kernel(
                 e[L - 1 - i] * tail,
                 L - 1 - i,
                 mixing,
-                z_rows,
-                grad_z + at,
-                activations + at,
+                z_pointer,
+                grad_z + offset,
+                activations + offset,
                 mask_n,
                 exists,
                 L,
                 R,
-                BR,
+                BLOCK_R,
                 GELU,
                 PRECISION,
             )
             tail *= tl.load(carry + L - 1 - i)
     else:
-        split_stride = tl.num_programs(0).to(tl.int64) * N * L * BR
+        split_stride = tl.num_programs(0).to(tl.int64) * N * L * BLOCK_R
         for i in range(L):
             level = L - 1 - i
             grad_walk_level(
-                sum_splits(partial + at + offs_r[None, :] + level * BR, mask_n, splits, split_stride, BN, BR)
+                sum_splits(
+                    partial + offset + index_r[None, :] + level * BLOCK_R,
+                    mask_n,
+                    splits,
+                    split_stride,
+                    BLOCK_N,
+                    BLOCK_R,
+                )
                 * tail,
                 level,
                 mixing,
-                z_rows,
-                grad_z + at,
-                activations + at,
+                z_pointer,
+                grad_z + offset,
+                activations + offset,
                 mask_n,
                 exists,
                 L,
                 R,
-                BR,
+                BLOCK_R,
                 GELU,
                 PRECISION,
             )

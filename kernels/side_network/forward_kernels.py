@@ -38,7 +38,7 @@ def down_levels(
     down_weight,
     up_bias,
     out,
-    offs_n,
+    index_n,
     mask_n,
     begin,
     end,
@@ -48,9 +48,9 @@ def down_levels(
     D: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """W_down,l u_l of levels FIRST … FIRST + COUNT − 1 over columns [begin, end): fp32 [BN, BR] a level.
@@ -60,42 +60,42 @@ def down_levels(
     warps has nothing else to hide them.
     """
     pointers, masks, strides, scale_pointers = sources
-    offs_r = tl.arange(0, BR)
-    mask_r = offs_r < R
+    index_r = tl.arange(0, BLOCK_R)
+    mask_r = index_r < R
     z = ()
     for _ in tl.static_range(COUNT):
-        z = z + (tl.zeros((BN, BR), tl.float32),)
-    offs_d = begin + tl.arange(0, BD)
-    tiles = read_level(pointers, masks, offs_d, offs_d < end, K)
-    for d in range(begin, end, BD):
-        offs_d = d + tl.arange(0, BD)
-        mask_d = offs_d < end
-        u = tl.zeros((BN, BD), tl.float32)
+        z = z + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
+    index_d = begin + tl.arange(0, BLOCK_D)
+    tiles = read_level(pointers, masks, index_d, index_d < end, K)
+    for d in range(begin, end, BLOCK_D):
+        index_d = d + tl.arange(0, BLOCK_D)
+        mask_d = index_d < end
+        u = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # [BN, BD]
         z_next = ()
-        at = pointers
+        level_pointers = pointers
         for level in tl.static_range(FIRST + COUNT):
             current = tiles
             if level >= FIRST:
                 weight = tl.load(  # [BD, BR]
-                    down_weight + level * R * D + offs_r[None, :] * D + offs_d[:, None],
+                    down_weight + level * R * D + index_r[None, :] * D + index_d[:, None],
                     mask=mask_r[None, :] & mask_d[:, None],
                     other=0,
                 )
             if level + 1 < FIRST + COUNT:
-                at = advance(at, strides, K)
-                tiles = read_level(at, masks, offs_d, mask_d, K)
+                level_pointers = advance(level_pointers, strides, K)
+                tiles = read_level(level_pointers, masks, index_d, mask_d, K)
             else:
-                tiles = read_level(pointers, masks, offs_d + BD, offs_d + BD < end, K)
+                tiles = read_level(pointers, masks, index_d + BLOCK_D, index_d + BLOCK_D < end, K)
             if level > 0:
                 u = u * tl.load(carry + level)
             u = mix(u, current, scale_pointers, masks, coef, level, K)  # x_l without its up-projections
             if level >= FIRST:
                 z_next = z_next + (dot(narrow(u, weight.dtype), weight, z[level - FIRST], PRECISION),)
-            u += tl.load(up_bias + level * D + offs_d, mask=mask_d, other=0).to(tl.float32)[None, :]
+            u += tl.load(up_bias + level * D + index_d, mask=mask_d, other=0).to(tl.float32)[None, :]
         z = z_next
         if FIRST + COUNT == L:
             tl.store(
-                out + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :],
+                out + index_n.to(tl.int64)[:, None] * D + index_d[None, :],
                 narrow(u, out.dtype.element_ty),
                 mask=mask_n[:, None] & mask_d[None, :],
             )
@@ -110,12 +110,12 @@ def walk_level(
     down_bias,
     saved,
     activations,
-    offs_n,
+    index_n,
     mask_n,
     exists,
     L: tl.constexpr,
     R: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -124,25 +124,27 @@ def walk_level(
     `activations` are this block's pointers [BN, 1] to level 0. Levels go through memory (that is, through
     L1): held in registers they would unroll into L(L − 1)/2 products that spill.
     """
-    offs_r = tl.arange(0, BR)
-    mask_r = offs_r < R
-    DEPTH: tl.constexpr = product_depth(BR)
-    offs_p = tl.arange(0, DEPTH)
-    tile = mixing + offs_p[:, None] + BR * offs_r[None, :]  # G transposed: [r of a, r of z]
+    index_r = tl.arange(0, BLOCK_R)
+    mask_r = index_r < R
+    DEPTH: tl.constexpr = product_depth(BLOCK_R)
+    index_p = tl.arange(0, DEPTH)
+    tile = mixing + index_p[:, None] + BLOCK_R * index_r[None, :]  # G transposed: [r of a, r of z]
     pair = level * (level - 1) // 2
     for p in tl.range(0, level, num_stages=3):
-        for r in range(0, BR, DEPTH):
-            a = tl.load(activations + (p * BR + r) + offs_p[None, :], mask=mask_n[:, None], other=0)
-            pre = dot(a, tl.load(tile + (pair + p) * (BR * BR) + r), pre, PRECISION)
-    pre += tl.load(down_bias + level * R + offs_r, mask=mask_r, other=0).to(tl.float32)[None, :]
+        for r in range(0, BLOCK_R, DEPTH):
+            a = tl.load(  # [BN, DEPTH]
+                activations + (p * BLOCK_R + r) + index_p[None, :], mask=mask_n[:, None], other=0
+            )
+            pre = dot(a, tl.load(tile + (pair + p) * (BLOCK_R * BLOCK_R) + r), pre, PRECISION)
+    pre += tl.load(down_bias + level * R + index_r, mask=mask_r, other=0).to(tl.float32)[None, :]
     pre = tl.where(exists[:, None], pre, 0.0)
     tl.store(
-        saved + (offs_n.to(tl.int64)[:, None] * L + level) * R + offs_r[None, :],
+        saved + (index_n.to(tl.int64)[:, None] * L + level) * R + index_r[None, :],
         narrow(pre, saved.dtype.element_ty),
         mask=mask_n[:, None] & mask_r[None, :],
     )
-    a = narrow(activate(pre, GELU), activations.dtype.element_ty)
-    tl.store(activations + level * BR + offs_r[None, :], a, mask=mask_n[:, None])
+    a = narrow(activate(pre, GELU), activations.dtype.element_ty)  # [BN, BR]
+    tl.store(activations + level * BLOCK_R + index_r[None, :], a, mask=mask_n[:, None])
     tl.debug_barrier()  # other threads of this program read it for the levels after
 
 
@@ -152,35 +154,37 @@ def up_columns(
     carry,
     up_weight,
     out,
-    offs_n,
+    index_n,
     mask_n,
     exists,
     begin,
     L: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out = u_L (already there) + Σ_l κ_{L,l} W_up,l a_l for BD columns, by Horner's rule over the levels."""
-    offs_d = begin + tl.arange(0, BD)
-    mask_d = offs_d < D
-    DEPTH: tl.constexpr = product_depth(BR)
-    offs_p = tl.arange(0, DEPTH)
-    weight = up_weight + offs_d[None, :] * R + offs_p[:, None]  # [DEPTH, BD]
-    acc = tl.zeros((BN, BD), tl.float32)
+    index_d = begin + tl.arange(0, BLOCK_D)
+    mask_d = index_d < D
+    DEPTH: tl.constexpr = product_depth(BLOCK_R)
+    index_p = tl.arange(0, DEPTH)
+    weight = up_weight + index_d[None, :] * R + index_p[:, None]  # [DEPTH, BD]
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # [BN, BD]
     for level in tl.range(0, L, num_stages=3):
         acc *= tl.load(carry + level)
-        for r in range(0, BR, DEPTH):
-            a = tl.load(activations + (level * BR + r) + offs_p[None, :], mask=mask_n[:, None], other=0)
-            mask_w = mask_d[None, :] & (r + offs_p < R)[:, None]
+        for r in range(0, BLOCK_R, DEPTH):
+            a = tl.load(  # [BN, DEPTH]
+                activations + (level * BLOCK_R + r) + index_p[None, :], mask=mask_n[:, None], other=0
+            )
+            mask_w = mask_d[None, :] & (r + index_p < R)[:, None]
             acc = dot(a, tl.load(weight + level * D * R + r, mask=mask_w, other=0), acc, PRECISION)
-    at = out + offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+    pointer = out + index_n.to(tl.int64)[:, None] * D + index_d[None, :]
     mask = mask_n[:, None] & mask_d[None, :]
-    acc += tl.load(at, mask=mask, other=0).to(tl.float32)
-    tl.store(at, narrow(tl.where(exists[:, None], acc, 0.0), at.dtype.element_ty), mask=mask)
+    acc += tl.load(pointer, mask=mask, other=0).to(tl.float32)
+    tl.store(pointer, narrow(tl.where(exists[:, None], acc, 0.0), pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -212,16 +216,16 @@ def down_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """*down* alone, for `span` columns a program: partial [splits, T, N, L, BR] and u_L in `out`."""
     tower = tl.program_id(0)
     split = tl.program_id(2)
-    offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask_n = offs_n < N
+    index_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = index_n < N
     index = pick_constant(TOWERS, tower)
     sources = open_sources(
         states,
@@ -233,7 +237,7 @@ def down_kernel(
         present,
         present_stride,
         tower,
-        offs_n,
+        index_n,
         mask_n,
         SLOTS,
         COLUMNS,
@@ -249,7 +253,7 @@ def down_kernel(
         pick(down_weight, tower),
         pick(up_bias, tower),
         pick(out, tower),
-        offs_n,
+        index_n,
         mask_n,
         begin,
         tl.minimum(begin + span, D),
@@ -259,15 +263,15 @@ def down_kernel(
         D,
         R,
         K,
-        BN,
-        BD,
-        BR,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_R,
         PRECISION,
     )
-    row = (split * tl.num_programs(0) + tower).to(tl.int64) * N + offs_n
-    at = partial + (row * L * BR)[:, None] + tl.arange(0, BR)[None, :]
+    row = (split * tl.num_programs(0) + tower).to(tl.int64) * N + index_n
+    pointer = partial + (row * L * BLOCK_R)[:, None] + tl.arange(0, BLOCK_R)[None, :]
     for level in tl.static_range(COUNT):
-        tl.store(at + (FIRST + level) * BR, z[level], mask=mask_n[:, None])
+        tl.store(pointer + (FIRST + level) * BLOCK_R, z[level], mask=mask_n[:, None])
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
@@ -286,34 +290,34 @@ def walk_kernel(
     EXISTS_SECOND: tl.constexpr,
     L: tl.constexpr,
     R: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """*walk* alone: sums the partial products in a fixed order, saves z, writes activations [T, N, L, BR]."""
     tower = tl.program_id(0)
-    offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask_n = offs_n < N
+    index_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = index_n < N
     index = pick_constant(TOWERS, tower).to(tl.int64)
-    row = ((tower.to(tl.int64) * N + offs_n) * L * BR)[:, None]
-    at = row + tl.arange(0, BR)[None, :]
-    split_stride = tl.num_programs(0).to(tl.int64) * N * L * BR
-    exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
+    row = ((tower.to(tl.int64) * N + index_n) * L * BLOCK_R)[:, None]
+    offset = row + tl.arange(0, BLOCK_R)[None, :]
+    split_stride = tl.num_programs(0).to(tl.int64) * N * L * BLOCK_R
+    exists = exists_mask(present, present_stride, tower, index_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
     for level in range(L):
         walk_level(
-            sum_splits(partial + at + level * BR, mask_n, splits, split_stride, BN, BR),
+            sum_splits(partial + offset + level * BLOCK_R, mask_n, splits, split_stride, BLOCK_N, BLOCK_R),
             level,
-            mixing + index * (L * (L - 1) // 2 * BR * BR),
+            mixing + index * (L * (L - 1) // 2 * BLOCK_R * BLOCK_R),
             pick(down_bias, tower),
             pick(saved, tower),
             activations + row,
-            offs_n,
+            index_n,
             mask_n,
             exists,
             L,
             R,
-            BR,
+            BLOCK_R,
             GELU,
             PRECISION,
         )
@@ -334,30 +338,30 @@ def up_kernel(
     L: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """*up* alone, BD columns a program."""
     tower = tl.program_id(0)
-    offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask_n = offs_n < N
-    row = tower.to(tl.int64) * N + offs_n
+    index_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = index_n < N
+    row = tower.to(tl.int64) * N + index_n
     up_columns(
-        activations + (row * L * BR)[:, None],
+        activations + (row * L * BLOCK_R)[:, None],
         carry + pick_constant(TOWERS, tower) * L,
         pick(up_weight, tower),
         pick(out, tower),
-        offs_n,
+        index_n,
         mask_n,
-        exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND),
-        tl.program_id(2) * BD,
+        exists_mask(present, present_stride, tower, index_n, mask_n, EXISTS_FIRST, EXISTS_SECOND),
+        tl.program_id(2) * BLOCK_D,
         L,
         D,
         R,
-        BN,
-        BD,
-        BR,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_R,
         PRECISION,
     )

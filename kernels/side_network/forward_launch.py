@@ -59,7 +59,7 @@ def _forward_group(
     levels, rank, k = level.shape
     towers, n, br = len(group.towers), items.count, power_of_two(rank)
     device = outputs[0].device
-    sizes = {"L": levels, "R": rank, "BR": br, "PRECISION": level.precision, "N": n}
+    sizes = {"L": levels, "R": rank, "BLOCK_R": br, "PRECISION": level.precision, "N": n}
     read = {**group.tensors(), **items.rows(), "ids": items.ids, "coef": level.coef, "carry": level.carry}
     down = {"down_weight": group.pick(level.down_weight), "up_bias": group.pick(level.up_bias)}
     walk = {"mixing": level.mixing, "down_bias": group.pick(level.down_bias), "saved": group.pick(saved)}
@@ -82,9 +82,9 @@ def _forward_group(
             **sizes,
             D=group.width,
             K=k,
-            BN=config.items,
-            BD=config.columns,
-            BU=config.up_columns,
+            BLOCK_N=config.items,
+            BLOCK_D=config.columns,
+            BLOCK_U=config.up_columns,
             GELU=level.gelu,
             num_warps=config.warps,
             num_stages=1,
@@ -106,8 +106,8 @@ def _forward_group(
             COUNT=min(config.levels, levels - first),
             D=group.width,
             K=k,
-            BN=config.items,
-            BD=config.columns,
+            BLOCK_N=config.items,
+            BLOCK_D=config.columns,
             num_warps=config.warps,
             num_stages=1,
         )
@@ -122,7 +122,7 @@ def _forward_group(
         **towers_of,
         **group.existence(),
         **sizes,
-        BN=config.walk_items,
+        BLOCK_N=config.walk_items,
         GELU=level.gelu,
         num_warps=4,
         num_stages=1,
@@ -138,8 +138,8 @@ def _forward_group(
         **group.existence(),
         **sizes,
         D=group.width,
-        BN=config.items,
-        BD=config.up_columns,
+        BLOCK_N=config.items,
+        BLOCK_D=config.up_columns,
         num_warps=4,
         num_stages=1,
     )

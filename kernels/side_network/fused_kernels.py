@@ -46,19 +46,19 @@ def fused_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BU: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """*down*, *walk* and *up* of one tower and one block of items: one launch for all towers and levels."""
     tower = tl.program_id(0)
-    offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask_n = offs_n < N
+    index_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = index_n < N
     index = pick_constant(TOWERS, tower)
-    here = pick(out, tower)
+    out_pointer = pick(out, tower)
     sources = open_sources(
         states,
         row_strides,
@@ -69,7 +69,7 @@ def fused_kernel(
         present,
         present_stride,
         tower,
-        offs_n,
+        index_n,
         mask_n,
         SLOTS,
         COLUMNS,
@@ -83,8 +83,8 @@ def fused_kernel(
         carry + index * L,
         pick(down_weight, tower),
         pick(up_bias, tower),
-        here,
-        offs_n,
+        out_pointer,
+        index_n,
         mask_n,
         0,
         D,
@@ -94,46 +94,48 @@ def fused_kernel(
         D,
         R,
         K,
-        BN,
-        BD,
-        BR,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_R,
         PRECISION,
     )
-    exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
-    row = tower.to(tl.int64) * N + offs_n
-    rows = activations + (row * L * BR)[:, None]
+    exists = exists_mask(present, present_stride, tower, index_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
+    row = tower.to(tl.int64) * N + index_n
+    rows = activations + (row * L * BLOCK_R)[:, None]
     for level in tl.static_range(L):
         walk_level(
             z[level],
             level,
-            mixing + index.to(tl.int64) * (L * (L - 1) // 2 * BR * BR),
+            mixing + index.to(tl.int64) * (L * (L - 1) // 2 * BLOCK_R * BLOCK_R),
             pick(down_bias, tower),
             pick(saved, tower),
             rows,
-            offs_n,
+            index_n,
             mask_n,
             exists,
             L,
             R,
-            BR,
+            BLOCK_R,
             GELU,
             PRECISION,
         )
-    for begin in range(0, D, BU):  # u_L and the activations were written before walk_level's last barrier
+    for begin in range(
+        0, D, BLOCK_U
+    ):  # u_L and the activations were written before walk_level's last barrier
         up_columns(
             rows,
             carry + index * L,
             pick(up_weight, tower),
-            here,
-            offs_n,
+            out_pointer,
+            index_n,
             mask_n,
             exists,
             begin,
             L,
             D,
             R,
-            BN,
-            BU,
-            BR,
+            BLOCK_N,
+            BLOCK_U,
+            BLOCK_R,
             PRECISION,
         )

@@ -20,18 +20,18 @@ def coefficients_kernel(
     PAIRED: tl.constexpr,
     L: tl.constexpr,
     K: tl.constexpr,
-    BL: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
     """coef [T, L, K] and carry [T, L] (fp32) of all gates. One program: these are a few hundred numbers.
 
     KINDS[t·K + k]: −1 μ, −2 1 − μ, −3 no such source, n ≥ 0 tanh(cross_gates[n]). PAIRED[t]: carry 1.
     """
-    level = tl.arange(0, BL)
-    mask = level < L
+    index_l = tl.arange(0, BLOCK_L)
+    mask_l = index_l < L
     for t in tl.static_range(len(gates)):
-        theta = tl.load(gates[t] + level, mask=mask, other=0.0).to(tl.float32)
+        theta = tl.load(gates[t] + index_l, mask=mask_l, other=0.0).to(tl.float32)
         mu = tl.sigmoid(theta * inverse_temperature)
-        tl.store(carry + t * L + level, 1.0 if PAIRED[t] else 1.0 - mu, mask=mask)
+        tl.store(carry + t * L + index_l, 1.0 if PAIRED[t] else 1.0 - mu, mask=mask_l)
         for k in tl.static_range(K):
             if KINDS[t * K + k] == -1:
                 value = mu
@@ -40,8 +40,8 @@ def coefficients_kernel(
             elif KINDS[t * K + k] == -3:
                 value = tl.zeros_like(mu)
             else:
-                value = tanh(tl.load(cross_gates[KINDS[t * K + k]] + level, mask=mask, other=0.0))
-            tl.store(coef + (t * L + level) * K + k, value, mask=mask)
+                value = tanh(tl.load(cross_gates[KINDS[t * K + k]] + index_l, mask=mask_l, other=0.0))
+            tl.store(coef + (t * L + index_l) * K + k, value, mask=mask_l)
 
 
 @triton.jit
@@ -62,9 +62,9 @@ def mixing_kernel(
     WIDTHS: tl.constexpr,
     L: tl.constexpr,
     R: tl.constexpr,
-    BR: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -82,29 +82,32 @@ def mixing_kernel(
     width = pick_constant(WIDTHS, tower)
     if ALIGNED:
         width = tl.multiple_of(width, 16)
-    offs_i = (tile // (BR // BT)) * BT + tl.arange(0, BT)
-    offs_j = (tile % (BR // BT)) * BT + tl.arange(0, BT)
-    mask_i = offs_i < R
-    mask_j = offs_j < R
+    index_i = (tile // (BLOCK_R // BLOCK_T)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    index_j = (tile % (BLOCK_R // BLOCK_T)) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_i = index_i < R
+    mask_j = index_j < R
     down = pick(down_weight, tower) + later.to(tl.int64) * R * width
     up = pick(up_weight, tower) + earlier.to(tl.int64) * R * width
-    acc = tl.zeros((BT, BT), tl.float32)
-    for d in range(0, width, BD):
-        offs_d = d + tl.arange(0, BD)
-        mask_d = offs_d < width
-        a = tl.load(
-            down + offs_i[:, None] * width + offs_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0
+    acc = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)  # [BT, BT]
+    for d in range(0, width, BLOCK_D):
+        index_d = d + tl.arange(0, BLOCK_D)
+        mask_d = index_d < width
+        a = tl.load(  # [BT, BD]
+            down + index_i[:, None] * width + index_d[None, :],
+            mask=mask_i[:, None] & mask_d[None, :],
+            other=0,
         )
-        b = tl.load(
-            up + offs_d[:, None] * R + offs_j[None, :], mask=mask_d[:, None] & mask_j[None, :], other=0
+        b = tl.load(  # [BD, BT]
+            up + index_d[:, None] * R + index_j[None, :], mask=mask_d[:, None] & mask_j[None, :], other=0
         )
         acc = dot(a, b, acc, PRECISION)
     kappa = tl.full((), 1.0, tl.float32)
     for j in range(earlier + 1, later + 1):
         kappa *= tl.load(carry + tower * L + j)
-    at = (tower.to(tl.int64) * (L * (L - 1) // 2) + pair) * BR * BR
+    offset = (tower.to(tl.int64) * (L * (L - 1) // 2) + pair) * BLOCK_R * BLOCK_R
     tl.store(
-        mixing + at + offs_i[:, None] * BR + offs_j[None, :], narrow(acc * kappa, mixing.dtype.element_ty)
+        mixing + offset + index_i[:, None] * BLOCK_R + index_j[None, :],
+        narrow(acc * kappa, mixing.dtype.element_ty),
     )
 
 
@@ -120,27 +123,29 @@ def gate_gradient_kernel(
     PAIRED: tl.constexpr,
     L: tl.constexpr,
     K: tl.constexpr,
-    BL: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
     """Through sigmoid and tanh: what `coefficients_kernel` computed, backwards. One program."""
-    level = tl.arange(0, BL)
-    mask = level < L
+    index_l = tl.arange(0, BLOCK_L)
+    mask_l = index_l < L
     for t in tl.static_range(len(gates)):
-        sums = gate_sum + (t * L + level) * (K + 1)
-        dmu = tl.zeros((BL,), tl.float32)
+        sums = gate_sum + (t * L + index_l) * (K + 1)
+        dmu = tl.zeros((BLOCK_L,), tl.float32)
         if not PAIRED[t]:
-            dmu -= tl.load(sums + K, mask=mask, other=0.0)
+            dmu -= tl.load(sums + K, mask=mask_l, other=0.0)
         for k in tl.static_range(K):
-            grad = tl.load(sums + k, mask=mask, other=0.0)
+            grad = tl.load(sums + k, mask=mask_l, other=0.0)
             if KINDS[t * K + k] == -1:
                 dmu += grad
             elif KINDS[t * K + k] == -2:
                 dmu -= grad
             elif KINDS[t * K + k] >= 0:
-                value = tanh(tl.load(cross_gates[KINDS[t * K + k]] + level, mask=mask, other=0.0))
-                to = cross_gate_grads[KINDS[t * K + k]]
-                tl.store(to + level, narrow(grad * (1.0 - value * value), to.dtype.element_ty), mask=mask)
-        theta = tl.load(gates[t] + level, mask=mask, other=0.0).to(tl.float32)
+                value = tanh(tl.load(cross_gates[KINDS[t * K + k]] + index_l, mask=mask_l, other=0.0))
+                base = cross_gate_grads[KINDS[t * K + k]]
+                tl.store(
+                    base + index_l, narrow(grad * (1.0 - value * value), base.dtype.element_ty), mask=mask_l
+                )
+        theta = tl.load(gates[t] + index_l, mask=mask_l, other=0.0).to(tl.float32)
         mu = tl.sigmoid(theta * inverse_temperature)
         dtheta = dmu * mu * (1.0 - mu) * inverse_temperature
-        tl.store(gate_grads[t] + level, narrow(dtheta, gate_grads[t].dtype.element_ty), mask=mask)
+        tl.store(gate_grads[t] + index_l, narrow(dtheta, gate_grads[t].dtype.element_ty), mask=mask_l)

@@ -65,7 +65,7 @@ class Parameters:
             "PAIRED": tuple(len(source) == 2 for source in self.structure.sources),
             "L": self.levels,
             "K": self.sources,
-            "BL": power_of_two(self.levels),
+            "BLOCK_L": power_of_two(self.levels),
         }
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
@@ -122,10 +122,10 @@ class Parameters:
             WIDTHS=self.structure.tower_widths,
             L=self.levels,
             R=self.rank,
-            BR=br,
-            BT=tile,
+            BLOCK_R=br,
+            BLOCK_T=tile,
             ALIGNED=all(width % 16 == 0 for width in self.structure.tower_widths),
-            BD=64 if self.dtype != torch.float32 else 32,
+            BLOCK_D=64 if self.dtype != torch.float32 else 32,
             PRECISION=self.precision,
             num_warps=4,
         )

@@ -28,7 +28,7 @@ def open_sources(
     present,
     present_stride,
     tower,
-    offs_n,
+    index_n,
     mask_n,
     SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -43,11 +43,11 @@ def open_sources(
     reads the same slots, so that pointers of different types may stand side by side; otherwise they are
     picked.
     """
-    local = offs_n.to(tl.int64)
+    local = index_n.to(tl.int64)
     if ids is None:
         chosen = local
     else:
-        chosen = tl.load(ids + offs_n, mask=mask_n, other=0).to(tl.int64)
+        chosen = tl.load(ids + index_n, mask=mask_n, other=0).to(tl.int64)
     pointers = ()
     masks = ()
     strides = ()
@@ -55,7 +55,7 @@ def open_sources(
     for k in tl.static_range(K):
         mask = mask_n
         if present is not None:
-            column = pick_constant(COLUMNS[k::K], tower) + tl.zeros_like(offs_n)
+            column = pick_constant(COLUMNS[k::K], tower) + tl.zeros_like(index_n)
             flags = tl.load(present + local * present_stride + column, mask=mask_n & (column >= 0), other=1)
             mask = mask & (flags != 0)
         if STATIC:
@@ -69,7 +69,7 @@ def open_sources(
                 scale_pointers = scale_pointers + (scales[SLOTS[k]] + rows * scale_strides[SLOTS[k]],)
         else:
             slot_k = pick_constant(SLOTS[k::K], tower)
-            mask = mask & (slot_k + tl.zeros_like(offs_n) >= 0)
+            mask = mask & (slot_k + tl.zeros_like(index_n) >= 0)
             base = pick(states, slot_k)
             stride = pick_integer(row_strides, slot_k)
             strides = strides + (pick_integer(level_strides, slot_k),)
@@ -94,24 +94,24 @@ def pick_integer(values, index):
 
 
 @triton.jit
-def exists_mask(present, present_stride, tower, offs_n, mask_n, FIRST: tl.constexpr, SECOND: tl.constexpr):
+def exists_mask(present, present_stride, tower, index_n, mask_n, FIRST: tl.constexpr, SECOND: tl.constexpr):
     """[BN]: the item has a source of this tower (either of a pair's two)."""
     if present is None:
         return mask_n
     else:
-        row = present + offs_n.to(tl.int64) * present_stride
-        first = tl.load(row + pick_constant(FIRST, tower), mask=mask_n, other=0)
-        second = tl.load(row + pick_constant(SECOND, tower), mask=mask_n, other=0)
+        pointer = present + index_n.to(tl.int64) * present_stride
+        first = tl.load(pointer + pick_constant(FIRST, tower), mask=mask_n, other=0)
+        second = tl.load(pointer + pick_constant(SECOND, tower), mask=mask_n, other=0)
         return mask_n & ((first != 0) | (second != 0))
 
 
 @triton.jit
-def read_level(pointers, masks, offs_d, mask_d, K: tl.constexpr):
+def read_level(pointers, masks, index_d, mask_d, K: tl.constexpr):
     """The stored tiles of the level that `pointers` are at, one [BN, BD] per source; 0 where absent."""
     tiles = ()
     for k in tl.static_range(K):
-        at = pointers[k][:, None] + offs_d[None, :]
-        tiles = tiles + (tl.load(at, mask=masks[k][:, None] & mask_d[None, :], other=0),)
+        pointer = pointers[k][:, None] + index_d[None, :]
+        tiles = tiles + (tl.load(pointer, mask=masks[k][:, None] & mask_d[None, :], other=0),)
     return tiles
 
 
@@ -138,9 +138,9 @@ def decode(tile):
 @triton.jit
 def source_value(tiles, scale_pointers, masks, level, k: tl.constexpr):
     """Source k of this level in fp32 [BN, BD]."""
-    value = decode(tiles[k])
+    value = decode(tiles[k])  # [BN, BD]
     if scale_pointers[k].dtype.is_ptr():
-        scale = tl.load(scale_pointers[k] + level, mask=masks[k], other=0.0)
+        scale = tl.load(scale_pointers[k] + level, mask=masks[k], other=0.0)  # [BN]
         value = value * scale[:, None]
     return value
 
@@ -155,9 +155,9 @@ def mix(x, tiles, scale_pointers, masks, coef, level, K: tl.constexpr):
 
 
 @triton.jit
-def sum_splits(at, mask_n, splits, split_stride, BN: tl.constexpr, BR: tl.constexpr):
-    """Partial products [BN, BR] at pointers `at`, summed over the splits of D in a fixed order."""
-    total = tl.zeros((BN, BR), tl.float32)
+def sum_splits(pointer, mask_n, splits, split_stride, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Partial products [BN, BR] at `pointer`, summed over the splits of D in a fixed order."""
+    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for split in range(splits):
-        total += tl.load(at + split * split_stride, mask=mask_n[:, None], other=0.0)
+        total += tl.load(pointer + split * split_stride, mask=mask_n[:, None], other=0.0)
     return total

@@ -45,9 +45,9 @@ def up_gradient_kernel(
     ACCUMULATE: tl.constexpr,
     L: tl.constexpr,
     D: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Σ g aᵀ (rows 0 … D − 1) and Σ dz aᵀ (from row D on): products [T, D + L·BR, L·BR] in fp32.
@@ -59,43 +59,45 @@ def up_gradient_kernel(
     tower = tl.program_id(0)
     tile = tl.program_id(1)
     level = tl.program_id(2)
-    chunks: tl.constexpr = (D + BD - 1) // BD
+    chunks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     from_g = tile < chunks
-    first = tl.where(from_g, tile, tile - chunks) * BD
-    width = tl.where(from_g, D, L * BR)
-    offs_x = first + tl.arange(0, BD)
-    mask_x = offs_x < width
-    row = tower * (D + L * BR) + tl.where(from_g, 0, D) + offs_x
-    x_at = pick(grad_out, tower)
+    first = tl.where(from_g, tile, tile - chunks) * BLOCK_D
+    width = tl.where(from_g, D, L * BLOCK_R)
+    index_x = first + tl.arange(0, BLOCK_D)
+    mask_x = index_x < width
+    row = tower * (D + L * BLOCK_R) + tl.where(from_g, 0, D) + index_x
+    x_pointer = pick(grad_out, tower)
     if not from_g:
-        x_at = grad_z + tower.to(tl.int64) * N * (L * BR)
+        x_pointer = grad_z + tower.to(tl.int64) * N * (L * BLOCK_R)
     if level == L:
-        total = tl.zeros((BD,), tl.float32)
-        for start in range(0, N, BN):
-            offs_n = start + tl.arange(0, BN)
+        total = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            index_n = start + tl.arange(0, BLOCK_N)
             exists = exists_mask(
-                present, present_stride, tower, offs_n, offs_n < N, EXISTS_FIRST, EXISTS_SECOND
+                present, present_stride, tower, index_n, index_n < N, EXISTS_FIRST, EXISTS_SECOND
             )
-            at = x_at + offs_n.to(tl.int64)[:, None] * width + offs_x[None, :]
-            x = tl.load(at, mask=exists[:, None] & mask_x[None, :], other=0)
+            pointer = x_pointer + index_n.to(tl.int64)[:, None] * width + index_x[None, :]
+            x = tl.load(pointer, mask=exists[:, None] & mask_x[None, :], other=0)  # [BN, BD]
             total += tl.sum(x.to(tl.float32), 0)
         store_sum(sums + row, total, mask_x, ACCUMULATE)
-    elif from_g | (first + BD > (level + 1) * BR):
-        offs_r = tl.arange(0, BR)
-        a_at = activations + tower.to(tl.int64) * N * (L * BR) + level * BR + offs_r
-        acc = tl.zeros((BD, BR), tl.float32)
-        for start in range(0, N, BN):
-            offs_n = start + tl.arange(0, BN)
+    elif from_g | (first + BLOCK_D > (level + 1) * BLOCK_R):
+        index_r = tl.arange(0, BLOCK_R)
+        a_pointer = activations + tower.to(tl.int64) * N * (L * BLOCK_R) + level * BLOCK_R + index_r
+        acc = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)  # [BD, BR]
+        for start in range(0, N, BLOCK_N):
+            index_n = start + tl.arange(0, BLOCK_N)
             exists = exists_mask(
-                present, present_stride, tower, offs_n, offs_n < N, EXISTS_FIRST, EXISTS_SECOND
+                present, present_stride, tower, index_n, index_n < N, EXISTS_FIRST, EXISTS_SECOND
             )
-            items = offs_n.to(tl.int64)[:, None]
-            at = x_at + items * width + offs_x[None, :]
-            x = tl.load(at, mask=exists[:, None] & mask_x[None, :], other=0)
-            a = tl.load(a_at + items * (L * BR), mask=(offs_n < N)[:, None], other=0)
+            items = index_n.to(tl.int64)[:, None]
+            pointer = x_pointer + items * width + index_x[None, :]
+            x = tl.load(pointer, mask=exists[:, None] & mask_x[None, :], other=0)  # [BN, BD]
+            a = tl.load(a_pointer + items * (L * BLOCK_R), mask=(index_n < N)[:, None], other=0)  # [BN, BR]
             acc = dot(tl.trans(x), a, acc, PRECISION)
-        to = products + row.to(tl.int64)[:, None] * (L * BR) + (level * BR + offs_r)[None, :]
-        store_sum(to, acc, mask_x[:, None], ACCUMULATE)
+        out_pointer = (
+            products + row.to(tl.int64)[:, None] * (L * BLOCK_R) + (level * BLOCK_R + index_r)[None, :]
+        )
+        store_sum(out_pointer, acc, mask_x[:, None], ACCUMULATE)
 
 
 @triton.jit(do_not_specialize=["N", "ITEMS"])
@@ -134,10 +136,10 @@ def down_gradient_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BR: tl.constexpr,
-    BV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Σ dz_l u_lᵀ of levels FIRST … FIRST + COUNT − 1: a chunk of columns, ITEMS items of a tower.
@@ -151,55 +153,59 @@ def down_gradient_kernel(
     tower = tl.program_id(0)
     chunk = tl.program_id(1)
     share = tl.program_id(2) * tl.num_programs(0) + tower
-    offs_d = chunk * BD + tl.arange(0, BD)
-    offs_r = tl.arange(0, BR)
-    mask_d = offs_d < D
-    mask_w = (offs_r < R)[:, None] & mask_d[None, :]
+    index_d = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    index_r = tl.arange(0, BLOCK_R)
+    mask_d = index_d < D
+    mask_w = (index_r < R)[:, None] & mask_d[None, :]
     index = pick_constant(TOWERS, tower)
     coef += index * L * K
     carry += index * L
-    DEPTH: tl.constexpr = product_depth(BR)
-    offs_p = tl.arange(0, DEPTH)
-    down = pick(down_weight, tower) + offs_p[:, None] * D + offs_d[None, :]  # [DEPTH, BD]
-    bias = pick(up_bias, tower) + offs_d
-    g_columns = pick(grad_out, tower) + offs_d
-    part = partial + share.to(tl.int64) * (L * R * D) + offs_r[:, None] * D + offs_d[None, :]
+    DEPTH: tl.constexpr = product_depth(BLOCK_R)
+    index_p = tl.arange(0, DEPTH)
+    down = pick(down_weight, tower) + index_p[:, None] * D + index_d[None, :]  # [DEPTH, BD]
+    bias = pick(up_bias, tower) + index_d
+    g_pointer = pick(grad_out, tower) + index_d
+    part = partial + share.to(tl.int64) * (L * R * D) + index_r[:, None] * D + index_d[None, :]
     dw = ()  # [BR, BD] a level
     for _ in tl.static_range(COUNT):
-        dw = dw + (tl.zeros((BR, BD), tl.float32),)
+        dw = dw + (tl.zeros((BLOCK_R, BLOCK_D), tl.float32),)
     # A number a thread for each level and gate, added up over threads only at the end.
     gates = ()
     if FIRST == 0:
         for _ in tl.static_range(L * (K + 1)):
-            gates = gates + (tl.zeros((BN, BD // BV), tl.float32),)
+            gates = gates + (tl.zeros((BLOCK_N, BLOCK_D // BLOCK_V), tl.float32),)
     program = (tl.program_id(2) * tl.num_programs(1) + chunk) * tl.num_programs(0) + tower
-    dx_at = dx_rows + program.to(tl.int64) * (L * BN * BD)
-    dx_at += (tl.arange(0, BN) * BD)[:, None] + tl.arange(0, BD)[None, :]  # [BN, BD]
+    dx_pointer = dx_rows + program.to(tl.int64) * (L * BLOCK_N * BLOCK_D)
+    dx_pointer += (tl.arange(0, BLOCK_N) * BLOCK_D)[:, None] + tl.arange(0, BLOCK_D)[None, :]  # [BN, BD]
     begin = tl.program_id(2) * ITEMS
     end = tl.minimum(begin + ITEMS, N)
-    for start in range(begin, end, BN):
-        offs_n = start + tl.arange(0, BN)
-        mask_n = offs_n < end
-        rows = offs_n.to(tl.int64)
-        grad_z_rows = grad_z + ((tower.to(tl.int64) * N + rows) * L * BR)[:, None]
+    for start in range(begin, end, BLOCK_N):
+        index_n = start + tl.arange(0, BLOCK_N)
+        mask_n = index_n < end
+        rows = index_n.to(tl.int64)
+        grad_z_pointer = grad_z + ((tower.to(tl.int64) * N + rows) * L * BLOCK_R)[:, None]
         if FIRST == 0:
             tl.debug_barrier()  # the block before has been read
-            exists = exists_mask(present, present_stride, tower, offs_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
+            exists = exists_mask(present, present_stride, tower, index_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
             mask_g = exists[:, None] & mask_d[None, :]
-            dh = tl.load(rows[:, None] * D + g_columns[None, :], mask=mask_g, other=0).to(tl.float32)
+            dh = tl.load(rows[:, None] * D + g_pointer[None, :], mask=mask_g, other=0).to(tl.float32)
             for level in tl.static_range(L - 1, -1, -1):
                 dx = dh
-                for r in range(0, BR, DEPTH):
-                    at_r = level * BR + r + offs_p
-                    dz = tl.load(grad_z_rows + at_r[None, :], mask=mask_n[:, None], other=0)
-                    mask_p = (r + offs_p < R)[:, None] & mask_d[None, :]
+                for r in range(0, BLOCK_R, DEPTH):
+                    offset_r = level * BLOCK_R + r + index_p
+                    dz = tl.load(  # [BN, DEPTH]
+                        grad_z_pointer + offset_r[None, :], mask=mask_n[:, None], other=0
+                    )
+                    mask_p = (r + index_p < R)[:, None] & mask_d[None, :]
                     dx = dot(dz, tl.load(down + (level * R + r) * D, mask=mask_p, other=0), dx, PRECISION)
-                dh = dx * tl.load(carry + level)
-                dx = narrow(dx, grad_z.dtype.element_ty)
-                tl.store(dx_at + level * (BN * BD), dx)
+                dh = dx * tl.load(carry + level)  # [BN, BD]
+                dx = narrow(dx, grad_z.dtype.element_ty)  # [BN, BD]
+                tl.store(dx_pointer + level * (BLOCK_N * BLOCK_D), dx)
                 if grad_x is not None:
-                    to = pick(grad_x, tower) + (rows * (L * D))[:, None] + (level * D + offs_d)[None, :]
-                    tl.store(to, dx, mask=mask_n[:, None] & mask_d[None, :])
+                    out_pointer = (
+                        pick(grad_x, tower) + (rows * (L * D))[:, None] + (level * D + index_d)[None, :]
+                    )
+                    tl.store(out_pointer, dx, mask=mask_n[:, None] & mask_d[None, :])
             tl.debug_barrier()  # written by other threads of this program
         sources = open_sources(
             states,
@@ -211,7 +217,7 @@ def down_gradient_kernel(
             present,
             present_stride,
             tower,
-            offs_n,
+            index_n,
             mask_n,
             SLOTS,
             COLUMNS,
@@ -220,29 +226,33 @@ def down_gradient_kernel(
             STATIC,
         )
         pointers, masks, strides, scale_pointers = sources
-        u = tl.zeros((BN, BD), tl.float32)
-        tiles = read_level(pointers, masks, offs_d, mask_d, K)
+        u = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # [BN, BD]
+        tiles = read_level(pointers, masks, index_d, mask_d, K)
         dw_next = ()
         gates_next = ()
         for level in tl.static_range(L if FIRST == 0 else FIRST + COUNT):
             current = tiles
             if level + 1 < (L if FIRST == 0 else FIRST + COUNT):  # in flight behind this level's products
                 pointers = advance(pointers, strides, K)
-                tiles = read_level(pointers, masks, offs_d, mask_d, K)
+                tiles = read_level(pointers, masks, index_d, mask_d, K)
             x = u * tl.load(carry + level)
             if FIRST == 0:
-                dx = tl.load(dx_at + level * (BN * BD)).to(tl.float32)
+                dx = tl.load(dx_pointer + level * (BLOCK_N * BLOCK_D)).to(tl.float32)  # [BN, BD]
             for k in tl.static_range(K):
                 value = source_value(current, scale_pointers, masks, level, k)
                 if FIRST == 0:
                     gates_next = gates_next + (
-                        gates[level * (K + 1) + k] + thread_sums(dx * value, BN, BD, BV),
+                        gates[level * (K + 1) + k] + thread_sums(dx * value, BLOCK_N, BLOCK_D, BLOCK_V),
                     )
                 x += value * tl.load(coef + level * K + k)
             if FIRST == 0:
-                gates_next = gates_next + (gates[level * (K + 1) + K] + thread_sums(dx * u, BN, BD, BV),)
+                gates_next = gates_next + (
+                    gates[level * (K + 1) + K] + thread_sums(dx * u, BLOCK_N, BLOCK_D, BLOCK_V),
+                )
             if level >= FIRST and level < FIRST + COUNT:
-                dz = tl.load(grad_z_rows + level * BR + offs_r[None, :], mask=mask_n[:, None], other=0)
+                dz = tl.load(
+                    grad_z_pointer + level * BLOCK_R + index_r[None, :], mask=mask_n[:, None], other=0
+                )
                 dw_next = dw_next + (dot(tl.trans(dz), narrow(x, dz.dtype), dw[level - FIRST], PRECISION),)
             u = x + tl.load(bias + level * D, mask=mask_d, other=0).to(tl.float32)[None, :]
             # Keeps loads of several levels from waiting in registers at once. Without it sm_90 spills 16
@@ -255,19 +265,19 @@ def down_gradient_kernel(
         store_sum(part + level * R * D, dw[level - FIRST], mask_w, ACCUMULATE)
     if FIRST == 0:
         for j in tl.static_range(L * (K + 1)):
-            at = gate_partial + program * (L * (K + 1)) + j
-            store_sum(at, tl.sum(tl.sum(gates[j], 1), 0), None, ACCUMULATE)
+            pointer = gate_partial + program * (L * (K + 1)) + j
+            store_sum(pointer, tl.sum(tl.sum(gates[j], 1), 0), None, ACCUMULATE)
 
 
 @triton.jit
-def thread_sums(x, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
+def thread_sums(x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     """[BN, BD / BV]: sums of BV columns side by side, which one thread holds: nothing is exchanged."""
-    return tl.sum(tl.reshape(x, (BN, BD // BV, BV)), 2)
+    return tl.sum(tl.reshape(x, (BLOCK_N, BLOCK_D // BLOCK_V, BLOCK_V)), 2)
 
 
 @triton.jit
-def store_sum(at, value, mask, ACCUMULATE: tl.constexpr):
+def store_sum(pointer, value, mask, ACCUMULATE: tl.constexpr):
     """Write a program's share, or add it to what the chunk of items before left there."""
     if ACCUMULATE:
-        value += tl.load(at, mask=mask)
-    tl.store(at, value, mask=mask)
+        value += tl.load(pointer, mask=mask)
+    tl.store(pointer, value, mask=mask)

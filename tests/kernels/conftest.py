@@ -15,17 +15,5 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN (the largest value in integers), so that an element nobody wrote shows."""
-
-    def poison(tensor):
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
-
-    for name in ("empty", "empty_like", "empty_strided"):
-        original = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, _f=original, **k: poison(_f(*a, **k)))
-    for name in ("new_empty", "new_empty_strided"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda *a, _f=original, **k: poison(_f(*a, **k)))
+def _poisoned(poisoned_memory):
+    pass

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 
 import pytest
 import torch
+from compiled_ops import needs_cpp
 from judging import judge_all
 from torch import Tensor
 
@@ -21,26 +21,8 @@ from crossan_fast.ops.sequence_encoder import (
     sequence_encoder_reference,
 )
 
-compiled = pytest.mark.skipif(
-    _build.PARTS["cpu"].missing() is not None, reason=f"cannot build: {_build.PARTS['cpu'].missing()}"
-)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SEED = torch.tensor(-(2**40) - 12345)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh tensors hold NaN and fresh C++ memory −1.7e38, so that a read of what was not written shows."""
-    perturb = getattr(ctypes.CDLL(None), "mallopt", None)
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    if perturb:
-        perturb(-6, 1)  # M_PERTURB
-    yield
-    if perturb:
-        perturb(-6, 0)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def problem(batch=4, places=3, width=6, inner=10, blocks=2, window=5, dtype=torch.float64, full=False):
@@ -210,7 +192,7 @@ SHAPES = [
 ]
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_definition(shape, dropout):
@@ -222,7 +204,7 @@ def test_equals_the_definition(shape, dropout):
         torch.testing.assert_close(have, truth, rtol=1e-9, atol=1e-11)
 
 
-@compiled
+@needs_cpp
 def test_any_mask():
     """Holes, rows of padding, and none."""
     items, _, flat = problem(40, 6, window=6)
@@ -234,7 +216,7 @@ def test_any_mask():
             torch.testing.assert_close(have, truth, rtol=1e-9, atol=1e-11)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("size", [(0, 3), (3, 0)])
 def test_empty(size):
     items, _, flat = problem()
@@ -243,7 +225,7 @@ def test_empty(size):
     assert not any(g.any() for g in rest)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("batch", [64, 700])
@@ -261,7 +243,7 @@ def test_errors_are_no_worse_than_eagers(dtype, dropout, batch):
     )
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradcheck_on_the_compiled_code(dropout):
     items, mask, flat = problem()
@@ -272,7 +254,7 @@ def test_gradcheck_on_the_compiled_code(dropout):
     assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in (items, *flat)])
 
 
-@compiled
+@needs_cpp
 def test_registration():
     items, mask, flat = problem(full=True)
     op = torch.ops.crossan_fast.sequence_encoder
@@ -289,7 +271,7 @@ def test_registration():
     assert op(*arguments)[1].shape == (mask.numel(), kept_width(6, 10, 2, 2))
 
 
-@compiled
+@needs_cpp
 def test_compiles_whole_with_dynamic_sizes():
     module = encoder(dropout=0.3)
 
@@ -309,7 +291,7 @@ def test_compiles_whole_with_dynamic_sizes():
             torch.testing.assert_close(have, want)
 
 
-@compiled
+@needs_cpp
 def test_same_bits_on_any_number_of_threads():
     items, mask, flat = problem(300, 10, 64, 256, 2, 10, torch.float32)
     before, found = torch.get_num_threads(), []
@@ -323,7 +305,7 @@ def test_same_bits_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@compiled
+@needs_cpp
 def test_users_do_not_depend_on_their_batch():
     """Neither on how rows are packed: the same user alone, and among others, has the same bits."""
     items, mask, flat = problem(30, 10, 64, 256, 2, 10, torch.float32)
@@ -335,7 +317,7 @@ def test_users_do_not_depend_on_their_batch():
         )
 
 
-@compiled
+@needs_cpp
 def test_padding_reaches_nothing():
     items, mask, flat = problem(20, 10, 64, 256, 2, 10)
     poisoned = torch.where(mask[..., None], items, float("nan"))
@@ -345,7 +327,7 @@ def test_padding_reaches_nothing():
     assert not clean[0][~mask].any() and not clean[1][~mask].any()
 
 
-@compiled
+@needs_cpp
 def test_strides_and_partial_gradients():
     items, mask, flat = problem(8, 4, 12, 20)
     views = [w.T.contiguous().T if w.dim() == 2 else w.repeat_interleave(2)[::2] for w in flat]
@@ -363,7 +345,7 @@ def test_strides_and_partial_gradients():
 # -- the module ------------------------------------------------------------------------------------------
 
 
-@compiled
+@needs_cpp
 def test_module_in_eval_equals_eager():
     module = encoder(dropout=0.5).eval()
     items = torch.randn(4, 5, 16)
@@ -372,7 +354,7 @@ def test_module_in_eval_equals_eager():
     assert _dispatch.choose("sequence_encoder", "cpu", torch.float32).backend == "cpp"
 
 
-@compiled
+@needs_cpp
 def test_module_under_autocast_keeps_the_type_of_eager():
     module = encoder()
     for dtype in (torch.float32, torch.bfloat16):
@@ -384,7 +366,7 @@ def test_module_under_autocast_keeps_the_type_of_eager():
         assert all(p.grad.dtype == torch.float32 for p in module.parameters())
 
 
-@compiled
+@needs_cpp
 def test_module_dropout_repeats_under_a_seed_and_differs_between_steps():
     module, items = encoder(dropout=0.3), torch.randn(4, 5, 16)
     torch.manual_seed(5)
@@ -394,7 +376,7 @@ def test_module_dropout_repeats_under_a_seed_and_differs_between_steps():
     assert not torch.equal(first, second)
 
 
-@compiled
+@needs_cpp
 def test_module_dropout_is_eagers_in_the_mean():
     """Over many draws both have one mean and one variance: the same places are dropped, at the same rate."""
     module, items, draws = encoder(dropout=0.3, blocks=1), torch.randn(1, 5, 16), 3000
@@ -441,7 +423,7 @@ def test_a_weight_of_the_wrong_shape_is_named():
         sequence_encoder(items, mask, grouped(flat), 2)
 
 
-@compiled
+@needs_cpp
 @pytest.mark.parametrize(
     ("index", "value", "message"),
     [

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL
 from pathlib import Path
@@ -56,12 +56,8 @@ def _run(command: list[str]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
+def _poisoned(poisoned_memory: None) -> None:
     """Fresh memory holds NaNs (bytes of ones in workspaces), so that what nothing wrote shows."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from compiled_ops import needs_cpp
 from judging import judge_all, together
 from torch import Tensor
 
@@ -21,9 +21,7 @@ from crossan_fast.ops.side_network import (
     side_network_reference,
 )
 
-pytestmark = pytest.mark.skipif(
-    _build.PARTS["cpu"].missing() is not None, reason=f"cannot build: {_build.PARTS['cpu'].missing()}"
-)
+pytestmark = [needs_cpp, pytest.mark.usefixtures("poisoned_memory")]
 
 SINGLES = ((0,), (1,), (2,))
 PAIRS = (*SINGLES, (0, 1), (1, 2), (0, 2))
@@ -36,23 +34,6 @@ STRUCTURES = {
     "pairs": SideNetworkStructure((20, 33, 20), PAIRS, "none", "relu"),
     "pairs and crosses": SideNetworkStructure((20, 33, 20), PAIRS, "side"),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh tensors hold NaN and fresh C++ memory −1.7e38, so that a read of what was not written shows."""
-    libc = ctypes.CDLL(None)
-    perturb = getattr(libc, "mallopt", None)
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    if perturb:
-        perturb(-6, 1)  # M_PERTURB
-    yield
-    if perturb:
-        perturb(-6, 0)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def make_weights(

@@ -1,4 +1,4 @@
-"""Both losses against sums written out one row at a time."""
+"""The plain in_batch_loss against sums written out one row at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 
 from crossan_fast.ops import (
     deduplicate,
-    full_loss,
-    full_loss_reference,
     in_batch_loss,
     in_batch_loss_by_place,
     in_batch_loss_reference,
@@ -51,7 +49,7 @@ def in_batch_by_hand(ids, table, users, log_popularity):
     return sum(losses) / len(losses)
 
 
-def test_in_batch_equals_the_definition():
+def test_equals_the_definition():
     ids, table, users, log_popularity = problem()
     want = in_batch_by_hand(ids, table, users, log_popularity)
     unique = deduplicate(ids)
@@ -83,7 +81,7 @@ def test_no_row_with_a_target_gives_zero_and_finite_gradients():
     assert users.grad.abs().sum() == 0 and items.grad.abs().sum() == 0
 
 
-def test_in_batch_gradients():
+def test_gradients():
     ids, table, users, log_popularity = problem()
     unique = deduplicate(ids)
 
@@ -92,18 +90,6 @@ def test_in_batch_gradients():
 
     inputs = [users.requires_grad_(), table[unique.ids].requires_grad_()]
     assert torch.autograd.gradcheck(run, inputs)
-
-
-def test_full_equals_cross_entropy_and_its_gradients():
-    users = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
-    items = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([[0, 3, 7], [1, 0, 2], [5, 5, 4], [0, 0, 6]])
-    want = torch.nn.functional.cross_entropy(
-        (users @ items[1:].T).reshape(-1, 7), targets.reshape(-1) - 1, ignore_index=-1
-    )
-    have = full_loss_reference(users, items, targets)
-    assert have.item() == pytest.approx(want.item(), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda u, i: full_loss_reference(u, i, targets), [users, items])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +101,7 @@ def test_full_equals_cross_entropy_and_its_gradients():
         ({"items": torch.randn(9, 2).double()}, ValueError, r"items: expected shape \[\?, 3\]"),
     ],
 )
-def test_bad_arguments_of_in_batch_are_named(change, error, message):
+def test_bad_arguments_are_named(change, error, message):
     ids, table, users, log_popularity = problem()
     unique = deduplicate(ids)
     arguments = {
@@ -127,8 +113,3 @@ def test_bad_arguments_of_in_batch_are_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         in_batch_loss(**{**arguments, **change})
-
-
-def test_bad_arguments_of_full_are_named():
-    with pytest.raises(ValueError, match=r"targets: expected the shape of users without d"):
-        full_loss(torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 2, dtype=torch.int64))
