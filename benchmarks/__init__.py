@@ -1,4 +1,4 @@
-"""The benchmark suite: one registry of cases, one runner, results in CSV files, plots drawn from them.
+"""The benchmark suite: one registry of cases, one way to measure, results in CSV files, and plots of them.
 
     python -m benchmarks list [pattern]
     python -m benchmarks run [pattern] [--tag paper] [--device cpu] [--only eager,cpp]

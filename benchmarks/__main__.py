@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, registry, report, results, runner
+from benchmarks import compare, measure, registry, report, results
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,9 +71,9 @@ def _run(options: argparse.Namespace) -> int:
     if not cases:
         print(f"no case fits {options.pattern!r} and tags {options.tag} on {device.type}", file=sys.stderr)
         return 2
-    outcome = runner.run(
+    outcome = measure.run(
         cases,
-        runner.Options(
+        measure.Options(
             device=device,
             path=options.output or results.default_path(device),
             only=_names(options.only, registry.IMPLEMENTATIONS, "--only"),

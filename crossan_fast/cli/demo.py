@@ -15,9 +15,9 @@ from crossan_fast.data import Split, read_items
 from crossan_fast.data.shop import MODALITIES, make_shop
 from crossan_fast.ops import rank_of_target
 from crossan_fast.recommend import recommend
-from crossan_fast.training.config import TrainConfig
 from crossan_fast.training.evaluation import excluded, metrics_of
 from crossan_fast.training.task import open_task
+from crossan_fast.training.train_config import TrainConfig
 from crossan_fast.training.trainer import Trainer
 
 LEVELS = 3

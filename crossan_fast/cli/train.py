@@ -63,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _fields() -> str:
     """Every field with its default, for the help."""
     from crossan_fast.config import CrossanConfig, Modality
-    from crossan_fast.training.config import TrainConfig, flatten
+    from crossan_fast.training.train_config import TrainConfig, flatten
 
     values = TrainConfig(cache="(required)", users="(required)", run="(required)").to_dict()
     values["model"] = CrossanConfig((Modality("unused", 1, 1),)).to_dict()

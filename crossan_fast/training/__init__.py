@@ -1,13 +1,13 @@
 """Loop, checkpoints, evaluation: `train(load_config("config.yaml"))`."""
 
 from crossan_fast.training.batches import Batches
-from crossan_fast.training.config import EvaluationConfig, OptimizerConfig, TrainConfig, load_config
-from crossan_fast.training.distributed import Processes, join_processes
 from crossan_fast.training.evaluation import Result, evaluate
 from crossan_fast.training.optimizer import make_optimizer
+from crossan_fast.training.processes import Processes, join_processes
 from crossan_fast.training.run_folder import RunFolder
 from crossan_fast.training.step import TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
+from crossan_fast.training.train_config import EvaluationConfig, OptimizerConfig, TrainConfig, load_config
 from crossan_fast.training.trainer import Trainer, train
 
 __all__ = [

@@ -19,8 +19,8 @@ from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Split
 from crossan_fast.model import CATALOGUE_CHUNK, CrossanModel
-from crossan_fast.training.config import FilterHistory
-from crossan_fast.training.distributed import Processes
+from crossan_fast.training.processes import Processes
+from crossan_fast.training.train_config import FilterHistory
 
 _HINT = "; a split of interactions read with this cache's item_names and catalogue='all' has its rows"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crossan_fast.model import CrossanModel
-from crossan_fast.training.config import OptimizerConfig
+from crossan_fast.training.train_config import OptimizerConfig
 
 PARTS = ("side_network", "fusion", "sequence_encoder")
 

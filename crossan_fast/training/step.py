@@ -13,8 +13,8 @@ from crossan_fast._profiling import span
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.averaging import WeightAverage
-from crossan_fast.training.config import OptimizerConfig, Precision
 from crossan_fast.training.optimizer import clip_gradients, set_learning_rate
+from crossan_fast.training.train_config import OptimizerConfig, Precision
 
 REMEDY = "a smaller optimizer.learning_rate or optimizer.clip_norm, or more optimizer.warmup_steps, may help"
 

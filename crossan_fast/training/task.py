@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Catalogue, Dropped, Split, leave_one_out, read_interactions
-from crossan_fast.training.config import TrainConfig
+from crossan_fast.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ from tqdm import tqdm
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from crossan_fast.training.config import TrainConfig, flatten
-from crossan_fast.training.distributed import Processes, join_processes
 from crossan_fast.training.divergence import diverged, refuse_nothing_learned, warning
 from crossan_fast.training.evaluation import Part, Result, check_cutoffs, evaluate
 from crossan_fast.training.feed import Known, feed
@@ -24,9 +22,11 @@ from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.memory import keep_freed_memory
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.population import Population
+from crossan_fast.training.processes import Processes, join_processes
 from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import REMEDY, NotFinite, TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
+from crossan_fast.training.train_config import TrainConfig, flatten
 
 MONITOR = "ndcg@10"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.recipes import report, scientific
+from benchmarks.recipes import scientific, tabulate
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.data import leave_one_out, read_interactions, read_items
 from crossan_fast.training import RunFolder, TrainConfig, load_config, train
@@ -69,28 +69,30 @@ def test_the_report_is_drawn_from_the_records(
     # The report's columns have HR@20, which needs more than 20 items.
     text = (tmp_path / "runs.csv").read_text().replace("hr@15", "hr@20")
     (tmp_path / "runs.csv").write_text(text)
-    rows = report.read(tmp_path / "runs.csv")
+    rows = tabulate.read(tmp_path / "runs.csv")
     values = [float(row["test_hr@10"]) for row in rows if row["variant"] == "in_batch"]
-    written = report.table(report.by_variant(rows), report.by_variant(report.read(tmp_path / "epochs.csv")))
+    written = tabulate.table(
+        tabulate.by_variant(rows), tabulate.by_variant(tabulate.read(tmp_path / "epochs.csv"))
+    )
     assert f"**{100 * sum(values) / 2:.2f}**" in written
     assert "| in_batch | mean of 2 |" in written
     assert "after 5 epochs" in written
     assert "filter_history=all_except_target" in written
     picture = tmp_path / "curve.png"
-    report.draw(report.by_variant(report.read(tmp_path / "epochs.csv")), picture)
+    tabulate.draw(tabulate.by_variant(tabulate.read(tmp_path / "epochs.csv")), picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_recorded_again_takes_the_place_of_the_old_row(runs: list[RunFolder], tmp_path: Path) -> None:
     scientific.record("full", runs[-1])
-    rows = report.read(tmp_path / "runs.csv")
+    rows = tabulate.read(tmp_path / "runs.csv")
     assert len(rows) == 4
-    grouped = report.by_variant(rows)
+    grouped = tabulate.by_variant(rows)
     assert [len(grouped[variant]) for variant in ("in_batch", "full")] == [2, 1]
 
 
 def test_equal_epochs_and_equal_time_by_hand() -> None:
-    def rows(variant: str, seconds: float, values: list[float]) -> list[report.Row]:
+    def rows(variant: str, seconds: float, values: list[float]) -> list[tabulate.Row]:
         return [
             {
                 "variant": variant,
@@ -106,7 +108,7 @@ def test_equal_epochs_and_equal_time_by_hand() -> None:
         rows("in_batch", 1, [0.01, 0.02, 0.03, 0.02, 0.01, 0.04]),
         rows("full", 3, [0.05, 0.04, 0.06]),
     )
-    lines = report.compare({"in_batch": fast, "full": slow})
+    lines = tabulate.compare({"in_batch": fast, "full": slow})
     assert lines[2] == "| after 3 epochs | 3.00 | 6.00 |"
     assert lines[3:] == [
         "| after 2 s of training | 1.00 | not yet evaluated |",
@@ -116,4 +118,4 @@ def test_equal_epochs_and_equal_time_by_hand() -> None:
         "| after 9 s of training | 4.00 | 6.00 |",
     ]
     slow[1]["train_seconds"], slow[2]["train_seconds"] = "600", "603"  # a pause is no epoch's time
-    assert report.compare({"in_batch": fast, "full": slow}) == lines
+    assert tabulate.compare({"in_batch": fast, "full": slow}) == lines

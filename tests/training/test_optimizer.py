@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from crossan_fast import CrossanConfig, CrossanModel, Modality
-from crossan_fast.training.config import OptimizerConfig
 from crossan_fast.training.optimizer import (
     PARTS,
     clip_gradients,
@@ -18,6 +17,7 @@ from crossan_fast.training.optimizer import (
     part_of,
     set_learning_rate,
 )
+from crossan_fast.training.train_config import OptimizerConfig
 
 
 @pytest.fixture

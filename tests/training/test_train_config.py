@@ -12,7 +12,7 @@ import yaml
 
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.training import TrainConfig, load_config
-from crossan_fast.training.config import apply_overrides
+from crossan_fast.training.train_config import apply_overrides
 
 
 def test_a_file_with_overrides(values: dict[str, Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The table and the curve of a recipe, from its committed files: `python -m benchmarks.recipes.report`."""
+"""The table and the curve of a recipe, from its committed files: `python -m benchmarks.recipes.tabulate`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def table(runs: dict[str, list[Row]], epochs: dict[str, list[Row]]) -> str:
         lines.append(f"| {variant} | mean of {len(rows)} | | | | | | | {values} | |")
     if len(epochs) > 1:
         lines += ["", "## Validation NDCG@10 of both losses, mean over seeds", "", *compare(epochs)]
-    lines += ["", "![curve](scientific.png)", "", "Drawn by `python -m benchmarks.recipes.report`."]
+    lines += ["", "![curve](scientific.png)", "", "Drawn by `python -m benchmarks.recipes.tabulate`."]
     return "\n".join(lines) + "\n"
 
 

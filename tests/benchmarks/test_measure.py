@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, memory, registry, results, runner, timing
+from benchmarks import ceilings, measure, memory, registry, results, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import fusion, losses, ranking, side_network
 from benchmarks.operators import Operator
@@ -25,7 +25,7 @@ def _small_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings, "measure", lambda device, dtype: ceilings.Ceilings(1e9, 1e9))
 
 
-def options(tmp_path: Path, **changes) -> runner.Options:
+def options(tmp_path: Path, **changes) -> measure.Options:
     defaults = {
         "device": CPU,
         "path": tmp_path / "r.csv",
@@ -33,7 +33,7 @@ def options(tmp_path: Path, **changes) -> runner.Options:
         "minimum": 5,
         "say": lambda _: None,
     }
-    return runner.Options(**{**defaults, **changes})
+    return measure.Options(**{**defaults, **changes})
 
 
 def add_case(**implementations) -> Case:
@@ -57,7 +57,7 @@ def add_case(**implementations) -> Case:
 
 def test_a_case_gives_a_row_a_pass_that_can_be_read_again(tmp_path):
     case = Case("small", partial(side_network.build_item_encoder, SMALL), dtypes=("fp32", "bf16"))
-    outcome = runner.run([case], options(tmp_path, only=("eager", "autocast")))
+    outcome = measure.run([case], options(tmp_path, only=("eager", "autocast")))
     assert not outcome.failures
     assert [(r.dtype, r.backend, r.passes) for r in outcome.rows] == [
         (dtype, backend, passes)
@@ -73,20 +73,20 @@ def test_a_case_gives_a_row_a_pass_that_can_be_read_again(tmp_path):
 
 
 def test_a_wrong_implementation_has_no_speed_and_fails_the_run(tmp_path):
-    outcome = runner.run([add_case(eager=1, cpp=2)], options(tmp_path))
+    outcome = measure.run([add_case(eager=1, cpp=2)], options(tmp_path))
     assert [r.backend for r in outcome.rows] == ["eager"]
     assert outcome.failures == ["add/n=4 fp32 cpp: wrong sum"]
 
 
 def test_a_crash_fails_the_run_and_spares_the_others(tmp_path):
-    outcome = runner.run([add_case(cpp=RuntimeError("boom\nmore"), eager=1)], options(tmp_path))
+    outcome = measure.run([add_case(cpp=RuntimeError("boom\nmore"), eager=1)], options(tmp_path))
     assert [r.backend for r in outcome.rows] == ["eager"]
     assert outcome.failures == ["add/n=4 fp32 cpp: RuntimeError: boom"]
 
 
 def test_what_cannot_run_here_is_skipped_with_its_reason(tmp_path):
     said: list[str] = []
-    outcome = runner.run(
+    outcome = measure.run(
         [add_case(eager=1, cuda=Unavailable("no device"))], options(tmp_path, say=said.append)
     )
     assert not outcome.failures
@@ -96,13 +96,13 @@ def test_what_cannot_run_here_is_skipped_with_its_reason(tmp_path):
 
 def test_a_backend_that_refuses_is_skipped(tmp_path):
     case = Case("small", partial(side_network.build_side_network, SMALL), dtypes=("fp32",))
-    outcome = runner.run([case], options(tmp_path, only=("eager", "cuda")))
+    outcome = measure.run([case], options(tmp_path, only=("eager", "cuda")))
     assert not outcome.failures and {r.backend for r in outcome.rows} == {"eager"}
     assert "'cuda' was asked for on cpu" in outcome.skipped[0]
 
 
 def test_no_case_begins_past_the_budget(tmp_path):
-    outcome = runner.run([add_case(eager=1)], options(tmp_path, budget=0.0))
+    outcome = measure.run([add_case(eager=1)], options(tmp_path, budget=0.0))
     assert not outcome.rows and "the budget of 0 s" in outcome.skipped[0]
 
 
@@ -111,23 +111,23 @@ def test_what_this_commit_has_rows_of_is_not_measured_again(tmp_path, monkeypatc
     results.environment.cache_clear()
     ask = partial(options, tmp_path, missing=True)
     try:
-        assert len(runner.run([add_case(eager=1)], ask(only=("eager",))).rows) == 1
-        assert not runner.run([add_case(eager=1)], ask(only=("eager",))).rows
-        both = runner.run([add_case(eager=1, cpp=1)], ask(only=("eager", "cpp")))
+        assert len(measure.run([add_case(eager=1)], ask(only=("eager",))).rows) == 1
+        assert not measure.run([add_case(eager=1)], ask(only=("eager",))).rows
+        both = measure.run([add_case(eager=1, cpp=1)], ask(only=("eager", "cpp")))
         assert [r.backend for r in both.rows] == ["eager", "cpp"]
-        assert not runner.run([add_case(eager=1, cpp=1)], ask(only=("eager", "autocast", "cpp"))).rows
+        assert not measure.run([add_case(eager=1, cpp=1)], ask(only=("eager", "autocast", "cpp"))).rows
         for unsure in ("two", "two+", "two+"):
             monkeypatch.setattr(results, "commit", lambda commit=unsure: commit)
             results.environment.cache_clear()
-            assert len(runner.run([add_case(eager=1)], ask(only=("eager",))).rows) == 1
+            assert len(measure.run([add_case(eager=1)], ask(only=("eager",))).rows) == 1
     finally:
         results.environment.cache_clear()
 
 
 def test_a_reference_that_does_not_fit_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(measure, "free_memory", lambda device: 1000)
     case = Case("small", partial(side_network.build_side_network, SMALL), ("fp32",), reference_bytes=1e9)
-    outcome = runner.run([case], options(tmp_path, only=("eager",)))
+    outcome = measure.run([case], options(tmp_path, only=("eager",)))
     assert not outcome.rows and "needs 1.0 GB, more than is free" in outcome.skipped[0]
 
 
@@ -234,7 +234,7 @@ def test_a_long_call_is_not_repeated_more_than_it_has_to(tmp_path, monkeypatch):
     workload = Workload(
         1, {"eager": lambda: Runnable(lambda index: called.append(index) or [])}, lambda *_: None
     )
-    outcome = runner.run([Case("slow/n=1", lambda setting: workload, ("fp32",))], options(tmp_path))
+    outcome = measure.run([Case("slow/n=1", lambda setting: workload, ("fp32",))], options(tmp_path))
     weighed = 0 if memory._libc() is None else 1
     assert len(called) == 2 + timing.LONG_ROUNDS + weighed
     assert outcome.rows[0].samples == timing.LONG_ROUNDS
