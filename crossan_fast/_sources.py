@@ -27,25 +27,51 @@ Gathered = Mapping[str, Tensor] | Rows
 
 
 @dataclass(frozen=True)
+class ReadAhead:
+    """What is known of a batch before its step: from `crossan_fast.training.feed` to the model.
+
+    Attributes:
+        gathered: the states of its distinct ids; None: the model reads them.
+        capacity: how many distinct ids there are at most, padding counted; None: not known.
+    """
+
+    gathered: Gathered | None = None
+    capacity: int | None = None
+
+    def slots(self, item_ids: Tensor) -> int | None:
+        """How many slots to make for the ids of the batch; None: as many as are distinct.
+
+        On a GPU every place may be distinct: a known shape costs less than asking the device.
+        """
+        if item_ids.device.type == "cpu":
+            return None
+        most = item_ids.numel() + 1
+        if self.gathered is not None:
+            states = self.gathered.states if isinstance(self.gathered, Rows) else self.gathered
+            return min(next(iter(states.values())).shape[0], most)
+        return most if self.capacity is None else min(self.capacity, most)
+
+
+@dataclass(frozen=True)
 class Source:
     """What the side network reads for N items.
 
     Attributes:
         states: per modality of the config `[R, L, D_m]`.
         scales: per modality fp32 `[R, L]`, for int8 and fp8 states alone.
-        rows: int64 `[N]`, the row of each item; None: all R, in order.
+        ids: int64 `[N]`, the row of `states` that is each item's; None: all R, in order.
         present: bool `[N, M]`; None: every item has every modality.
     """
 
     states: Sequence[Tensor]
     scales: Sequence[Tensor] | None
-    rows: Tensor | None
+    ids: Tensor | None
     present: Tensor | None
 
     def repeated(self, slots: Tensor) -> Source:
         """Items `slots` `[n]` of these, in that order and as often as they come."""
-        rows = slots if self.rows is None else self.rows[slots]
-        return replace(self, rows=rows, present=None if self.present is None else self.present[slots])
+        ids = slots if self.ids is None else self.ids[slots]
+        return replace(self, ids=ids, present=None if self.present is None else self.present[slots])
 
 
 def dense(
@@ -89,11 +115,11 @@ def of_batch(
         ValueError, TypeError: as `dense`; on the CPU also an item with no modality, and NaN or inf.
     """
     source = dense(config, states, present, leading=2)
-    rows = first_places(unique.slots, len(unique.ids))
-    exists = None if source.present is None else source.present[rows]
+    places = first_places(unique.slots, len(unique.ids))
+    exists = None if source.present is None else source.present[places]
     if exists is not None and exists.device.type == "cpu":  # on a GPU the answer would have to be waited for
         refuse_empty(exists | (unique.ids == 0)[:, None], "item_ids: item {}", unique.ids)
-    source = Source(source.states, None, rows, exists)
+    source = Source(source.states, None, places, exists)
     refuse_nonfinite(config, source, lambda n: f"that of item {int(unique.ids[n])}")
     return source
 
@@ -127,12 +153,20 @@ def check_range(item_ids: Tensor, known: int, cache: HiddenStateCache | None) ->
             raise ValueError(f"item_ids: expected ids in 0 to {known}{of}, got {int(low)} to {int(high)}")
 
 
-def count_of(gathered: Gathered, cache: HiddenStateCache | None) -> int:
-    """How many rows were read ahead of a cache."""
-    if cache is None:
+def check_given(
+    states: Mapping[str, Tensor] | None,
+    cache: HiddenStateCache | None,
+    present: Tensor | None,
+    gathered: Gathered | None,
+) -> None:
+    """Raise unless the arguments of `CrossanModel.forward` say once where a batch's states are."""
+    if (states is None) == (cache is None):
+        given = "both" if states is not None else "neither"
+        raise ValueError(f"states, cache: expected one of the two, got {given}")
+    if present is not None and states is None:
+        raise ValueError("present: goes with states; a cache holds its own")
+    if gathered is not None and cache is None:
         raise ValueError("gathered: goes with cache, which it was read from; got states")
-    states = gathered.states if isinstance(gathered, Rows) else gathered
-    return next(iter(states.values())).shape[0]
 
 
 def refuse_empty(present: Tensor, what: str, names: Tensor | None = None) -> None:
@@ -169,7 +203,7 @@ def refuse_nonfinite(config: CrossanConfig, source: Source, name_of: Callable[[i
     for m, (name, states) in enumerate(zip(config.modality_names, source.states, strict=True)):
         if states.dtype not in FLOATS or not bool(nonfinite_rows(states.detach()).any()):
             continue
-        rows = states.detach() if source.rows is None else states.detach()[source.rows]
+        rows = states.detach() if source.ids is None else states.detach()[source.ids]
         bad = nonfinite_rows(rows)
         if source.present is not None:
             bad &= source.present[:, m]

@@ -17,7 +17,7 @@ from crossan_fast._checks import check_tensor, describe
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
-from crossan_fast._sources import Gathered, Source
+from crossan_fast._sources import Gathered, ReadAhead, Source
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
@@ -166,35 +166,29 @@ class CrossanModel(Popularity):
         """
         if not return_loss:
             raise ValueError("return_loss: expected true, the output always has its loss; got false")
-        alone = self.process_group is None
-        _sources.check_ids(self.config, item_ids, self._device(), alone)
-        if (states is None) == (cache is None):
-            given = "both" if states is not None else "neither"
-            raise ValueError(f"states, cache: expected one of the two, got {given}")
-        if present is not None and states is None:
-            raise ValueError("present: goes with states; a cache holds its own")
-        item_ids = item_ids.to(torch.int64)
+        _sources.check_ids(self.config, item_ids, self._device(), self.process_group is None)
+        _sources.check_given(states, cache, present, gathered)
+        item_ids, ahead = item_ids.to(torch.int64), ReadAhead(gathered, capacity)
         known = self._known_items(cache, read=self.config.loss == "in_batch")
         if known is not None:
             _sources.check_range(item_ids, known, cache)
-        if gathered is not None:
-            capacity = _sources.count_of(gathered, cache)
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
             return self._full(item_ids, cache, known)
-        unique = ops.deduplicate(
-            item_ids, self._capacity(item_ids, capacity), backend=self.backend_for("deduplicate")
-        )
+        unique = ops.deduplicate(item_ids, ahead.slots(item_ids), backend=self.backend_for("deduplicate"))
         if cache is not None:
-            if gathered is None:
-                _sources.place(cache, item_ids.device)
-            source = _sources.cached(self.config, cache, item_ids.device, unique.ids, gathered)
+            source = self._read(cache, unique.ids, ahead)
         else:
             assert states is not None
             source = _sources.of_batch(self.config, states, present, unique)
-        if item_ids.device.type == "cpu" and alone:  # as in check_ids
+        if item_ids.device.type == "cpu" and self.process_group is None:  # as in check_ids
             refuse_without_negatives(item_ids, unique)
         source = replace(source, present=self._drop(source.present, unique.ids))
         return self._in_batch(item_ids, unique, source)
+
+    def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
+        if ahead.gathered is None:
+            _sources.place(cache, ids.device)
+        return _sources.cached(self.config, cache, ids.device, ids, ahead.gathered)
 
     def _in_batch(self, item_ids: Tensor, unique: ops.Deduplicated, source: Source) -> CrossanOutput:
         deduplicate, slots = self.config.deduplicate, unique.slots
@@ -242,8 +236,8 @@ class CrossanModel(Popularity):
         exists = self._drop(None if held is None else held[: known + 1], catalogue)
         _sources.place(cache, device)
         if _sources.read_by_id(cache, device):
-            rows = None if known == cache.num_items else catalogue
-            source = replace(_sources.cached(self.config, cache, device, rows), present=exists)
+            ids = None if known == cache.num_items else catalogue
+            source = replace(_sources.cached(self.config, cache, device, ids), present=exists)
             embeddings, balance = self._encode(source, counts)
         else:
             source = Source((), None, catalogue, exists)
@@ -317,7 +311,7 @@ class CrossanModel(Popularity):
         with span("side_network"):
             return self.towers(
                 source.states,
-                ids=source.rows,
+                ids=source.ids,
                 scales=source.scales,
                 present=source.present,
                 backend=self.backend_for("side_network"),
@@ -342,8 +336,8 @@ class CrossanModel(Popularity):
             source = _sources.cached(self.config, cache, device, ids)
             return tuple(self._hidden(replace(source, present=present)))
 
-        assert catalogue.rows is not None
-        for ids in catalogue.rows.split(CATALOGUE_CHUNK):
+        assert catalogue.ids is not None
+        for ids in catalogue.ids.split(CATALOGUE_CHUNK):
             present = None if catalogue.present is None else catalogue.present[ids]
             chunks.append(checkpoint(hidden, ids, present, use_reentrant=False, preserve_rng_state=False))
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -386,20 +380,14 @@ class CrossanModel(Popularity):
         best = draw == draw.amax(dim=1, keepdim=True)
         return exists & ((draw >= p) | best)
 
-    def _capacity(self, item_ids: Tensor, known: int | None) -> int | None:
-        """On a GPU every place may be distinct: a known shape costs less than asking the device."""
-        if item_ids.device.type == "cpu":
-            return None
-        return item_ids.numel() + 1 if known is None else min(known, item_ids.numel() + 1)
-
     def _device(self) -> torch.device:
         return self.sequence_encoder.position.weight.device
 
 
-def _rows(table: Tensor, ids: Tensor) -> Tensor:
-    """`table[ids]`.
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`.
 
     A CPU adds up an embedding's gradient by rows, indexing's by elements; on a GPU it is indexing's that
     repeats bit for bit at every size.
     """
-    return F.embedding(ids, table) if table.device.type == "cpu" else table[ids]
+    return F.embedding(index, table) if table.device.type == "cpu" else table[index]

@@ -64,9 +64,9 @@ def train(
     step = TrainStep(model, cache, make_optimizer(model, settings), settings)
     batches = Batches(split.train, 5, seed=0)
     losses = [
-        float(step(item_ids, **known))
+        float(step(item_ids, ahead))
         for epoch in (1, 2)
-        for item_ids, known in feed(batches, epoch, cache, step.device)
+        for item_ids, ahead in feed(batches, epoch, cache, step.device)
     ]
     return model, cache, split, losses
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality, _sources, ops
+from crossan_fast._sources import ReadAhead
 from crossan_fast.cache.staging import Rows
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.training import Batches, OptimizerConfig, TrainStep, make_optimizer
@@ -96,7 +97,7 @@ def test_the_catalogue_is_gathered_in_chunks(
     cache: HiddenStateCache, out_of_reach: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The full softmax holds a chunk's states at a time, and gathers it again for the backward."""
-    monkeypatch.setattr("crossan_fast.model._CHUNK", 16)
+    monkeypatch.setattr("crossan_fast.model.CATALOGUE_CHUNK", 16)
     sizes: list[int] = []
     whole = HiddenStateCache.gather_stored
 
@@ -165,12 +166,12 @@ def test_resident_batches_come_with_slots_that_suffice(cache: HiddenStateCache) 
     resident = HiddenStateCache.from_tensors(cache.gather(torch.arange(ITEMS + 1)))
     assert resident.tier == "resident"
     fed = list(feed(batches, 1, resident, Elsewhere()))  # type: ignore[arg-type]
-    for (item_ids, known), wanted in zip(fed, batches.epoch(1), strict=True):
+    for (item_ids, ahead), wanted in zip(fed, batches.epoch(1), strict=True):
         assert torch.equal(item_ids, wanted)
         needed = ops.deduplicate(item_ids).ids.numel()
-        assert needed <= known["capacity"] <= item_ids.numel() + 1
+        assert needed <= ahead.capacity <= item_ids.numel() + 1
     alike = feed(batches, 1, resident, Elsewhere(), slots=False)  # type: ignore[arg-type]
-    assert all(known == {} for _, known in alike)
+    assert all(ahead == ReadAhead() for _, ahead in alike)
 
 
 def test_distinct_counts_are_deduplicates_own() -> None:
@@ -190,11 +191,12 @@ def test_rows_out_of_reach_come_gathered(cache: HiddenStateCache, monkeypatch: p
     monkeypatch.setattr(Tensor, "to", lambda self, *rest, **options: self)
     batches = Batches(draw(60), 16, seed=0)
     fed = list(feed(batches, 1, cache, Elsewhere()))  # type: ignore[arg-type]
-    for (item_ids, known), wanted in zip(fed, batches.epoch(1), strict=True):
+    for (item_ids, ahead), wanted in zip(fed, batches.epoch(1), strict=True):
         assert torch.equal(item_ids, wanted)
         expected = cache.gather(ops.deduplicate(item_ids).ids, CPU)
-        assert known["gathered"].scales is None and known["gathered"].states.keys() == expected.keys()
-        assert all(torch.equal(rows, expected[name]) for name, rows in known["gathered"].states.items())
+        assert isinstance(ahead.gathered, Rows) and ahead.capacity is None
+        assert ahead.gathered.scales is None and ahead.gathered.states.keys() == expected.keys()
+        assert all(torch.equal(rows, expected[name]) for name, rows in ahead.gathered.states.items())
 
 
 def test_pages_of_the_next_batch_are_touched_first(
@@ -206,9 +208,9 @@ def test_pages_of_the_next_batch_are_touched_first(
     monkeypatch.setattr(HiddenStateCache, "touch", lambda self, ids: events.append(f"touch {ids.sum()}"))
     batches = Batches(draw(40), 16, seed=0)
     sums = [int(item_ids.sum()) for item_ids in batches.epoch(1)]
-    for item_ids, known in feed(batches, 1, cache, CPU):
+    for item_ids, ahead in feed(batches, 1, cache, CPU):
         events.append(f"step {item_ids.sum()}")
-        assert known == {}
+        assert ahead == ReadAhead()
     a, b, c = sums
     assert events.pop(0) == "warm"
     assert events == [f"touch {a}", f"touch {b}", f"step {a}", f"touch {c}", f"step {b}", f"step {c}"]
@@ -273,8 +275,19 @@ def test_a_graph_for_each_number_of_slots(cache: HiddenStateCache) -> None:
     recorder = Recorder()
     graphed = GraphedStep(make_step(cache), recorder, warmup=0)
     for capacity in (64, 96, 64, 96, 96):
-        graphed(draw(), capacity=capacity)
+        graphed(draw(), ReadAhead(capacity=capacity))
     assert (recorder.captured, recorder.replayed) == (2, 5)
+
+
+def test_gathered_rows_are_never_captured(cache: HiddenStateCache) -> None:
+    """They lie elsewhere in every step; a replay would read those of the capture."""
+    recorder, plain, wrapped = Recorder(), make_step(cache), make_step(cache)
+    graphed = GraphedStep(wrapped, recorder, warmup=0)
+    for seed in range(3):
+        ids = draw(seed=seed)
+        ahead = ReadAhead(gathered=cache.gather_stored(ops.deduplicate(ids).ids, CPU))
+        assert torch.equal(graphed(ids, ahead), plain(ids, ahead))
+    assert (recorder.warmed, recorder.captured) == (0, 0)
 
 
 def test_too_many_shapes_run_eagerly(cache: HiddenStateCache) -> None:

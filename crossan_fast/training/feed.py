@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from crossan_fast import ops
+from crossan_fast._sources import ReadAhead
 from crossan_fast.cache import HiddenStateCache
-from crossan_fast.cache.staging import Rows
 from crossan_fast.training.batches import Batches
-
-
-class Known(TypedDict, total=False):
-    """What `CrossanModel.forward` takes beside the ids; see there."""
-
-    gathered: Rows
-    capacity: int
 
 
 def feed(
@@ -29,8 +21,8 @@ def feed(
     *,
     slots: bool = True,
     backend: str = "auto",
-) -> Iterator[tuple[Tensor, Known]]:
-    """An epoch's `(item_ids on device, known)`, by where the cache's states are.
+) -> Iterator[tuple[Tensor, ReadAhead]]:
+    """An epoch's `(item_ids on device, what was read ahead)`, by where the cache's states are.
 
     Resident on a GPU: the op reads rows by id; batches come with their number of slots in buckets
     (`slots`: off where shapes have to agree between processes). Pinned or memory-mapped for a GPU: the next
@@ -43,12 +35,12 @@ def feed(
         cache.warm()
     if device.type == "cpu":
         for item_ids in _touched(batches.epoch(number), cache):
-            yield item_ids, {}
+            yield item_ids, ReadAhead()
     elif cache.tier == "resident":
         counts = batches.distinct(number) if slots else [None] * len(batches)
         for item_ids, count in zip(batches.epoch(number), counts, strict=True):
-            most = item_ids.numel() + 1
-            yield item_ids, {} if count is None else {"capacity": bucket(count, most)}
+            capacity = None if count is None else bucket(count, item_ids.numel() + 1)
+            yield item_ids, ReadAhead(capacity=capacity)
     else:
         yield from _gathered(batches.epoch(number), cache, device, backend)
 
@@ -74,7 +66,7 @@ def _touched(batches: Iterator[Tensor], cache: HiddenStateCache) -> Iterator[Ten
 
 def _gathered(
     batches: Iterator[Tensor], cache: HiddenStateCache, device: torch.device, backend: str
-) -> Iterator[tuple[Tensor, Known]]:
+) -> Iterator[tuple[Tensor, ReadAhead]]:
     drawn: list[Tensor] = []
 
     def distinct() -> Iterator[Tensor]:
@@ -83,4 +75,4 @@ def _gathered(
             yield ops.deduplicate(item_ids, backend=backend).ids
 
     for _, rows in cache.prefetch_stored(distinct(), device):
-        yield drawn.pop(0).to(device, non_blocking=True), {"gathered": rows}
+        yield drawn.pop(0).to(device, non_blocking=True), ReadAhead(gathered=rows)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from crossan_fast.training.step import TrainStep
+from crossan_fast._sources import ReadAhead
+from crossan_fast.training.step import NOTHING_AHEAD, TrainStep
 
 Body = Callable[[], Tensor]
 
@@ -61,6 +62,14 @@ class CudaGraphs:
         return graph.replay, loss
 
 
+class _Key(NamedTuple):
+    """What a graph is good for."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    capacity: int | None
+
+
 @dataclass
 class _Entry:
     item_ids: Tensor  # what the graph reads
@@ -89,32 +98,34 @@ class GraphedStep:
         self.reason: str | None = None
         self._graphs = graphs if graphs is not None else CudaGraphs(step.device)
         self._warmup, self._most = warmup, most
-        self._entries: dict[tuple[object, ...], _Entry] = {}
+        self._entries: dict[_Key, _Entry] = {}
         self._held: tuple[int, ...] = ()
 
-    def __call__(self, item_ids: Tensor, **known: object) -> Tensor:
-        """As `TrainStep`; `known` may hold numbers (`capacity`), a graph being made for each."""
+    def __call__(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
+        """As `TrainStep`; a graph is made for each capacity, and none reads gathered rows."""
         self.step.set_rate()
-        loss = self._compute(item_ids, known)
+        loss = self._compute(item_ids, ahead)
         self.step.finish()
         return loss
 
-    def _compute(self, item_ids: Tensor, known: dict[str, object]) -> Tensor:
+    def _compute(self, item_ids: Tensor, ahead: ReadAhead) -> Tensor:
         held = self._addresses()
         if held != self._held:
             # Graphs hold addresses: a weight or a buffer that moved leaves them reading freed memory.
             self._entries.clear()
             self._held = held
-        key = (tuple(item_ids.shape), item_ids.dtype, *sorted(known.items()))
+        key = _Key(item_ids.shape, item_ids.dtype, ahead.capacity)
         entry = self._entries.get(key)
-        if self.reason is not None or (entry is None and len(self._entries) == self._most):
-            return self.step.compute(item_ids, **known)
+        full = entry is None and len(self._entries) == self._most
+        # Rows lie elsewhere in every step; a graph would go on reading those of its capture.
+        if self.reason is not None or full or ahead.gathered is not None:
+            return self.step.compute(item_ids, ahead)
         if entry is None:
             entry = self._entries[key] = _Entry(torch.empty_like(item_ids))
         entry.item_ids.copy_(item_ids)
 
         def body() -> Tensor:
-            return self.step.compute(entry.item_ids, **known)
+            return self.step.compute(entry.item_ids, ahead)
 
         if entry.replay is None and entry.seen < self._warmup:
             entry.seen += 1
@@ -126,7 +137,7 @@ class GraphedStep:
                 self.reason = f"capture failed: {str(error).splitlines()[0]}"
                 self._entries.clear()
                 warnings.warn(f"steps run one kernel at a time: {self.reason}", stacklevel=3)
-                return self.step.compute(item_ids, **known)
+                return self.step.compute(item_ids, ahead)
         entry.replay()
         assert entry.loss is not None
         return entry.loss.clone()  # the next replay, of this graph or another, writes over it

@@ -88,8 +88,8 @@ def _run(trainer: Trainer, steps: int) -> float:
                 batch = next(batches, None)
             if batch is None:
                 break
-            item_ids, known = batch
-            trainer.step(item_ids, **known)
+            item_ids, ahead = batch
+            trainer.step(item_ids, ahead)
             left -= 1
             ordered = item_ids.flatten().sort().values
             items += (ordered[1:] != ordered[:-1]).sum() + (ordered[0] != 0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crossan_fast._profiling import span
+from crossan_fast._sources import ReadAhead
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.averaging import WeightAverage
@@ -17,6 +18,7 @@ from crossan_fast.training.optimizer import clip_gradients, set_learning_rate
 from crossan_fast.training.train_config import OptimizerConfig, Precision
 
 REMEDY = "a smaller optimizer.learning_rate or optimizer.clip_norm, or more optimizer.warmup_steps, may help"
+NOTHING_AHEAD = ReadAhead()
 
 
 class TrainingError(RuntimeError):
@@ -84,10 +86,10 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.unsound = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def __call__(self, item_ids: Tensor, **known: object) -> Tensor:
-        """One step; `known` goes to the model's forward, see `crossan_fast.training.feed`."""
+    def __call__(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
+        """One step, with what `crossan_fast.training.feed` read ahead of it."""
         self.set_rate()
-        loss = self.compute(item_ids, **known)
+        loss = self.compute(item_ids, ahead)
         self.finish()
         return loss
 
@@ -107,23 +109,25 @@ class TrainStep:
         """Within the block the model has the averaged weights, where the config asks for an average."""
         return nullcontext() if self.average is None else self.average.applied()
 
-    def compute(self, item_ids: Tensor, **known: object) -> Tensor:
+    def compute(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
         """All of a step that happens on the device and can be captured."""
-        loss = self.forward_backward(item_ids, **known)
+        loss = self.forward_backward(item_ids, ahead)
         # Of several processes one alone must not leave; its gradient is everyone's, and not finite either.
         if self.group is None and loss.device.type == "cpu" and not bool(loss.isfinite()):
             raise NotFinite("loss", float(loss), self.steps + 1)
         self.update()
         return loss
 
-    def forward_backward(self, item_ids: Tensor, **known: object) -> Tensor:
+    def forward_backward(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
         """Fresh gradients of one batch, and its loss."""
         self.optimizer.zero_grad(set_to_none=True)
         # Autocast's cache of cast weights must not outlive a capture.
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=self.device.type != "cuda"
         ):
-            loss: Tensor = self._forward(item_ids, cache=self.cache, **known).loss
+            loss: Tensor = self._forward(
+                item_ids, cache=self.cache, gathered=ahead.gathered, capacity=ahead.capacity
+            ).loss
         with span("backward"):
             loss.backward()
         return loss.detach()

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from crossan_fast._sources import ReadAhead
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.divergence import diverged, refuse_nothing_learned, warning
 from crossan_fast.training.evaluation import Part, Result, check_cutoffs, evaluate
-from crossan_fast.training.feed import Known, feed
+from crossan_fast.training.feed import feed
 from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.memory import keep_freed_memory
 from crossan_fast.training.optimizer import make_optimizer
@@ -154,7 +155,7 @@ class Trainer:
             processes=self.processes,
         )
 
-    def feed(self, epoch: int) -> Iterator[tuple[torch.Tensor, Known]]:
+    def feed(self, epoch: int) -> Iterator[tuple[torch.Tensor, ReadAhead]]:
         """The batches of an epoch, 1, 2, …; see `crossan_fast.training.feed`."""
         alone = self.processes.size == 1
         backend = self.model.backend_for("deduplicate", torch.device("cpu"))
@@ -205,8 +206,8 @@ class Trainer:
             disable=None if progress else True,
         )
         try:
-            for index, (item_ids, known) in enumerate(bar):
-                losses[index] = self._run(item_ids, **known)
+            for index, (item_ids, ahead) in enumerate(bar):
+                losses[index] = self._run(item_ids, ahead)
         except NotFinite as error:
             raise self._stop(error.what, error.value, index + 1, epoch) from None
         read = (self.processes.sum(losses) / self.processes.size).cpu()

@@ -123,8 +123,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     fit(values, epochs=1)
     whole, steps, before = TrainStep.forward_backward, [], []
 
-    def poisoned(self: TrainStep, item_ids: Tensor, **known: Any) -> Tensor:
-        loss = whole(self, item_ids, **known)
+    def poisoned(self: TrainStep, item_ids: Tensor, *ahead: Any) -> Tensor:
+        loss = whole(self, item_ids, *ahead)
         steps.append(self)
         if len(steps) == 3:
             self._parameters[4].grad[..., 0] = math.inf
@@ -168,7 +168,7 @@ def test_what_was_counted_stops_at_the_end_of_the_epoch(
     trainer = Trainer(TrainConfig.from_dict(values))
     steps: list[Tensor] = []
 
-    def run(item_ids: Tensor, **known: Any) -> Tensor:
+    def run(item_ids: Tensor, *ahead: Any) -> Tensor:
         steps.append(item_ids)
         trainer.step.unsound += len(steps) >= gradient_at
         return torch.tensor(math.nan if loss_at is not None and len(steps) >= loss_at else 1.0)
