@@ -150,7 +150,9 @@ class CrossanConfig:
                 f"modalities: expected a sequence of Modality, got {type(self.modalities).__name__}"
             )
         object.__setattr__(self, "modalities", tuple(_as_modality(m) for m in self.modalities))
-        self._check()
+        self._check_modalities()
+        self._check_fields()
+        self._check_combinations()
         object.__setattr__(self, "towers", self._towers())
 
     @classmethod
@@ -200,7 +202,7 @@ class CrossanConfig:
             raise ValueError(f"config: expected a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
 
-    def _check(self) -> None:
+    def _check_modalities(self) -> None:
         if not self.modalities:
             raise ValueError("modalities: expected at least one Modality, got none")
         names = [m.name for m in self.modalities]
@@ -209,6 +211,9 @@ class CrossanConfig:
         levels = {m.name: m.levels for m in self.modalities}
         if len(set(levels.values())) > 1:
             raise ValueError(f"modalities: every modality needs the same number of levels, got {levels}")
+
+    def _check_fields(self) -> None:
+        """Each field by itself."""
         for name, options in (
             ("architecture", Architecture),
             ("cross", Cross),
@@ -241,6 +246,9 @@ class CrossanConfig:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if not isinstance(self.deduplicate, bool):
             raise TypeError(f"deduplicate: expected true or false, got {self.deduplicate!r}")
+
+    def _check_combinations(self) -> None:
+        """Fields that ask something of each other."""
         if self.embedding_dim % self.attention_heads:
             raise ValueError(
                 f"attention_heads: expected a divisor of embedding_dim={self.embedding_dim}, "

@@ -279,6 +279,31 @@ def _time(table: Table, line: int, cell: str) -> float:
     return value
 
 
+def _find(
+    raw: _Raw, names: list[str], source: str, strict: bool, stacklevel: int
+) -> tuple[npt.NDArray[np.int64], Dropped]:
+    """The place of each interaction's item among `names`, −1 where it is unknown; and how many are."""
+    index = {name: i for i, name in enumerate(names)}
+    if len(index) != len(names):
+        repeated = next(name for i, name in enumerate(names) if index[name] != i)
+        raise ValueError(f"items: {repeated!r} occurs more than once among {len(names)} names")
+    index_of_code = np.array([index.get(name, -1) for name in raw.vocabulary], dtype=np.int64)
+    picked = index_of_code[raw.codes]
+    unknown = Dropped(
+        unknown_items=int((index_of_code < 0).sum()), unknown_interactions=int((picked < 0).sum())
+    )
+    if unknown.unknown_items:
+        examples = [name for name in raw.vocabulary if name not in index][:3]
+        message = (
+            f"{source}: {unknown.unknown_interactions} interactions with {unknown.unknown_items} items that "
+            f"the items file lacks, such as {', '.join(map(repr, examples))}"
+        )
+        if strict:
+            raise ValueError(message)
+        warnings.warn(f"{message}; dropped", stacklevel=stacklevel)
+    return picked, unknown
+
+
 def _assemble(
     raw: _Raw,
     items: Sequence[str] | None,
@@ -294,25 +319,8 @@ def _assemble(
     if catalogue not in ("all", "used"):
         raise ValueError(f"catalogue: expected 'all' or 'used', got {catalogue!r}")
     names = list(raw.vocabulary if items is None else items[1:] if items and items[0] == "" else items)
-    index = {name: i for i, name in enumerate(names)}
-    if len(index) != len(names):
-        repeated = next(name for i, name in enumerate(names) if index[name] != i)
-        raise ValueError(f"items: {repeated!r} occurs more than once among {len(names)} names")
-
-    index_of_code = np.array([index.get(name, -1) for name in raw.vocabulary], dtype=np.int64)
-    picked = index_of_code[raw.codes]
+    picked, unknown = _find(raw, names, source, strict, stacklevel + 1)
     known = picked >= 0
-    unknown = Dropped(unknown_items=int((index_of_code < 0).sum()), unknown_interactions=int((~known).sum()))
-    if unknown.unknown_items:
-        examples = [name for name in raw.vocabulary if name not in index][:3]
-        message = (
-            f"{source}: {unknown.unknown_interactions} interactions with {unknown.unknown_items} items that "
-            f"the items file lacks, such as {', '.join(map(repr, examples))}"
-        )
-        if strict:
-            raise ValueError(message)
-        warnings.warn(f"{message}; dropped", stacklevel=stacklevel)
-
     owner = np.repeat(np.arange(len(raw.user_names)), np.diff(raw.offsets))[known]
     picked = picked[known]
     lengths = np.bincount(owner, minlength=len(raw.user_names))

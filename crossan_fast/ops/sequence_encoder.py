@@ -73,10 +73,7 @@ def sequence_encoder_reference(
     def split(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    causal = torch.ones(places, places, dtype=torch.bool, device=mask.device).tril()
-    # A padding place sees itself, so that its softmax is not over nothing.
-    itself = torch.eye(places, dtype=torch.bool, device=mask.device)
-    seen = ((causal & mask[:, None, :]) | itself)[:, None]
+    seen = _seen(mask)
     x = torch.where(real, items, 0) + weights.position[weights.position.shape[0] - places :]
     x = drop(norm(x, weights.gain, weights.bias), 0)
     for index, block in enumerate(weights.blocks):
@@ -94,6 +91,15 @@ def sequence_encoder_reference(
         forwarded = drop(F.linear(inner, block.narrow, block.narrow_bias), 3 * index + 3)
         x = norm(x + forwarded, block.forward_gain, block.forward_bias)
     return torch.where(real, x, 0)
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Which places each one attends to, bool `[B, 1, S, S]`: the real ones so far."""
+    places = mask.shape[1]
+    causal = torch.ones(places, places, dtype=torch.bool, device=mask.device).tril()
+    # A padding place sees itself, so that its softmax is not over nothing.
+    itself = torch.eye(places, dtype=torch.bool, device=mask.device)
+    return ((causal & mask[:, None, :]) | itself)[:, None]
 
 
 def dropout_mask(seed: Tensor, site: int, places: int, columns: int, probability: float) -> Tensor:

@@ -56,67 +56,90 @@ def side_network_reference(
         Per tower its last h, `[N, D_t]` in `dtype`.
     """
     dtype = dtype or weights.gate[0].dtype
+    walk = _Walk(SideNetworkWeights(*([t.to(dtype) for t in group] for group in weights)), structure)
     modalities, levels = range(len(states)), states[0].shape[1]
-    act = F.gelu if structure.activation == "gelu" else F.relu
-    w = SideNetworkWeights(*([t.to(dtype) for t in group] for group in weights))
-    gate = [torch.sigmoid(theta / structure.temperature) for theta in w.gate]
-    crosses = dict(zip(structure.cross_pairs, (torch.tanh(nu) for nu in w.cross_gate), strict=True))
-    projections = dict(
-        zip(structure.projected_pairs, zip(w.cross_down, w.cross_up, strict=True), strict=True)
-    )
-    narrowings = dict(
-        zip(structure.narrowed_towers, zip(w.pair_weight, w.pair_bias, strict=True), strict=True)
-    )
     count = states[0].shape[0] if ids is None else ids.shape[0]
     here = [None if present is None else present[:, m, None] for m in modalities]
-
-    def read(m: int, level: int) -> Tensor:
-        state = states[m][:, level] if ids is None else states[m][ids, level]
-        state = state.to(dtype)
-        if scales is not None:
-            scale = scales[m][:, level] if ids is None else scales[m][ids, level]
-            state = state * scale[:, None].to(dtype)
-        return _where(here[m], state)
-
-    def project(m: int, n: int, state: Tensor) -> Tensor:
-        if (m, n) not in projections:
-            return state
-        down, up = projections[m, n]
-        return (state @ down.T) @ up.T
-
+    exists = [
+        None if present is None else present[:, list(source)].any(dim=1, keepdim=True)
+        for source in structure.sources
+    ]
     h = [states[0].new_zeros((count, width), dtype=dtype) for width in structure.tower_widths]
     for level in range(levels):
-        c = [read(m, level) for m in modalities]
+        c = [
+            _where(here[m], _read(states[m], None if scales is None else scales[m], ids, level, dtype))
+            for m in modalities
+        ]
         before = list(h)
         for t, source in enumerate(structure.sources):
-            mu = gate[t][level]
             if len(source) == 1:
-                m = source[0]
-                x = mu * c[m] + (1 - mu) * before[t]
-                for n in modalities:
-                    if (m, n) in crosses:
-                        s = c[n] if structure.cross == "backbone" else before[n]
-                        x = x + crosses[m, n][level] * project(m, n, s)
-                exists = here[m]
+                x = walk.mixed(t, level, c, before)
             else:
-                a, b = source
-                ca, cb = c[a], c[b]
-                if t in narrowings:
-                    weight, bias = (p[level] for p in narrowings[t])
-                    if structure.widths[a] > structure.widths[b]:
-                        ca = _where(here[a], F.linear(ca, weight, bias))
-                    else:
-                        cb = _where(here[b], F.linear(cb, weight, bias))
-                x = before[t] + mu * ca + (1 - mu) * cb
-                exists = None if present is None else present[:, [a, b]].any(dim=1, keepdim=True)
-            bottleneck = act(F.linear(x, w.down_weight[t][level], w.down_bias[t][level]))
-            adapted = x + F.linear(bottleneck, w.up_weight[t][level], w.up_bias[t][level])
-            h[t] = _where(exists, adapted)
+                x = walk.paired(t, level, c, before, here)
+            h[t] = _where(exists[t], walk.adapted(t, level, x))
     return h
+
+
+def _read(
+    states: Tensor, scales: Tensor | None, ids: Tensor | None, level: int, dtype: torch.dtype
+) -> Tensor:
+    """One modality's states of a level, `[N, D_m]` in `dtype`."""
+    rows = slice(None) if ids is None else ids
+    state = states[rows, level].to(dtype)
+    return state if scales is None else state * scales[rows, level][:, None].to(dtype)
 
 
 def _where(mask: Tensor | None, value: Tensor) -> Tensor:
     return value if mask is None else torch.where(mask, value, 0)
+
+
+class _Walk:
+    """One level of one tower; the symbols are those of the top of the file."""
+
+    def __init__(self, weights: SideNetworkWeights, structure: SideNetworkStructure) -> None:
+        self.weights, self.structure = weights, structure
+        self.mu = [torch.sigmoid(theta / structure.temperature) for theta in weights.gate]
+        strengths = (torch.tanh(nu) for nu in weights.cross_gate)
+        self.crosses = dict(zip(structure.cross_pairs, strengths, strict=True))
+        pairs = zip(weights.cross_down, weights.cross_up, strict=True)
+        self.projections = dict(zip(structure.projected_pairs, pairs, strict=True))
+        narrow = zip(weights.pair_weight, weights.pair_bias, strict=True)
+        self.narrowings = dict(zip(structure.narrowed_towers, narrow, strict=True))
+
+    def mixed(self, t: int, level: int, c: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+        """x of a modality's tower, `before` being every tower's h of the level before."""
+        (m,) = self.structure.sources[t]
+        mu = self.mu[t][level]
+        x = mu * c[m] + (1 - mu) * before[t]
+        for n in range(len(c)):
+            if (m, n) in self.crosses:
+                s = c[n] if self.structure.cross == "backbone" else before[n]
+                if (m, n) in self.projections:
+                    down, up = self.projections[m, n]
+                    s = (s @ down.T) @ up.T
+                x = x + self.crosses[m, n][level] * s
+        return x
+
+    def paired(
+        self, t: int, level: int, c: Sequence[Tensor], before: Sequence[Tensor], here: Sequence[Tensor | None]
+    ) -> Tensor:
+        """x of a pair's tower, `here` being where each modality is present."""
+        a, b = self.structure.sources[t]
+        ca, cb = c[a], c[b]
+        if t in self.narrowings:
+            weight, bias = (p[level] for p in self.narrowings[t])
+            if self.structure.widths[a] > self.structure.widths[b]:
+                ca = _where(here[a], F.linear(ca, weight, bias))
+            else:
+                cb = _where(here[b], F.linear(cb, weight, bias))
+        mu = self.mu[t][level]
+        return before[t] + mu * ca + (1 - mu) * cb
+
+    def adapted(self, t: int, level: int, x: Tensor) -> Tensor:
+        """A(x)."""
+        w, act = self.weights, F.gelu if self.structure.activation == "gelu" else F.relu
+        bottleneck = act(F.linear(x, w.down_weight[t][level], w.down_bias[t][level]))
+        return x + F.linear(bottleneck, w.up_weight[t][level], w.up_bias[t][level])
 
 
 @on_one_device
