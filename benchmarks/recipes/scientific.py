@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from crossan_fast.cli import main as crossan_fast
-from crossan_fast.training import RunFolder, Trainer, load_config
-from crossan_fast.training.memory import keep_freed_memory
+from crossan_fast.training import RunFolder, load_config
+from crossan_fast.training.trainer import open_trainer
 
 CONFIG = Path(__file__).with_name("scientific.yaml")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -59,12 +59,10 @@ def run(variants: list[str], seeds: list[int], overrides: list[str]) -> int:
         for seed in seeds:
             folder = f"runs/scientific-{variant}-{seed}"
             config = load_config(CONFIG, [*VARIANTS[variant], f"seed={seed}", f"run={folder}", *overrides])
-            trainer = Trainer(config)
-            if trainer.device.type == "cpu":
-                keep_freed_memory()  # as `crossan-fast train` does
-            print(f"{variant}, seed {seed}: {trainer.task.describe()}")
-            trainer.fit(resume=True)
-            record(variant, trainer.folder)
+            with open_trainer(config) as trainer:
+                print(f"{variant}, seed {seed}: {trainer.task.describe()}")
+                trainer.fit(resume=True)
+                record(variant, trainer.folder)
     return 0
 
 

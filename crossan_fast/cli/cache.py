@@ -221,7 +221,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _print_cost(run: Path, before: Path, after: Path) -> None:
     """HR@10 of a run's best model on either cache, both splits, in the run's own protocol."""
-    from crossan_fast.training import RunFolder, evaluate, open_task
+    from crossan_fast.training import RunFolder, open_task
     from crossan_fast.training.evaluation import Part
 
     folder = RunFolder(run)
@@ -234,16 +234,7 @@ def _print_cost(run: Path, before: Path, after: Path) -> None:
             dataclasses.replace(config, cache=str(cache)), None if held is None else held.catalogue
         )
         for split, values in found.items():
-            result = evaluate(
-                model.to(task.device),
-                task.cache,
-                task.split,
-                split,
-                k=(10,),
-                filter_history=config.evaluation.filter_history,
-                candidates=task.candidates(config),
-                batch_size=config.evaluation.batch_size,
-            )
+            result = task.evaluate(model.to(task.device), split, config.evaluation, k=(10,))
             values.append(result.metrics["hr@10"])
     for split, (old, new) in found.items():
         change = f"{(new - old) / old:+.2%} relative" if old else "nothing was hit before"

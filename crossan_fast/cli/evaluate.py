@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from typing import Any
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,35 +40,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics."""
-    from crossan_fast.training import RunFolder, evaluate, open_task
+    from crossan_fast.training import RunFolder, open_task
     from crossan_fast.training.population import Population
 
     folder = RunFolder(args.run)
     config = folder.read_config()
-    wanted = config.evaluation
-    if args.cache:
-        config = dataclasses.replace(config, cache=args.cache)
-    if args.device:
-        config = dataclasses.replace(config, device=args.device)
-    if args.candidates:
-        config = dataclasses.replace(
-            config, evaluation=dataclasses.replace(wanted, candidates=args.candidates)
-        )
+    config = dataclasses.replace(config, **_given(args, "cache", "device"))
+    protocol = dataclasses.replace(config.evaluation, **_given(args, "filter_history", "candidates"))
     model = folder.load_model(args.checkpoint, backend=config.backend)
     held = folder.read_population()
     task = open_task(config, held.catalogue if held is not None and args.catalogue == "run" else None)
-    result = evaluate(
-        model.to(task.device),
-        task.cache,
-        task.split,
-        args.split,
-        k=tuple(args.k or wanted.k),
-        filter_history=args.filter_history or wanted.filter_history,
-        candidates=task.candidates(config),
-        batch_size=wanted.batch_size,
-    )
+    result = task.evaluate(model.to(task.device), args.split, protocol, k=args.k)
     if held is not None and (difference := held.difference(Population.of(task))):
         note = f"not what the run was evaluated on: {difference}"
         result = dataclasses.replace(result, note="; ".join(filter(None, (result.note, note))))
     print(json.dumps(result.to_dict(), indent=2) if args.json else result)
     return 0
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that were given, for what the run's config has otherwise."""
+    return {name: value for name in names if (value := getattr(args, name))}

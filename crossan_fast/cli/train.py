@@ -74,16 +74,13 @@ def _fields() -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then print the test result."""
-    from crossan_fast.training import Result, Trainer, join_processes, load_config
+    from crossan_fast.training import Result, load_config
     from crossan_fast.training.divergence import EXIT_STATUS
-    from crossan_fast.training.memory import keep_freed_memory
+    from crossan_fast.training.trainer import open_trainer
 
-    config = load_config(args.config, args.overrides)
-    with join_processes(config.device) as processes:
-        trainer = Trainer(config, processes=processes)
-        if trainer.device.type == "cpu":
-            keep_freed_memory()
-        if processes.first:
+    with open_trainer(load_config(args.config, args.overrides)) as trainer:
+        first = trainer.processes.first
+        if first:
             print(trainer.task.describe())
             if trainer.device.type == "cuda":
                 print(f"step: {trainer.eager_because or 'captured in CUDA graphs'}")
@@ -91,12 +88,12 @@ def run(args: argparse.Namespace) -> int:
             from crossan_fast.training.profile import profile_steps
 
             profile = profile_steps(trainer, args.profile)
-            if processes.first:
+            if first:
                 print(profile)
             return 0
         results = trainer.fit(resume=args.resume, progress=not args.quiet)
     status = EXIT_STATUS if results["diverged"] else 0
-    if not processes.first:
+    if not first:
         return status
     names = {field.name for field in dataclasses.fields(Result)}
     print(f"best epoch {results['best_epoch']} of {results['epochs']}, by validation NDCG@10")

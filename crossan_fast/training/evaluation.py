@@ -103,14 +103,7 @@ def evaluate(
         ValueError: a wrong option; a cache whose first rows are not the split's; an item's or a user's
             embedding that is not finite.
     """
-    if part not in get_args(Part):
-        raise ValueError(
-            f"part: expected one of {list(get_args(Part))}, got {part!r}{nearest(part, get_args(Part))}"
-        )
-    inputs, targets = split.test_input, split.test_target
-    history = split.history_test
-    if part == "validation":
-        inputs, targets, history = split.validation_input, split.validation_target, split.history_validation
+    inputs, targets, history = _held_out(split, part)
     if inputs.device != model.item_popularity.device:
         wanted = model.item_popularity.device
         raise ValueError(f"split: expected device {wanted} as the model, got {describe(inputs)}")
@@ -118,10 +111,7 @@ def evaluate(
     total = split.num_items if candidates is None else candidates.numel()
     check_cutoffs(k, total)
     processes = processes or Processes()
-    known = split.num_items if candidates is None else max(split.num_items, int(candidates.max()))
-    if known > cache.num_items:
-        raise ValueError(f"candidates: expected rows 1 to {cache.num_items} of the cache, got {known}")
-    items = _catalogue(model, cache, known, processes)
+    items = _catalogue(model, cache, _last_row(cache, split, candidates), processes)
     _refuse_nonfinite(items, cache)
     with evaluating(model):
         ranks = rank_targets(
@@ -188,6 +178,25 @@ def rank_targets(
         backend = model.backend_for("rank_of_target")
         ranks[rows] = ops.rank_of_target(users, ranked.to(users.dtype), wanted, banned, backend=backend)
     return processes.sum(ranks)
+
+
+def _held_out(split: Split, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets and histories of a part."""
+    if part not in get_args(Part):
+        raise ValueError(
+            f"part: expected one of {list(get_args(Part))}, got {part!r}{nearest(part, get_args(Part))}"
+        )
+    if part == "validation":
+        return split.validation_input, split.validation_target, split.history_validation
+    return split.test_input, split.test_target, split.history_test
+
+
+def _last_row(cache: HiddenStateCache, split: Split, candidates: Tensor | None) -> int:
+    """The last item that has to be encoded."""
+    last = split.num_items if candidates is None else max(split.num_items, int(candidates.max()))
+    if last > cache.num_items:
+        raise ValueError(f"candidates: expected rows 1 to {cache.num_items} of the cache, got {last}")
+    return last
 
 
 def _catalogue(model: CrossanModel, cache: HiddenStateCache, known: int, processes: Processes) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Catalogue, Dropped, Split, leave_one_out, read_interactions
-from crossan_fast.training.train_config import TrainConfig
+from crossan_fast.model import CrossanModel
+from crossan_fast.training.evaluation import Part, Result, evaluate
+from crossan_fast.training.processes import Processes
+from crossan_fast.training.train_config import EvaluationConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,39 @@ class Task:
     def device(self) -> torch.device:
         return self.used.device
 
-    def candidates(self, config: TrainConfig) -> Tensor | None:
-        """What a target is ranked among, for `evaluate`."""
-        return self.used if config.evaluation.candidates == "used" else None
+    def candidates(self, protocol: EvaluationConfig) -> Tensor | None:
+        """What a target is ranked among, for `crossan_fast.training.evaluate`."""
+        return self.used if protocol.candidates == "used" else None
+
+    def evaluate(
+        self,
+        model: CrossanModel,
+        part: Part,
+        protocol: EvaluationConfig,
+        *,
+        k: Sequence[int] | None = None,
+        processes: Processes | None = None,
+    ) -> Result:
+        """Rank every user's held-out target; see `crossan_fast.training.evaluate`.
+
+        Args:
+            model: on `device`.
+            part: `validation` or `test`.
+            protocol: of the run's config.
+            k: cut-offs in place of the protocol's.
+            processes: of a run with several; every process calls.
+        """
+        return evaluate(
+            model,
+            self.cache,
+            self.split,
+            part,
+            k=protocol.k if k is None else k,
+            filter_history=protocol.filter_history,
+            candidates=self.candidates(protocol),
+            batch_size=protocol.batch_size,
+            processes=processes,
+        )
 
     def describe(self) -> str:
         """Sizes in words, for logs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from crossan_fast.model import CrossanModel
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.divergence import diverged, refuse_nothing_learned, warning
-from crossan_fast.training.evaluation import Part, Result, check_cutoffs, evaluate
+from crossan_fast.training.evaluation import Part, Result, check_cutoffs
 from crossan_fast.training.feed import feed
 from crossan_fast.training.graph import GraphedStep, refusal
-from crossan_fast.training.memory import keep_freed_memory
+from crossan_fast.training.malloc import keep_freed_memory
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.population import Population
 from crossan_fast.training.processes import Processes, join_processes
@@ -62,7 +63,7 @@ class Trainer:
             task = open_task(config, None if held is None else held.catalogue)
         self.task = task
         self.device = self.task.device
-        candidates = self.task.candidates(config)
+        candidates = self.task.candidates(config.evaluation)
         total = self.task.split.num_items if candidates is None else candidates.numel()
         check_cutoffs(config.evaluation.k, total)  # now, not after the first epoch
         torch.manual_seed(config.seed)
@@ -142,18 +143,7 @@ class Trainer:
 
     def evaluate(self, part: Part) -> Result:
         """Rank the held-out targets with the model as it is, under the config's protocol."""
-        wanted = self.config.evaluation
-        return evaluate(
-            self.model,
-            self.task.cache,
-            self.task.split,
-            part,
-            k=wanted.k,
-            filter_history=wanted.filter_history,
-            candidates=self.task.candidates(self.config),
-            batch_size=wanted.batch_size,
-            processes=self.processes,
-        )
+        return self.task.evaluate(self.model, part, self.config.evaluation, processes=self.processes)
 
     def feed(self, epoch: int) -> Iterator[tuple[torch.Tensor, ReadAhead]]:
         """The batches of an epoch, 1, 2, …; see `crossan_fast.training.feed`."""
@@ -180,7 +170,7 @@ class Trainer:
             new = self.task.cache.num_items - self.task.split.num_items
             if new:
                 say(f"{new:,} items of the cache came after the run began and take no part in it")
-        # Nobody may find what another is about to write.
+        # Every process reads the folder before the first one writes to it.
         self.processes.wait()
         if self.processes.first:
             self.folder.write_config(self.config)
@@ -282,16 +272,23 @@ class Trainer:
         return results
 
 
-def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """`Trainer(config).fit(...)`; under `torchrun`, with its processes.
+@contextmanager
+def open_trainer(config: TrainConfig) -> Iterator[Trainer]:
+    """`Trainer(config)`; under `torchrun` with its processes, which part at the end of the block.
 
-    On a CPU it changes this process's malloc for good, as `crossan-fast train` does: freed memory stays with
-    the process, see `crossan_fast.training.memory.keep_freed_memory`. `Trainer` by itself does not.
+    On a CPU it changes this process's malloc for good: freed memory stays with the process, see
+    `crossan_fast.training.malloc.keep_freed_memory`. `Trainer` by itself does not.
     """
     with join_processes(config.device) as processes:
         trainer = Trainer(config, processes=processes)
         if trainer.device.type == "cpu":
             keep_freed_memory()
+        yield trainer
+
+
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """`fit` of `open_trainer(config)`, as `crossan-fast train` does."""
+    with open_trainer(config) as trainer:
         return trainer.fit(resume=resume, progress=progress)
 
 

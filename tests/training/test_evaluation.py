@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,7 +154,18 @@ def test_embeddings_that_are_not_finite_are_an_error(config: TrainConfig) -> Non
         trainer.evaluate("test")
 
 
+def test_a_task_evaluates_by_a_protocol(config: TrainConfig) -> None:
+    trainer = Trainer(config)
+    task = trainer.task
+    protocol = replace(config.evaluation, filter_history="none", candidates="all", batch_size=7)
+    result = task.evaluate(trainer.model, "validation", protocol, k=(3,))
+    alike = evaluate(trainer.model, task.cache, task.split, "validation", k=(3,), filter_history="none")
+    assert result == alike and result.metrics.keys() == {"hr@3", "ndcg@3", "mrr"}
+    used = task.evaluate(trainer.model, "test", config.evaluation)
+    assert used.candidates == task.used.numel() and f"hr@{config.evaluation.k[-1]}" in used.metrics
+
+
 def test_a_task_reports_what_it_holds(config: TrainConfig, sizes: SimpleNamespace) -> None:
     task = open_task(config)
-    assert task.candidates(config) is task.used
+    assert task.candidates(config.evaluation) is task.used
     assert f"{sizes.users} users, {sizes.items} items" in task.describe()

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from crossan_fast.training.memory import keep_freed_memory
+from crossan_fast.training.malloc import keep_freed_memory
 
 _FAULTS = """
 import resource, sys, torch
-from crossan_fast.training.memory import keep_freed_memory
+from crossan_fast.training.malloc import keep_freed_memory
 if sys.argv[1] == "kept":
     if keep_freed_memory() < 40 << 20:
         sys.exit(3)
