@@ -287,7 +287,7 @@ def open_trainer(config: TrainConfig) -> Iterator[Trainer]:
 
 
 def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """`fit` of `open_trainer(config)`, as `crossan-fast train` does."""
+    """`Trainer(config).fit(...)` as `crossan-fast train` runs it: see `open_trainer`, also for malloc."""
     with open_trainer(config) as trainer:
         return trainer.fit(resume=resume, progress=progress)
 

@@ -85,11 +85,11 @@ def test_an_epoch_that_was_cut_off_is_repeated(
     quiet(straight)
     steps, whole = [], TrainStep.forward_backward
 
-    def failing(self: TrainStep, item_ids: torch.Tensor) -> torch.Tensor:
+    def failing(self: TrainStep, item_ids: torch.Tensor, *ahead: Any) -> torch.Tensor:
         steps.append(item_ids)
         if len(steps) == 8:  # in the second of the epochs of 5 steps
             raise KeyboardInterrupt
-        return whole(self, item_ids)
+        return whole(self, item_ids, *ahead)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TrainStep, "forward_backward", failing)
@@ -201,9 +201,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(
     saved = folder.last.read_bytes()
     steps, whole = [], TrainStep.forward_backward
 
-    def poisoned(self: TrainStep, item_ids: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: TrainStep, item_ids: torch.Tensor, *ahead: Any) -> torch.Tensor:
         steps.append(item_ids)
-        loss = whole(self, item_ids)
+        loss = whole(self, item_ids, *ahead)
         return loss * torch.nan if len(steps) == 4 else loss
 
     monkeypatch.setattr(TrainStep, "forward_backward", poisoned)
