@@ -38,7 +38,8 @@ Choice choose() {
                     "CROSSAN_FAST_CPU_BF16: expected 'auto', 'brgemm' or 'fp32', got '", std::string(wanted), "'");
   if (wanted == "fp32") return {false, "CROSSAN_FAST_CPU_BF16=fp32"};
   if (wanted == "brgemm") {
-    TORCH_CHECK(has_brgemm(), "CROSSAN_FAST_CPU_BF16: 'brgemm' was asked for, but torch has it only where oneDNN may "
+    TORCH_CHECK(has_brgemm(),
+                "CROSSAN_FAST_CPU_BF16: 'brgemm' was asked for, but torch has it only where oneDNN may "
                 "use AVX-512 or AMX; expected 'auto' or 'fp32' on this CPU");
     return {true, "CROSSAN_FAST_CPU_BF16=brgemm"};
   }
@@ -69,8 +70,8 @@ std::string described_bf16() {
 void brgemm_panel(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, const uint16_t* pairs, float* c,
                   int64_t c_row) {
   at::native::cpublas::brgemm(rows, columns, depth, depth, pair_row(columns), c_row, true,
-                              reinterpret_cast<const at::BFloat16*>(a),
-                              reinterpret_cast<const at::BFloat16*>(pairs), c, true);
+                              reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(pairs), c,
+                              true);
 }
 
 void end_brgemm() { at::native::cpublas::brgemm_release(true); }

@@ -72,8 +72,8 @@ class ForwardWalk {
   const Plan<T>& plan_;
   LevelInputs<T> inputs_;
   Products<T> products_;
-  Buffer<T> z_, a_, low_;       // [block, rank] each
-  std::vector<Buffer<T>> h_;    // per tower [block, D]
+  Buffer<T> z_, a_, low_;          // [block, rank] each
+  std::vector<Buffer<T>> h_;       // per tower [block, D]
   std::vector<Buffer<T>> copies_;  // per modality's tower, its h of the level before (cross = side)
   std::vector<T*> before_;
 };
@@ -81,8 +81,8 @@ class ForwardWalk {
 }  // namespace
 
 template <class T>
-void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights,
-             const Tensors& outputs, const Tensors& saved) {
+void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Tensors& outputs,
+             const Tensors& saved) {
   const Blocks blocks(structure.items);
   if (blocks.count == 0) return;
   const Plan<T> plan(structure, inputs, weights, outputs.type, false);

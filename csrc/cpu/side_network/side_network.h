@@ -63,10 +63,10 @@ struct Inputs {
 // Weights or their gradients, contiguous, in the order of SideNetworkWeights; P is const T* or T*.
 template <class P>
 struct Weights {
-  std::vector<P> down_weight, down_bias, up_weight, up_bias, gate;   // per tower
-  std::vector<P> cross_gate;                                         // per cross pair
-  std::vector<P> cross_down, cross_up;                               // per cross pair of unequal widths
-  std::vector<P> pair_weight, pair_bias;                             // per narrowed tower
+  std::vector<P> down_weight, down_bias, up_weight, up_bias, gate;  // per tower
+  std::vector<P> cross_gate;                                        // per cross pair
+  std::vector<P> cross_down, cross_up;                              // per cross pair of unequal widths
+  std::vector<P> pair_weight, pair_bias;                            // per narrowed tower
 };
 
 // An activation or gradient tensor per tower, contiguous, each element of `type`.
@@ -76,8 +76,8 @@ struct Tensors {
 };
 
 template <class T>
-void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights,
-             const Tensors& outputs, const Tensors& saved);
+void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Tensors& outputs,
+             const Tensors& saved);
 
 template <class T>
 void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights,
