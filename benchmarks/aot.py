@@ -6,13 +6,15 @@ The host functions themselves choose kernels, tile sizes and specialisations: th
 sizes of `AOT_CASES`, and each launch is compiled instead of started (`kernels._common.record_launches`).
 Registers, spills and shared memory come from `cuobjdump`, counts of instructions from `nvdisasm`, both of
 Triton's own package. The table goes to benchmarks/results/aot.csv, so that a regression shows in a diff.
-`--check` fails on a limit that is broken instead of writing.
+`--check` fails on a limit that is broken instead of writing. A case that does not compile is named, and fails
+the command in any case.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import multiprocessing
 import os
 import re
@@ -192,28 +194,53 @@ def _new(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _side_network(
-    items: int, width: int, dtype: torch.dtype, stored: torch.dtype | None = None, rank: int = 64
+    items: int,
+    width: int,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
+    rank: int = 64,
+    levels: int = 7,
+    structure: SideNetworkStructure | None = None,
+    present: bool = False,
 ) -> None:
-    """Forward and backward of CROSSAN's four towers of 7 levels, gathered by id from a resident cache."""
-    towers, levels, rows = 4, 7, 20_315
-    structure = SideNetworkStructure((width,) * towers, tuple((m,) for m in range(towers)))
+    """Forward and backward, gathered by id from a resident cache; CROSSAN's four towers unless told."""
+    structure = structure or _towers(width, 4)
+    widths, towers, rows = structure.tower_widths, len(structure.sources), 20_315
 
     def new(*shape: int) -> torch.Tensor:
         return _new(*shape, kind=dtype)
 
+    projected = [(structure.widths[m], structure.widths[n]) for m, n in structure.projected_pairs]
+    narrowed = [[structure.widths[m] for m in structure.sources[t]] for t in structure.narrowed_towers]
     weights = SideNetworkWeights(
-        [new(levels, rank, width)] * towers,
+        [new(levels, rank, d) for d in widths],
         [new(levels, rank)] * towers,
-        [new(levels, width, rank)] * towers,
-        [new(levels, width)] * towers,
+        [new(levels, d, rank) for d in widths],
+        [new(levels, d) for d in widths],
         [new(levels)] * towers,
         [new(levels) for _ in structure.cross_pairs],
+        [new(rank, d) for _, d in projected],
+        [new(d, rank) for d, _ in projected],
+        [new(levels, min(pair), max(pair)) for pair in narrowed],
+        [new(levels, min(pair)) for pair in narrowed],
     )
-    states = [_new(rows, levels, width, kind=stored or dtype) for _ in range(towers)]
-    scales = [_new(rows, levels, kind=torch.float32) for _ in range(towers)] if stored else None
+    states = [_new(rows, levels, d, kind=stored or dtype) for d in structure.widths]
+    scales = [_new(rows, levels, kind=torch.float32) for _ in structure.widths] if stored else None
     ids = _new(items, kind=torch.int64)
-    outputs, saved = side_network.forward(states, scales, ids, None, weights, structure, dtype)
-    side_network.backward(outputs, saved, states, scales, ids, None, weights, structure, dtype)
+    mask = _new(items, len(structure.widths), kind=torch.bool) if present else None
+    outputs, saved = side_network.forward(states, scales, ids, mask, weights, structure, dtype)
+    side_network.backward(outputs, saved, states, scales, ids, mask, weights, structure, dtype)
+
+
+def _towers(
+    width: int | tuple[int, ...], modalities: int, cross: str = "backbone", pairs: bool = False
+) -> SideNetworkStructure:
+    """CROSSAN's towers, or with `pairs` IISAN's: the modalities' own and one of every two modalities."""
+    widths = (width,) * modalities if isinstance(width, int) else width
+    sources: list[tuple[int, ...]] = [(m,) for m in range(modalities)]
+    if pairs:
+        sources += itertools.combinations(range(modalities), 2)
+    return SideNetworkStructure(widths, tuple(sources), cross, "relu" if pairs else "gelu")
 
 
 def _fusion(items: int, width: int, dtype: torch.dtype) -> None:
@@ -265,6 +292,30 @@ _LOSS = frozenset({"forward_kernel", "backward_rows_kernel", "backward_columns_k
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def _structures() -> Iterator[Case]:
+    """Every kind of network once, small: that each compiles is what is checked."""
+    several: dict[tuple[int, str, int | tuple[int, ...], bool], tuple[bool, ...]] = {
+        (1, "none", 64, False): (False, True),
+        (2, "none", 64, False): (False, True),
+        (2, "backbone", 64, False): (True,),
+        (2, "side", 64, False): (True,),
+        (4, "none", 64, False): (True,),
+        (4, "backbone", 64, False): (True,),
+        (4, "side", 64, False): (False, True),
+        (2, "none", 64, True): (True,),
+        (4, "none", 64, True): (False, True),
+        (2, "backbone", (64, 32), False): (True,),
+        (2, "none", (64, 32), True): (True,),
+    }
+    for (modalities, cross, width, pairs), presences in several.items():
+        structure = _towers(width, modalities, cross, pairs)
+        for present in presences:
+            words = [f"M={modalities}", f"cross={cross}", *["pairs"] * pairs, *["present"] * present]
+            name = f"side_network n=64 D={structure.widths_text} r=16 L=2 {' '.join(words)}"
+            run = partial(_side_network, 64, 64, torch.bfloat16, None, 16, 2, structure, present)
+            yield Case(name, "bf16", run)
+
+
 def _cases() -> Iterator[Case]:
     for items, width, dtype, stored in (
         (704, 768, "bf16", None),
@@ -286,6 +337,11 @@ def _cases() -> Iterator[Case]:
             # *walk* and *grad_walk* alone take 16 items, for the number of programs; fused ones take 64.
             wide=_SIDE_NETWORK - {"walk_kernel", "grad_walk_kernel"} if half else frozenset(),
         )
+    # Of the paper's size, what the cases above leave out: items that lack modalities, and IISAN's pairs.
+    for name, structure in (("present", _towers(768, 4)), ("pairs present", _towers(768, 4, "none", True))):
+        run = partial(_side_network, 704, 768, torch.bfloat16, structure=structure, present=True)
+        yield Case(f"side_network n=704 D=768 r=64 {name}", "bf16", run, _SIDE_NETWORK)
+    yield from _structures()
     # Ranks up to 256 must fit as well; there the limits of shared memory are what is checked.
     run = partial(_side_network, 704, 768, torch.bfloat16, None, 256)
     yield Case("side_network n=704 D=768 r=256", "bf16", run)
@@ -333,11 +389,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not cases:
         parser.error(f"--only: no case among {[f'{c.name} {c.dtype}' for c in AOT_CASES]}")
     tasks = [(AOT_CASES.index(case), arch, options.hot) for arch in options.arch for case in cases]
-    rows = []
+    rows: list[Row] = []
+    problems: list[str] = []
     # Fresh processes: a forked one would share this one's threads' locks.
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for found in pool.imap(_compile_numbered, tasks):
+        for found, problem in pool.imap(_compile_numbered, tasks):
             rows += found
+            problems += [problem] if problem else []
             for row in found:
                 print(
                     f"{row.arch}  {row.case:46s} {row.dtype}  {row.kernel:24s} {row.warps:2d} warps "
@@ -345,20 +403,28 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{row.hgmma:4d} HGMMA {row.hmma:4d} HMMA {row.ldg128:4d}/{row.ldg} LDG.128",
                     flush=True,
                 )
-    problems = failures(rows, cases)
+    refused = bool(problems)
+    problems += failures(rows, cases)
     if options.check:
         problems += differences(rows, recorded())
     print("\n".join(problems), file=sys.stderr)
-    if options.check:
+    if options.check or refused:
         return 1 if problems else 0
     _write(rows, {(f"sm_{arch}", case.name, case.dtype) for arch in options.arch for case in cases})
     return 0
 
 
-def _compile_numbered(task: tuple[int, int, bool]) -> list[Row]:
-    """A case by its number: what a process can be sent."""
+def _compile_numbered(task: tuple[int, int, bool]) -> tuple[list[Row], str | None]:
+    """A case by its number, what a process can be sent; and why it does not compile, where it does not."""
     number, arch, hot_only = task
-    return compile_case(AOT_CASES[number], arch, hot_only)
+    case = AOT_CASES[number]
+    try:
+        return compile_case(case, arch, hot_only), None
+    except Exception as error:  # of any kind: the other cases are compiled, and the command fails
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return [], f"sm_{arch} {case.name} {case.dtype} does not compile: {type(cause).__name__}: {cause}"
 
 
 def _write(rows: list[Row], done: set[tuple[str, str, str]]) -> None:
