@@ -119,9 +119,10 @@ def on_one_device(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        arguments, tensors = (*args, *kwargs.values()), []
+        arguments: tuple[object, ...] = (*args, *kwargs.values())
+        tensors: list[Tensor] = []
         _collect(arguments, tensors)
-        _check_devices((*names[: len(args)], *kwargs), arguments, tensors)
+        _check_devices([*names[: len(args)], *kwargs.keys()], arguments, tensors)
         return function(*args, **kwargs)
 
     return checked
