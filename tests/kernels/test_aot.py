@@ -3,7 +3,7 @@
 Really compiled for sm_80 and sm_90, in processes of their own (this one's kernels are the interpreter's): the
 hot kernels of every op but deduplicate, with the configs that the host functions choose for the paper's size
 and for D = 1,024 and 4,096, in bf16; and small networks of the kinds that the paper's is not. The full table
-(fp8 caches, fp32, more items, kernels that are not hot) is made by `python -m benchmarks.aot`, and its rows are
+(fp8 caches, fp32, more items, kernels that are not hot) comes from `python -m benchmarks.aot`; its rows are
 what the figures here are compared with. Where another Triton wrote them, limits alone are checked.
 """
 
