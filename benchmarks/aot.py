@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -29,6 +29,7 @@ import triton
 
 from benchmarks import aot_cases
 from benchmarks.aot_cases import Case
+from crossan_fast._files import write_whole
 from crossan_fast.kernels._common import Launch, record_launches
 
 RESULTS = Path(__file__).parent / "results" / "aot.csv"
@@ -222,15 +223,11 @@ def _write(rows: list[Row], done: set[tuple[str, str, str]]) -> None:
     kept = [r for r in kept if (r["case"], r["dtype"]) in known]
     table = [*kept, *({k: str(v) for k, v in asdict(row).items()} for row in rows)]
     table.sort(key=lambda r: (r["arch"], r["case"], r["dtype"], r["kernel"], r["registers"]))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    temporary = RESULTS.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, RESULTS)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_whole(RESULTS, text.getvalue())
 
 
 if __name__ == "__main__":
