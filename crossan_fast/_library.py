@@ -168,8 +168,11 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         made = _compile(recipe, work, folder)
         seconds = time.monotonic() - started
         content = made.read_bytes()
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
         library = folder / f"crossan_fast_{recipe.part}.so"
-        write_whole(library, content)
+        # Moved, not copied: torch has loaded it where it was made, and a copy would register the ops again.
+        os.replace(made, library)
         say(f"{seconds:.0f} s, kept in {folder}", start="")
     finally:
         shutil.rmtree(work, ignore_errors=True)

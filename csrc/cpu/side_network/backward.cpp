@@ -128,7 +128,7 @@ class BackwardWalk {
       T* after = history_[t].data() + l * history_step_[t];
       inputs_.add_projected(t, after, [&](int p) { return low_[p].data(); });
       read_bottleneck(t, l);
-      activate(s_.activation, count_ * rank, z_.data(), a(t, l));
+      activate(s_.activation(), count_ * rank, z_.data(), a(t, l));
       products_.weigh(count_, width, rank, a(t, l), rank, plan_.up[t], l, after, row, Into::add,
                       plan_.weights.up_bias[t] + l * width);
       plan_.zero_absent(s_.towers[t], first_, count_, after, row, width);
@@ -196,7 +196,7 @@ class BackwardWalk {
     T* a = this->a(t, l);
     products_.weigh(count_, rank, width, g, row, plan_.up_plain[t], l, dz, rank, Into::overwrite);
     read_bottleneck(t, l);
-    activate_both(s_.activation, count_ * rank, z_.data(), a, slope_.data());
+    activate_both(s_.activation(), count_ * rank, z_.data(), a, slope_.data());
     const double bottleneck = bottleneck_back(dz, a);
 
     turns_.wait(block_, step_);

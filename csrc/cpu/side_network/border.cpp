@@ -3,36 +3,10 @@
 #include "cpu/border.h"
 #include "cpu/library.h"
 #include "side_network.h"
+#include "side_network_schema.h"
 
 namespace crossan_fast::border {
 namespace {
-
-side_network::Structure read_structure(at::IntArrayRef widths, at::IntArrayRef sources, c10::string_view cross,
-                                       c10::string_view activation, double temperature) {
-  side_network::Structure s{};
-  TORCH_CHECK_VALUE(!widths.empty(), "widths: expected at least one modality");
-  for (const int64_t width : widths) TORCH_CHECK_VALUE(width > 0, "widths: expected positive, got ", widths);
-  s.widths = widths.vec();
-  const auto modalities = static_cast<int64_t>(widths.size());
-  TORCH_CHECK_VALUE(sources.size() % 2 == 0 && static_cast<int64_t>(sources.size()) >= 2 * modalities,
-                    "sources: expected two numbers a tower and a tower a modality, got ", sources);
-  for (size_t t = 0; t < sources.size() / 2; ++t) {
-    const int64_t a = sources[2 * t], b = sources[2 * t + 1];
-    const bool own = static_cast<int64_t>(t) < modalities;
-    TORCH_CHECK_VALUE(
-        own ? a == static_cast<int64_t>(t) && b == -1 : a >= 0 && a < modalities && b >= 0 && b < modalities && a != b,
-        "sources: tower ", t, " cannot read modalities (", a, ", ", b, ")");
-    s.towers.push_back({static_cast<int>(a), static_cast<int>(b)});
-  }
-  TORCH_CHECK_VALUE(cross == "none" || cross == "backbone" || cross == "side", "cross: got '", cross, "'");
-  using side_network::Cross;
-  s.cross = cross == "none" ? Cross::none : cross == "side" ? Cross::side : Cross::backbone;
-  TORCH_CHECK_VALUE(activation == "gelu" || activation == "relu", "activation: got '", activation, "'");
-  s.activation = activation == "relu" ? Activation::relu : Activation::gelu;
-  TORCH_CHECK_VALUE(temperature > 0, "temperature: expected a positive number, got ", temperature);
-  s.temperature = temperature;
-  return s;
-}
 
 // Everything the kernels read, and the tensors that keep it alive.
 struct Arguments {
@@ -42,8 +16,8 @@ struct Arguments {
 };
 
 Arguments read_arguments(TensorList states, TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
-                         TensorList weights, side_network::Structure structure) {
-  Arguments args{std::move(structure), {}, {}};
+                         TensorList weights, side_network::Fields fields) {
+  Arguments args{{std::move(fields), 0, 0, 0, 0}, {}, {}};
   side_network::Structure& s = args.structure;
   const size_t modalities = s.widths.size();
   TORCH_CHECK_VALUE(states.size() == modalities, "states: expected ", modalities, " tensors, got ", states.size());
@@ -174,7 +148,7 @@ std::vector<Tensor> side_network(TensorList states, TensorList scales, const Opt
                                  at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
                                  double temperature, at::ScalarType dtype) {
   const Arguments args = read_arguments(states, scales, ids, present, weights,
-                                        read_structure(widths, sources, cross, activation, temperature));
+                                        side_network::read_fields(widths, sources, cross, activation, temperature));
   const side_network::Structure& s = args.structure;
   check_weights(s, weights);
   return in_compute_type(dtype, [&](auto zero) {
@@ -198,7 +172,7 @@ std::vector<Tensor> side_network_backward(TensorList grad_outputs, TensorList sa
                                           c10::string_view cross, c10::string_view activation, double temperature,
                                           at::ScalarType dtype) {
   const Arguments args = read_arguments(states, scales, ids, present, weights,
-                                        read_structure(widths, sources, cross, activation, temperature));
+                                        side_network::read_fields(widths, sources, cross, activation, temperature));
   const side_network::Structure& s = args.structure;
   check_weights(s, weights);
   const auto grads_in = check_per_tower("grad_outputs", grad_outputs, s, false, dtype);

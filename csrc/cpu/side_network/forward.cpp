@@ -59,7 +59,7 @@ class ForwardWalk {
     for (int64_t i = 0; i < count; ++i)
       convert_to(saved.type, z_.data() + i * rank,
                  static_cast<char*>(saved.data[t]) + ((first + i) * s.levels + l) * rank * bytes_of(saved.type), rank);
-    activate(s.activation, count * rank, z_.data(), a_.data());
+    activate(s.activation(), count * rank, z_.data(), a_.data());
     products_.weigh(count, width, rank, a_.data(), rank, plan_.up[t], l, h, row, Into::add,
                     plan_.weights.up_bias[t] + l * width);
     plan_.zero_absent(tower, first, count, h, row, width);

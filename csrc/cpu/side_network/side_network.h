@@ -10,24 +10,14 @@
 
 #include "cpu/functions.h"
 #include "cpu/simd.h"
+#include "side_network_fields.h"
 
 namespace crossan_fast::side_network {
 
-enum class Cross { none, backbone, side };
-
-struct Tower {
-  int first;   // its modality
-  int second;  // the other modality of a pair, or −1
-};
-
-struct Structure {
+struct Structure : Fields {
   int64_t items, rows, levels, rank;
-  std::vector<int64_t> widths;  // of the modalities
-  std::vector<Tower> towers;
-  Cross cross;
-  Activation activation;
-  double temperature;
 
+  Activation activation() const { return relu ? Activation::relu : Activation::gelu; }
   int modalities() const { return static_cast<int>(widths.size()); }
   int64_t width(const Tower& t) const {
     return t.second < 0 ? widths[t.first] : std::min(widths[t.first], widths[t.second]);

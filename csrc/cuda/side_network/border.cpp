@@ -1,6 +1,7 @@
 // Registers side_network's forward and backward with torch.
 
 #include "cuda/border.h"
+#include "side_network_schema.h"
 
 namespace crossan_fast::border {
 
@@ -11,10 +12,9 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-struct Structure {
-  std::vector<int64_t> widths, sources;  // sources: two a tower, −1 for none
-  std::string cross, activation;
-  double temperature;
+using side_network::Cross;
+
+struct Structure : side_network::Fields {
   at::ScalarType dtype;
   int64_t path, backward_items;
 };
@@ -33,35 +33,25 @@ struct Call {
   }
 };
 
+// The limits of interface.h.
 void check_structure(const Structure& s) {
-  auto modalities = static_cast<int64_t>(s.widths.size());
-  auto towers = static_cast<int64_t>(s.sources.size() / 2);
-  TORCH_CHECK_VALUE(modalities >= 1 && modalities <= kCrossanMaxModalities, "widths: expected 1 to ",
-                    int(kCrossanMaxModalities), " modalities, got ", modalities);
-  TORCH_CHECK_VALUE(s.sources.size() % 2 == 0 && towers >= modalities && towers <= kCrossanMaxTowers,
-                    "sources: expected two entries for each of ", modalities, " to ", int(kCrossanMaxTowers),
-                    " towers, got ", s.sources.size());
+  const size_t modalities = s.widths.size(), towers = s.towers.size();
+  TORCH_CHECK_VALUE(modalities <= kCrossanMaxModalities, "widths: expected 1 to ", int(kCrossanMaxModalities),
+                    " modalities, got ", modalities);
+  TORCH_CHECK_VALUE(towers <= kCrossanMaxTowers, "sources: expected ", modalities, " to ", int(kCrossanMaxTowers),
+                    " towers, got ", towers);
   for (int64_t width : s.widths)
-    TORCH_CHECK_VALUE(width >= 64 && width % 64 == 0 && width <= 1 << 16, "widths: expected multiples of 64, got ",
-                      width);
-  for (int64_t t = 0; t < towers; ++t) {
-    int64_t a = s.sources[2 * t], b = s.sources[2 * t + 1];
-    bool own = t < modalities;
-    TORCH_CHECK_VALUE(a >= 0 && a < modalities && b < modalities && (own ? a == t && b < 0 : b >= 0), "sources: tower ",
-                      t, " cannot have sources (", a, ", ", b, ")");
-    TORCH_CHECK_VALUE(own || s.widths[a] == s.widths[b], "widths: expected equal widths for the pair (", a, ", ", b,
-                      "), got ", s.widths[a], " and ", s.widths[b]);
-  }
-  TORCH_CHECK_VALUE(s.cross == "backbone" || s.cross == "none", "cross: expected backbone or none, got ", s.cross);
-  if (s.cross == "backbone") {
+    TORCH_CHECK_VALUE(width % 64 == 0 && width <= 1 << 16, "widths: expected multiples of 64, got ", width);
+  for (const auto& [a, b] : s.towers)
+    TORCH_CHECK_VALUE(b < 0 || s.widths[a] == s.widths[b], "widths: expected equal widths for the pair (", a, ", ", b,
+                      "), got ", s.widths);
+  TORCH_CHECK_VALUE(s.cross != Cross::side, "cross: expected backbone or none, got side");
+  if (s.cross == Cross::backbone) {
     TORCH_CHECK_VALUE(modalities <= kCrossanMaxSources, "widths: expected at most ", int(kCrossanMaxSources),
                       " modalities with cross gates, got ", modalities);
     for (int64_t width : s.widths)
       TORCH_CHECK_VALUE(width == s.widths[0], "widths: expected equal widths with cross gates, got ", s.widths);
   }
-  TORCH_CHECK_VALUE(s.activation == "gelu" || s.activation == "relu", "activation: expected gelu or relu, got ",
-                    s.activation);
-  TORCH_CHECK_VALUE(s.temperature > 0, "temperature: expected a positive number, got ", s.temperature);
   TORCH_CHECK_TYPE(s.dtype == at::kHalf || s.dtype == at::kBFloat16, "dtype: expected float16 or bfloat16, got ",
                    s.dtype);
   TORCH_CHECK_VALUE(s.path >= kCrossanPathAuto && s.path <= kCrossanPathHopper,
@@ -72,7 +62,7 @@ void check_structure(const Structure& s) {
 void add_weights(Call& call, const Structure& s, at::TensorList flat, const at::Device& device) {
   CrossanSideNetwork& n = call.network;
   size_t towers = n.towers, modalities = n.modalities;
-  size_t crosses = s.cross == "backbone" ? modalities * (modalities - 1) : 0;
+  size_t crosses = s.cross == Cross::backbone ? modalities * (modalities - 1) : 0;
   TORCH_CHECK_VALUE(flat.size() == 5 * towers + crosses, "weights: expected ", 5 * towers + crosses, " tensors, got ",
                     flat.size());
   const Tensor& down = flat[0];
@@ -154,18 +144,18 @@ Call prepare_call(at::TensorList states, at::TensorList scales, const OptionalTe
   at::Device device = weights[0].device();
   Call call;
   CrossanSideNetwork& n = call.network;
-  n.modalities = static_cast<int>(s.widths.size()), n.towers = static_cast<int>(s.sources.size() / 2);
-  n.relu = s.activation == "relu", n.temperature = static_cast<float>(s.temperature);
+  n.modalities = static_cast<int>(s.widths.size()), n.towers = static_cast<int>(s.towers.size());
+  n.relu = s.relu, n.temperature = static_cast<float>(s.temperature);
   n.compute_kind = kind_of(s.dtype), n.path = static_cast<int>(s.path);
   n.backward_items = s.backward_items;
   for (int t = 0; t < n.towers; ++t) {
-    auto a = static_cast<int>(s.sources[2 * t]), b = static_cast<int>(s.sources[2 * t + 1]);
+    const auto [a, b] = s.towers[t];
     call.tower_widths.push_back(s.widths[a]);
     n.sources[t][n.source_counts[t]++] = a;
     n.is_pair[t] = b >= 0;
     if (b >= 0)
       n.sources[t][n.source_counts[t]++] = b;
-    else if (s.cross == "backbone")
+    else if (s.cross == Cross::backbone)
       for (int m = 0; m < n.modalities; ++m)
         if (m != a) n.sources[t][n.source_counts[t]++] = m;
   }
@@ -186,9 +176,9 @@ Tensors side_network_forward(at::TensorList states, at::TensorList scales, const
                              double temperature, at::ScalarType dtype, int64_t path, int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
-  Call call = prepare_call(states, scales, ids, present, weights,
-                           {widths.vec(), sources.vec(), std::string(cross), std::string(activation), temperature,
-                            dtype, path, backward_items});
+  Call call = prepare_call(
+      states, scales, ids, present, weights,
+      {side_network::read_fields(widths, sources, cross, activation, temperature), dtype, path, backward_items});
   CrossanSideNetwork& n = call.network;
   Tensors results;
   for (int64_t width : call.tower_widths) results.push_back(at::empty({n.items, width}, call.options.dtype(dtype)));
@@ -210,9 +200,9 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
                               at::ScalarType dtype, int64_t path, int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
-  Call call = prepare_call(states, scales, ids, present, weights,
-                           {widths.vec(), sources.vec(), std::string(cross), std::string(activation), temperature,
-                            dtype, path, backward_items});
+  Call call = prepare_call(
+      states, scales, ids, present, weights,
+      {side_network::read_fields(widths, sources, cross, activation, temperature), dtype, path, backward_items});
   CrossanSideNetwork& n = call.network;
   auto towers = static_cast<size_t>(n.towers);
   TORCH_CHECK_VALUE(grad_outputs.size() == towers, "grad_outputs: expected ", towers, " tensors, got ",
