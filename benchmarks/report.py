@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import registry, results
 from benchmarks.registry import IMPLEMENTATIONS, OURS
 from benchmarks.results import Row
 from benchmarks.targets import TARGETS, Rows
+from crossan_fast._files import write_whole
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -158,7 +158,9 @@ def draw(rows: Rows, csv: Path) -> list[Path]:
         panels[0].legend(fontsize=7)
         figure.suptitle(title, fontsize=10)
         path = csv.with_name(f"{csv.stem}.{name}.png")
-        _save(path, partial(figure.savefig, dpi=120, format="png"))
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120, format="png")
+        write_whole(path, image.getvalue())
         pyplot.close(figure)
         written.append(path)
     return written
@@ -185,13 +187,7 @@ def replace_block(readme: Path, text: str) -> None:
     head, rest = old.split(BEGIN, 1)
     tail = rest.split(END, 1)[1]
     new = f"{head}{BEGIN}\n{text}\n{END}{tail}"
-    _save(readme, lambda temporary: temporary.write_text(new))
-
-
-def _save(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    write_whole(readme, new)
 
 
 def summary(rows: Sequence[Row]) -> str:

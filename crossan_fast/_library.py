@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from crossan_fast._files import write_whole
+
 # An error at a line of a file, as gcc and clang (`a.cpp:3:1: error:`) and nvcc (`a.cu(3): error:`) write it.
 _AGAINST_SOURCES = re.compile(r"^.+(:\d+(:\d+)?:|\(\d+\):) error\b", re.MULTILINE)
 # What a compiler says where the machine stopped it. A `fatal error` is a file that it can't read or write:
@@ -130,10 +132,12 @@ def obtain(recipe: Recipe, folder: Path) -> BuildInfo:
             if (info := whole(folder)) is not None:  # another process built it while this one waited
                 return info
             if failure := kept_failure(folder):
-                raise BuildError(f"{failure.read_text()}\n(kept in {failure}; remove it to try again)")
+                raise BuildError(
+                    f"{failure.read_text(encoding='utf-8')}\n(kept in {failure}; remove it to try again)"
+                )
             trouble = folder / "trouble.txt"
             if trouble.is_file() and trouble.stat().st_mtime_ns > came:  # the build that this one waited for
-                raise BuildError(trouble.read_text())
+                raise BuildError(trouble.read_text(encoding="utf-8"))
             return make(recipe, folder)
     except OSError as error:
         raise BuildError(
@@ -167,6 +171,7 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         with open(made, "rb") as file:
             os.fsync(file.fileno())
         library = folder / f"crossan_fast_{recipe.part}.so"
+        # Moved, not copied: torch has loaded it where it was made, and a copy would register the ops again.
         os.replace(made, library)
         say(f"{seconds:.0f} s, kept in {folder}", start="")
     finally:
@@ -183,7 +188,7 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         hashlib.sha256(content).hexdigest(),
         ahead_of_time,
     )
-    _write(folder / "stamp.json", json.dumps(asdict(info), indent=1))
+    write_whole(folder / "stamp.json", json.dumps(asdict(info), indent=1))
     (folder / "trouble.txt").unlink(missing_ok=True)
     return replace(info, library=str(library))
 
@@ -211,7 +216,7 @@ def _compile(recipe: Recipe, work: Path, folder: Path) -> Path:
         keep = against_sources(said)
         if not keep:
             text += "\n(not an error of the sources: the next process tries again)"
-        _write(folder / ("failure.txt" if keep else "trouble.txt"), text)
+        write_whole(folder / ("failure.txt" if keep else "trouble.txt"), text)
         raise BuildError(text) from error
     except OSError as error:
         # torch also loads what it built; an error without a number says that it can't, which `load` repeats.
@@ -240,19 +245,6 @@ def against_sources(said: str) -> bool:
 def say(text: str, start: str = "crossan_fast: ", end: str = "\n") -> None:
     """Tell the user, on stderr, what a build does."""
     print(start + text, end=end, file=sys.stderr, flush=True)
-
-
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 @contextlib.contextmanager

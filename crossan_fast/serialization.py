@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from crossan_fast._files import write_whole
 from crossan_fast._untrusted import read_settings
 from crossan_fast.config import CrossanConfig
 
@@ -19,34 +18,6 @@ if TYPE_CHECKING:
     from crossan_fast.model import CrossanModel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Write a file so that it appears complete or, on any failure, the old one stays.
-
-    Args:
-        path: where it is to stand.
-        content: its bytes, or a function that writes them to the path it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; a saved model is as readable as any other file of the user's.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
@@ -75,7 +46,7 @@ def save_model(model: CrossanModel, folder: Path) -> None:
         raise NotADirectoryError(f"folder: expected a folder, got the file {folder}")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     refuse_nonfinite(state)
-    write_whole(folder / CONFIG, model.config.to_json().encode())
+    write_whole(folder / CONFIG, model.config.to_json())
     write_whole(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
 
 

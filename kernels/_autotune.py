@@ -20,6 +20,8 @@ from typing import TypeVar
 import torch
 import triton
 
+from crossan_fast._files import write_whole
+
 Config = TypeVar("Config")
 
 _SOURCES = Path(__file__).parent
@@ -92,10 +94,4 @@ def _read() -> dict[str, int]:
 
 
 def _write(results: dict[str, int]) -> None:
-    path().parent.mkdir(parents=True, exist_ok=True)
-    temporary = path().with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(results, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path())
+    write_whole(path(), json.dumps(results, indent=1, sort_keys=True))

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.recipes.scientific import EPOCHS, RESULTS, RUNS
+from crossan_fast._files import write_whole
 
 TABLE, CURVE = RESULTS / "scientific.md", RESULTS / "scientific.png"
 _COLOURS = {"in_batch": "#0072B2", "full": "#D55E00"}
@@ -139,7 +140,7 @@ def _percent(share: str | float) -> str:
 
 def main() -> None:
     runs, epochs = by_variant(read(RUNS)), by_variant(read(EPOCHS))
-    TABLE.write_text(table(runs, epochs), encoding="utf-8")
+    write_whole(TABLE, table(runs, epochs))
     draw(epochs, CURVE)
     print(TABLE.read_text(encoding="utf-8"))
 

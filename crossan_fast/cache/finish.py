@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from crossan_fast._files import write_whole
 from crossan_fast.cache.folders import remove_leftovers
-from crossan_fast.cache.format import BUILDING, REPORT, write_atomically
+from crossan_fast.cache.format import BUILDING, REPORT
 from crossan_fast.cache.journal import Journal
 from crossan_fast.cache.passes import Items
 from crossan_fast.cache.plan import BuildPlan
@@ -104,7 +105,7 @@ class Outcome:
         text = "item\tmodality\treason\n" + body
         there = (folder / REPORT).read_bytes() if (folder / REPORT).is_file() else b""
         if text.encode() != there and (lines or there):
-            write_atomically(folder / REPORT, text)
+            write_whole(folder / REPORT, text)
 
     def report(self, folder: Path, seconds: float) -> BuildReport:
         """What to tell the caller."""

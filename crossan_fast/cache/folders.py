@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from crossan_fast._files import HAS_LOCKS, is_draft_of, open_locked, sync_folder
 from crossan_fast.cache.format import (
     BUILDING,
     DIGESTS,
@@ -27,16 +28,9 @@ from crossan_fast.cache.format import (
     CacheError,
     CacheMeta,
     read_meta,
-    sync_folder,
 )
 
-try:
-    import fcntl
-except ImportError:  # no such locks on this system
-    fcntl = None  # type: ignore[assignment]
-
-_TEXTS = "|".join(re.escape(name) for name in (META, BUILDING, REPORT))
-_TEMPORARY = re.compile(rf"\.({_TEXTS})\.\d+\.tmp")
+_TEXTS = (META, BUILDING, REPORT)
 _WHOLE = "|".join(name.removesuffix(".bin") for name in (PRESENT, DIGESTS))
 _DATA = re.compile(rf"([A-Za-z0-9_-]+\.(states|scales)|{_WHOLE})(\.\d+)?\.bin")
 T = TypeVar("T")
@@ -44,10 +38,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
 def holds_anything(folder: Path) -> bool:
-    """Whether something is in `folder`, but for what a killed `write_atomically` left, or it is no folder."""
+    """Whether something is in `folder`, but for drafts that a killed process left, or it is no folder."""
     if not folder.is_dir():
         return folder.exists()
-    return any(not _TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
+    return any(not is_draft_of(_TEXTS, path.name) for path in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -57,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process is writing to it.
     """
-    if fcntl is None:
+    if not HAS_LOCKS:
         folder.mkdir(parents=True, exist_ok=True)
         yield
         return
@@ -75,7 +69,7 @@ def remove_leftovers(folder: Path, wanted: Collection[str]) -> None:
         wanted: names of the data files that count.
     """
     for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name) or (_DATA.fullmatch(path.name) and path.name not in wanted):
+        if is_draft_of(_TEXTS, path.name) or (_DATA.fullmatch(path.name) and path.name not in wanted):
             path.unlink(missing_ok=True)
     fresh, retired = _sibling(folder, "new"), _sibling(folder, "old")
     if fresh.exists() or retired.exists():
@@ -108,10 +102,9 @@ def restore_retired(folder: Path) -> None:
     if folder.exists() or not retired.is_dir():
         return
     with contextlib.ExitStack() as stack:
-        if fcntl is not None and fresh.is_dir():
-            descriptor = os.open(fresh, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for one that is alive to finish
+        if HAS_LOCKS:
+            with contextlib.suppress(FileNotFoundError):  # waits for one that is alive to finish
+                stack.callback(os.close, open_locked(fresh, wait=True))
         if not folder.exists() and retired.is_dir():
             os.rename(retired, folder)
 
@@ -191,17 +184,12 @@ def _acquire(folder: Path) -> int:
     """A descriptor of `folder`, made where missing, that holds its lock."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The folder may have been replaced or removed before its lock was ours.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-                    return descriptor
+            return open_locked(folder)
+        except FileNotFoundError:  # replaced or removed before its lock was ours
+            continue
         except BlockingIOError as error:
-            os.close(descriptor)
             raise BlockingIOError(error.errno, f"folder: another process is writing to {folder}") from error
-        os.close(descriptor)
 
 
 def _description(folder: Path) -> bytes | None:

@@ -27,7 +27,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -289,32 +288,6 @@ def segment_ranges(start: int, stop: int) -> Iterator[tuple[int, int]]:
     for index in range(math.ceil((stop - start) / SEGMENT_BYTES)):
         first = start + index * SEGMENT_BYTES
         yield first, min(first + SEGMENT_BYTES, stop)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put `text` at `path` whole or not at all: written beside it, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_item_names(names: Sequence[str], known: Mapping[str, int] | None = None) -> None:

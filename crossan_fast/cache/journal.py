@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from crossan_fast.cache.format import BUILDING, CacheError, write_atomically
+from crossan_fast._files import write_whole
+from crossan_fast.cache.format import BUILDING, CacheError
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Journal:
             "fingerprints": self.fingerprints,
             "broken": self.broken,
         }
-        write_atomically(folder / BUILDING, json.dumps(body, ensure_ascii=False))
+        write_whole(folder / BUILDING, json.dumps(body, ensure_ascii=False))
 
     @classmethod
     def read(cls, folder: Path) -> Journal | None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossan_fast._files import sync_folder, write_whole
 from crossan_fast.cache.digests import Records
 from crossan_fast.cache.folders import whole_folder
 from crossan_fast.cache.format import (
@@ -37,8 +38,6 @@ from crossan_fast.cache.format import (
     segment_ranges,
     states_file,
     storage_dtype,
-    sync_folder,
-    write_atomically,
 )
 from crossan_fast.cache.quantize import quantize
 from crossan_fast.cache.validate import checked_present, checked_states, reject_nonfinite
@@ -194,7 +193,7 @@ class CacheWriter:
             segments={name: self._segments(name, size) for name, size in sizes.items()},
             written_by={"python": platform.python_version(), "torch": torch.__version__},
         )
-        write_atomically(self.folder / META, meta.to_json())
+        write_whole(self.folder / META, meta.to_json())
         return meta
 
     def close(self) -> None:

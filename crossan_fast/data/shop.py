@@ -23,14 +23,13 @@ Written to a folder, a shop is what the readers read and encoders take:
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from crossan_fast._files import whole_new_folder
 from crossan_fast.data.interactions import Interactions, build_interactions
 from crossan_fast.data.items import ItemTable
 
@@ -276,10 +275,7 @@ def _write(shop: Shop, folder: Path) -> None:
         ) from error
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder: expected a new or empty folder, {folder} holds something")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed when whole. No fsync: thousands would cost more than making the shop anew.
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_new_folder(folder) as draft:
         for pattern in _MEDIA.values():
             (draft / pattern).parent.mkdir()
         media = zip(shop.item_names, shop.images, shop.clips, shop.sounds, strict=True)
@@ -293,8 +289,3 @@ def _write(shop: Shop, folder: Path) -> None:
         (draft / "items.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         users = [f"{user}\t{' '.join(names)}" for user, names in shop.sequences.items()]
         (draft / "users.tsv").write_text("\n".join(users) + "\n", encoding="utf-8")
-        draft.chmod(0o755)  # mkdtemp's 0o700 would keep others from reading
-        os.replace(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise

@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from crossan_fast._files import write_whole
 from crossan_fast.config import CrossanConfig
 from crossan_fast.model import CrossanModel
-from crossan_fast.serialization import model_of, refuse_nonfinite, write_whole
+from crossan_fast.serialization import model_of, refuse_nonfinite
 from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.optimizer import load_optimizer_tensors, optimizer_tensors
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from crossan_fast._files import write_whole
 from crossan_fast.data import Catalogue
-from crossan_fast.serialization import write_whole
 from crossan_fast.training.task import Task
 
 

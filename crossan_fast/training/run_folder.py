@@ -20,8 +20,8 @@ import numpy
 import torch
 import yaml
 
+from crossan_fast._files import write_whole
 from crossan_fast.model import CrossanModel
-from crossan_fast.serialization import write_whole
 from crossan_fast.training.checkpoint import load_weights
 from crossan_fast.training.population import Population
 from crossan_fast.training.train_config import TrainConfig, load_config

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from crossan_fast._files import write_whole
 from crossan_fast.cache import CacheError, CorruptCacheError, HiddenStateCache, write_cache
-from crossan_fast.cache.format import CacheMeta, Segment, row_bytes, states_file, write_atomically
+from crossan_fast.cache.format import CacheMeta, Segment, row_bytes, states_file
 from crossan_fast.cache.tiers import choose_tier
 from crossan_fast.config import Modality
 
@@ -367,7 +368,7 @@ def sparse_cache(folder: Path, modality: Modality, items: int) -> None:
             file.truncate(size)
     segments = {name: (Segment(size, "0" * 64),) for name, size in sizes.items()}
     meta = CacheMeta(dtype, items, (modality,), segments=segments)
-    write_atomically(folder / "meta.json", meta.to_json())
+    write_whole(folder / "meta.json", meta.to_json())
 
 
 def test_large_caches_open_in_milliseconds_and_reach_past_2_to_the_31_elements(tmp_path: Path) -> None:
