@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from crossan_fast.cache.changes import Before
-from crossan_fast.cache.digests import Records
 from crossan_fast.cache.folders import at_one_moment, whole_folder
-from crossan_fast.cache.format import CacheMeta, dtype_name, row_bytes, storage_dtype
+from crossan_fast.cache.format import dtype_name, read_records, row_bytes, storage_dtype
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.quantize import dequantize
 from crossan_fast.cache.validate import reject_nonfinite
@@ -49,7 +47,7 @@ def convert_cache(
     if source.resolve() == out.resolve():
         raise ValueError(f"out: expected another folder than the cache that is read, got {out}")
     cache, records = at_one_moment(
-        source, lambda meta: (HiddenStateCache.open(source), _records(source, meta))
+        source, lambda meta: (HiddenStateCache.open(source), read_records(source, meta))
     )
     names = list(cache.item_names[1:])
     sources = {
@@ -87,8 +85,3 @@ def convert_cache(
             writer.write_digests(records)
         writer.commit(names, cache.present[1:], sources)
     return errors
-
-
-def _records(folder: Path, meta: CacheMeta) -> Records | None:
-    """What the rows were encoded from, which a conversion does not change."""
-    return Before.read(folder, meta, len(meta.modalities)).records if meta.digests else None

@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crossan_fast.cache.ahead import read_ahead
+from crossan_fast.cache.build.inputs import BrokenInput
+from crossan_fast.cache.build.journal import Journal
+from crossan_fast.cache.build.passes import Items, Pass
+from crossan_fast.cache.build.plan import BuildPlan
 from crossan_fast.cache.format import CacheError, dtype_name
-from crossan_fast.cache.inputs import BrokenInput
-from crossan_fast.cache.journal import Journal
-from crossan_fast.cache.passes import Items, Pass
-from crossan_fast.cache.plan import BuildPlan
 from crossan_fast.cache.validate import nonfinite_rows
 from crossan_fast.cache.writer import CacheWriter, to_storage
 from crossan_fast.config import Modality

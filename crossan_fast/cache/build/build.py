@@ -1,4 +1,4 @@
-"""Building a cache from raw items: each encoder runs once, frozen; stopped builds go on; new items append."""
+"""`build_cache`, from its arguments to the commit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crossan_fast.cache.digests import HALF
-from crossan_fast.cache.finish import BuildReport, Outcome, commit
+from crossan_fast.cache.build.digests import HALF
+from crossan_fast.cache.build.finish import BuildReport, Outcome, commit
+from crossan_fast.cache.build.journal import Journal
+from crossan_fast.cache.build.passes import Items, plan_passes
+from crossan_fast.cache.build.plan import BuildPlan, existing_cache, specs_for
+from crossan_fast.cache.build.runner import Runner, refuse_missing
+from crossan_fast.cache.build.specs import ModalitySpec
 from crossan_fast.cache.folders import locked, remove_leftovers
 from crossan_fast.cache.format import BUILDING, NAMES, check_item_names
-from crossan_fast.cache.journal import Journal
-from crossan_fast.cache.passes import Items, plan_passes
-from crossan_fast.cache.plan import BuildPlan, existing_cache, specs_for
-from crossan_fast.cache.runner import Runner, refuse_missing
-from crossan_fast.cache.specs import ModalitySpec
 from crossan_fast.cache.tiers import exact_device
 from crossan_fast.cache.writer import CacheWriter
 
@@ -46,15 +46,7 @@ def build_cache(
 ) -> BuildReport:
     """Run frozen encoders over raw items once and keep the chosen layers' pooled states in folder `out`.
 
-    Run again with the same arguments, it goes on where it was stopped; with more items, it encodes the new
-    ones and appends them: rows keep their items. An item of the cache is encoded again where its text, or the
-    bytes of its file, are not those that its row was made from; an emptied cell takes the modality away. A
-    changed input that cannot be used leaves the row as it was, until it changes again. All of it counts at
-    once, when all is done: until then the cache is what it was, and so it stays for who has it open. Changed
-    modalities' files are written anew, which takes their room twice meanwhile.
-
-    Items are encoded in batches sorted by length, so the result does not depend on where a build was stopped,
-    bit for bit, at the same batch size.
+    Run again, it goes on, appends and encodes again what has changed: see `crossan_fast.cache.build`.
 
     Args:
         items: as `crossan_fast.data.items.read_items` returns.
