@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from crossan_fast._files import write_whole
+from crossan_fast._files import put_in_place, write_whole
 
 # An error at a line of a file, as gcc and clang (`a.cpp:3:1: error:`) and nvcc (`a.cu(3): error:`) write it.
 _AGAINST_SOURCES = re.compile(r"^.+(:\d+(:\d+)?:|\(\d+\):) error\b", re.MULTILINE)
@@ -169,7 +169,7 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         seconds = time.monotonic() - started
         content = made.read_bytes()
         library = folder / f"crossan_fast_{recipe.part}.so"
-        write_whole(library, content)
+        put_in_place(made, library)  # the file itself: torch has loaded it, and a copy would be another
         say(f"{seconds:.0f} s, kept in {folder}", start="")
     finally:
         shutil.rmtree(work, ignore_errors=True)
