@@ -1,12 +1,14 @@
-"""Compile every Triton kernel but deduplicate's for devices that are not here, and read its machine code.
+"""Compile every Triton kernel for devices that are not here, and read its machine code.
 
     python -m benchmarks.aot [--arch 80 90] [--only side_network] [--jobs 2] [--check]
 
 The host functions themselves choose kernels, tile sizes and specialisations: they run on meta tensors of the
-sizes of `AOT_CASES`, and each launch is compiled instead of started (`kernels._common.record_launches`).
+sizes of `benchmarks/aot_cases/<op>.py`, and each launch is compiled instead of started
+(`kernels._common.record_launches`).
 Registers, spills and shared memory come from `cuobjdump`, counts of instructions from `nvdisasm`, both of
 Triton's own package. The table goes to benchmarks/results/aot.csv, so that a regression shows in a diff.
-`--check` fails on a limit that is broken instead of writing.
+`--check` fails on a limit that is broken instead of writing. A case that does not compile is named, and fails
+the command in any case.
 """
 
 from __future__ import annotations
@@ -19,51 +21,20 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 
-import torch
 import triton
 
+from benchmarks import aot_cases
+from benchmarks.aot_cases import Case
 from crossan_fast._files import write_whole
-from crossan_fast.kernels import (
-    full_loss,
-    fusion,
-    in_batch_loss,
-    rank_of_target,
-    side_network,
-    topk_scores,
-)
 from crossan_fast.kernels._common import Launch, record_launches
-from crossan_fast.ops.fusion import FusionWeights
-from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
 
 RESULTS = Path(__file__).parent / "results" / "aot.csv"
 ARCHITECTURES = (80, 90)
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Host functions called on meta tensors.
-
-    Attributes:
-        name: op and sizes.
-        dtype: what it computes in.
-        run: calls the host functions.
-        hot: kernels that must not spill.
-        matrix: kernels whose products must be matrix instructions.
-        wide: those of them whose tiles have the 64 rows of sm_90's own instruction, and so must use it.
-    """
-
-    name: str
-    dtype: str
-    run: Callable[[], object]
-    hot: frozenset[str] = frozenset()
-    matrix: frozenset[str] = frozenset()
-    wide: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -185,136 +156,7 @@ def _output(*command: str | Path) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
-# ------------------------------------------------------------------------------------------------- cases
-
-
-def _new(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, device="meta", dtype=kind)
-
-
-def _side_network(
-    items: int, width: int, dtype: torch.dtype, stored: torch.dtype | None = None, rank: int = 64
-) -> None:
-    """Forward and backward of CROSSAN's four towers of 7 levels, gathered by id from a resident cache."""
-    towers, levels, rows = 4, 7, 20_315
-    structure = SideNetworkStructure((width,) * towers, tuple((m,) for m in range(towers)))
-
-    def new(*shape: int) -> torch.Tensor:
-        return _new(*shape, kind=dtype)
-
-    weights = SideNetworkWeights(
-        [new(levels, rank, width)] * towers,
-        [new(levels, rank)] * towers,
-        [new(levels, width, rank)] * towers,
-        [new(levels, width)] * towers,
-        [new(levels)] * towers,
-        [new(levels) for _ in structure.cross_pairs],
-    )
-    states = [_new(rows, levels, width, kind=stored or dtype) for _ in range(towers)]
-    scales = [_new(rows, levels, kind=torch.float32) for _ in range(towers)] if stored else []
-    ids = _new(items, kind=torch.int64)
-    call = (states, scales, ids, None, weights.flatten(), *structure.static, dtype)
-    outputs = side_network.forward(*call)
-    side_network.backward(outputs[:towers], outputs[towers:], *call)
-
-
-def _fusion(items: int, width: int, dtype: torch.dtype) -> None:
-    """MOMEF of four towers into d = 64, every expert chosen, weights of the compute dtype."""
-    modalities, d = 4, 64
-
-    def new(*shape: int) -> torch.Tensor:
-        return _new(*shape, kind=dtype)
-
-    weights = FusionWeights(
-        [new(d, width)] * modalities,
-        [new(d)] * modalities,
-        new(modalities, modalities * d),
-        new(modalities),
-        new(modalities, 4 * d, d),
-        new(modalities, 4 * d),
-        new(modalities, d, 4 * d),
-        new(modalities, d),
-    )
-    hidden = [new(items, width)] * modalities
-    call = (hidden, weights.flatten(), None, None, None, dtype)
-    grad, _, probability, *saved = fusion.forward(*call)
-    fusion.backward(grad, probability, saved, *call)
-
-
-def _in_batch_loss(sequences: int, columns: int, dtype: torch.dtype) -> None:
-    users, items = _new(sequences, 10, 64, kind=dtype), _new(columns, 64, kind=dtype)
-    slots, counts = _new(sequences, 11, kind=torch.int64), _new(columns, kind=torch.int64)
-    rest = (users, items, slots, counts, _new(columns, kind=torch.float32))
-    loss, lse = in_batch_loss.forward(*rest)
-    in_batch_loss.backward(loss, lse, *rest)
-
-
-def _full_loss(rows: int, dtype: torch.dtype) -> None:
-    rest = (_new(rows, 64, kind=dtype), _new(20_315, 64, kind=dtype), _new(rows, kind=torch.int64))
-    loss, lse = full_loss.forward(*rest)
-    full_loss.backward(loss, lse, *rest)
-
-
-def _ranking(op: Callable[..., object], argument: int | torch.Tensor, dtype: torch.dtype) -> None:
-    """12,076 users, 20,314 items, histories of 10."""
-    users, items = _new(12_076, 64, kind=dtype), _new(20_315, 64, kind=dtype)
-    op(users, items, argument, _new(12_076, 10, kind=torch.int64))
-
-
-_WALKS = frozenset({"fused_kernel", "down_kernel", "walk_kernel", "up_kernel", "grad_down_kernel"})
-_SIDE_NETWORK = _WALKS | {"grad_walk_kernel", "up_gradient_kernel", "down_gradient_kernel"}
-_FUSION = frozenset({"forward_kernel", "items_kernel", "heads_kernel", "experts_kernel"})
-_LOSS = frozenset({"forward_kernel", "backward_rows_kernel", "backward_columns_kernel"})
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def _cases() -> Iterator[Case]:
-    for items, width, dtype, stored in (
-        (704, 768, "bf16", None),
-        (20_314, 768, "bf16", None),
-        (20_314, 768, "bf16", torch.float8_e4m3fn),
-        (704, 768, "fp32", None),
-        # The backward's chunk of items: larger counts compile the same for their first chunk.
-        (8_192, 1024, "bf16", None),
-        (704, 4096, "bf16", None),
-        (8_192, 4096, "bf16", None),
-    ):
-        half = dtype == "bf16"
-        yield Case(
-            f"side_network n={items} D={width} r=64" + (" fp8" if stored else ""),
-            dtype,
-            partial(_side_network, items, width, _DTYPES[dtype], stored),
-            hot=_SIDE_NETWORK,
-            matrix=_SIDE_NETWORK | {"mixing_kernel", "combine_kernel"} if half else frozenset(),
-            # *walk* and *grad_walk* alone take 16 items, for the number of programs; fused ones take 64.
-            wide=_SIDE_NETWORK - {"walk_kernel", "grad_walk_kernel"} if half else frozenset(),
-        )
-    # Ranks up to 256 must fit as well; there the limits of shared memory are what is checked.
-    run = partial(_side_network, 704, 768, torch.bfloat16, None, 256)
-    yield Case("side_network n=704 D=768 r=256", "bf16", run)
-    for dtype, kind in _DTYPES.items():
-        # A product of fp32 takes matrix units only where torch's own switch allows tf32.
-        fusion_products, loss_products = (_FUSION, _LOSS) if dtype == "bf16" else (frozenset(), frozenset())
-        for items, width in ((704, 768), (20_314, 768), (20_314, 1024), (20_314, 4096)):
-            run = partial(_fusion, items, width, kind)
-            yield Case(f"fusion n={items} D={width} d=64", dtype, run, _FUSION, fusion_products)
-        for sequences, columns in ((64, 704), (1_024, 11_264)):
-            run = partial(_in_batch_loss, sequences, columns, kind)
-            name = f"in_batch_loss rows={sequences * 10} columns={columns} d=64"
-            yield Case(name, dtype, run, _LOSS, loss_products, loss_products)
-        run = partial(_full_loss, 640, kind)
-        yield Case("full_loss rows=640 columns=20315 d=64", dtype, run, _LOSS, loss_products, loss_products)
-        for k in (10, 100, 200):
-            run = partial(_ranking, topk_scores.forward, k, kind)
-            matrix = frozenset({"topk_kernel"} if dtype == "bf16" else ())
-            yield Case(f"topk_scores k={k} d=64", dtype, run, frozenset({"topk_kernel"}), matrix)
-        targets = _new(12_076, kind=torch.int64)
-        run = partial(_ranking, rank_of_target.forward, targets, kind)
-        matrix = frozenset({"rank_kernel"} if dtype == "bf16" else ())
-        yield Case("rank_of_target d=64", dtype, run, frozenset({"rank_kernel"}), matrix, matrix)
-
-
-AOT_CASES: tuple[Case, ...] = tuple(_cases())
+AOT_CASES = aot_cases.of_all_ops()
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -336,11 +178,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not cases:
         parser.error(f"--only: no case among {[f'{c.name} {c.dtype}' for c in AOT_CASES]}")
     tasks = [(AOT_CASES.index(case), arch, options.hot) for arch in options.arch for case in cases]
-    rows = []
+    rows: list[Row] = []
+    problems: list[str] = []
     # Fresh processes: a forked one would share this one's threads' locks.
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for found in pool.imap(_compile_numbered, tasks):
+        for found, problem in pool.imap(_compile_numbered, tasks):
             rows += found
+            problems += [problem] if problem else []
             for row in found:
                 print(
                     f"{row.arch}  {row.case:46s} {row.dtype}  {row.kernel:24s} {row.warps:2d} warps "
@@ -348,20 +192,28 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{row.hgmma:4d} HGMMA {row.hmma:4d} HMMA {row.ldg128:4d}/{row.ldg} LDG.128",
                     flush=True,
                 )
-    problems = failures(rows, cases)
+    refused = bool(problems)
+    problems += failures(rows, cases)
     if options.check:
         problems += differences(rows, recorded())
     print("\n".join(problems), file=sys.stderr)
-    if options.check:
+    if options.check or refused:
         return 1 if problems else 0
     _write(rows, {(f"sm_{arch}", case.name, case.dtype) for arch in options.arch for case in cases})
     return 0
 
 
-def _compile_numbered(task: tuple[int, int, bool]) -> list[Row]:
-    """A case by its number: what a process can be sent."""
+def _compile_numbered(task: tuple[int, int, bool]) -> tuple[list[Row], str | None]:
+    """A case by its number, what a process can be sent; and why it does not compile, where it does not."""
     number, arch, hot_only = task
-    return compile_case(AOT_CASES[number], arch, hot_only)
+    case = AOT_CASES[number]
+    try:
+        return compile_case(case, arch, hot_only), None
+    except Exception as error:  # of any kind: the other cases are compiled, and the command fails
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return [], f"sm_{arch} {case.name} {case.dtype} does not compile: {type(cause).__name__}: {cause}"
 
 
 def _write(rows: list[Row], done: set[tuple[str, str, str]]) -> None:

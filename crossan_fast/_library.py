@@ -169,7 +169,8 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         seconds = time.monotonic() - started
         content = made.read_bytes()
         library = folder / f"crossan_fast_{recipe.part}.so"
-        put_in_place(made, library)  # the file itself: torch has loaded it, and a copy would be another
+        # Moved, not copied: torch has loaded it where it was made, and a copy would register the ops again.
+        put_in_place(made, library)
         say(f"{seconds:.0f} s, kept in {folder}", start="")
     finally:
         shutil.rmtree(work, ignore_errors=True)

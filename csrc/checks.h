@@ -20,15 +20,13 @@ inline void check_shape(const std::string& name, const at::Tensor& tensor, at::I
 
 inline void check_device(const std::string& name, const at::Tensor& tensor, at::DeviceType device) {
   TORCH_CHECK_VALUE(tensor.defined() && tensor.device().type() == device && tensor.layout() == at::kStrided, name,
-                    ": expected a dense tensor on ", c10::DeviceTypeName(device, true), ", got ",
-                    described(tensor));
+                    ": expected a dense tensor on ", c10::DeviceTypeName(device, true), ", got ", described(tensor));
 }
 
 inline void check_type(const std::string& name, const at::Tensor& tensor, std::initializer_list<at::ScalarType> types) {
   for (const auto type : types)
     if (tensor.scalar_type() == type) return;
-  TORCH_CHECK_TYPE(false, name, ": expected dtype ", at::ArrayRef<at::ScalarType>(types), ", got ",
-                   described(tensor));
+  TORCH_CHECK_TYPE(false, name, ": expected dtype ", at::ArrayRef<at::ScalarType>(types), ", got ", described(tensor));
 }
 
 // Every floating type that the kernels store rows in.

@@ -86,11 +86,14 @@ def pick(pointers, index):
 
 
 @triton.jit
-def pick_constant(values: tl.constexpr, index):
-    """values[index] of a tuple of compile-time integers, as an int32 scalar."""
-    chosen = tl.full((), values[0], tl.int32)
-    for i in tl.static_range(1, len(values)):
-        chosen = tl.where(index == i, values[i], chosen)
+def pick_constant(values: tl.constexpr, index, FIRST: tl.constexpr = 0, STEP: tl.constexpr = 1):
+    """values[FIRST + index·STEP] of a tuple of compile-time integers, as an int32 scalar.
+
+    Not `values[FIRST::STEP]` by the caller: Triton 3.6 slices no compile-time tuple.
+    """
+    chosen = tl.full((), values[FIRST], tl.int32)
+    for i in tl.static_range(1, len(values) // STEP):
+        chosen = tl.where(index == i, values[FIRST + i * STEP], chosen)
     return chosen
 
 

@@ -115,11 +115,19 @@ class StagingRing:
         ]
 
 
-def gather_kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """The CUDA part's gather_convert, where this process has loaded it; nothing is built for it here."""
-    if device.type != "cuda":
-        return None
-    return getattr(torch.ops.crossan_fast_cuda, "gather_convert", None)
+# (states, scales, ids, dtype) → rows as floats on the device of ids; see `crossan_fast.ops.gather_convert`.
+Kernel = Callable[[Tensor, Tensor | None, Tensor | None, torch.dtype], Tensor]
+_finders: list[Callable[[torch.device], Kernel | None]] = []
+
+
+def use_gather_kernel(find: Callable[[torch.device], Kernel | None]) -> None:
+    """Ask `find` for the kernel of a device from now on: the ops lie above the cache and name it so."""
+    _finders[:] = [find]
+
+
+def gather_kernel(device: torch.device) -> Kernel | None:
+    """What gathers and converts rows for `device` in one pass; None: copies and torch's own products."""
+    return _finders[0](device) if _finders else None
 
 
 def read_rows(

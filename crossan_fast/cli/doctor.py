@@ -132,8 +132,9 @@ def _choices(device: str, dtype: torch.dtype, build: bool) -> Iterator[tuple[str
             yield "", f"but eager {calls}"
         for rejected in choice.rejected:
             against.setdefault(rejected, []).append(op)
+    tried = sum((op, device) not in _dispatch.EAGER_BY_DESIGN for op in _dispatch.OPS)
     for (backend, reason), ops in against.items():
-        whose = "any op" if len(ops) == len(_dispatch.OPS) else ", ".join(ops)
+        whose = "any op" if len(ops) == tried else ", ".join(ops)
         yield f"not {backend}", f"for {whose}: {reason}"
 
 

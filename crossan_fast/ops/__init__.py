@@ -11,6 +11,7 @@ from crossan_fast.ops._dispatch import BackendUnavailable, FallbackWarning, chec
 from crossan_fast.ops.deduplicate import Deduplicated, deduplicate, deduplicate_reference
 from crossan_fast.ops.full_loss import full_loss, full_loss_reference
 from crossan_fast.ops.fusion import FusionOutput, fusion, fusion_reference
+from crossan_fast.ops.gather_convert import gather_convert, gather_convert_reference
 from crossan_fast.ops.in_batch_loss import in_batch_loss, in_batch_loss_by_place, in_batch_loss_reference
 from crossan_fast.ops.rank_of_target import rank_of_target, rank_of_target_reference
 from crossan_fast.ops.sequence_encoder import sequence_encoder, sequence_encoder_reference
@@ -35,6 +36,8 @@ __all__ = [
     "full_loss_reference",
     "fusion",
     "fusion_reference",
+    "gather_convert",
+    "gather_convert_reference",
     "has_kernel",
     "in_batch_loss",
     "in_batch_loss_by_place",

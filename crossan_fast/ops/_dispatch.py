@@ -58,12 +58,14 @@ _ORDER: dict[str, dict[str, str | Callable[[], str]]] = {
 }
 
 # Where torch's own kernels are what an op is meant to run on, with the reason; no warning is due there.
-_EAGER_BY_DESIGN = {
+EAGER_BY_DESIGN = {
     (
         "sequence_encoder",
         "cuda",
     ): "torch's own kernels, around xformers' attention where the config says so, captured with the step",
     ("deduplicate", "cuda"): "torch's sort, which does not wait for the device",
+    ("gather_convert", "cpu"): "the CPU's kernels read rows by id, nothing has to be gathered",
+    ("gather_convert", "cuda"): "copies and torch's products; csrc/cuda's one pass is not yet measured",
 }
 
 # Calls that run an op's reference whatever is picked for it, by op and device, for `crossan-fast doctor`.
@@ -240,7 +242,7 @@ def _choose(request: Request, wanted: str) -> Choice:
                 f"{request.dtype}, but {reason}"
             )
         return Choice(wanted, "asked for by name")
-    if by_design := _EAGER_BY_DESIGN.get((request.op, request.device)):
+    if by_design := EAGER_BY_DESIGN.get((request.op, request.device)):
         return Choice("eager", by_design)
     rejected: list[tuple[str, str]] = []
     for backend, reason_for in _ORDER.get(request.device, {}).items():

@@ -31,7 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def define(schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
+def define(schema: str, fake: Callable[..., Any], *, one_device: bool = True) -> torch._ops.OpOverload:
     """Register `crossan_fast::<schema>` with one argument more, `str backend`; returns the op.
 
     A call runs the `forward` of the op's implementation by that backend, or its `backward` where the name
@@ -41,13 +41,14 @@ def define(schema: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
     Args:
         schema: `name(Tensor x, …) -> …`, without the backend.
         fake: shapes and dtypes of the results, from fake arguments.
+        one_device: refuse tensors on several; an op that reads across devices checks for itself.
     """
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.rpartition(") -> ")
     _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.crossan_fast, name).default
     names = tuple(argument.name for argument in op._schema.arguments)
-    places = _places(op)
+    places = _places(op) if one_device else []
     key = name.removesuffix("_backward")
     part = "forward" if key == name else "backward"
 
@@ -118,9 +119,10 @@ def on_one_device(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        arguments, tensors = (*args, *kwargs.values()), []
+        arguments: tuple[object, ...] = (*args, *kwargs.values())
+        tensors: list[Tensor] = []
         _collect(arguments, tensors)
-        _check_devices((*names[: len(args)], *kwargs), arguments, tensors)
+        _check_devices([*names[: len(args)], *kwargs.keys()], arguments, tensors)
         return function(*args, **kwargs)
 
     return checked

@@ -23,10 +23,16 @@ auto with_full(const Tensor& users, const Tensor& items, const Tensor& targets, 
         rows.push_back(i);
         columns.push_back(id - 1);
       }
-    const SoftmaxLoss<T> loss{width,   items.size(0) - 1, own_users.const_data_ptr<T>(),
+    const SoftmaxLoss<T> loss{width,
+                              items.size(0) - 1,
+                              own_users.const_data_ptr<T>(),
                               own_items.const_data_ptr<T>() + width,
-                              rows,    columns,           nullptr,
-                              nullptr, nullptr,           0};
+                              rows,
+                              columns,
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              0};
     return run(loss, zero);
   });
 }

@@ -14,8 +14,8 @@ enum class Activation { gelu, relu };
 inline double fast_exp(double x) { return std::exp(x); }
 
 // e^x for |x| ≤ ½ ln 2: the coefficients of a minimax polynomial, the highest first.
-inline constexpr float kExp[] = {0.001383684244f, 0.008374815605f, 0.04166822607f, 0.1666641976f,
-                                 0.4999999075f,   1.000000003f,    1.0f};
+inline constexpr float kExp[] = {
+    0.001383684244f, 0.008374815605f, 0.04166822607f, 0.1666641976f, 0.4999999075f, 1.000000003f, 1.0f};
 // ln 2 in two parts, the first of so few bits that its products with integers are exact.
 inline constexpr float kLn2[] = {0.693145752f, 1.42860677e-6f};
 
@@ -92,7 +92,7 @@ inline __attribute__((always_inline)) float fast_erf(float x) {
   inner = inner * u - 0.02685381100f;
   inner = inner * u + 0.1128358543f;
   inner = inner * u - 0.3761262596f;
-  inner = inner * u + 0.1283791661f;  // one less than it is: x is added at the end, and bits are not lost
+  inner = inner * u + 0.1283791661f;          // one less than it is: x is added at the end, and bits are not lost
   const float t = size > 4.0f ? 4.0f : size;  // erf(4) is 1 in float
   float outer = 2.169770050e-05f;
   outer = outer * t - 0.0004414736759f;

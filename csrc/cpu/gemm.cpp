@@ -40,9 +40,9 @@ struct Fetch {
 // C[rows, vectors·lanes] of one tile. The sum over k starts at zero (or the bias) and meets C only at its end:
 // long sums are thus built from short ones, which keeps their rounding small.
 template <class T, class V, int rows, int vectors>
-inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column,
-                                                const T* b, int64_t b_row, const T* bias, T* c, int64_t c_row,
-                                                Into into, Fetch next) {
+inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
+                                                int64_t b_row, const T* bias, T* c, int64_t c_row, Into into,
+                                                Fetch next) {
   constexpr int lanes = kLanes<T, V>;
   V sum[rows][vectors];
 #pragma GCC unroll 8
@@ -96,8 +96,8 @@ void column_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int
     return {reinterpret_cast<const char*>(next + n % vectors * lanes), b_row * static_cast<int64_t>(sizeof(T))};
   };
   for (int n = 0; i + kRowsPerTile <= rows; i += kRowsPerTile, ++n)
-    tile<T, V, kRowsPerTile, vectors>(depth, a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row,
-                                      into, share(n));
+    tile<T, V, kRowsPerTile, vectors>(depth, a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row, into,
+                                      share(n));
   const Fetch fetch{reinterpret_cast<const char*>(b), 0};
   a += i * a_row;
   c += i * c_row;
@@ -128,8 +128,8 @@ void pack_panel(const T* b, int64_t row, int64_t column, int64_t depth, int64_t 
 }
 
 template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
-              RightSide<T> b, T* c, int64_t c_row, Into into, const T* bias) {
+void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column, RightSide<T> b,
+              T* c, int64_t c_row, Into into, const T* bias) {
   constexpr int64_t kDepth = 128;  // 128 rows of a panel are 32 kB: B stays in L1 while the rows of A pass
   constexpr int lanes = kLanes<T, Vec<T>>;
   if (rows == 0) return;
@@ -145,24 +145,24 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
       const bool beside = b.row != kPanel<T> && k + deep == depth;
       const T* next = beside ? b.data + (j / kPanel<T> + 1) * b.panel : panel + deep * b.row;
       if (width == kPanel<T>) {
-        column_of_tiles<T, Vec<T>, kVectorsPerPanel>(rows, deep, from, a_row, a_column, panel, b.row, start,
-                                                             c + j, c_row, now, next, deep);
+        column_of_tiles<T, Vec<T>, kVectorsPerPanel>(rows, deep, from, a_row, a_column, panel, b.row, start, c + j,
+                                                     c_row, now, next, deep);
       } else {
         int64_t v = 0;
         for (; v + lanes <= width; v += lanes)
           column_of_tiles<T, Vec<T>, 1>(rows, deep, from, a_row, a_column, panel + v, b.row,
-                                                start ? start + v : nullptr, c + j + v, c_row, now, next, deep);
+                                        start ? start + v : nullptr, c + j + v, c_row, now, next, deep);
         for (; v < width; ++v)
-          column_of_tiles<T, T, 1>(rows, deep, from, a_row, a_column, panel + v, b.row,
-                                           start ? start + v : nullptr, c + j + v, c_row, now, next, deep);
+          column_of_tiles<T, T, 1>(rows, deep, from, a_row, a_column, panel + v, b.row, start ? start + v : nullptr,
+                                   c + j + v, c_row, now, next, deep);
       }
       k += deep;
     } while (k < depth);
   }
 }
 
-#define INSTANTIATE(T)                                                                                               \
-  template void pack_panel(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);                               \
+#define INSTANTIATE(T)                                                                                           \
+  template void pack_panel(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);                           \
   template void multiply(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, RightSide<T>, T*, int64_t, Into, \
                          const T*);
 INSTANTIATE(float)

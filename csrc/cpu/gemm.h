@@ -46,7 +46,7 @@ enum class Into { overwrite, add };
 // C[M, N] = (C +) bias[N] + A[M, K] · B[K, N]; A by two strides, C row-major with `c_row`. The order of every sum
 // depends on K alone, so results repeat bit for bit however the rows are cut.
 template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
-              RightSide<T> b, T* c, int64_t c_row, Into into, const T* bias = nullptr);
+void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column, RightSide<T> b,
+              T* c, int64_t c_row, Into into, const T* bias = nullptr);
 
 }  // namespace crossan_fast

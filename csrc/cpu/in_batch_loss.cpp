@@ -44,9 +44,16 @@ auto with_in_batch(const Tensor& users, const Tensor& items, const Tensor& slots
           n > 1 ? correction + std::log(static_cast<T>(n))
                 : (n == 1 ? correction : -std::numeric_limits<T>::infinity());  // most are 1
     }
-    const SoftmaxLoss<T> loss{width,   columns, own_users.const_data_ptr<T>(), own_items.const_data_ptr<T>(),
-                              rows,    targets, negative.data(),               positive.data(),
-                              place,   sequence + 1};
+    const SoftmaxLoss<T> loss{width,
+                              columns,
+                              own_users.const_data_ptr<T>(),
+                              own_items.const_data_ptr<T>(),
+                              rows,
+                              targets,
+                              negative.data(),
+                              positive.data(),
+                              place,
+                              sequence + 1};
     return run(loss, zero);
   });
 }
@@ -55,16 +62,14 @@ auto with_in_batch(const Tensor& users, const Tensor& items, const Tensor& slots
 
 Pair in_batch_loss(const Tensor& users, const Tensor& items, const Tensor& slots, const Tensor& counts,
                    const Tensor& log_popularity) {
-  return with_in_batch(users, items, slots, counts, log_popularity, [&](const auto& loss, auto) {
-    return loss_forward(loss, {users.size(0), users.size(1)});
-  });
+  return with_in_batch(users, items, slots, counts, log_popularity,
+                       [&](const auto& loss, auto) { return loss_forward(loss, {users.size(0), users.size(1)}); });
 }
 
 Pair in_batch_loss_backward(const Tensor& grad, const Tensor& lse, const Tensor& users, const Tensor& items,
                             const Tensor& slots, const Tensor& counts, const Tensor& log_popularity) {
-  return with_in_batch(users, items, slots, counts, log_popularity, [&](const auto& loss, auto) {
-    return loss_backward(loss, grad, lse, users, items, 0);
-  });
+  return with_in_batch(users, items, slots, counts, log_popularity,
+                       [&](const auto& loss, auto) { return loss_backward(loss, grad, lse, users, items, 0); });
 }
 
 }  // namespace crossan_fast::border

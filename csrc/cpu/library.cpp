@@ -38,7 +38,7 @@ std::string build_info() {
 
 }  // namespace
 
-#define SIDE_NETWORK                                                                                              \
+#define SIDE_NETWORK                                                                                                \
   "Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, int[] widths, int[] sources, " \
   "str cross, str activation, float temperature, ScalarType dtype"
 #define FUSION "Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype"

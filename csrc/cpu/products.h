@@ -19,8 +19,8 @@ namespace crossan_fast {
 
 // Whether torch multiplies bf16 by brgemm on this CPU at all, with AMX or without.
 bool has_brgemm();
-// Whether bf16 products are to go through brgemm: CROSSAN_FAST_CPU_BF16 = auto (where AMX is), brgemm, fp32. A wish that
-// cannot be served is an error.
+// Whether bf16 products are to go through brgemm: CROSSAN_FAST_CPU_BF16 = auto (where AMX is), brgemm, fp32. A wish
+// that cannot be served is an error.
 bool use_brgemm();
 std::string described_bf16();  // the way they go and why, or why they cannot
 
@@ -93,7 +93,7 @@ class PairedProducts {
 
   // The same with B [K, N] row-major in fp32.
   void multiply_plain(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
-                const float* b, int64_t b_row, float* c, int64_t c_row, Into into) {
+                      const float* b, int64_t b_row, float* c, int64_t c_row, Into into) {
     right_.resize(static_cast<size_t>(pairs_size(depth, columns)));
     pack_pairs(b, b_row, 1, depth, columns, right_.data());
     multiply(rows, columns, depth, a, a_row, a_column, right_.data(), c, c_row, into);

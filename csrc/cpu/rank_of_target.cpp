@@ -20,8 +20,7 @@ void count_ahead(ScoreBlock<T>& block, int64_t begin, int64_t end, const T* bar,
     const int64_t height = std::min(kTileHeight, end - start);
     block.score(start, height);
     for (int64_t j = 0; j < height; ++j)
-      for (int v = 0; v < vectors; ++v)
-        ahead[v] -= load<Vec<T>>(block.tile() + j * kUsers + v * lanes) >= bars[v];
+      for (int v = 0; v < vectors; ++v) ahead[v] -= load<Vec<T>>(block.tile() + j * kUsers + v * lanes) >= bars[v];
   }
   for (int v = 0; v < vectors; ++v)
     for (int lane = 0; lane < lanes; ++lane) counts[v * lanes + lane] += static_cast<int64_t>(ahead[v][lane]);
@@ -55,8 +54,8 @@ void rank_of_target(const Ranking<T>& ranking, const int64_t* targets, int64_t* 
         if (std::binary_search(excluded.begin(), excluded.end(), targets[block.first() + i]))
           counts[i] = end - begin;
         else
-          for (auto id = std::upper_bound(excluded.begin(), excluded.end(), begin);
-               id != excluded.end() && *id <= end; ++id) {
+          for (auto id = std::upper_bound(excluded.begin(), excluded.end(), begin); id != excluded.end() && *id <= end;
+               ++id) {
             block.score_one(*id - 1, scores);
             counts[i] -= scores[i] >= bar[i];
           }

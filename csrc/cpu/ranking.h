@@ -14,9 +14,9 @@
 
 namespace crossan_fast {
 
-inline constexpr int64_t kUsers = 64;        // across: whole panels for every type and instruction set
-inline constexpr int64_t kTileHeight = 96;   // items down: a tile stays in L1
-inline constexpr int64_t kSegment = 8192;    // items of one task, so that a single user's ranking has tasks too
+inline constexpr int64_t kUsers = 64;       // across: whole panels for every type and instruction set
+inline constexpr int64_t kTileHeight = 96;  // items down: a tile stays in L1
+inline constexpr int64_t kSegment = 8192;   // items of one task, so that a single user's ranking has tasks too
 
 template <class T>
 struct Ranking {

@@ -15,8 +15,8 @@ auto with_ranking(const Tensor& users, const Tensor& items, const OptionalTensor
   check_floating("users", users);
   check_type("items", items, {users.scalar_type()});
   TORCH_CHECK_VALUE(users.dim() == 2 && users.size(1) > 0, "users: expected [B, d], got ", described(users));
-  TORCH_CHECK_VALUE(items.dim() == 2 && items.size(0) > 0 && items.size(1) == users.size(1),
-                    "items: expected [I + 1, ", users.size(1), "], got ", described(items));
+  TORCH_CHECK_VALUE(items.dim() == 2 && items.size(0) > 0 && items.size(1) == users.size(1), "items: expected [I + 1, ",
+                    users.size(1), "], got ", described(items));
   Tensor excluded;
   if (exclude) {
     check_device("exclude", *exclude, at::kCPU);

@@ -75,8 +75,8 @@ T dot(int64_t width, const T* x, const T* y) {
 // Together what a backward needs of one row of `mix`: out as there, dots[j] += ⟨dx, source[j]⟩ for j < count and
 // dots[count] += ⟨dx, h⟩, and then dx ← scale · dx.
 template <class T>
-void mix_backward(int64_t width, T* dx, T scale, const T* h, T beta, int count, const T* const* source,
-                  const T* weight, T* out, double* dots) {
+void mix_backward(int64_t width, T* dx, T scale, const T* h, T beta, int count, const T* const* source, const T* weight,
+                  T* out, double* dots) {
   constexpr int lanes = kLanes<T, Vec<T>>;
   constexpr int kFused = 8;
   if (count > kFused) {  // more modalities than anyone has: the same sums, a source at a time

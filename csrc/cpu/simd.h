@@ -157,8 +157,7 @@ inline void convert_to(Stored type, const T* from, void* to, int64_t count) {
       for (int64_t i = 0; i < count; ++i) static_cast<double*>(to)[i] = static_cast<double>(from[i]);
       break;
     case Stored::bf16:
-      for (int64_t i = 0; i < count; ++i)
-        static_cast<uint16_t*>(to)[i] = to_bf16(static_cast<float>(from[i]));
+      for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(to)[i] = to_bf16(static_cast<float>(from[i]));
       break;
     case Stored::f16:
       for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(to)[i] = to_f16(static_cast<float>(from[i]));

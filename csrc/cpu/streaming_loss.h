@@ -24,7 +24,7 @@ Pair loss_forward(const SoftmaxLoss<T>& loss, at::IntArrayRef rows) {
 
 template <class T>
 Pair loss_backward(const SoftmaxLoss<T>& loss, const Tensor& grad, const Tensor& lse, const Tensor& users,
-              const Tensor& items, int64_t skipped) {
+                   const Tensor& items, int64_t skipped) {
   constexpr at::ScalarType type = kScalarType<T>;
   check_device("grad_loss", grad, at::kCPU);
   check_device("lse", lse, at::kCPU);

@@ -8,9 +8,9 @@ namespace crossan_fast {
 
 template <class T>
 struct SoftmaxLoss {
-  int64_t width, columns;         // d, and the number of candidate items
-  const T* users;                 // [B·S, d]
-  const T* items;                 // [columns, d]
+  int64_t width, columns;               // d, and the number of candidate items
+  const T* users;                       // [B·S, d]
+  const T* items;                       // [columns, d]
   const std::vector<int64_t>& rows;     // of users, those with a target, ascending
   const std::vector<int64_t>& targets;  // of each such row, its column
   // For the in-batch loss, null for the full one: what is added to each column's score as a negative, and as a target;

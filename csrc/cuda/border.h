@@ -65,9 +65,7 @@ inline int kind_of(at::ScalarType type) {
   }
 }
 
-inline void check_code(int code, const char* op) {
-  TORCH_CHECK(code == 0, op, ": ", crossan_error(code));
-}
+inline void check_code(int code, const char* op) { TORCH_CHECK(code == 0, op, ": ", crossan_error(code)); }
 
 inline void check_device(const std::string& name, const Tensor& tensor, const at::Device& device) {
   TORCH_CHECK_VALUE(tensor.device() == device, name, ": expected device ", device, ", got ", tensor.device());

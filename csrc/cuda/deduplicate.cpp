@@ -7,8 +7,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> deduplicate(const Tensor& item_ids, int64_t capacity) {
   check_ids("item_ids", item_ids);
   TORCH_CHECK_VALUE(capacity >= 1, "capacity: expected at least 1, got ", capacity);
-  TORCH_CHECK_VALUE(item_ids.numel() < (1 << 24), "item_ids: expected fewer than 2^24 places, got ",
-                    item_ids.numel());
+  TORCH_CHECK_VALUE(item_ids.numel() < (1 << 24), "item_ids: expected fewer than 2^24 places, got ", item_ids.numel());
   DeviceGuard guard(item_ids.device());
   Tensor places = item_ids.contiguous();
   auto options = places.options().dtype(at::kLong);
@@ -16,11 +15,11 @@ std::tuple<Tensor, Tensor, Tensor> deduplicate(const Tensor& item_ids, int64_t c
   Tensor counts = at::empty({capacity}, options);
   auto bytes = static_cast<int64_t>(crossan_deduplicate_workspace(places.numel(), capacity));
   Tensor workspace = at::empty({bytes}, options.dtype(at::kByte));
-  check_code(crossan_deduplicate(places.const_data_ptr(), is_wide(places), places.numel(), capacity,
-                                 ids.mutable_data_ptr<int64_t>(), slots.mutable_data_ptr<int64_t>(),
-                                 counts.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(),
-                                 current_stream(places)),
-             "deduplicate");
+  check_code(
+      crossan_deduplicate(places.const_data_ptr(), is_wide(places), places.numel(), capacity,
+                          ids.mutable_data_ptr<int64_t>(), slots.mutable_data_ptr<int64_t>(),
+                          counts.mutable_data_ptr<int64_t>(), workspace.mutable_data_ptr(), current_stream(places)),
+      "deduplicate");
   return {ids, slots, counts};
 }
 

@@ -18,8 +18,7 @@ constexpr int64_t kMaxId = int64_t(1) << (64 - kPlaceBits - 1);
 __device__ __forceinline__ int64_t key_id(uint64_t key) { return static_cast<int64_t>(key >> kPlaceBits); }
 __device__ __forceinline__ int64_t key_place(uint64_t key) { return key & ((1ull << kPlaceBits) - 1); }
 
-__global__ void __launch_bounds__(kThreads)
-    sort_chunks(const void* item_ids, int wide, int64_t count, uint64_t* keys) {
+__global__ void __launch_bounds__(kThreads) sort_chunks(const void* item_ids, int wide, int64_t count, uint64_t* keys) {
   auto* chunk = reinterpret_cast<uint64_t*>(shared_memory());  // [kChunk]
   for (int i = threadIdx.x; i < kChunk; i += kThreads) {
     int64_t place = int64_t(blockIdx.x) * kChunk + i;
@@ -91,8 +90,8 @@ __device__ int block_scan(int value, int* sums, int* total) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    number_runs(const uint64_t* sorted, int64_t count, int64_t capacity, int64_t* ids, int64_t* slots,
-                int64_t* counts, int32_t* starts) {
+    number_runs(const uint64_t* sorted, int64_t count, int64_t capacity, int64_t* ids, int64_t* slots, int64_t* counts,
+                int32_t* starts) {
   auto* sums = reinterpret_cast<int*>(shared_memory());  // [33 + kThreads]
   int64_t distinct = 0;                                  // the same in every thread
   for (int64_t base = 0; base < count; base += kThreads) {
@@ -129,22 +128,20 @@ extern "C" size_t crossan_deduplicate_workspace(int64_t count, int64_t capacity)
   return chunks * kChunk * 2 * sizeof(uint64_t) + (capacity + 1) * sizeof(int32_t);
 }
 
-extern "C" int crossan_deduplicate(const void* item_ids, int wide, int64_t count, int64_t capacity,
-                                   int64_t* ids, int64_t* slots, int64_t* counts, void* workspace,
-                                   void* stream) {
+extern "C" int crossan_deduplicate(const void* item_ids, int wide, int64_t count, int64_t capacity, int64_t* ids,
+                                   int64_t* slots, int64_t* counts, void* workspace, void* stream) {
   if (count < 0 || capacity < 1) return kCrossanBadSize;
   if (count >= int64_t(1) << kPlaceBits) return kCrossanTooLarge;
   int64_t chunks = (count + kChunk - 1) / kChunk;
   auto* keys = static_cast<uint64_t*>(workspace);
   uint64_t* sorted = chunks > 1 ? keys + chunks * kChunk : keys;
   auto* starts = reinterpret_cast<int32_t*>(keys + 2 * chunks * kChunk);
-  if (int error = launch(sort_chunks, chunks, kThreads, kChunk * sizeof(uint64_t), stream, 1, item_ids, wide,
-                         count, keys))
+  if (int error =
+          launch(sort_chunks, chunks, kThreads, kChunk * sizeof(uint64_t), stream, 1, item_ids, wide, count, keys))
     return error;
   if (chunks > 1)
-    if (int error = launch(merge_chunks, chunks * (kChunk / kThreads), kThreads, 0, stream, 1, keys, chunks,
-                           sorted))
+    if (int error = launch(merge_chunks, chunks * (kChunk / kThreads), kThreads, 0, stream, 1, keys, chunks, sorted))
       return error;
-  return launch(number_runs, 1, kThreads, (33 + kThreads) * sizeof(int), stream, 1, sorted, count, capacity,
-                ids, slots, counts, starts);
+  return launch(number_runs, 1, kThreads, (33 + kThreads) * sizeof(int), stream, 1, sorted, count, capacity, ids, slots,
+                counts, starts);
 }

@@ -65,17 +65,22 @@ __global__ void __launch_bounds__(kThreads) gather_rows(const __grid_constant__ 
 
 using namespace crossan_fast;
 
-extern "C" int crossan_gather_convert(const void* states, const float* scales, const void* ids, int wide,
-                                      int64_t rows, int64_t count, int64_t groups, int64_t width, int kind,
-                                      void* output, int output_kind, void* stream) {
-  if (rows < 0 || count < 0 || groups < 0 || width < 0 || (ids == nullptr && count > rows))
-    return kCrossanBadSize;
-  if (kind < kFloat32 || kind > kInt8 || output_kind < kFloat32 || output_kind > kBFloat16)
-    return kCrossanBadKind;
-  Gather gather = {static_cast<const unsigned char*>(states), scales, ids,
-                   static_cast<unsigned char*>(output),       rows,   count,
-                   groups,                                    width,  wide,
-                   kind,                                      output_kind};
+extern "C" int crossan_gather_convert(const void* states, const float* scales, const void* ids, int wide, int64_t rows,
+                                      int64_t count, int64_t groups, int64_t width, int kind, void* output,
+                                      int output_kind, void* stream) {
+  if (rows < 0 || count < 0 || groups < 0 || width < 0 || (ids == nullptr && count > rows)) return kCrossanBadSize;
+  if (kind < kFloat32 || kind > kInt8 || output_kind < kFloat32 || output_kind > kBFloat16) return kCrossanBadKind;
+  Gather gather = {static_cast<const unsigned char*>(states),
+                   scales,
+                   ids,
+                   static_cast<unsigned char*>(output),
+                   rows,
+                   count,
+                   groups,
+                   width,
+                   wide,
+                   kind,
+                   output_kind};
   auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   bool vector = width % 8 == 0 && aligned(states) && aligned(output);
   int64_t work = count * groups * (vector ? width / 8 : width);

@@ -21,27 +21,27 @@ int crossan_architecture();
 // deduplicate: see crossan_fast/ops/deduplicate.py. `ids` [capacity], `counts` [capacity], `slots` [count];
 // an id must be in [0, 2^39), `count` below 2^24. More distinct ids than fit end the launch with an error.
 size_t crossan_deduplicate_workspace(int64_t count, int64_t capacity);
-int crossan_deduplicate(const void* item_ids, int wide, int64_t count, int64_t capacity, int64_t* ids,
-                        int64_t* slots, int64_t* counts, void* workspace, void* stream);
+int crossan_deduplicate(const void* item_ids, int wide, int64_t count, int64_t capacity, int64_t* ids, int64_t* slots,
+                        int64_t* counts, void* workspace, void* stream);
 
 // gather_convert: output [count, groups, width] of `output_kind` (float32, float16, bfloat16) from rows
 // [rows, groups, width] of `kind`, times scales [rows, groups] unless null. `states` and `scales` may be
 // pinned host memory. Null `ids`: rows 0 … count − 1.
 int crossan_gather_convert(const void* states, const float* scales, const void* ids, int wide, int64_t rows,
-                           int64_t count, int64_t groups, int64_t width, int kind, void* output,
-                           int output_kind, void* stream);
+                           int64_t count, int64_t groups, int64_t width, int kind, void* output, int output_kind,
+                           void* stream);
 
 // routing: the router of MOMEF (crossan_fast/ops/fusion.py) from its logits [count, experts] fp32.
 // `present` [count, experts] bool or null; `weights` [count] fp32 (how often an item counts) or null;
 // top_k 0: every present expert. `probability`, `share` [count, experts]; `assigned`, `mean` [experts];
 // `total` [1]: the sum of the weights of items that have an expert.
 int crossan_routing_forward(const float* logits, const uint8_t* present, const float* weights, int64_t count,
-                            int experts, int top_k, float* probability, float* share, float* assigned,
-                            float* mean, float* total, void* stream);
+                            int experts, int top_k, float* probability, float* share, float* assigned, float* mean,
+                            float* total, void* stream);
 // The logits' gradient from those of `share` and `mean`.
 int crossan_routing_backward(const float* grad_share, const float* grad_mean, const float* probability,
-                             const float* share, const float* weights, const float* total, int64_t count,
-                             int experts, float* grad_logits, void* stream);
+                             const float* share, const float* weights, const float* total, int64_t count, int experts,
+                             float* grad_logits, void* stream);
 
 // experts: MOMEF's experts, each on the items with a share of it, and the sum by share (fusion.h). `joined`
 // [items, experts · width], `output`, `grad_output` [items, width] of kind `compute_kind` (float16 or bfloat16);
@@ -76,7 +76,7 @@ struct CrossanSideNetwork {
   const void* ids;         // [items] or null
   const uint8_t* present;  // [items, modalities] bool or null
   int wide, modalities, towers, levels, rank;
-  int relu;                // 0: gelu
+  int relu;  // 0: gelu
   int compute_kind, weight_kind, path;
   float temperature;
   int64_t backward_items;  // the backward works on so many at a time, which bounds its workspace; 0: its choice
@@ -93,8 +93,8 @@ struct CrossanSideNetwork {
   void* outputs[kCrossanMaxTowers];             // forward: [items, width]
   const void* grad_outputs[kCrossanMaxTowers];  // backward: [items, width]
   // backward: of `weight_kind`, shaped as the weights
-  void *grad_down_weight[kCrossanMaxTowers], *grad_down_bias[kCrossanMaxTowers],
-      *grad_up_weight[kCrossanMaxTowers], *grad_up_bias[kCrossanMaxTowers], *grad_gate[kCrossanMaxTowers];
+  void *grad_down_weight[kCrossanMaxTowers], *grad_down_bias[kCrossanMaxTowers], *grad_up_weight[kCrossanMaxTowers],
+      *grad_up_bias[kCrossanMaxTowers], *grad_gate[kCrossanMaxTowers];
   void* grad_cross_gate[kCrossanMaxTowers][kCrossanMaxSources - 1];
 };
 

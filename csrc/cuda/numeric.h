@@ -16,9 +16,7 @@ namespace crossan_fast {
 // How a tensor's elements are stored; the numbers are part of the C interface.
 enum Kind : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8 = 3, kInt8 = 4 };
 
-__host__ __device__ constexpr int element_size(int kind) {
-  return kind == kFloat32 ? 4 : kind <= kBFloat16 ? 2 : 1;
-}
+__host__ __device__ constexpr int element_size(int kind) { return kind == kFloat32 ? 4 : kind <= kBFloat16 ? 2 : 1; }
 
 struct half16 {
   uint16_t bits;

@@ -51,8 +51,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&tiles)[4], const vo
 // The inverse of ldmatrix_x4_trans (sm_90).
 __device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&tiles)[4]) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(row)),
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                "r"(tiles[0]), "r"(tiles[1]), "r"(tiles[2]), "r"(tiles[3])
                : "memory");
 #endif
@@ -62,8 +61,7 @@ __device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&ti
 template <class T>
 __device__ __forceinline__ void mma_16x8x16(float* acc, const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
-__device__ __forceinline__ void mma_16x8x16<bfloat16>(float* acc, const uint32_t (&a)[4], uint32_t b0,
-                                                      uint32_t b1) {
+__device__ __forceinline__ void mma_16x8x16<bfloat16>(float* acc, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -71,8 +69,7 @@ __device__ __forceinline__ void mma_16x8x16<bfloat16>(float* acc, const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
-__device__ __forceinline__ void mma_16x8x16<half16>(float* acc, const uint32_t (&a)[4], uint32_t b0,
-                                                    uint32_t b1) {
+__device__ __forceinline__ void mma_16x8x16<half16>(float* acc, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -120,8 +117,7 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-               : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 // Makes initialised barriers known to the copy engine and to the cluster (before cluster_sync).
 __device__ __forceinline__ void mbarrier_init_fence() {
@@ -132,8 +128,7 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 // One arrival, which also announces `bytes` of copies.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 #endif
 }
@@ -170,8 +165,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity
 
 // `bytes` (a multiple of 16) to the same place in every block of the cluster whose bit is set in `blocks`;
 // completes on the barrier in the same place of each.
-__device__ __forceinline__ void bulk_copy_multicast(void* target, const void* source, int bytes,
-                                                    uint64_t* barrier, uint16_t blocks) {
+__device__ __forceinline__ void bulk_copy_multicast(void* target, const void* source, int bytes, uint64_t* barrier,
+                                                    uint16_t blocks) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -215,13 +210,13 @@ __device__ __forceinline__ void wgmma_wait(Accumulators&... acc) {
 // acc [64, 32] += A [64, 16] · B [32, 16]ᵀ by a warpgroup. Warp w holds rows 16·w …; of the j-th 8 columns a
 // lane holds row lane / 4, columns 2·(lane % 4) + {0, 1} in acc[4·j + {0, 1}], row + 8 in acc[4·j + {2, 3}].
 // With `kTransA` (`kTransB`) the operand's rows in memory are K.
-#define CROSSAN_WGMMA(type)                                                                                \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                 \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, " \
-               "%18, %19;"                                                                                 \
-               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]),       \
-                 "+f"(acc[6]), "+f"(acc[7]), "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]),     \
-                 "+f"(acc[12]), "+f"(acc[13]), "+f"(acc[14]), "+f"(acc[15])                                \
+#define CROSSAN_WGMMA(type)                                                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                             \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, "          \
+               "%18, %19;"                                                                                             \
+               : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3]), "+f"(acc[4]), "+f"(acc[5]), "+f"(acc[6]),     \
+                 "+f"(acc[7]), "+f"(acc[8]), "+f"(acc[9]), "+f"(acc[10]), "+f"(acc[11]), "+f"(acc[12]), "+f"(acc[13]), \
+                 "+f"(acc[14]), "+f"(acc[15])                                                                          \
                : "l"(a), "l"(b), "n"(kTransA), "n"(kTransB))
 
 template <class T, bool kTransA = false, bool kTransB = false>

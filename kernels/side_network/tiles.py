@@ -55,7 +55,7 @@ def open_sources(
     for k in tl.static_range(K):
         mask = mask_n
         if present is not None:
-            column = pick_constant(COLUMNS[k::K], tower) + tl.zeros_like(index_n)
+            column = pick_constant(COLUMNS, tower, k, K) + tl.zeros_like(index_n)
             flags = tl.load(present + local * present_stride + column, mask=mask_n & (column >= 0), other=1)
             mask = mask & (flags != 0)
         if STATIC:
@@ -68,7 +68,7 @@ def open_sources(
             else:
                 scale_pointers = scale_pointers + (scales[SLOTS[k]] + rows * scale_strides[SLOTS[k]],)
         else:
-            slot_k = pick_constant(SLOTS[k::K], tower)
+            slot_k = pick_constant(SLOTS, tower, k, K)
             mask = mask & (slot_k + tl.zeros_like(index_n) >= 0)
             base = pick(states, slot_k)
             stride = pick_integer(row_strides, slot_k)

@@ -28,9 +28,7 @@ def loss_and_grads(loss, users, items, *rest, **kwargs) -> tuple[Tensor, Tensor,
     return value.detach(), *torch.autograd.grad(value * 1.7, (users, items))
 
 
-def ranking(
-    batch_size: int, catalogue: int, width: int, history: int, dtype: torch.dtype, exact: bool = True
-):
+def ranking(batch_size: int, catalogue: int, width: int, history: int, dtype: torch.dtype):
     """Whole numbers, on which scores are exact in any order and tie often."""
     generator = torch.Generator().manual_seed(catalogue)
     users = torch.randint(-3, 4, (batch_size, width), generator=generator).to(dtype)

@@ -1,14 +1,15 @@
 """Kernels compile for GPUs that are not here: no spills, shared memory within limits, matrix instructions.
 
 Really compiled for sm_80 and sm_90, in processes of their own (this one's kernels are the interpreter's): the
-hot kernels of every op but deduplicate, with the configs that the host functions choose for the paper's size
-and for D = 1,024 and 4,096, in bf16. `python -m benchmarks.aot` makes the full table (fp8 caches, fp32, more
-items, kernels that are not hot), and its rows are what the figures here are compared with. Where another
-Triton wrote them, limits alone are checked.
+hot kernels of every op, with the configs that the host functions choose for the paper's size and for wider
+towers (D = 1,024 and 4,096), in bf16; and small networks of the kinds that the paper's is not. The full table
+(fp8 caches, fp32, more items, kernels that are not hot) is made by `python -m benchmarks.aot`, and its rows
+are what the figures here are compared with. Where another Triton wrote them, limits alone are checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -47,12 +48,39 @@ KERNELS = {
 }
 
 
-@pytest.mark.slow
-def test_hot_kernels_compile_within_their_limits():
+def compile_cases(*options: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}  # Triton's cache keeps what is unchanged
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "benchmarks.aot", "--check", "--hot", "--jobs", "2", "--only", *CASES]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-m", "benchmarks.aot", "--check", "--jobs", "2", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+def test_kinds_of_network_compile():
+    """Small ones in which items lack modalities: towers alone, IISAN's pairs, of two widths, cross="side"."""
+    done = compile_cases("--arch", "90", "--only", "L=2 M=2 cross=none p", "L=2 M=2 cross=side")
+    assert done.returncode == 0, done.stderr
+    cases = {line[7:].split(" bf16")[0].strip() for line in done.stdout.splitlines()}
+    assert len(cases) == 4 and all(case.endswith("present") for case in cases)
+
+
+def test_a_case_that_does_not_compile_is_named(monkeypatch):
+    from benchmarks import aot
+
+    def run():
+        raise ValueError("no slices")
+
+    monkeypatch.setattr(aot, "AOT_CASES", (aot.Case("network", "bf16", run),))
+    monkeypatch.setattr(aot, "record_launches", lambda *rest: contextlib.nullcontext([]))
+    assert aot._compile_numbered((0, 90, False)) == (
+        [],
+        "sm_90 network bf16 does not compile: ValueError: no slices",
+    )
+
+
+@pytest.mark.slow
+def test_hot_kernels_compile_within_their_limits():
+    done = compile_cases("--hot", "--only", *CASES)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for arch in ("sm_80", "sm_90"):

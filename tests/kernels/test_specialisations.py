@@ -20,7 +20,8 @@ SCRIPT = """
 import json, sys
 from collections import defaultdict
 import torch
-from benchmarks import aot
+from benchmarks import aot_cases
+from benchmarks.aot_cases import full_loss, fusion, in_batch_loss
 from crossan_fast.kernels._common import record_launches
 from crossan_fast.kernels import side_network
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
@@ -29,18 +30,18 @@ def network(n):
     towers, levels, rank, width = 2, 2, 16, 64
     structure = SideNetworkStructure((width,) * towers, ((0,), (1,)))
     shapes = ((levels, rank, width), (levels, rank), (levels, width, rank), (levels, width), (levels,))
-    groups = [[aot._new(*shape)] * towers for shape in shapes]
-    weights = SideNetworkWeights(*groups, cross_gate=[aot._new(levels)] * 2)
-    rest = ([aot._new(500, levels, width)] * towers, [], aot._new(n, kind=torch.int64), None)
+    groups = [[aot_cases.new(*shape)] * towers for shape in shapes]
+    weights = SideNetworkWeights(*groups, cross_gate=[aot_cases.new(levels)] * 2)
+    rest = ([aot_cases.new(500, levels, width)] * towers, [], aot_cases.new(n, kind=torch.int64), None)
     rest = (*rest, weights.flatten(), *structure.static, torch.bfloat16)
     outputs = side_network.forward(*rest)
     side_network.backward(outputs[:towers], outputs[towers:], *rest)
 
 def everything(n):
     network(n)
-    aot._fusion(n, 768, torch.bfloat16)
-    aot._in_batch_loss(n, n + 3, torch.bfloat16)
-    aot._full_loss(n, torch.bfloat16)
+    fusion.call(n, 768, torch.bfloat16)
+    in_batch_loss.call(n, n + 3, torch.bfloat16)
+    full_loss.call(n, torch.bfloat16)
 
 counts = {}
 for sizes in json.loads(sys.argv[1]):

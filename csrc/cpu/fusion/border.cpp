@@ -30,8 +30,8 @@ Arguments read_arguments(TensorList hidden, TensorList weights, const OptionalTe
   for (size_t m = 0; m < modalities; ++m) {
     check_device(item("hidden", m), hidden[m], at::kCPU);
     check_floating(item("hidden", m), hidden[m]);
-    TORCH_CHECK_VALUE(hidden[m].dim() == 2 && hidden[m].size(0) == s.items && hidden[m].size(1) > 0,
-                      item("hidden", m), ": expected [", s.items, ", D], got ", described(hidden[m]));
+    TORCH_CHECK_VALUE(hidden[m].dim() == 2 && hidden[m].size(0) == s.items && hidden[m].size(1) > 0, item("hidden", m),
+                      ": expected [", s.items, ", D], got ", described(hidden[m]));
     s.widths.push_back(hidden[m].size(1));
     args.kept.push_back(hidden[m].contiguous());
     args.inputs.hidden.push_back({args.kept.back().const_data_ptr(), stored_type(hidden[m].scalar_type())});
@@ -144,13 +144,12 @@ std::vector<Tensor> fusion_backward(const Tensor& grad_items, const Tensor& grad
       const Tensor incoming = grad_items.contiguous(), balance = in_type<T>(grad_probability);
       const Tensor e = saved[0].contiguous(), logits = in_type<T>(saved[1]);
       fusion::backward<T>(s, args.inputs, grouped, stored_type(dtype), incoming.const_data_ptr(),
-                          balance.template const_data_ptr<T>(), e.const_data_ptr(),
-                          logits.template const_data_ptr<T>(), grad_hidden, sums);
+                          balance.template const_data_ptr<T>(), e.const_data_ptr(), logits.template const_data_ptr<T>(),
+                          grad_hidden, sums);
     }
     for (size_t i = 0; i < weights.size(); ++i) grads.push_back(grad_weights[i].to(weights[i].scalar_type()));
     return grads;
   });
 }
-
 
 }  // namespace crossan_fast::border

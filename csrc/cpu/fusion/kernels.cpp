@@ -405,7 +405,7 @@ void backward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& wei
   HeadsBackward<T>(s, inputs, weights, de.data(), grad_hidden, grads).run();
 }
 
-#define INSTANTIATE(T)                                                                                             \
+#define INSTANTIATE(T)                                                                                               \
   template void forward<T>(const Sizes&, const Inputs&, const Weights<const T*>&, Stored, void*, void*, T*, T*, T*); \
   template void backward<T>(const Sizes&, const Inputs&, const Weights<const T*>&, Stored, const void*, const T*,    \
                             const void*, const T*, const std::vector<void*>&, const Weights<T*>&);

@@ -3,8 +3,8 @@
 // has that piece of it: no partial sums, no turns, and the same bits on any number of threads.
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
-#include "sequence_encoder.h"
 #include "packed_rows.h"
+#include "sequence_encoder.h"
 
 namespace crossan_fast::sequence_encoder {
 namespace {
@@ -31,8 +31,8 @@ struct Flow {
     };
     const int64_t wide = stride_of(s.width);
     for (int64_t l = 0; l < s.layers; ++l)
-      layers.push_back({take(stride_of(3 * s.width)), take(wide), take(stride_of(s.inner)), take(wide), take(wide),
-                        take(wide)});
+      layers.push_back(
+          {take(stride_of(3 * s.width)), take(wide), take(stride_of(s.inner)), take(wide), take(wide), take(wide)});
     grad_entered = take(wide);
   }
 
@@ -302,7 +302,7 @@ void backward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& wei
   }
 }
 
-#define INSTANTIATE(T)                                                                                      \
+#define INSTANTIATE(T)                                                                                            \
   template void backward<T>(const Sizes&, const Inputs&, const Weights<const T*>&, Stored, const void*, const T*, \
                             void*, const Weights<T*>&);
 INSTANTIATE(float)

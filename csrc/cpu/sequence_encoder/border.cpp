@@ -72,9 +72,9 @@ sequence_encoder::Weights<P> group(int64_t layers, const F& pointer) {
   for (int64_t l = 0; l < layers; ++l) {
     size_t i = kShared + static_cast<size_t>(l) * kPerLayer;
     sequence_encoder::Layer<P> layer;
-    for (P* field : {&layer.query, &layer.key, &layer.value, &layer.out, &layer.attention_gain, &layer.attention_bias,
-                     &layer.widen, &layer.widen_bias, &layer.narrow, &layer.narrow_bias, &layer.forward_gain,
-                     &layer.forward_bias})
+    for (P* field :
+         {&layer.query, &layer.key, &layer.value, &layer.out, &layer.attention_gain, &layer.attention_bias,
+          &layer.widen, &layer.widen_bias, &layer.narrow, &layer.narrow_bias, &layer.forward_gain, &layer.forward_bias})
       *field = pointer(i++);
     w.layers.push_back(layer);
   }
@@ -121,8 +121,7 @@ std::vector<Tensor> sequence_encoder_backward(const Tensor& grad_users, const Te
     check_type("kept", kept, {kScalarType<T>});
     std::vector<Tensor> grads{zeros(items.sizes(), items.scalar_type())};
     std::vector<Tensor> sums;
-    for (const Tensor& weight : weights)
-      sums.push_back(empty(weight.sizes(), kScalarType<T>));
+    for (const Tensor& weight : weights) sums.push_back(empty(weight.sizes(), kScalarType<T>));
     const std::vector<Tensor> own = in_types<T>(weights);
     const auto grouped = group<const T*>(s.layers, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
     const auto into = group<T*>(s.layers, [&](size_t i) { return sums[i].template mutable_data_ptr<T>(); });
@@ -133,6 +132,5 @@ std::vector<Tensor> sequence_encoder_backward(const Tensor& grad_users, const Te
     return grads;
   });
 }
-
 
 }  // namespace crossan_fast::border

@@ -37,8 +37,8 @@ class Packed {
       sources.push_back({layer.out, d, d, to + qkv});
       sources.push_back({layer.widen, f, d, to + qkv + out});
       sources.push_back({layer.narrow, d, f, to + qkv + out + widen});
-      layers_.push_back({packed(to, d), packed(to + qkv, d), packed(to + qkv + out, d),
-                         packed(to + qkv + out + widen, f)});
+      layers_.push_back(
+          {packed(to, d), packed(to + qkv, d), packed(to + qkv + out, d), packed(to + qkv + out + widen, f)});
     }
     std::vector<Panel> panels;
     for (size_t i = 0; i < sources.size(); ++i)
@@ -134,8 +134,8 @@ class Worker {
   }
 
   // x = LayerNorm(in + dropout(y)); `in` may be x.
-  void join(int64_t count, const int64_t* place, uint32_t site, Matrix<T> in, Matrix<T> y, const T* gain,
-            const T* bias, Matrix<T> normed, Matrix<T> by, Matrix<T> x) {
+  void join(int64_t count, const int64_t* place, uint32_t site, Matrix<T> in, Matrix<T> y, const T* gain, const T* bias,
+            Matrix<T> normed, Matrix<T> by, Matrix<T> x) {
     for (int64_t i = 0; i < count; ++i) {
       drop(site, place[i], y[i]);
       T* to = normed[i];

@@ -67,11 +67,11 @@ struct Matrix {
 template <class T>
 struct Kept {
   struct Layer {
-    Matrix<T> qkv;                     // [3d]
-    Matrix<T> lse;                     // [heads], log of the sum of exp of the scores
-    Matrix<T> mixed;                   // [d], attention before its last product
-    Matrix<T> inner;                   // [f], after ReLU
-    Matrix<T> attended, forwarded;     // [d], normalised, before gain and bias
+    Matrix<T> qkv;                        // [3d]
+    Matrix<T> lse;                        // [heads], log of the sum of exp of the scores
+    Matrix<T> mixed;                      // [d], attention before its last product
+    Matrix<T> inner;                      // [f], after ReLU
+    Matrix<T> attended, forwarded;        // [d], normalised, before gain and bias
     Matrix<T> attended_by, forwarded_by;  // [1], by what each was multiplied
   };
   Matrix<T> normed, normed_by, entered;  // normalised items + positions; what enters the first block
@@ -158,8 +158,7 @@ T normalise(int64_t width, T eps, T* x) {
 
 // y = gain · x + bias
 template <class T>
-void affine(int64_t width, const T* __restrict x, const T* __restrict gain, const T* __restrict bias,
-            T* __restrict y) {
+void affine(int64_t width, const T* __restrict x, const T* __restrict gain, const T* __restrict bias, T* __restrict y) {
   for (int64_t c = 0; c < width; ++c) y[c] = x[c] * gain[c] + bias[c];
 }
 

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "dropout.h"
 #include "cpu/simd.h"
+#include "dropout.h"
 
 namespace crossan_fast::sequence_encoder {
 

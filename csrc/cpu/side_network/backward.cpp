@@ -16,10 +16,10 @@
 // them but of what all levels share.
 #include <memory>
 
+#include "cpu/turns.h"
 #include "side_network.h"
 #include "sums.h"
 #include "walk.h"
-#include "cpu/turns.h"
 
 namespace crossan_fast::side_network {
 namespace {
@@ -77,8 +77,7 @@ class BackwardWalk {
       const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
       for (int64_t i = 0; i < count; ++i)
         convert_from(grad_outputs.type,
-                     static_cast<const char*>(grad_outputs.data[t]) +
-                         (first + i) * width * bytes_of(grad_outputs.type),
+                     static_cast<const char*>(grad_outputs.data[t]) + (first + i) * width * bytes_of(grad_outputs.type),
                      g_[t].data() + i * row, width, T(1));
       plan_.zero_absent(s_.towers[t], first, count, g_[t].data(), row, width);
     }
@@ -108,10 +107,10 @@ class BackwardWalk {
   // z of a level of the block into z_, [count, r].
   void read_bottleneck(size_t t, int64_t l) {
     for (int64_t i = 0; i < count_; ++i)
-      convert_from(saved_->type,
-                   static_cast<const char*>(saved_->data[t]) +
-                       ((first_ + i) * s_.levels + l) * s_.rank * bytes_of(saved_->type),
-                   z_.data() + i * s_.rank, s_.rank, T(1));
+      convert_from(
+          saved_->type,
+          static_cast<const char*>(saved_->data[t]) + ((first_ + i) * s_.levels + l) * s_.rank * bytes_of(saved_->type),
+          z_.data() + i * s_.rank, s_.rank, T(1));
   }
 
   // h before level l + 1, from h before level l.
@@ -121,15 +120,15 @@ class BackwardWalk {
       for (size_t t = 0; t < s_.towers.size(); ++t) {
         const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
         T* after = history_[t].data() + l * history_step_[t] + i * row;
-        mix<T>(width, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t),
-               inputs_.rows(t, i), inputs_.weights(t), after);
+        mix<T>(width, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
+               inputs_.weights(t), after);
       }
     for (size_t t = 0; t < s_.towers.size(); ++t) {
       const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank;
       T* after = history_[t].data() + l * history_step_[t];
       inputs_.add_projected(t, after, [&](int p) { return low_[p].data(); });
       read_bottleneck(t, l);
-      activate(s_.activation, count_ * rank, z_.data(), a(t, l));
+      activate(s_.activation(), count_ * rank, z_.data(), a(t, l));
       products_.weigh(count_, width, rank, a(t, l), rank, plan_.up[t], l, after, row, Into::add,
                       plan_.weights.up_bias[t] + l * width);
       plan_.zero_absent(s_.towers[t], first_, count_, after, row, width);
@@ -147,9 +146,8 @@ class BackwardWalk {
         T* g = g_[t].data() + i * row;
         const T scale = shares_x(t) ? T(1) : plan_.keeps(t, l);
         if (with_h_)
-          mix_backward<T>(width, g, scale, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l),
-                          inputs_.terms(t), inputs_.rows(t, i), inputs_.weights(t), x_[t].data() + i * row,
-                          dots_[t].data());
+          mix_backward<T>(width, g, scale, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t),
+                          inputs_.rows(t, i), inputs_.weights(t), x_[t].data() + i * row, dots_[t].data());
         else
           dots_and_scale<T>(width, g, scale, inputs_.terms(t), inputs_.rows(t, i), dots_[t].data());
       }
@@ -164,8 +162,8 @@ class BackwardWalk {
       for (size_t t = 0; t < s_.towers.size(); ++t) {
         const int64_t width = s_.width(s_.towers[t]);
         T* u = x_[t].data() + i * padded<T>(width);
-        mix<T>(width, l > 0 ? u : nullptr, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
-               inputs_.weights(t), u);
+        mix<T>(width, l > 0 ? u : nullptr, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i), inputs_.weights(t),
+               u);
       }
     for (size_t t = 0; t < s_.towers.size(); ++t) {
       const int64_t rank = s_.rank;
@@ -188,9 +186,7 @@ class BackwardWalk {
   }
 
   // Whether others than the tower's own h take the gradient of its x.
-  bool shares_x(size_t t) const {
-    return with_h_ || plan_.narrowing[t] >= 0 || !plan_.cross_down.empty();
-  }
+  bool shares_x(size_t t) const { return with_h_ || plan_.narrowing[t] >= 0 || !plan_.cross_down.empty(); }
 
   // g: from the gradient of tower t's h to that of its x.
   void back_to_x(size_t t, int64_t l) {
@@ -200,7 +196,7 @@ class BackwardWalk {
     T* a = this->a(t, l);
     products_.weigh(count_, rank, width, g, row, plan_.up_plain[t], l, dz, rank, Into::overwrite);
     read_bottleneck(t, l);
-    activate_both(s_.activation, count_ * rank, z_.data(), a, slope_.data());
+    activate_both(s_.activation(), count_ * rank, z_.data(), a, slope_.data());
     const double bottleneck = bottleneck_back(dz, a);
 
     turns_.wait(block_, step_);
@@ -343,12 +339,12 @@ class BackwardWalk {
   Products<T> products_;
   Buffer<T> z_, slope_;  // [block, r]; z_ then any such
   int64_t level_step_;
-  std::vector<Buffer<T>> a_, dz_;       // per tower [L][block, r]
-  std::vector<Buffer<T>> g_, x_;        // per tower [block, D]: the gradient of its h, then of its x; x or u
-  std::vector<Buffer<T>> next_;         // likewise, the gradient of h of the level before (with h)
-  std::vector<Buffer<T>> history_;      // per tower [L − 1][block, D]: h before each level but the first (with h)
+  std::vector<Buffer<T>> a_, dz_;   // per tower [L][block, r]
+  std::vector<Buffer<T>> g_, x_;    // per tower [block, D]: the gradient of its h, then of its x; x or u
+  std::vector<Buffer<T>> next_;     // likewise, the gradient of h of the level before (with h)
+  std::vector<Buffer<T>> history_;  // per tower [L − 1][block, D]: h before each level but the first (with h)
   std::vector<int64_t> history_step_;
-  std::vector<Buffer<T>> low_, d_low_;  // per projected pair [block, rank]
+  std::vector<Buffer<T>> low_, d_low_;                        // per projected pair [block, rank]
   std::vector<std::pair<Buffer<T>, int64_t>> d_down_, d_up_;  // likewise, the block's gradients and their sizes
   std::vector<T*> before_;
   std::vector<std::vector<double>> dots_;  // per tower: ⟨g, row⟩ of its terms, then of h

@@ -3,36 +3,10 @@
 #include "cpu/border.h"
 #include "cpu/library.h"
 #include "side_network.h"
+#include "side_network_schema.h"
 
 namespace crossan_fast::border {
 namespace {
-
-side_network::Structure read_structure(at::IntArrayRef widths, at::IntArrayRef sources, c10::string_view cross,
-                               c10::string_view activation, double temperature) {
-  side_network::Structure s{};
-  TORCH_CHECK_VALUE(!widths.empty(), "widths: expected at least one modality");
-  for (const int64_t width : widths) TORCH_CHECK_VALUE(width > 0, "widths: expected positive, got ", widths);
-  s.widths = widths.vec();
-  const auto modalities = static_cast<int64_t>(widths.size());
-  TORCH_CHECK_VALUE(sources.size() % 2 == 0 && static_cast<int64_t>(sources.size()) >= 2 * modalities,
-                    "sources: expected two numbers a tower and a tower a modality, got ", sources);
-  for (size_t t = 0; t < sources.size() / 2; ++t) {
-    const int64_t a = sources[2 * t], b = sources[2 * t + 1];
-    const bool own = static_cast<int64_t>(t) < modalities;
-    TORCH_CHECK_VALUE(own ? a == static_cast<int64_t>(t) && b == -1
-                          : a >= 0 && a < modalities && b >= 0 && b < modalities && a != b,
-                      "sources: tower ", t, " cannot read modalities (", a, ", ", b, ")");
-    s.towers.push_back({static_cast<int>(a), static_cast<int>(b)});
-  }
-  TORCH_CHECK_VALUE(cross == "none" || cross == "backbone" || cross == "side", "cross: got '", cross, "'");
-  using side_network::Cross;
-  s.cross = cross == "none" ? Cross::none : cross == "side" ? Cross::side : Cross::backbone;
-  TORCH_CHECK_VALUE(activation == "gelu" || activation == "relu", "activation: got '", activation, "'");
-  s.activation = activation == "relu" ? Activation::relu : Activation::gelu;
-  TORCH_CHECK_VALUE(temperature > 0, "temperature: expected a positive number, got ", temperature);
-  s.temperature = temperature;
-  return s;
-}
 
 // Everything the kernels read, and the tensors that keep it alive.
 struct Arguments {
@@ -41,9 +15,9 @@ struct Arguments {
   std::vector<Tensor> kept;
 };
 
-Arguments read_arguments(TensorList states, TensorList scales, const OptionalTensor& ids,
-                         const OptionalTensor& present, TensorList weights, side_network::Structure structure) {
-  Arguments args{std::move(structure), {}, {}};
+Arguments read_arguments(TensorList states, TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
+                         TensorList weights, side_network::Fields fields) {
+  Arguments args{{std::move(fields), 0, 0, 0, 0}, {}, {}};
   side_network::Structure& s = args.structure;
   const size_t modalities = s.widths.size();
   TORCH_CHECK_VALUE(states.size() == modalities, "states: expected ", modalities, " tensors, got ", states.size());
@@ -56,16 +30,15 @@ Arguments read_arguments(TensorList states, TensorList scales, const OptionalTen
   s.levels = weights[0].size(0);
   s.rank = weights[0].size(1);
   s.rows = states[0].size(0);
-  TORCH_CHECK_VALUE(s.levels > 0 && s.rank > 0, "weights[0]: expected L and r above zero, got ",
-                    described(weights[0]));
+  TORCH_CHECK_VALUE(s.levels > 0 && s.rank > 0, "weights[0]: expected L and r above zero, got ", described(weights[0]));
   for (size_t m = 0; m < modalities; ++m) {
     check_device(item("states", m), states[m], at::kCPU);
     check_shape(item("states", m), states[m], {s.rows, s.levels, s.widths[m]});
     check_type(item("states", m), states[m],
                {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kFloat8_e4m3fn, at::kChar});
     const Tensor& state = args.kept.emplace_back(rows_in_place(states[m]));
-    side_network::States from{state.const_data_ptr(), stored_type(state.scalar_type()), state.stride(0), state.stride(1),
-                      nullptr, 0, 0};
+    side_network::States from{
+        state.const_data_ptr(), stored_type(state.scalar_type()), state.stride(0), state.stride(1), nullptr, 0, 0};
     if (!scales.empty()) {
       check_device(item("scales", m), scales[m], at::kCPU);
       check_shape(item("scales", m), scales[m], {s.rows, s.levels});
@@ -175,7 +148,7 @@ std::vector<Tensor> side_network(TensorList states, TensorList scales, const Opt
                                  at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
                                  double temperature, at::ScalarType dtype) {
   const Arguments args = read_arguments(states, scales, ids, present, weights,
-                                        read_structure(widths, sources, cross, activation, temperature));
+                                        side_network::read_fields(widths, sources, cross, activation, temperature));
   const side_network::Structure& s = args.structure;
   check_weights(s, weights);
   return in_compute_type(dtype, [&](auto zero) {
@@ -186,8 +159,7 @@ std::vector<Tensor> side_network(TensorList states, TensorList scales, const Opt
       saved.push_back(empty({s.items, s.levels, s.rank}, dtype));
     }
     const auto own = all_in_type<T>(weights);
-    const auto grouped =
-        group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
+    const auto grouped = group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
     side_network::forward<T>(s, args.inputs, grouped, pointers(outputs, dtype), pointers(saved, dtype));
     outputs.insert(outputs.end(), saved.begin(), saved.end());
     return outputs;
@@ -200,7 +172,7 @@ std::vector<Tensor> side_network_backward(TensorList grad_outputs, TensorList sa
                                           c10::string_view cross, c10::string_view activation, double temperature,
                                           at::ScalarType dtype) {
   const Arguments args = read_arguments(states, scales, ids, present, weights,
-                                        read_structure(widths, sources, cross, activation, temperature));
+                                        side_network::read_fields(widths, sources, cross, activation, temperature));
   const side_network::Structure& s = args.structure;
   check_weights(s, weights);
   const auto grads_in = check_per_tower("grad_outputs", grad_outputs, s, false, dtype);
@@ -214,8 +186,7 @@ std::vector<Tensor> side_network_backward(TensorList grad_outputs, TensorList sa
     }
     if (s.items > 0) {
       const auto own = all_in_type<T>(weights);
-      const auto grouped =
-          group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
+      const auto grouped = group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
       const auto sums = group_weights<T*>(s, [&](size_t i) { return grads[i].template mutable_data_ptr<T>(); });
       side_network::backward<T>(s, args.inputs, grouped, pointers(grads_in, dtype), pointers(saved_in, dtype), sums);
     }
@@ -223,6 +194,5 @@ std::vector<Tensor> side_network_backward(TensorList grad_outputs, TensorList sa
     return grads;
   });
 }
-
 
 }  // namespace crossan_fast::border

@@ -59,7 +59,7 @@ class ForwardWalk {
     for (int64_t i = 0; i < count; ++i)
       convert_to(saved.type, z_.data() + i * rank,
                  static_cast<char*>(saved.data[t]) + ((first + i) * s.levels + l) * rank * bytes_of(saved.type), rank);
-    activate(s.activation, count * rank, z_.data(), a_.data());
+    activate(s.activation(), count * rank, z_.data(), a_.data());
     products_.weigh(count, width, rank, a_.data(), rank, plan_.up[t], l, h, row, Into::add,
                     plan_.weights.up_bias[t] + l * width);
     plan_.zero_absent(tower, first, count, h, row, width);
@@ -72,8 +72,8 @@ class ForwardWalk {
   const Plan<T>& plan_;
   LevelInputs<T> inputs_;
   Products<T> products_;
-  Buffer<T> z_, a_, low_;       // [block, rank] each
-  std::vector<Buffer<T>> h_;    // per tower [block, D]
+  Buffer<T> z_, a_, low_;          // [block, rank] each
+  std::vector<Buffer<T>> h_;       // per tower [block, D]
   std::vector<Buffer<T>> copies_;  // per modality's tower, its h of the level before (cross = side)
   std::vector<T*> before_;
 };
@@ -81,8 +81,8 @@ class ForwardWalk {
 }  // namespace
 
 template <class T>
-void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights,
-             const Tensors& outputs, const Tensors& saved) {
+void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Tensors& outputs,
+             const Tensors& saved) {
   const Blocks blocks(structure.items);
   if (blocks.count == 0) return;
   const Plan<T> plan(structure, inputs, weights, outputs.type, false);

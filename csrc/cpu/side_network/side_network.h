@@ -10,24 +10,14 @@
 
 #include "cpu/functions.h"
 #include "cpu/simd.h"
+#include "side_network_fields.h"
 
 namespace crossan_fast::side_network {
 
-enum class Cross { none, backbone, side };
-
-struct Tower {
-  int first;   // its modality
-  int second;  // the other modality of a pair, or −1
-};
-
-struct Structure {
+struct Structure : Fields {
   int64_t items, rows, levels, rank;
-  std::vector<int64_t> widths;  // of the modalities
-  std::vector<Tower> towers;
-  Cross cross;
-  Activation activation;
-  double temperature;
 
+  Activation activation() const { return relu ? Activation::relu : Activation::gelu; }
   int modalities() const { return static_cast<int>(widths.size()); }
   int64_t width(const Tower& t) const {
     return t.second < 0 ? widths[t.first] : std::min(widths[t.first], widths[t.second]);
@@ -63,10 +53,10 @@ struct Inputs {
 // Weights or their gradients, contiguous, in the order of SideNetworkWeights; P is const T* or T*.
 template <class P>
 struct Weights {
-  std::vector<P> down_weight, down_bias, up_weight, up_bias, gate;   // per tower
-  std::vector<P> cross_gate;                                         // per cross pair
-  std::vector<P> cross_down, cross_up;                               // per cross pair of unequal widths
-  std::vector<P> pair_weight, pair_bias;                             // per narrowed tower
+  std::vector<P> down_weight, down_bias, up_weight, up_bias, gate;  // per tower
+  std::vector<P> cross_gate;                                        // per cross pair
+  std::vector<P> cross_down, cross_up;                              // per cross pair of unequal widths
+  std::vector<P> pair_weight, pair_bias;                            // per narrowed tower
 };
 
 // An activation or gradient tensor per tower, contiguous, each element of `type`.
@@ -76,8 +66,8 @@ struct Tensors {
 };
 
 template <class T>
-void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights,
-             const Tensors& outputs, const Tensors& saved);
+void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Tensors& outputs,
+             const Tensors& saved);
 
 template <class T>
 void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights,

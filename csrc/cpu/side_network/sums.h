@@ -85,8 +85,7 @@ void finish_down(const Plan<T>& plan, const Sums<T>& sums) {
       for (int64_t d = 0; d < columns; ++d)
         bias[d] = plan.keeps(t, l) * (bias[d] + plan.weights.up_bias[t][p * width + j + d]);
       for (int64_t k = 0; k < rank; ++k)
-        for (int64_t d = 0; d < columns; ++d)
-          to[k * width + d] += sums.grads.down_bias[t][l * rank + k] * bias[d];
+        for (int64_t d = 0; d < columns; ++d) to[k * width + d] += sums.grads.down_bias[t][l * rank + k] * bias[d];
     }
   });
 }
@@ -116,8 +115,7 @@ void finish_gates(const Plan<T>& plan, const Sums<T>& sums) {
       before += mu * sums.mu[t][l] + sums.bottleneck[t][l] +
                 dot_of(rank, sums.grads.down_bias[t] + l * rank, plan.weights.down_bias[t] + l * rank) +
                 dot_of(width, sums.grads.up_bias[t] + l * width, plan.weights.up_bias[t] + l * width);
-      for (const auto& c : plan.incoming[t])
-        before += static_cast<double>(c.gate[l]) * sums.cross[c.pair][l];
+      for (const auto& c : plan.incoming[t]) before += static_cast<double>(c.gate[l]) * sums.cross[c.pair][l];
     }
   }
   for (size_t p = 0; p < sums.cross.size(); ++p)

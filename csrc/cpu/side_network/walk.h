@@ -84,8 +84,7 @@ struct Plan {
       const Tower& tower = s.towers[t];
       mu.emplace_back();
       for (int64_t l = 0; l < levels; ++l)
-        mu[t].push_back(
-            static_cast<T>(1.0 / (1.0 + std::exp(-static_cast<double>(w.gate[t][l]) / s.temperature))));
+        mu[t].push_back(static_cast<T>(1.0 / (1.0 + std::exp(-static_cast<double>(w.gate[t][l]) / s.temperature))));
       if (backward) {
         down_plain.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::plain, in_pairs);
         up_plain.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::plain, in_pairs);
@@ -97,8 +96,7 @@ struct Plan {
       narrowing.push_back(s.narrowed(tower) ? static_cast<int>(pair_weight.size()) : -1);
       if (s.narrowed(tower)) {
         const int wide = s.wide(tower);
-        pair_weight.emplace_back(w.pair_weight[narrowing[t]], levels, s.width(tower), s.widths[wide],
-                                 As::transposed);
+        pair_weight.emplace_back(w.pair_weight[narrowing[t]], levels, s.width(tower), s.widths[wide], As::transposed);
         dense[wide] = true;
       }
     }

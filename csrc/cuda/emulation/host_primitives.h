@@ -161,16 +161,13 @@ inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
   own.units = static_cast<int16_t>(own.units + bytes / 16);
   shim::arrive(own);
 }
-inline void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) {
-  shim::arrive(shim::mbarrier_in(rank, barrier));
-}
+inline void mbarrier_arrive_at(uint64_t* barrier, unsigned rank) { shim::arrive(shim::mbarrier_in(rank, barrier)); }
 inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   shim::Mbarrier& own = shim::mbarrier_in(cluster_rank(), barrier);
   if ((own.generation & 1) == parity) shim::wait_while(&own.generation, own.generation);
 }
 
-inline void bulk_copy_multicast(void* target, const void* source, int bytes, uint64_t* barrier,
-                                uint16_t blocks) {
+inline void bulk_copy_multicast(void* target, const void* source, int bytes, uint64_t* barrier, uint16_t blocks) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(source) % 16 || reinterpret_cast<uintptr_t>(target) % 16)
     throw std::logic_error("misaligned bulk copy");
   size_t offset = static_cast<unsigned char*>(target) - shim::machine.current->block->shared;

@@ -128,12 +128,11 @@ void meet(Meeting& meeting, unsigned expected, unsigned place, void* argument, O
 template <class Argument, class Operation>
 void warp_collective(Argument& argument, Operation operation) {
   Fiber& fiber = *machine.current;
-  meet(fiber.block->warps[fiber.thread / 32], 32, fiber.thread % 32, &argument,
-       [&](std::vector<void*>& all) {
-         Argument* lanes[32];
-         for (int lane = 0; lane < 32; ++lane) lanes[lane] = static_cast<Argument*>(all[lane]);
-         operation(lanes);
-       });
+  meet(fiber.block->warps[fiber.thread / 32], 32, fiber.thread % 32, &argument, [&](std::vector<void*>& all) {
+    Argument* lanes[32];
+    for (int lane = 0; lane < 32; ++lane) lanes[lane] = static_cast<Argument*>(all[lane]);
+    operation(lanes);
+  });
 }
 
 inline void fiber_main() {
@@ -238,8 +237,8 @@ inline void __syncthreads() {
 }
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, void*,
-           unsigned cluster, const Arguments&... arguments) {
+int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, void*, unsigned cluster,
+           const Arguments&... arguments) {
   shim::Machine& m = shim::machine;
   m.failure.clear();
   m.shared_bytes = shared;

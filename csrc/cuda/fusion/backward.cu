@@ -20,8 +20,10 @@ struct BackwardBlock : ExpertBlock<T, kPanels> {
   static constexpr int kBytes = (kPanels + 2) * kExpertTileBytes + Base::kBytes;
 
   __device__ BackwardBlock(const Experts& p, int expert, unsigned char* memory)
-      : Base(p, expert, memory + (kPanels + 2) * kExpertTileBytes), grads(memory),
-        delta(memory + kPanels * kExpertTileBytes), inner(delta + kExpertTileBytes) {}
+      : Base(p, expert, memory + (kPanels + 2) * kExpertTileBytes),
+        grads(memory),
+        delta(memory + kPanels * kExpertTileBytes),
+        inner(delta + kExpertTileBytes) {}
 
   __device__ __forceinline__ void load_tile(int64_t first) {
     this->load_items(first);
@@ -94,8 +96,7 @@ __global__ void __launch_bounds__(kExpertThreads, 1) item_gradients(const __grid
   }
   __syncthreads();
   if (threadIdx.x < kExpertRows && block.items[threadIdx.x] >= 0)
-    p.grad_share[int64_t(block.items[threadIdx.x]) * p.experts + expert] =
-        sums[threadIdx.x] + sums[64 + threadIdx.x];
+    p.grad_share[int64_t(block.items[threadIdx.x]) * p.experts + expert] = sums[threadIdx.x] + sums[64 + threadIdx.x];
 }
 
 template <class T, int kPanels>

@@ -12,13 +12,11 @@ void check_routing(const Tensor& logits, const OptionalTensor& present, const Op
   if (counts) check_tensor("counts", *counts, {logits.size(0)}, at::kFloat, logits.device());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_forward(const Tensor& logits,
-                                                                   const OptionalTensor& present,
-                                                                   const OptionalTensor& counts,
-                                                                   int64_t top_k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_forward(const Tensor& logits, const OptionalTensor& present,
+                                                                   const OptionalTensor& counts, int64_t top_k) {
   check_routing(logits, present, counts);
-  TORCH_CHECK_VALUE(top_k >= 0 && top_k <= logits.size(1), "top_k: expected 0 (all) to ", logits.size(1),
-                    ", got ", top_k);
+  TORCH_CHECK_VALUE(top_k >= 0 && top_k <= logits.size(1), "top_k: expected 0 (all) to ", logits.size(1), ", got ",
+                    top_k);
   DeviceGuard guard(logits.device());
   Tensor input = logits.contiguous();
   OptionalTensor exists = contiguous(present), weights = contiguous(counts);
@@ -26,12 +24,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routing_forward(const Tensor&
   Tensor probability = at::empty_like(input), share = at::empty_like(input);
   Tensor assigned = at::empty({experts}, input.options()), mean = at::empty_like(assigned);
   Tensor total = at::empty({1}, input.options());
-  check_code(crossan_routing_forward(input.const_data_ptr<float>(), pointer<const uint8_t>(exists),
-                                     pointer<const float>(weights), count, static_cast<int>(experts),
-                                     static_cast<int>(top_k), probability.mutable_data_ptr<float>(),
-                                     share.mutable_data_ptr<float>(), assigned.mutable_data_ptr<float>(),
-                                     mean.mutable_data_ptr<float>(), total.mutable_data_ptr<float>(),
-                                     current_stream(input)),
+  check_code(crossan_routing_forward(
+                 input.const_data_ptr<float>(), pointer<const uint8_t>(exists), pointer<const float>(weights), count,
+                 static_cast<int>(experts), static_cast<int>(top_k), probability.mutable_data_ptr<float>(),
+                 share.mutable_data_ptr<float>(), assigned.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>(),
+                 total.mutable_data_ptr<float>(), current_stream(input)),
              "routing");
   return {probability, share, assigned, mean, total};
 }
@@ -49,11 +46,10 @@ Tensor routing_backward(const Tensor& grad_share, const Tensor& grad_mean, const
   Tensor gs = grad_share.contiguous(), gm = grad_mean.contiguous();
   OptionalTensor weights = contiguous(counts);
   Tensor grad = at::empty_like(p);
-  check_code(crossan_routing_backward(gs.const_data_ptr<float>(), gm.const_data_ptr<float>(),
-                                      p.const_data_ptr<float>(), s.const_data_ptr<float>(),
-                                      pointer<const float>(weights), total.const_data_ptr<float>(), p.size(0),
-                                      static_cast<int>(p.size(1)), grad.mutable_data_ptr<float>(),
-                                      current_stream(p)),
+  check_code(crossan_routing_backward(gs.const_data_ptr<float>(), gm.const_data_ptr<float>(), p.const_data_ptr<float>(),
+                                      s.const_data_ptr<float>(), pointer<const float>(weights),
+                                      total.const_data_ptr<float>(), p.size(0), static_cast<int>(p.size(1)),
+                                      grad.mutable_data_ptr<float>(), current_stream(p)),
              "routing_backward");
   return grad;
 }
@@ -83,8 +79,7 @@ Call prepare(const Tensor& joined, const Tensor& share, const Tensor& w1, const 
                     "w1: expected hidden units that are a multiple of 8, got ", hidden);
   int kind = kind_of(w1.scalar_type()), compute = kind_of(joined.scalar_type());
   TORCH_CHECK_TYPE(kind >= 0 && kind <= 2, "w1: expected float32, float16 or bfloat16, got ", w1.scalar_type());
-  TORCH_CHECK_TYPE(compute == 1 || compute == 2, "joined: expected float16 or bfloat16, got ",
-                   joined.scalar_type());
+  TORCH_CHECK_TYPE(compute == 1 || compute == 2, "joined: expected float16 or bfloat16, got ", joined.scalar_type());
   at::Device device = w1.device();
   check_tensor("b1", b1, {experts, hidden}, w1.scalar_type(), device);
   check_tensor("w2", w2, {experts, width, hidden}, w1.scalar_type(), device);
@@ -106,22 +101,22 @@ Tensor workspace_for(const Call& call, bool backward) {
   return at::empty({bytes}, call.options.dtype(at::kByte));
 }
 
-Tensor experts_forward(const Tensor& joined, const Tensor& share, const Tensor& w1, const Tensor& b1,
-                       const Tensor& w2, const Tensor& b2) {
+Tensor experts_forward(const Tensor& joined, const Tensor& share, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                       const Tensor& b2) {
   DeviceGuard guard(joined.device());
   Call call = prepare(joined, share, w1, b1, w2, b2);
   Tensor output = at::empty({call.experts.items, call.experts.width}, call.options);
   call.experts.output = output.mutable_data_ptr();
   Tensor workspace = workspace_for(call, false);
-  check_code(crossan_experts_forward(&call.experts, workspace.mutable_data_ptr(), current_stream(output)),
-             "experts");
+  check_code(crossan_experts_forward(&call.experts, workspace.mutable_data_ptr(), current_stream(output)), "experts");
   return output;
 }
 
 // Gradients of joined and share in fp32 (zeros where an expert does not run), then of the weights in their type.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
-    const Tensor& grad_output, const Tensor& joined, const Tensor& share, const Tensor& w1, const Tensor& b1,
-    const Tensor& w2, const Tensor& b2) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(const Tensor& grad_output,
+                                                                            const Tensor& joined, const Tensor& share,
+                                                                            const Tensor& w1, const Tensor& b1,
+                                                                            const Tensor& w2, const Tensor& b2) {
   DeviceGuard guard(joined.device());
   Call call = prepare(joined, share, w1, b1, w2, b2);
   CrossanExperts& n = call.experts;
@@ -150,8 +145,7 @@ CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
   library.def(
       "routing_backward(Tensor grad_share, Tensor grad_mean, Tensor probability, Tensor share,"
       " Tensor? counts, Tensor total) -> Tensor");
-  library.def(
-      "experts_forward(Tensor joined, Tensor share, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor");
+  library.def("experts_forward(Tensor joined, Tensor share, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> Tensor");
   library.def(
       "experts_backward(Tensor grad_output, Tensor joined, Tensor share, Tensor w1, Tensor b1, Tensor w2,"
       " Tensor b2) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -16,18 +16,18 @@ namespace crossan_fast {
 constexpr int kExpertRows = 64, kExpertThreads = 256, kExpertTileBytes = 64 * 128;
 
 struct Experts {
-  const unsigned char* joined;  // e [items, experts · width]
-  const float* share;           // [items, experts]; 0: the expert does not run
+  const unsigned char* joined;    // e [items, experts · width]
+  const float* share;             // [items, experts]; 0: the expert does not run
   const void *w1, *b1, *w2, *b2;  // [experts, hidden, width], [experts, hidden], [experts, width, hidden], …
   int64_t items;
   int experts, width, hidden, weight_kind, splits;
-  int32_t *rows, *counts;      // the lists: [experts, items], [experts]
-  float* parts;                // forward: share · E_m(e_m) [items, experts, width] where it runs
-  unsigned char* output;       // forward: [items, width]
-  const unsigned char* grad;   // backward: of the output
-  float* grad_joined;          // [items, experts · width], zeros before
-  float* grad_share;           // [items, experts], zeros before
-  float* partial;              // [splits, experts, partial_floats()]
+  int32_t *rows, *counts;     // the lists: [experts, items], [experts]
+  float* parts;               // forward: share · E_m(e_m) [items, experts, width] where it runs
+  unsigned char* output;      // forward: [items, width]
+  const unsigned char* grad;  // backward: of the output
+  float* grad_joined;         // [items, experts · width], zeros before
+  float* grad_share;          // [items, experts], zeros before
+  float* partial;             // [splits, experts, partial_floats()]
   void *grad_w1, *grad_b1, *grad_w2, *grad_b2;
 
   // ∂W1 [hidden, width], ∂W2ᵀ [hidden, width], ∂b1 [hidden], ∂b2 [width].
@@ -61,8 +61,10 @@ __device__ __forceinline__ Raw8 load_weight8(const void* weights, int64_t index,
 struct Fragment {
   int first_row, first_column, row, column;  // of the warp; of acc[0]
   __device__ Fragment()
-      : first_row(threadIdx.x / 32 % 4 * 16), first_column(threadIdx.x / 128 * 32),
-        row(first_row + threadIdx.x % 32 / 4), column(first_column + threadIdx.x % 4 * 2) {}
+      : first_row(threadIdx.x / 32 % 4 * 16),
+        first_column(threadIdx.x / 128 * 32),
+        row(first_row + threadIdx.x % 32 / 4),
+        column(first_column + threadIdx.x % 4 * 2) {}
   __device__ int row_of(int index) const { return row + index / 2 % 2 * 8; }
   __device__ int column_of(int index) const { return column + index / 4 * 8 + index % 2; }
 };
@@ -118,7 +120,10 @@ struct ExpertBlock {
   float* shares;                    // [64]
 
   __device__ ExpertBlock(const Experts& p, int expert, unsigned char* memory)
-      : p(p), expert(expert), states(memory), w1(states + kPanels * kExpertTileBytes),
+      : p(p),
+        expert(expert),
+        states(memory),
+        w1(states + kPanels * kExpertTileBytes),
         w2(w1 + kPanels * kExpertTileBytes),
         items(reinterpret_cast<int32_t*>(w2 + kPanels * kExpertTileBytes)),
         shares(reinterpret_cast<float*>(items + kExpertRows)) {}

@@ -48,9 +48,8 @@ __device__ uint32_t existing(const uint8_t* present, int64_t item, int experts) 
   return exists;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    route(const float* logits, const uint8_t* present, int64_t count, int experts, int top_k,
-          float* probability, float* share) {
+__global__ void __launch_bounds__(kThreads) route(const float* logits, const uint8_t* present, int64_t count,
+                                                  int experts, int top_k, float* probability, float* share) {
   int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= count) return;
   const float* own = logits + item * experts;
@@ -62,8 +61,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // One block, so that the sums have one order: `assigned`, `mean` and `total`.
 __global__ void __launch_bounds__(kThreads)
-    balance(const float* probability, const uint8_t* present, const float* weights, int64_t count, int experts,
-            int k, float* assigned, float* mean, float* total) {
+    balance(const float* probability, const uint8_t* present, const float* weights, int64_t count, int experts, int k,
+            float* assigned, float* mean, float* total) {
   auto* sums = reinterpret_cast<float*>(shared_memory());  // [2 · experts + 1][kThreads]
   int rows = 2 * experts + 1;
   for (int row = 0; row < rows; ++row) sums[row * kThreads + threadIdx.x] = 0;
@@ -98,9 +97,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    route_backward(const float* grad_share, const float* grad_mean, const float* probability,
-                   const float* share, const float* weights, const float* total, int64_t count, int experts,
-                   float* grad_logits) {
+    route_backward(const float* grad_share, const float* grad_mean, const float* probability, const float* share,
+                   const float* weights, const float* total, int64_t count, int experts, float* grad_logits) {
   int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= count) return;
   float weight = (weights ? weights[item] : 1.0f) / (*total > kTiny ? *total : kTiny);
@@ -113,8 +111,8 @@ __global__ void __launch_bounds__(kThreads)
     along_mean += p[e] * grad_mean[e];
   }
   for (int e = 0; e < experts; ++e)
-    grad_logits[item * experts + e] = (s[e] != 0 ? s[e] * (grad[e] - along_share) : 0.0f) +
-                                      weight * p[e] * (grad_mean[e] - along_mean);
+    grad_logits[item * experts + e] =
+        (s[e] != 0 ? s[e] * (grad[e] - along_share) : 0.0f) + weight * p[e] * (grad_mean[e] - along_mean);
 }
 
 unsigned blocks_for(int64_t count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); }
@@ -124,24 +122,21 @@ unsigned blocks_for(int64_t count) { return static_cast<unsigned>((count + kThre
 
 using namespace crossan_fast;
 
-extern "C" int crossan_routing_forward(const float* logits, const uint8_t* present, const float* weights,
-                                       int64_t count, int experts, int top_k, float* probability,
-                                       float* share, float* assigned, float* mean, float* total,
-                                       void* stream) {
-  if (count < 0 || experts < 1 || experts > kCrossanMaxExperts || top_k < 0 || top_k > experts)
-    return kCrossanBadSize;
-  if (int error = launch(route, blocks_for(count), kThreads, 0, stream, 1, logits, present, count, experts,
-                         top_k, probability, share))
+extern "C" int crossan_routing_forward(const float* logits, const uint8_t* present, const float* weights, int64_t count,
+                                       int experts, int top_k, float* probability, float* share, float* assigned,
+                                       float* mean, float* total, void* stream) {
+  if (count < 0 || experts < 1 || experts > kCrossanMaxExperts || top_k < 0 || top_k > experts) return kCrossanBadSize;
+  if (int error = launch(route, blocks_for(count), kThreads, 0, stream, 1, logits, present, count, experts, top_k,
+                         probability, share))
     return error;
-  return launch(balance, 1, kThreads, (2 * experts + 1) * kThreads * sizeof(float), stream, 1, probability,
-                present, weights, count, experts, top_k ? top_k : 1, assigned, mean, total);
+  return launch(balance, 1, kThreads, (2 * experts + 1) * kThreads * sizeof(float), stream, 1, probability, present,
+                weights, count, experts, top_k ? top_k : 1, assigned, mean, total);
 }
 
-extern "C" int crossan_routing_backward(const float* grad_share, const float* grad_mean,
-                                        const float* probability, const float* share, const float* weights,
-                                        const float* total, int64_t count, int experts, float* grad_logits,
-                                        void* stream) {
+extern "C" int crossan_routing_backward(const float* grad_share, const float* grad_mean, const float* probability,
+                                        const float* share, const float* weights, const float* total, int64_t count,
+                                        int experts, float* grad_logits, void* stream) {
   if (count < 0 || experts < 1 || experts > kCrossanMaxExperts) return kCrossanBadSize;
-  return launch(route_backward, blocks_for(count), kThreads, 0, stream, 1, grad_share, grad_mean, probability,
-                share, weights, total, count, experts, grad_logits);
+  return launch(route_backward, blocks_for(count), kThreads, 0, stream, 1, grad_share, grad_mean, probability, share,
+                weights, total, count, experts, grad_logits);
 }

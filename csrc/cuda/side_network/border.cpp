@@ -1,6 +1,7 @@
 // Registers side_network's forward and backward with torch.
 
 #include "cuda/border.h"
+#include "side_network_schema.h"
 
 namespace crossan_fast::border {
 
@@ -11,10 +12,9 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-struct Structure {
-  std::vector<int64_t> widths, sources;  // sources: two a tower, −1 for none
-  std::string cross, activation;
-  double temperature;
+using side_network::Cross;
+
+struct Structure : side_network::Fields {
   at::ScalarType dtype;
   int64_t path, backward_items;
 };
@@ -33,67 +33,54 @@ struct Call {
   }
 };
 
+// The limits of interface.h.
 void check_structure(const Structure& s) {
-  auto modalities = static_cast<int64_t>(s.widths.size());
-  auto towers = static_cast<int64_t>(s.sources.size() / 2);
-  TORCH_CHECK_VALUE(modalities >= 1 && modalities <= kCrossanMaxModalities, "widths: expected 1 to ",
-                    int(kCrossanMaxModalities), " modalities, got ", modalities);
-  TORCH_CHECK_VALUE(s.sources.size() % 2 == 0 && towers >= modalities && towers <= kCrossanMaxTowers,
-                    "sources: expected two entries for each of ", modalities, " to ", int(kCrossanMaxTowers),
-                    " towers, got ", s.sources.size());
+  const size_t modalities = s.widths.size(), towers = s.towers.size();
+  TORCH_CHECK_VALUE(modalities <= kCrossanMaxModalities, "widths: expected 1 to ", int(kCrossanMaxModalities),
+                    " modalities, got ", modalities);
+  TORCH_CHECK_VALUE(towers <= kCrossanMaxTowers, "sources: expected ", modalities, " to ", int(kCrossanMaxTowers),
+                    " towers, got ", towers);
   for (int64_t width : s.widths)
-    TORCH_CHECK_VALUE(width >= 64 && width % 64 == 0 && width <= 1 << 16,
-                      "widths: expected multiples of 64, got ", width);
-  for (int64_t t = 0; t < towers; ++t) {
-    int64_t a = s.sources[2 * t], b = s.sources[2 * t + 1];
-    bool own = t < modalities;
-    TORCH_CHECK_VALUE(a >= 0 && a < modalities && b < modalities && (own ? a == t && b < 0 : b >= 0),
-                      "sources: tower ", t, " cannot have sources (", a, ", ", b, ")");
-    TORCH_CHECK_VALUE(own || s.widths[a] == s.widths[b], "widths: expected equal widths for the pair (", a, ", ",
-                      b, "), got ", s.widths[a], " and ", s.widths[b]);
-  }
-  TORCH_CHECK_VALUE(s.cross == "backbone" || s.cross == "none", "cross: expected backbone or none, got ",
-                    s.cross);
-  if (s.cross == "backbone") {
+    TORCH_CHECK_VALUE(width % 64 == 0 && width <= 1 << 16, "widths: expected multiples of 64, got ", width);
+  for (const auto& [a, b] : s.towers)
+    TORCH_CHECK_VALUE(b < 0 || s.widths[a] == s.widths[b], "widths: expected equal widths for the pair (", a, ", ", b,
+                      "), got ", s.widths);
+  TORCH_CHECK_VALUE(s.cross != Cross::side, "cross: expected backbone or none, got side");
+  if (s.cross == Cross::backbone) {
     TORCH_CHECK_VALUE(modalities <= kCrossanMaxSources, "widths: expected at most ", int(kCrossanMaxSources),
                       " modalities with cross gates, got ", modalities);
     for (int64_t width : s.widths)
       TORCH_CHECK_VALUE(width == s.widths[0], "widths: expected equal widths with cross gates, got ", s.widths);
   }
-  TORCH_CHECK_VALUE(s.activation == "gelu" || s.activation == "relu", "activation: expected gelu or relu, got ",
-                    s.activation);
-  TORCH_CHECK_VALUE(s.temperature > 0, "temperature: expected a positive number, got ", s.temperature);
   TORCH_CHECK_TYPE(s.dtype == at::kHalf || s.dtype == at::kBFloat16, "dtype: expected float16 or bfloat16, got ",
                    s.dtype);
   TORCH_CHECK_VALUE(s.path >= kCrossanPathAuto && s.path <= kCrossanPathHopper,
                     "path: expected 0 (auto), 1 (mma) or 2 (Hopper), got ", s.path);
-  TORCH_CHECK_VALUE(s.backward_items >= 0, "backward_items: expected 0 (its choice) or more, got ",
-                    s.backward_items);
+  TORCH_CHECK_VALUE(s.backward_items >= 0, "backward_items: expected 0 (its choice) or more, got ", s.backward_items);
 }
 
 void add_weights(Call& call, const Structure& s, at::TensorList flat, const at::Device& device) {
   CrossanSideNetwork& n = call.network;
   size_t towers = n.towers, modalities = n.modalities;
-  size_t crosses = s.cross == "backbone" ? modalities * (modalities - 1) : 0;
-  TORCH_CHECK_VALUE(flat.size() == 5 * towers + crosses, "weights: expected ", 5 * towers + crosses,
-                    " tensors, got ", flat.size());
+  size_t crosses = s.cross == Cross::backbone ? modalities * (modalities - 1) : 0;
+  TORCH_CHECK_VALUE(flat.size() == 5 * towers + crosses, "weights: expected ", 5 * towers + crosses, " tensors, got ",
+                    flat.size());
   const Tensor& down = flat[0];
   TORCH_CHECK_VALUE(down.dim() == 3, "weights[0]: expected shape [levels, rank, width], got ", down.sizes());
   int64_t levels = down.size(0), rank = down.size(1);
-  TORCH_CHECK_VALUE(levels >= 1 && levels <= kCrossanMaxLevels, "weights[0]: expected 1 to ",
-                    int(kCrossanMaxLevels), " levels, got ", levels);
+  TORCH_CHECK_VALUE(levels >= 1 && levels <= kCrossanMaxLevels, "weights[0]: expected 1 to ", int(kCrossanMaxLevels),
+                    " levels, got ", levels);
   TORCH_CHECK_VALUE(rank >= 8 && rank <= 64 && rank % 8 == 0,
                     "weights[0]: expected a rank that is a multiple of 8 up to 64, got ", rank);
   at::ScalarType type = down.scalar_type();
   n.levels = static_cast<int>(levels), n.rank = static_cast<int>(rank), n.weight_kind = kind_of(type);
-  TORCH_CHECK_TYPE(n.weight_kind >= 0 && n.weight_kind <= 2,
-                   "weights[0]: expected float32, float16 or bfloat16, got ", type);
+  TORCH_CHECK_TYPE(n.weight_kind >= 0 && n.weight_kind <= 2, "weights[0]: expected float32, float16 or bfloat16, got ",
+                   type);
   for (size_t i = 0; i < flat.size(); ++i) {
     int64_t width = i < 5 * towers ? call.tower_widths[i % towers] : 0;
     const std::vector<int64_t> shapes[] = {{levels, rank, width}, {levels, rank}, {levels, width, rank},
                                            {levels, width},       {levels},       {levels}};
-    check_tensor(item("weights", i), flat[i],
-                 shapes[i < 5 * towers ? i / towers : 5], type, device);
+    check_tensor(item("weights", i), flat[i], shapes[i < 5 * towers ? i / towers : 5], type, device);
   }
   for (size_t t = 0; t < towers; ++t) {
     n.down_weight[t] = call.keep(flat[t]), n.down_bias[t] = call.keep(flat[towers + t]);
@@ -106,25 +93,23 @@ void add_weights(Call& call, const Structure& s, at::TensorList flat, const at::
 }
 
 // States that the kernels cannot read by id (fp32, or not on 16 bytes) become a dense 16-bit copy.
-void add_states(Call& call, const Structure& s, at::TensorList states, at::TensorList scales,
-                const OptionalTensor& ids, const OptionalTensor& present, const at::Device& device) {
+void add_states(Call& call, const Structure& s, at::TensorList states, at::TensorList scales, const OptionalTensor& ids,
+                const OptionalTensor& present, const at::Device& device) {
   CrossanSideNetwork& n = call.network;
   TORCH_CHECK_VALUE(static_cast<int>(states.size()) == n.modalities, "states: expected ", n.modalities,
                     " tensors, got ", states.size());
-  TORCH_CHECK_VALUE(scales.empty() || scales.size() == states.size(), "scales: expected none or ",
-                    states.size(), " tensors, got ", scales.size());
+  TORCH_CHECK_VALUE(scales.empty() || scales.size() == states.size(), "scales: expected none or ", states.size(),
+                    " tensors, got ", scales.size());
   int64_t rows = states[0].dim() == 3 ? states[0].size(0) : 0;
   bool direct = true;
   for (size_t m = 0; m < states.size(); ++m) {
     std::string name = item("states", m);
     at::ScalarType type = states[m].scalar_type();
-    TORCH_CHECK_TYPE(kind_of(type) >= 0, name,
-                     ": expected float32, float16, bfloat16, float8_e4m3fn or int8, got ", type);
+    TORCH_CHECK_TYPE(kind_of(type) >= 0, name, ": expected float32, float16, bfloat16, float8_e4m3fn or int8, got ",
+                     type);
     check_tensor(name, states[m], {rows, n.levels, s.widths[m]}, type, device);
     TORCH_CHECK_VALUE(!scales.empty() || kind_of(type) <= 2, name, ": ", type, " needs scales");
-    if (!scales.empty())
-      check_tensor(item("scales", m), scales[m], {rows, n.levels}, at::kFloat,
-                   device);
+    if (!scales.empty()) check_tensor(item("scales", m), scales[m], {rows, n.levels}, at::kFloat, device);
     direct = direct && type != at::kFloat && reinterpret_cast<uintptr_t>(states[m].const_data_ptr()) % 16 == 0;
   }
   n.items = rows;
@@ -159,17 +144,18 @@ Call prepare_call(at::TensorList states, at::TensorList scales, const OptionalTe
   at::Device device = weights[0].device();
   Call call;
   CrossanSideNetwork& n = call.network;
-  n.modalities = static_cast<int>(s.widths.size()), n.towers = static_cast<int>(s.sources.size() / 2);
-  n.relu = s.activation == "relu", n.temperature = static_cast<float>(s.temperature);
+  n.modalities = static_cast<int>(s.widths.size()), n.towers = static_cast<int>(s.towers.size());
+  n.relu = s.relu, n.temperature = static_cast<float>(s.temperature);
   n.compute_kind = kind_of(s.dtype), n.path = static_cast<int>(s.path);
   n.backward_items = s.backward_items;
   for (int t = 0; t < n.towers; ++t) {
-    auto a = static_cast<int>(s.sources[2 * t]), b = static_cast<int>(s.sources[2 * t + 1]);
+    const auto [a, b] = s.towers[t];
     call.tower_widths.push_back(s.widths[a]);
     n.sources[t][n.source_counts[t]++] = a;
     n.is_pair[t] = b >= 0;
-    if (b >= 0) n.sources[t][n.source_counts[t]++] = b;
-    else if (s.cross == "backbone")
+    if (b >= 0)
+      n.sources[t][n.source_counts[t]++] = b;
+    else if (s.cross == Cross::backbone)
       for (int m = 0; m < n.modalities; ++m)
         if (m != a) n.sources[t][n.source_counts[t]++] = m;
   }
@@ -187,17 +173,15 @@ Tensor workspace_for(const Call& call, bool backward) {
 Tensors side_network_forward(at::TensorList states, at::TensorList scales, const OptionalTensor& ids,
                              const OptionalTensor& present, at::TensorList weights, at::IntArrayRef widths,
                              at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                             double temperature, at::ScalarType dtype, int64_t path,
-                             int64_t backward_items) {
+                             double temperature, at::ScalarType dtype, int64_t path, int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
-  Call call = prepare_call(states, scales, ids, present, weights,
-                           {widths.vec(), sources.vec(), std::string(cross), std::string(activation),
-                            temperature, dtype, path, backward_items});
+  Call call = prepare_call(
+      states, scales, ids, present, weights,
+      {side_network::read_fields(widths, sources, cross, activation, temperature), dtype, path, backward_items});
   CrossanSideNetwork& n = call.network;
   Tensors results;
-  for (int64_t width : call.tower_widths)
-    results.push_back(at::empty({n.items, width}, call.options.dtype(dtype)));
+  for (int64_t width : call.tower_widths) results.push_back(at::empty({n.items, width}, call.options.dtype(dtype)));
   for (int t = 0; t < n.towers; ++t)
     results.push_back(at::empty({n.items, n.levels, n.rank}, call.options.dtype(dtype)));
   for (int t = 0; t < n.towers; ++t) {
@@ -205,8 +189,7 @@ Tensors side_network_forward(at::TensorList states, at::TensorList scales, const
     n.saved[t] = results[n.towers + t].mutable_data_ptr();
   }
   Tensor workspace = workspace_for(call, false);
-  check_code(crossan_side_network_forward(&n, workspace.mutable_data_ptr(), current_stream(workspace)),
-             "side_network");
+  check_code(crossan_side_network_forward(&n, workspace.mutable_data_ptr(), current_stream(workspace)), "side_network");
   return results;
 }
 
@@ -217,9 +200,9 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
                               at::ScalarType dtype, int64_t path, int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
-  Call call = prepare_call(states, scales, ids, present, weights,
-                           {widths.vec(), sources.vec(), std::string(cross), std::string(activation),
-                            temperature, dtype, path, backward_items});
+  Call call = prepare_call(
+      states, scales, ids, present, weights,
+      {side_network::read_fields(widths, sources, cross, activation, temperature), dtype, path, backward_items});
   CrossanSideNetwork& n = call.network;
   auto towers = static_cast<size_t>(n.towers);
   TORCH_CHECK_VALUE(grad_outputs.size() == towers, "grad_outputs: expected ", towers, " tensors, got ",
@@ -228,8 +211,7 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
   at::Device device = weights[0].device();
   for (size_t t = 0; t < towers; ++t) {
     std::string index = "[" + std::to_string(t) + "]";
-    check_tensor(("grad_outputs" + index).c_str(), grad_outputs[t], {n.items, call.tower_widths[t]}, dtype,
-                 device);
+    check_tensor(("grad_outputs" + index).c_str(), grad_outputs[t], {n.items, call.tower_widths[t]}, dtype, device);
     check_tensor(("saved" + index).c_str(), saved[t], {n.items, n.levels, n.rank}, dtype, device);
     n.grad_outputs[t] = call.keep(grad_outputs[t]);
     n.saved[t] = const_cast<void*>(call.keep(saved[t]));
@@ -255,7 +237,7 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
 }  // namespace crossan_fast::border
 
 CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
-#define CROSSAN_STATIC                                                                                 \
+#define CROSSAN_STATIC                                                                                        \
   "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, int path=0, " \
   "int backward_items=0"
   library.def(
@@ -266,8 +248,8 @@ CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
       "Tensor? ids, Tensor? present, Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");
 #undef CROSSAN_STATIC
   library.def("side_network_widest(int levels) -> int", [](int64_t levels) {
-    TORCH_CHECK_VALUE(levels >= 1 && levels <= kCrossanMaxLevels, "levels: expected 1 to ",
-                      int(kCrossanMaxLevels), ", got ", levels);
+    TORCH_CHECK_VALUE(levels >= 1 && levels <= kCrossanMaxLevels, "levels: expected 1 to ", int(kCrossanMaxLevels),
+                      ", got ", levels);
     return int64_t{crossan_side_network_widest(static_cast<int>(levels))};
   });
 }

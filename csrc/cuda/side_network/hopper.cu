@@ -97,8 +97,8 @@ struct WgmmaEngine {
 };
 
 // One thread copies every tile of every tower that the cluster works on, as fast as stages become empty.
-[[maybe_unused]] __device__ __forceinline__ void produce(const Ring& ring, const unsigned char* weights,
-                                                         int tiles, unsigned rank, int* fetched) {
+[[maybe_unused]] __device__ __forceinline__ void produce(const Ring& ring, const unsigned char* weights, int tiles,
+                                                         unsigned rank, int* fetched) {
   constexpr int kPart = kTileBytes / kCluster;
   for (int tile = 0; tile < tiles; ++tile, ++*fetched) {
     int stage = *fetched % kStages, round = *fetched / kStages;

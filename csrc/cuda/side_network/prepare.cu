@@ -10,15 +10,15 @@ constexpr int kThreads = 256, kCheckedItems = 2048;
 
 // Tile `tile` of a level, element [row, column]. First product of the forward: W_down [r, D]; second:
 // W_up [D, r]; of the backward: W_upᵀ and W_downᵀ.
-__device__ __forceinline__ float tile_element(const Prepare& p, int tower, int level, int tile, bool backward,
-                                              int row, int column) {
+__device__ __forceinline__ float tile_element(const Prepare& p, int tower, int level, int tile, bool backward, int row,
+                                              int column) {
   int width = p.width[tower], tiles = width / kTile;
   bool second = tile >= tiles;
   int wide = tile % tiles * kTile + (second ? row : column), rank = second ? column : row;
   if (rank >= p.rank) return 0;
   bool down = second == backward;
-  int64_t index = down ? (int64_t(level) * p.rank + rank) * width + wide
-                       : (int64_t(level) * width + wide) * p.rank + rank;
+  int64_t index =
+      down ? (int64_t(level) * p.rank + rank) * width + wide : (int64_t(level) * width + wide) * p.rank + rank;
   return load_element(down ? p.down_weight[tower] : p.up_weight[tower], index, p.weight_kind);
 }
 
@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads) pack_tiles(const __grid_constant__ P
     int row = vector / 8, chunk = vector % 8;
     float values[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      values[i] = tile_element(p, tower, level, tile, backward, row, chunk * 8 + i);
+    for (int i = 0; i < 8; ++i) values[i] = tile_element(p, tower, level, tile, backward, row, chunk * 8 + i);
     store16(target + swizzled(row, chunk), pack8<T>(values));
   }
 }
@@ -57,8 +56,7 @@ __global__ void __launch_bounds__(kThreads) pack_scalars(const __grid_constant__
   int width = p.width[tower];
   for (int i = threadIdx.x; i < p.levels * kRank; i += kThreads) {
     int level = i / kRank, r = i % kRank;
-    p.down_biases[tower][i] =
-        r < p.rank ? load_element(p.down_bias[tower], level * p.rank + r, p.weight_kind) : 0.0f;
+    p.down_biases[tower][i] = r < p.rank ? load_element(p.down_bias[tower], level * p.rank + r, p.weight_kind) : 0.0f;
   }
   for (int i = threadIdx.x; i < p.levels * width; i += kThreads)
     p.up_biases[tower][i] = load_element(p.up_bias[tower], i, p.weight_kind);
@@ -70,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) pack_scalars(const __grid_constant__
   coefficients[1] = mu;
   for (int s = 1; s < kMaxSources; ++s) {
     float value = 0;
-    if (p.is_pair[tower]) value = s == 1 ? 1.0f - mu : 0.0f;
+    if (p.is_pair[tower])
+      value = s == 1 ? 1.0f - mu : 0.0f;
     else if (s < p.source_count[tower])
       value = tanhf(load_element(p.cross_gate[tower][s - 1], level, p.weight_kind));
     coefficients[1 + s] = value;

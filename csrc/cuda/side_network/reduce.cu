@@ -36,16 +36,14 @@ __global__ void __launch_bounds__(kThreads) reduce(const __grid_constant__ Reduc
   };
   if (index < p.levels) gate_gradients(p, tower, static_cast<int>(index));
   if (index < p.levels * kRank && index % kRank < p.rank)
-    store_element(p.down_bias[tower], index / kRank * p.rank + index % kRank, p.weight_kind,
-                  total(2 * matrix + index));
+    store_element(p.down_bias[tower], index / kRank * p.rank + index % kRank, p.weight_kind, total(2 * matrix + index));
   if (index < p.levels * width)
     store_element(p.up_bias[tower], index, p.weight_kind, total(2 * matrix + p.levels * kRank + index));
   if (index < matrix) {
     int64_t column = index % width, row = index / width % kRank, level = index / width / kRank;
     if (row >= p.rank) return;
     store_element(p.down_weight[tower], (level * p.rank + row) * width + column, p.weight_kind, total(index));
-    store_element(p.up_weight[tower], (level * width + column) * p.rank + row, p.weight_kind,
-                  total(matrix + index));
+    store_element(p.up_weight[tower], (level * width + column) * p.rank + row, p.weight_kind, total(matrix + index));
   }
 }
 

@@ -20,10 +20,10 @@
 
 namespace crossan_fast {
 
-constexpr int kRank = 64;                    // smaller ranks are padded with zeros, which changes nothing
-constexpr int kTile = 64;                    // weights travel as 64 × 64 tiles
+constexpr int kRank = 64;  // smaller ranks are padded with zeros, which changes nothing
+constexpr int kTile = 64;  // weights travel as 64 × 64 tiles
 constexpr int kTileBytes = kTile * kTile * 2;
-constexpr int kGroupItems = 32;              // items of a group of 128 threads
+constexpr int kGroupItems = 32;                 // items of a group of 128 threads
 constexpr int kPanelBytes = kGroupItems * 128;  // 32 items × 64 columns
 constexpr int kMaxModalities = 8, kMaxTowers = 16, kMaxSources = 4, kMaxLevels = 8;
 constexpr int kCoefficients = 1 + kMaxSources;
@@ -41,14 +41,14 @@ struct Tower {
   int source_count;
   int owners;  // the first sources, of which one must be present for the tower to exist
   int width;
-  const unsigned char* weights;  // tiles in the order of the walk (packed)
-  const float* down_bias;        // [levels, 64]
-  const float* up_bias;          // [levels, width]
-  const float* coefficients;     // [levels, kCoefficients]
-  const unsigned char* grad;     // backward: g [items, width]
-  unsigned char* output;         // forward: h [items, width]
-  unsigned char* saved;          // z [items, levels, rank]
-  unsigned char* activated;      // backward: act(z) [items, levels, 64]
+  const unsigned char* weights;    // tiles in the order of the walk (packed)
+  const float* down_bias;          // [levels, 64]
+  const float* up_bias;            // [levels, width]
+  const float* coefficients;       // [levels, kCoefficients]
+  const unsigned char* grad;       // backward: g [items, width]
+  unsigned char* output;           // forward: h [items, width]
+  unsigned char* saved;            // z [items, levels, rank]
+  unsigned char* activated;        // backward: act(z) [items, levels, 64]
   unsigned char* bottleneck_grad;  // backward: dz [items, levels, 64]
 };
 
@@ -74,8 +74,10 @@ __device__ __forceinline__ Item find_item(const Walk& walk, const Tower& tower, 
     int modality = tower.sources[s].modality;
     if (walk.present == nullptr || walk.present[index * walk.modalities + modality]) item.flags |= 1u << s;
   }
-  if (item.flags & ((1u << tower.owners) - 1)) item.flags |= kExists;
-  else item.flags = 0;
+  if (item.flags & ((1u << tower.owners) - 1))
+    item.flags |= kExists;
+  else
+    item.flags = 0;
   return item;
 }
 

@@ -12,8 +12,8 @@ struct MmaEngine {
   unsigned char* ring;           // [kStages] tiles
   const unsigned char* weights;  // the next tile to fetch
   int fetched = 0, tiles, used = 0;
-  int rows, columns;             // of the 32 × 64 product: the warp's 16 items and 32 columns
-  float acc[16] = {};            // of the j-th 8 columns: row lane / 4 in acc[4·j + {0, 1}], row + 8 in {2, 3}
+  int rows, columns;   // of the 32 × 64 product: the warp's 16 items and 32 columns
+  float acc[16] = {};  // of the j-th 8 columns: row lane / 4 in acc[4·j + {0, 1}], row + 8 in {2, 3}
 
   __device__ MmaEngine(unsigned char* ring, const Tower& tower, int tiles)
       : ring(ring), weights(tower.weights), tiles(tiles) {
@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(128 * kGroups, 1) walk_kernel(const __grid_con
   int group = threadIdx.x / 128;
   MmaEngine<T> engine(shared, tower, walk_tiles(walk.levels, tower.width, kBackward));
   GroupMemory memory = group_memory(shared + kStages * kTileBytes, walk.max_width, group);
-  walk_tower<T, MmaEngine<T>, kBackward>(walk, tower, engine, memory, threadIdx.x % 128,
-                                         first + group * kGroupItems);
+  walk_tower<T, MmaEngine<T>, kBackward>(walk, tower, engine, memory, threadIdx.x % 128, first + group * kGroupItems);
 }
 
 template <class T, bool kBackward>
@@ -117,9 +116,7 @@ int launch_groups(const Walk& walk, int groups, size_t shared, void* stream) {
 
 }  // namespace
 
-size_t walk_shared(int max_width, int groups) {
-  return kStages * kTileBytes + groups * group_bytes(max_width);
-}
+size_t walk_shared(int max_width, int groups) { return kStages * kTileBytes + groups * group_bytes(max_width); }
 
 int launch_walk(const Walk& walk, int kind, bool backward, int groups, size_t shared, void* stream) {
   if (kind == kBFloat16)

@@ -42,8 +42,8 @@ struct Position {
 struct StateLoads {
   Raw8 raw[kMaxSources][2];
 
-  __device__ __forceinline__ void start(const Tower& tower, int levels, const Item (&items)[2], int level,
-                                        int panel, int chunk) {
+  __device__ __forceinline__ void start(const Tower& tower, int levels, const Item (&items)[2], int level, int panel,
+                                        int chunk) {
 #pragma unroll
     for (int s = 0; s < kMaxSources; ++s) {
 #pragma unroll

@@ -9,18 +9,23 @@ namespace crossan_fast {
 namespace {
 
 constexpr int kThreads = 256, kItems = 64;
-constexpr int kSlice = kGradientColumns * 128;    // bytes: 32 rows of W_up, or of W_downᵀ, of one level
-constexpr int kItemTile = kItems * 128;           // bytes: 64 items × 64, act(z) or dz
+constexpr int kSlice = kGradientColumns * 128;  // bytes: 32 rows of W_up, or of W_downᵀ, of one level
+constexpr int kItemTile = kItems * 128;         // bytes: 64 items × 64, act(z) or dz
 constexpr int kFactorTile = kItems * kGradientColumns * 2;
 
 // Offsets into shared memory.
 struct Layout {
   int up, down, tiles, factors, log, coefficient_sums, up_bias_sums, down_bias_sums, total;
   __host__ __device__ constexpr explicit Layout(int levels)
-      : up(0), down(up + levels * kSlice), tiles(down + levels * kSlice), factors(tiles + 4 * kItemTile),
-        log(factors + 2 * kFactorTile), coefficient_sums(log + levels * kThreads * 16),
+      : up(0),
+        down(up + levels * kSlice),
+        tiles(down + levels * kSlice),
+        factors(tiles + 4 * kItemTile),
+        log(factors + 2 * kFactorTile),
+        coefficient_sums(log + levels * kThreads * 16),
         up_bias_sums(coefficient_sums + levels * kCoefficients * 64 * 4),
-        down_bias_sums(up_bias_sums + levels * 8 * 16 * 4), total(down_bias_sums + levels * kThreads * 4) {}
+        down_bias_sums(up_bias_sums + levels * 8 * 16 * 4),
+        total(down_bias_sums + levels * kThreads * 4) {}
 };
 
 // A warp holds 16 items × 16 columns as two 16 × 8 accumulators: value[4·j + 2·half + e] is item
@@ -40,9 +45,16 @@ struct Block {
   float sum_up[kMaxLevels][8] = {}, sum_down[kMaxLevels][8] = {};
 
   __device__ Block(const WeightGradient& p, const Tower& tower, unsigned char* shared, int chunk)
-      : p(p), tower(tower), shared(shared), at(p.walk.levels), lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32), item_row(warp % 4 * 16), column_half(warp / 4 * 16),
-        first_column(chunk * kGradientColumns + column_half + lane % 4 * 4), first_item(0) {}
+      : p(p),
+        tower(tower),
+        shared(shared),
+        at(p.walk.levels),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        item_row(warp % 4 * 16),
+        column_half(warp / 4 * 16),
+        first_column(chunk * kGradientColumns + column_half + lane % 4 * 4),
+        first_item(0) {}
 
   __device__ __forceinline__ void load_weights(int tower_index, int chunk) {
     int tiles = tower.width / kTile, levels = p.walk.levels;
@@ -76,13 +88,9 @@ struct Block {
     }
     copy_async_commit();
   }
-  __device__ __forceinline__ unsigned char* activated(int step) {
-    return shared + at.tiles + step % 2 * 2 * kItemTile;
-  }
+  __device__ __forceinline__ unsigned char* activated(int step) { return shared + at.tiles + step % 2 * 2 * kItemTile; }
   __device__ __forceinline__ unsigned char* bottleneck_grad(int step) { return activated(step) + kItemTile; }
-  __device__ __forceinline__ unsigned char* factor(int step) {
-    return shared + at.factors + step % 2 * kFactorTile;
-  }
+  __device__ __forceinline__ unsigned char* factor(int step) { return shared + at.factors + step % 2 * kFactorTile; }
 
   // value [16 items, 16 columns] as a factor of the weight gradients, for every warp to read.
   __device__ __forceinline__ void publish(const float (&value)[8], int step) {
@@ -101,15 +109,13 @@ struct Block {
   }
 
   // sums[level] [64, 32] += tile [items, 64]ᵀ · factor [items, 32]; the warp's part: 16 rows, 16 columns.
-  __device__ __forceinline__ void outer(float (&sums)[kMaxLevels][8], int level, const unsigned char* tile,
-                                        int step) {
+  __device__ __forceinline__ void outer(float (&sums)[kMaxLevels][8], int level, const unsigned char* tile, int step) {
     float sum[8] = {};
 #pragma unroll
     for (int k = 0; k < kItems; k += 16) {
       uint32_t a[4], b[4];
       ldmatrix_x4_trans(a, tile + swizzled(k + lane / 16 * 8 + lane % 8, item_row / 8 + lane / 8 % 2));
-      ldmatrix_x4_trans(b, factor(step) + swizzled_half(k + lane / 8 % 2 * 8 + lane % 8,
-                                                        column_half / 8 + lane / 16));
+      ldmatrix_x4_trans(b, factor(step) + swizzled_half(k + lane / 8 % 2 * 8 + lane % 8, column_half / 8 + lane / 16));
       mma_16x8x16<T>(sum, a, b[0], b[1]);
       mma_16x8x16<T>(sum + 4, a, b[2], b[3]);
     }
@@ -123,8 +129,7 @@ struct Block {
   }
 
   // value += tile [items, 64] · slice [32 columns, 64]ᵀ; the warp's part: its items, its columns.
-  __device__ __forceinline__ void inner(float (&value)[8], const unsigned char* tile,
-                                        const unsigned char* slice) {
+  __device__ __forceinline__ void inner(float (&value)[8], const unsigned char* tile, const unsigned char* slice) {
 #pragma unroll
     for (int k = 0; k < kRank / 16; ++k) {
       uint32_t a[4], b[4];
@@ -203,8 +208,7 @@ struct Loads {
   uint32_t raw[kMaxSources][2][2];
   float scale[kMaxSources][2];
 
-  __device__ __forceinline__ void start(const Tower& tower, int levels, const Item (&items)[2], int level,
-                                        int column) {
+  __device__ __forceinline__ void start(const Tower& tower, int levels, const Item (&items)[2], int level, int column) {
 #pragma unroll
     for (int s = 0; s < kMaxSources; ++s) {
 #pragma unroll
@@ -214,8 +218,8 @@ struct Loads {
         if (s >= tower.source_count || !(items[half].flags >> s & 1)) continue;
         const Source& source = tower.sources[s];
         int64_t line = items[half].row * levels + level;
-        auto* from = reinterpret_cast<const uint32_t*>(
-            source.states + (line * tower.width + column) * element_size(source.kind));
+        auto* from = reinterpret_cast<const uint32_t*>(source.states +
+                                                       (line * tower.width + column) * element_size(source.kind));
         raw[s][half][0] = from[0];
         if (source.kind <= kBFloat16) raw[s][half][1] = from[1];
         if (source.scales) scale[s][half] = source.scales[line];
@@ -248,8 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1) weight_gradient(const __grid_cons
     block.first_item = item_block * kItems;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      block.items[half] =
-          find_item(p.walk, tower, block.first_item + block.item_row + block.lane / 4 + 8 * half);
+      block.items[half] = find_item(p.walk, tower, block.first_item + block.item_row + block.lane / 4 + 8 * half);
     __syncthreads();  // nobody reads the last block's tiles any more
     block.fetch(0);
     float value[8];
@@ -356,8 +359,8 @@ __global__ void __launch_bounds__(kThreads, 1) weight_gradient(const __grid_cons
     }
   }
   const auto* sums = reinterpret_cast<const float*>(shared + at.coefficient_sums);
-  float* target = p.coefficient_partial[tower_index] +
-                  (split * (tower.width / kGradientColumns) + chunk) * levels * kCoefficients;
+  float* target =
+      p.coefficient_partial[tower_index] + (split * (tower.width / kGradientColumns) + chunk) * levels * kCoefficients;
   for (int i = threadIdx.x; i < levels * kCoefficients; i += kThreads) {
     float sum = 0;
     for (int slot = 0; slot < 64; ++slot) sum += sums[i * 64 + slot];

@@ -16,8 +16,12 @@ constexpr int kFactorTile = kItems * kGradientColumns * 2;
 struct Layout {
   int up, down, tiles, factors, logs, coefficient_sums, up_bias_sums, down_bias_sums, total;
   __host__ __device__ constexpr explicit Layout(int levels)
-      : up(0), down(up + levels * kSlice), tiles(down + levels * kSlice), factors(tiles + 8 * kItemTile),
-        logs(factors + 4 * kFactorTile), coefficient_sums(logs + 2 * levels * kGroupThreads * 32),
+      : up(0),
+        down(up + levels * kSlice),
+        tiles(down + levels * kSlice),
+        factors(tiles + 8 * kItemTile),
+        logs(factors + 4 * kFactorTile),
+        coefficient_sums(logs + 2 * levels * kGroupThreads * 32),
         up_bias_sums(coefficient_sums + levels * kCoefficients * 32 * 4),
         down_bias_sums(up_bias_sums + levels * 4 * kGradientColumns * 4),
         total(down_bias_sums + levels * kGroupThreads * 4) {}
@@ -40,8 +44,14 @@ struct Direction {
   float sums[kMaxLevels][16] = {};
 
   __device__ Direction(const WeightGradient& p, const Tower& tower, unsigned char* shared, int chunk)
-      : p(p), tower(tower), shared(shared), at(p.walk.levels), group(threadIdx.x / kGroupThreads),
-        thread(threadIdx.x % kGroupThreads), lane(threadIdx.x % 32), warp(thread / 32),
+      : p(p),
+        tower(tower),
+        shared(shared),
+        at(p.walk.levels),
+        group(threadIdx.x / kGroupThreads),
+        thread(threadIdx.x % kGroupThreads),
+        lane(threadIdx.x % 32),
+        warp(thread / 32),
         first_column(chunk * kGradientColumns + lane % 4 * 8) {}
 
   // act(z) in the first tile of a stage, dz in the second.
@@ -186,8 +196,7 @@ struct Direction {
     }
   }
 
-  __device__ __forceinline__ const unsigned char* state_of(const Source& source, const Item& item,
-                                                           int level) const {
+  __device__ __forceinline__ const unsigned char* state_of(const Source& source, const Item& item, int level) const {
     int64_t element = (item.row * p.walk.levels + level) * tower.width + first_column;
     return source.states + element * element_size(source.kind);
   }
@@ -257,8 +266,8 @@ struct Direction {
 };
 
 // The 32 columns' rows of W_up and of W_downᵀ, in the order in which the matrix unit holds them.
-__device__ __forceinline__ void load_slices(const WeightGradient& p, int tower_index, int chunk,
-                                            unsigned char* shared, const Layout& at) {
+__device__ __forceinline__ void load_slices(const WeightGradient& p, int tower_index, int chunk, unsigned char* shared,
+                                            const Layout& at) {
   const Tower& tower = p.walk.towers[tower_index];
   const int tiles = tower.width / kTile, levels = p.walk.levels;
   for (int i = threadIdx.x; i < levels * kGradientColumns * 8; i += kThreads) {
@@ -269,8 +278,7 @@ __device__ __forceinline__ void load_slices(const WeightGradient& p, int tower_i
     int to = level * kSlice + swizzled(row, part);
     copy_async_16(shared + at.up + to, tower.weights + (int64_t(level) * 2 * tiles + tile) * kTileBytes + from);
     copy_async_16(shared + at.down + to,
-                  p.backward_tiles[tower_index] +
-                      (int64_t(levels - 1 - level) * 2 * tiles + tile) * kTileBytes + from);
+                  p.backward_tiles[tower_index] + (int64_t(levels - 1 - level) * 2 * tiles + tile) * kTileBytes + from);
   }
   copy_async_commit();
 }

@@ -1,0 +1,61 @@
+"""side_network: modalities of any width, pair towers, each cross, any stored type, ids, presence."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from calls import FLOATS, STORED, numbers, strided, values
+from crossan_fast.ops import SideNetworkStructure
+
+
+def draw():
+    modalities = random.randint(1, 3)
+    widths = tuple(random.choice([1, 3, 16, 33, 70]) for _ in range(modalities))
+    sources: tuple[tuple[int, ...], ...] = tuple((m,) for m in range(modalities))
+    if modalities > 1 and random.random() < 0.5:
+        sources += ((0, 1), (1, 0))
+    cross = random.choice(["none", "backbone", "side"])
+    structure = SideNetworkStructure(widths, sources, cross, random.choice(["gelu", "relu"]))
+    rows, levels, rank = random.randint(0, 9), random.randint(1, 3), random.choice([1, 5, 16, 64])
+    weights = [values(*shape, dtype=random.choice(FLOATS)) for shape in _shapes(structure, levels, rank)]
+    if random.random() < 0.05:
+        weights[random.randrange(len(weights))] = values(2, 2)
+    states = [values(rows, levels, d).to(random.choice(STORED)) for d in widths]
+    quantized = any(state.dtype in STORED[-2:] for state in states)
+    scales = [torch.rand(rows, levels) for _ in widths] if quantized or random.random() < 0.5 else []
+    ids = numbers(0, rows, random.randint(0, 150)) if random.random() < 0.7 else None
+    count = rows if ids is None else len(ids)
+    present = torch.rand(count, modalities) > 0.3 if random.random() < 0.5 else None
+    return states, scales, ids, present, weights, *structure.static, random.choice(FLOATS)
+
+
+def follow(library, arguments, results):
+    states, _, ids, _, weights, *static, dtype = arguments
+    structure = SideNetworkStructure.from_static(*static)
+    count, towers = len(states[0]) if ids is None else len(ids), structure.tower_widths
+    levels, rank, _ = weights[0].shape
+    shapes = [(count, d) for d in towers] + [(count, levels, rank)] * len(towers)
+    assert [tuple(o.shape) for o in results] == shapes
+    grads = [values(count, d, dtype=dtype) for d in towers]
+    saved = [strided(z) for z in results[len(towers) :]]
+    back = library.side_network_backward(grads, saved, *arguments)
+    assert [g.shape for g in back] == [w.shape for w in weights]
+
+
+def _shapes(structure, levels, rank):
+    """In the order of `SideNetworkWeights.flatten`."""
+    towers, widths = structure.tower_widths, structure.widths
+    wide = [max(widths[m] for m in structure.sources[t]) for t in structure.narrowed_towers]
+    narrow = [towers[t] for t in structure.narrowed_towers]
+    shapes = [(levels, rank, d) for d in towers] + [(levels, rank) for _ in towers]
+    shapes += [(levels, d, rank) for d in towers] + [(levels, d) for d in towers]
+    shapes += [(levels,)] * (len(towers) + len(structure.cross_pairs))
+    shapes += [(rank, widths[n]) for _, n in structure.projected_pairs]
+    shapes += [(widths[m], rank) for m, _ in structure.projected_pairs]
+    return [
+        *shapes,
+        *((levels, d, e) for d, e in zip(narrow, wide, strict=True)),
+        *((levels, d) for d in narrow),
+    ]
