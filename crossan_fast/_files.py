@@ -32,8 +32,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _draft_of(path, lambda draft: draft.touch(exist_ok=False)) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
+        put_in_place(draft, path)
+
+
+def put_in_place(file: Path, path: Path) -> None:
+    """Move a complete file to `path` on the same file system; returns when that would survive a power cut."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+    os.replace(file, path)
     sync_folder(path.parent)
 
 
@@ -46,6 +52,7 @@ def whole_new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _draft_of(path, Path.mkdir) as draft:
         yield draft
+        os.replace(draft, path)
 
 
 def is_draft_of(names: Collection[str], draft: str) -> bool:
@@ -92,7 +99,6 @@ def _draft_of(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     draft, lock = _begin(path, make)
     try:
         yield draft
-        os.replace(draft, path)
     except BaseException:
         _remove(draft)
         raise

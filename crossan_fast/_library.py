@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from crossan_fast._files import write_whole
+from crossan_fast._files import put_in_place, write_whole
 
 # An error at a line of a file, as gcc and clang (`a.cpp:3:1: error:`) and nvcc (`a.cu(3): error:`) write it.
 _AGAINST_SOURCES = re.compile(r"^.+(:\d+(:\d+)?:|\(\d+\):) error\b", re.MULTILINE)
@@ -168,11 +168,9 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         made = _compile(recipe, work, folder)
         seconds = time.monotonic() - started
         content = made.read_bytes()
-        with open(made, "rb") as file:
-            os.fsync(file.fileno())
         library = folder / f"crossan_fast_{recipe.part}.so"
         # Moved, not copied: torch has loaded it where it was made, and a copy would register the ops again.
-        os.replace(made, library)
+        put_in_place(made, library)
         say(f"{seconds:.0f} s, kept in {folder}", start="")
     finally:
         shutil.rmtree(work, ignore_errors=True)

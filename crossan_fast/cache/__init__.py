@@ -1,13 +1,10 @@
-"""Frozen encoders' hidden states on disk: format, reading by id, building from raw items."""
+"""Frozen encoders' hidden states on disk: format, reading by id, writing; `build/`: from raw items."""
 
-from crossan_fast.cache.build import build_cache
+from crossan_fast.cache.build import BrokenItemError, BuildReport, ModalitySpec, build_cache
 from crossan_fast.cache.convert import convert_cache
-from crossan_fast.cache.finish import BuildReport
 from crossan_fast.cache.format import CacheError, CorruptCacheError, IncompleteCacheError
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.levels import evenly
-from crossan_fast.cache.runner import BrokenItemError
-from crossan_fast.cache.specs import ModalitySpec
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.cache.writer import write_cache
 

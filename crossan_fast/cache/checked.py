@@ -61,7 +61,7 @@ class CheckedRows:
             return
         if ids is None:
             for number, (_, _, table) in enumerate(self._tables):
-                for start in range(0, len(table), step := _rows_at_once(table)):
+                for start in range(0, len(table), step := rows_at_once(table)):
                     self.look_at(number, start, table[start : start + step])
             self.finish()
             return
@@ -72,7 +72,7 @@ class CheckedRows:
         fresh = ids[~known]
         for what, name, table in self._tables:
             raw = table.view(torch.uint8) if table.element_size() == 1 else table  # no gather of fp8
-            for rows in fresh.split(_rows_at_once(table)):
+            for rows in fresh.split(rows_at_once(table)):
                 block = raw.index_select(0, rows).view(table.dtype)
                 reject_nonfinite(block, name, self._names, what=what, advice=self._advice, rows=rows)
         self._sound[fresh] = True
@@ -101,5 +101,6 @@ class CheckedRows:
         self._all = True
 
 
-def _rows_at_once(table: Tensor) -> int:
+def rows_at_once(table: Tensor) -> int:
+    """How many rows of `table` are a chunk to look at."""
     return max(1, _CHUNK_BYTES // max(1, table[0].numel() * table.element_size()))

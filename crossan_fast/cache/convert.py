@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from crossan_fast.cache.changes import Before
-from crossan_fast.cache.digests import Records
 from crossan_fast.cache.folders import at_one_moment, whole_folder
-from crossan_fast.cache.format import CacheMeta, dtype_name, row_bytes, storage_dtype
+from crossan_fast.cache.format import dtype_name, read_records, row_bytes, storage_dtype
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.quantize import dequantize
 from crossan_fast.cache.validate import reject_nonfinite
@@ -49,15 +47,13 @@ def convert_cache(
     if source.resolve() == out.resolve():
         raise ValueError(f"out: expected another folder than the cache that is read, got {out}")
     cache, records = at_one_moment(
-        source, lambda meta: (HiddenStateCache.open(source), _records(source, meta))
+        source, lambda meta: (HiddenStateCache.open(source), read_records(source, meta))
     )
-    names = list(cache.item_names[1:])
     sources = {
         m.name: {**cache.sources.get(m.name, {}), "converted_from": dtype_name(cache.dtype)}
         for m in cache.modalities
     }
     errors = {}
-    unread = torch.empty(0, dtype=torch.int64)  # rows are checked as they are converted
     with (
         whole_folder(out, overwrite) as temporary,
         CacheWriter(
@@ -65,30 +61,38 @@ def convert_cache(
         ) as writer,
     ):
         for index, modality in enumerate(cache.modalities):
-            lost = kept = 0.0
-            states, scales = cache.states("cpu", unread)[index], cache.scales("cpu", unread)
-            step = max(1, CHUNK_BYTES // row_bytes(modality, torch.float32))
-            for start in range(0, cache.num_items + 1, step):
-                old = states[start : start + step]
-                old = old.float() if scales is None else dequantize(old, scales[index][start : start + step])
-                reject_nonfinite(old, modality.name, names, start)
-                stored, new_scales = to_storage(old, storage)
-                if new_scales is None:  # scales fit every finite row
-                    kept_as = f" (once stored as {dtype_name(storage)})"
-                    reject_nonfinite(stored, modality.name, names, start, kept_as)
-                new = stored.float() if new_scales is None else dequantize(stored, new_scales)
-                lost += float(torch.linalg.vector_norm(new - old, dtype=torch.float64)) ** 2
-                kept += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
-                writer.write(modality, range(start, start + len(old)), stored, new_scales)
-                if progress is not None:
-                    progress(len(old))
-            errors[modality.name] = (lost / kept) ** 0.5 if kept else 0.0
+            errors[modality.name] = _convert_modality(cache, index, writer, storage, progress)
         if records is not None:
             writer.write_digests(records)
-        writer.commit(names, cache.present[1:], sources)
+        writer.commit(list(cache.item_names[1:]), cache.present[1:], sources)
     return errors
 
 
-def _records(folder: Path, meta: CacheMeta) -> Records | None:
-    """What the rows were encoded from, which a conversion does not change."""
-    return Before.read(folder, meta, len(meta.modalities)).records if meta.digests else None
+def _convert_modality(
+    cache: HiddenStateCache,
+    index: int,
+    writer: CacheWriter,
+    storage: torch.dtype,
+    progress: Callable[[int], object] | None,
+) -> float:
+    """Write every row of one modality as `storage`; the error made, as `convert_cache` returns it."""
+    modality, names = cache.modalities[index], cache.item_names[1:]
+    unread = torch.empty(0, dtype=torch.int64)  # rows are checked as they are converted
+    states, scales = cache.states("cpu", unread)[index], cache.scales("cpu", unread)
+    lost = kept = 0.0
+    step = max(1, CHUNK_BYTES // row_bytes(modality, torch.float32))
+    for start in range(0, cache.num_items + 1, step):
+        old = states[start : start + step]
+        old = old.float() if scales is None else dequantize(old, scales[index][start : start + step])
+        reject_nonfinite(old, modality.name, names, start)
+        stored, new_scales = to_storage(old, storage)
+        if new_scales is None:  # scales fit every finite row
+            kept_as = f" (once stored as {dtype_name(storage)})"
+            reject_nonfinite(stored, modality.name, names, start, kept_as)
+        new = stored.float() if new_scales is None else dequantize(stored, new_scales)
+        lost += float(torch.linalg.vector_norm(new - old, dtype=torch.float64)) ** 2
+        kept += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
+        writer.write(modality, range(start, start + len(old)), stored, new_scales)
+        if progress is not None:
+            progress(len(old))
+    return (lost / kept) ** 0.5 if kept else 0.0

@@ -7,8 +7,8 @@
                          modalities are zeros too
     <name>.scales.bin    float32 [I + 1, L], for int8 and fp8 alone: value = stored · scale
     digests.bin          uint8 [I + 1, M, 32], what row i of modality m was made from, or was to be and could
-                         not (see `crossan_fast.cache.digests`), zeros where that is not known; only of a
-                         built cache
+                         not (see `crossan_fast.cache.build.digests`), zeros where that is not known; only
+                         of a built cache
     report.tsv           which items lack a modality, or keep an older state of it, and why; for people, not
                          checksummed
     building.json        only while a build is under way (see `crossan_fast.cache.build`)
@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from crossan_fast._checks import nearest
@@ -50,6 +52,8 @@ BUILDING = "building.json"
 
 # Of one input in digests.bin.
 RECORD_BYTES = 32
+
+Records = npt.NDArray[np.uint8]
 
 # Small enough that a damaged segment names few rows, large enough that meta.json stays small (4 TB: 65k
 # segments).
@@ -266,6 +270,20 @@ def read_meta(folder: Path) -> CacheMeta:
             found = "no such file" if have < 0 else f"{have} bytes"
             raise CorruptCacheError(f"{file}: expected {committed} bytes, got {found}")
     return meta
+
+
+def read_committed(folder: Path, meta: CacheMeta, name: str) -> bytes:
+    """The bytes of file `name` that count."""
+    with open(folder / meta.file(name), "rb") as file:
+        return file.read(meta.committed(name))
+
+
+def read_records(folder: Path, meta: CacheMeta) -> Records | None:
+    """What rows were made from, `[I + 1, M, 32]`; None where the cache does not say."""
+    if not meta.digests:
+        return None
+    shape = (meta.num_items + 1, len(meta.modalities), RECORD_BYTES)
+    return np.frombuffer(read_committed(folder, meta, DIGESTS), np.uint8).reshape(shape)
 
 
 def hash_range(path: Path, start: int, stop: int) -> str:

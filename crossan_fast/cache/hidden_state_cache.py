@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor
 from crossan_fast.cache.ahead import gather_ahead
 from crossan_fast.cache.checked import CheckedRows
 from crossan_fast.cache.folders import at_one_moment
@@ -38,7 +37,7 @@ from crossan_fast.cache.tiers import (
     free_memory,
     host_memory,
 )
-from crossan_fast.cache.validate import checked_present, checked_states, checked_stored
+from crossan_fast.cache.validate import check_ids, checked_present, checked_states, checked_stored
 from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
 from crossan_fast.data.catalogue import Catalogue
@@ -283,7 +282,7 @@ class HiddenStateCache:
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         found = self._at(exact_device(device))
         if found[0] is self._states:
-            self._checked.look(ids if ids is None else self._checked_ids(ids))
+            self._checked.look(ids if ids is None else check_ids(ids, self.num_items))
         return found
 
     def _at(self, device: torch.device) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -323,11 +322,11 @@ class HiddenStateCache:
             TypeError: ids of another dtype. IndexError: ids out of range. ValueError: ids of another shape;
                 NaN or inf in a row.
         """
-        return self._gather(self._checked_ids(ids), self._target(device), dtype).states
+        return self._gather(check_ids(ids, self.num_items), self._target(device), dtype).states
 
     def gather_stored(self, ids: Tensor, device: str | torch.device | None = None) -> Rows:
         """As `gather`, as they are stored: int8 and fp8 rows with their scales, for an op to convert."""
-        return self._gather(self._checked_ids(ids), self._target(device), stored=True)
+        return self._gather(check_ids(ids, self.num_items), self._target(device), stored=True)
 
     def prefetch(
         self,
@@ -364,7 +363,7 @@ class HiddenStateCache:
     ) -> Iterator[tuple[Tensor, Rows]]:
         if depth < 1:
             raise ValueError(f"depth: expected at least 1, got {depth}")
-        checked = (self._checked_ids(ids) for ids in batches)
+        checked = (check_ids(ids, self.num_items) for ids in batches)
         if target in self._loaded and self._loaded[target][0][0].device == target:
             for ids in checked:
                 yield ids, self._gather(ids, target, dtype, stored)
@@ -386,7 +385,7 @@ class HiddenStateCache:
         this one's, and its rows are in memory when their turn comes. Does nothing on other tiers, nor while
         the two calls before this one are still being served.
         """
-        ids = self._checked_ids(ids).cpu()
+        ids = check_ids(ids, self.num_items).cpu()
         if self._pages is not None:
             self._pages.read(ids)
 
@@ -439,15 +438,6 @@ class HiddenStateCache:
 
     def _target(self, device: str | torch.device | None) -> torch.device:
         return self.device if device is None else exact_device(device)
-
-    def _checked_ids(self, ids: Tensor) -> Tensor:
-        check_tensor("ids", ids, ("n",), dtypes=(torch.int64, torch.int32))
-        if ids.numel():
-            low, high = (int(bound) for bound in ids.aminmax())
-            if low < 0 or high > self.num_items:
-                wrong = low if low < 0 else high
-                raise IndexError(f"ids: expected rows 0 to {self.num_items}, got {wrong}")
-        return ids
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{m.name} {m.levels}×{m.width}" for m in self.modalities)

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crossan_fast.cache.checked import CheckedRows
-
-_CHUNK_BYTES = 4 << 20
+from crossan_fast.cache.checked import CheckedRows, rows_at_once
 
 
 def load(
@@ -23,8 +21,7 @@ def load(
     copies = []
     for number, source in enumerate(tensors):
         copy = torch.empty(source.shape, dtype=source.dtype, device=where, pin_memory=pin)
-        step = max(1, _CHUNK_BYTES // max(1, source[0].numel() * source.element_size()))
-        for start in range(0, len(source), step):
+        for start in range(0, len(source), step := rows_at_once(source)):
             chunk = source[start : start + step]
             checked.look_at(number, start, chunk)
             copy[start : start + step].copy_(chunk)

@@ -1,4 +1,4 @@
-"""Checks of states that are in memory: shared by `write_cache` and `HiddenStateCache.from_tensors`."""
+"""Checks of states that are in memory, shared by writers and readers, and of ids that ask for rows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from crossan_fast.config import Modality
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _STORED = (*FLOATS, torch.int8, torch.float8_e4m3fn)
 _E4M3_NAN = 0x7F
+
+
+def check_ids(ids: Tensor, num_items: int) -> Tensor:
+    """`ids`, after checking that they are int64 or int32 `[n]` and rows 0 to `num_items`."""
+    check_tensor("ids", ids, ("n",), dtypes=(torch.int64, torch.int32))
+    if ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high > num_items:
+            wrong = low if low < 0 else high
+            raise IndexError(f"ids: expected rows 0 to {num_items}, got {wrong}")
+    return ids
 
 
 def nonfinite_rows(block: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from crossan_fast._files import sync_folder, write_whole
-from crossan_fast.cache.digests import Records
 from crossan_fast.cache.folders import whole_folder
 from crossan_fast.cache.format import (
     DIGESTS,
@@ -29,6 +28,7 @@ from crossan_fast.cache.format import (
     CacheError,
     CacheMeta,
     CorruptCacheError,
+    Records,
     Segment,
     dtype_name,
     hash_range,

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from crossan_fast.cache.build import build_cache
-from crossan_fast.cache.changes import ALL
+from crossan_fast.cache.build import BuildReport, build_cache
+from crossan_fast.cache.build.changes import ALL
 from crossan_fast.cache.convert import convert_cache
-from crossan_fast.cache.finish import BuildReport
 from crossan_fast.cache.format import REPORT, dtype_name
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache

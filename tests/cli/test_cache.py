@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from crossan_fast.cache import HiddenStateCache, write_cache
-from crossan_fast.cache.passes import ArrayPass
+from crossan_fast.cache.build.passes import ArrayPass
 from crossan_fast.cli import cache as command
 
 

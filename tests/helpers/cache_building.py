@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from crossan_fast.cache import build_cache
-from crossan_fast.cache.encoders import FrozenEncoder
+from crossan_fast.cache.build.encoders import FrozenEncoder
 from crossan_fast.data.items import ItemTable
 
 LEVELS = 3

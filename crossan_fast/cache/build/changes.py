@@ -11,9 +11,17 @@ import numpy.typing as npt
 
 from crossan_fast._checks import nearest
 from crossan_fast.cache.ahead import read_ahead
-from crossan_fast.cache.digests import EMPTY, HALF, UNREADABLE, Records
-from crossan_fast.cache.format import DIGESTS, NAMES, PRESENT, RECORD_BYTES, CacheMeta
-from crossan_fast.cache.passes import Items, Pass
+from crossan_fast.cache.build.digests import EMPTY, HALF, UNREADABLE
+from crossan_fast.cache.build.passes import Items, Pass
+from crossan_fast.cache.format import (
+    NAMES,
+    PRESENT,
+    RECORD_BYTES,
+    CacheMeta,
+    Records,
+    read_committed,
+    read_records,
+)
 from crossan_fast.config import Modality
 
 ALL = "all"
@@ -42,17 +50,12 @@ class Before:
             return cls(
                 {}, np.zeros((1, modalities), np.bool_), np.zeros((1, modalities, RECORD_BYTES), np.uint8)
             )
-        shape = (meta.num_items + 1, modalities)
-
-        def content(name: str) -> bytes:
-            with open(folder / meta.file(name), "rb") as file:
-                return file.read(meta.committed(name))
-
-        names = content(NAMES).decode().split("\n")[:-1]
-        records: Records = np.zeros((*shape, RECORD_BYTES), np.uint8)
-        if meta.digests:
-            records = np.frombuffer(content(DIGESTS), np.uint8).reshape(*shape, RECORD_BYTES)
-        present = np.frombuffer(content(PRESENT), np.bool_).reshape(shape)
+        names = read_committed(folder, meta, NAMES).decode().split("\n")[:-1]
+        present = np.frombuffer(read_committed(folder, meta, PRESENT), np.bool_)
+        present = present.reshape(meta.num_items + 1, modalities)
+        records = read_records(folder, meta)
+        if records is None:
+            records = np.zeros((*present.shape, RECORD_BYTES), np.uint8)
         return cls({name: row for row, name in enumerate(names, start=1)}, present, records)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossan_fast.cache.inputs import (
+from crossan_fast.cache.build.inputs import (
     BrokenInput,
     count_samples,
     fit_spectrogram,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import nearest
-from crossan_fast.cache import digests
-from crossan_fast.cache.inputs import BrokenInput
+from crossan_fast.cache.build import digests
+from crossan_fast.cache.build.inputs import BrokenInput
+from crossan_fast.cache.build.specs import DEFAULT_COLUMNS, ModalitySpec
 from crossan_fast.cache.levels import choose_levels, pool
-from crossan_fast.cache.specs import DEFAULT_COLUMNS, ModalitySpec
 from crossan_fast.config import Modality
 
 if TYPE_CHECKING:
-    from crossan_fast.cache.encoders import FrozenEncoder
+    from crossan_fast.cache.build.encoders import FrozenEncoder
 
 DEFAULT_LEVELS = 7
 
@@ -61,7 +61,7 @@ class Pass(Protocol):
         """Why item `index` of the items file has no input at all, or None."""
 
     def record(self, index: int, before: bytes) -> bytes:
-        """What item `index` of the items file has as input, as `crossan_fast.cache.digests` puts it.
+        """What item `index` of the items file has as input, as `crossan_fast.cache.build.digests` puts it.
 
         `before` is the record that its row was made from.
         """
@@ -236,7 +236,7 @@ def plan_passes(specs: Sequence[ModalitySpec], items: Items, max_length: int, lo
         groups.setdefault(key, []).append(spec)
     if groups:
         # Here, because reading a cache and precomputed states need no transformers.
-        from crossan_fast.cache.encoders import FrozenEncoder
+        from crossan_fast.cache.build.encoders import FrozenEncoder
 
     for group in groups.values():
         first = group[0]

@@ -17,10 +17,11 @@ from cache_building import build, count_encodings, specs_of, subset
 from PIL import Image
 from torch import Tensor
 
-from crossan_fast.cache import BrokenItemError, CacheError, HiddenStateCache, convert_cache, digests
-from crossan_fast.cache.encoders import FrozenEncoder
+from crossan_fast.cache import BrokenItemError, CacheError, HiddenStateCache, convert_cache
+from crossan_fast.cache.build import digests
+from crossan_fast.cache.build.encoders import FrozenEncoder
+from crossan_fast.cache.build.runner import Runner
 from crossan_fast.cache.format import _digest
-from crossan_fast.cache.runner import Runner
 from crossan_fast.data.items import ItemTable
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from crossan_fast.cache.changes import Before, Changes, find_changes
+from crossan_fast.cache.build.changes import Before, Changes, find_changes
+from crossan_fast.cache.build.passes import Items, Pass
+from crossan_fast.cache.build.specs import ModalitySpec
 from crossan_fast.cache.folders import holds_anything, restore_retired
 from crossan_fast.cache.format import (
     BUILDING,
@@ -26,8 +28,6 @@ from crossan_fast.cache.format import (
     states_file,
     storage_dtype,
 )
-from crossan_fast.cache.passes import Items, Pass
-from crossan_fast.cache.specs import ModalitySpec
 from crossan_fast.config import Modality
 
 # What may differ between a cache and what is appended to it: where things are, not what they are.
@@ -74,6 +74,11 @@ class BuildPlan:
     @property
     def num_items(self) -> int:
         return self.base_items + len(self.indices) - self.old
+
+    @property
+    def base_files(self) -> set[str]:
+        """Names on disk of the data files of `base`."""
+        return {self.base.file(name) for name in self.base.segments} if self.base else set()
 
     @property
     def base_key(self) -> str:

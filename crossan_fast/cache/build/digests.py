@@ -12,13 +12,8 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from crossan_fast.cache.build.inputs import frame_files
 from crossan_fast.cache.format import RECORD_BYTES
-from crossan_fast.cache.inputs import frame_files
-
-Records = npt.NDArray[np.uint8]
 
 HALF = RECORD_BYTES // 2
 # A file that was changed again within its clock's tick has the same times: such new files are read once more.

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from crossan_fast._files import write_whole
+from crossan_fast.cache.build.journal import Journal
+from crossan_fast.cache.build.passes import Items
+from crossan_fast.cache.build.plan import BuildPlan
+from crossan_fast.cache.build.runner import UNREAD
 from crossan_fast.cache.folders import remove_leftovers
 from crossan_fast.cache.format import BUILDING, REPORT
-from crossan_fast.cache.journal import Journal
-from crossan_fast.cache.passes import Items
-from crossan_fast.cache.plan import BuildPlan
-from crossan_fast.cache.runner import UNREAD
 from crossan_fast.cache.writer import CacheWriter
 
 _KEPT = "; its earlier state is kept"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crossan_fast.cache.ahead import read_ahead
+from crossan_fast.cache.build.inputs import BrokenInput
+from crossan_fast.cache.build.journal import Journal
+from crossan_fast.cache.build.passes import Items, Pass
+from crossan_fast.cache.build.plan import BuildPlan
 from crossan_fast.cache.format import CacheError, dtype_name
-from crossan_fast.cache.inputs import BrokenInput
-from crossan_fast.cache.journal import Journal
-from crossan_fast.cache.passes import Items, Pass
-from crossan_fast.cache.plan import BuildPlan
 from crossan_fast.cache.validate import nonfinite_rows
 from crossan_fast.cache.writer import CacheWriter, to_storage
 from crossan_fast.config import Modality
@@ -28,6 +29,27 @@ class BrokenItemError(ValueError):
     """With `strict`: an item's input cannot be used."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a plan is carried out.
+
+    Attributes:
+        batch_size: inputs encoded at once.
+        device: of the encoders.
+        compute_dtype: of their weights and arithmetic.
+        strict: raise at the first input that cannot be used.
+        progress: show a bar.
+        journal_every: seconds of work that a kill may cost.
+    """
+
+    batch_size: int
+    device: torch.device
+    compute_dtype: torch.dtype
+    strict: bool
+    progress: bool
+    journal_every: float
+
+
 class Runner:
     """Carries out the passes of a plan, keeping the journal."""
 
@@ -37,16 +59,14 @@ class Runner:
         items: Items,
         writer: CacheWriter,
         journal: Journal,
-        batch_size: int,
-        strict: bool,
-        journal_every: float,
+        settings: Settings,
         bar: tqdm[Any],
     ) -> None:
         self._plan, self._items, self._writer, self._journal = plan, items, writer, journal
-        self._batch_size, self._strict, self._every, self._bar = batch_size, strict, journal_every, bar
+        self._settings, self._bar = settings, bar
         self._saved = time.monotonic()
 
-    def run(self, number: int, device: torch.device, dtype: torch.dtype) -> None:
+    def run(self, number: int) -> None:
         """Encode what the journal does not call done; journalled on the way out, however this ends."""
         work, done = self._plan.passes[number], self._journal.done[number]
         names = [m.name for m in work.modalities]
@@ -56,16 +76,19 @@ class Runner:
         absent = [k for k in todo if work.missing(self._plan.indices[k]) is not None]
         present = [k for k in todo if work.missing(self._plan.indices[k]) is None]
         self._bar.set_description(", ".join(names))
-        work.load(device, dtype)
+        work.load(self._settings.device, self._settings.compute_dtype)
         self._check_weights(number, work)
         self._write_absent(work, absent)
         done[absent] = True
-        batches = _batches(present, work, self._plan.indices, self._batch_size)
+        batches = _batches(present, work, self._plan.indices, self._settings.batch_size)
         # Planned over all items and skipped whole, so that a build that goes on makes the same batches.
         left = [batch for batch in batches if not done[batch].all()]
         positions = (k for batch in left for k in batch)
         inputs = read_ahead(
-            positions, lambda k: self._read(work, k), depth=2 * self._batch_size, threads=work.threads
+            positions,
+            lambda k: self._read(work, k),
+            depth=2 * self._settings.batch_size,
+            threads=work.threads,
         )
         try:
             for batch in left:
@@ -73,7 +96,7 @@ class Runner:
                 fresh = int((~done[batch]).sum())
                 done[batch] = True
                 self._bar.update(fresh)
-                if time.monotonic() - self._saved >= self._every:
+                if time.monotonic() - self._saved >= self._settings.journal_every:
                     self._save()
         finally:
             inputs.close()
@@ -121,15 +144,15 @@ class Runner:
             )
 
     def _break(self, modality: Modality, k: int, reason: str) -> None:
-        if self._strict:
+        if self._settings.strict:
             name = self._items.names[self._plan.indices[k]]
             raise BrokenItemError(f"item {name!r}: modality {modality.name!r}: {reason}")
         self._journal.broken.setdefault(modality.name, {})[k] = reason
 
     def _write_absent(self, work: Pass, positions: list[int]) -> None:
         for modality in work.modalities:
-            for start in range(0, len(positions), self._batch_size):
-                rows = [self._row(k) for k in positions[start : start + self._batch_size]]
+            for start in range(0, len(positions), self._settings.batch_size):
+                rows = [self._row(k) for k in positions[start : start + self._settings.batch_size]]
                 self._writer.write_absent(modality, rows)
 
     def _leave(self, modalities: Sequence[Modality], positions: list[int]) -> None:

@@ -16,7 +16,7 @@ from crossan_fast.cache import (
     BrokenItemError,
     HiddenStateCache,
 )
-from crossan_fast.cache.encoders import FrozenEncoder
+from crossan_fast.cache.build.encoders import FrozenEncoder
 from crossan_fast.data.items import ItemTable
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import nearest
-from crossan_fast.cache.inputs import (
+from crossan_fast.cache.build.inputs import (
     BrokenInput,
     count_samples,
     fit_spectrogram,

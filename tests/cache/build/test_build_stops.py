@@ -23,7 +23,7 @@ from crossan_fast.cache import (
     build_cache,
     verify_cache,
 )
-from crossan_fast.cache.encoders import FrozenEncoder
+from crossan_fast.cache.build.encoders import FrozenEncoder
 from crossan_fast.cache.folders import locked
 from crossan_fast.data.items import ItemTable
 
@@ -72,7 +72,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from crossan_fast.cache import build_cache
-from crossan_fast.cache.encoders import FrozenEncoder
+from crossan_fast.cache.build.encoders import FrozenEncoder
 from crossan_fast.data.items import ItemTable
 
 states, calls = FrozenEncoder.states, []

@@ -1,4 +1,4 @@
-"""Building a cache from raw items: each encoder runs once, frozen; stopped builds go on; new items append."""
+"""`build_cache`, from its arguments to the commit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from crossan_fast.cache.digests import HALF
-from crossan_fast.cache.finish import BuildReport, Outcome, commit
+from crossan_fast.cache.build.digests import HALF
+from crossan_fast.cache.build.finish import BuildReport, Outcome, commit
+from crossan_fast.cache.build.journal import Journal
+from crossan_fast.cache.build.passes import Items, plan_passes
+from crossan_fast.cache.build.plan import BuildPlan, existing_cache, specs_for
+from crossan_fast.cache.build.runner import Runner, Settings, refuse_missing
+from crossan_fast.cache.build.specs import ModalitySpec
 from crossan_fast.cache.folders import locked, remove_leftovers
-from crossan_fast.cache.format import BUILDING, NAMES, check_item_names
-from crossan_fast.cache.journal import Journal
-from crossan_fast.cache.passes import Items, plan_passes
-from crossan_fast.cache.plan import BuildPlan, existing_cache, specs_for
-from crossan_fast.cache.runner import Runner, refuse_missing
-from crossan_fast.cache.specs import ModalitySpec
+from crossan_fast.cache.format import BUILDING, NAMES, CacheMeta, check_item_names
 from crossan_fast.cache.tiers import exact_device
 from crossan_fast.cache.writer import CacheWriter
 
@@ -46,15 +46,7 @@ def build_cache(
 ) -> BuildReport:
     """Run frozen encoders over raw items once and keep the chosen layers' pooled states in folder `out`.
 
-    Run again with the same arguments, it goes on where it was stopped; with more items, it encodes the new
-    ones and appends them: rows keep their items. An item of the cache is encoded again where its text, or the
-    bytes of its file, are not those that its row was made from; an emptied cell takes the modality away. A
-    changed input that cannot be used leaves the row as it was, until it changes again. All of it counts at
-    once, when all is done: until then the cache is what it was, and so it stays for who has it open. Changed
-    modalities' files are written anew, which takes their room twice meanwhile.
-
-    Items are encoded in batches sorted by length, so the result does not depend on where a build was stopped,
-    bit for bit, at the same batch size.
+    Run again, it goes on, appends and encodes again what has changed: see `crossan_fast.cache.build`.
 
     Args:
         items: as `crossan_fast.data.items.read_items` returns.
@@ -82,26 +74,45 @@ def build_cache(
             before anything is written.
         OSError: the disk is full; what was there is as it was.
     """
-    begun = time.monotonic()
-    folder = Path(out)
+    begun, folder = time.monotonic(), Path(out)
+    _check_arguments(items, batch_size, compute_dtype)
+    base = existing_cache(folder)
+    compute_dtype = compute_dtype or _compute_dtype_of(base)
+    specs = specs_for(modalities, base)
+    passes = plan_passes(specs, items, max_length, lowercase)
+    settings = Settings(batch_size, _device(device), _COMPUTE[compute_dtype], strict, progress, journal_every)
+    plan = BuildPlan.make(specs, passes, items, base, folder, dtype, compute_dtype, re_encode)
+    refuse_missing(plan, items, strict)
+    outcome = _carry_out(folder, plan, items, settings, restart)
+    report = outcome.report(folder, time.monotonic() - begun)
+    outcome.warn(report, stacklevel=3)
+    return report
+
+
+def _check_arguments(items: Items, batch_size: int, compute_dtype: str | None) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if compute_dtype is not None and compute_dtype not in _COMPUTE:
         raise ValueError(f"compute_dtype: expected one of {', '.join(_COMPUTE)}, got {compute_dtype!r}")
     check_item_names(items.names)
-    base = existing_cache(folder)
-    if compute_dtype is None:
-        own = [source.get("compute_dtype") for source in base.sources.values()] if base else []
-        compute_dtype = next((dtype for dtype in own if dtype in _COMPUTE), "fp32")
-    specs = specs_for(modalities, base)
-    passes = plan_passes(specs, items, max_length, lowercase)
+
+
+def _compute_dtype_of(base: CacheMeta | None) -> str:
+    """What made the rows of `base`; the default where there is none, or it does not say."""
+    own = [source.get("compute_dtype") for source in base.sources.values()] if base else []
+    return next((dtype for dtype in own if dtype in _COMPUTE), "fp32")
+
+
+def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = exact_device(device)
-    plan = BuildPlan.make(specs, passes, items, base, folder, dtype, compute_dtype, re_encode)
-    refuse_missing(plan, items, strict)
+    return exact_device(device)
+
+
+def _carry_out(folder: Path, plan: BuildPlan, items: Items, settings: Settings, restart: bool) -> Outcome:
+    """Do what is planned, alone in the folder, going on where a build of the same plan was stopped."""
     with locked(folder):
-        if existing_cache(folder) != base:
+        if existing_cache(folder) != plan.base:
             raise BlockingIOError(f"folder: another process has just written to {folder}; run again")
         found = None if restart else Journal.read(folder)
         # A journal of another base is of a build that was committed and stopped just before removing it; one
@@ -109,40 +120,17 @@ def build_cache(
         if found is not None and (found.base != plan.base_key or not found.begun):
             found = None
         if plan.indices:
-            outcome = _encode(
-                folder,
-                plan,
-                items,
-                found,
-                batch_size,
-                device,
-                _COMPUTE[compute_dtype],
-                strict,
-                progress,
-                journal_every,
-            )
-        else:
-            outcome = Outcome(plan, items, None)
-            outcome.write_report(folder)
-            if found is None and plan.base is not None:
-                (folder / BUILDING).unlink(missing_ok=True)
-                remove_leftovers(folder, {plan.base.file(name) for name in plan.base.segments})
-    report = outcome.report(folder, time.monotonic() - begun)
-    outcome.warn(report, stacklevel=3)
-    return report
+            return _encode(folder, plan, items, settings, found)
+        outcome = Outcome(plan, items, None)
+        outcome.write_report(folder)
+        if found is None and plan.base is not None:
+            (folder / BUILDING).unlink(missing_ok=True)
+            remove_leftovers(folder, plan.base_files)
+    return outcome
 
 
 def _encode(
-    folder: Path,
-    plan: BuildPlan,
-    items: Items,
-    found: Journal | None,
-    batch_size: int,
-    device: torch.device,
-    compute_dtype: torch.dtype,
-    strict: bool,
-    progress: bool,
-    journal_every: float,
+    folder: Path, plan: BuildPlan, items: Items, settings: Settings, found: Journal | None
 ) -> Outcome:
     """Carry a plan out, going on with the journal `found`, to the commit."""
     fresh = plan.base is None and not (folder / NAMES).exists()
@@ -151,7 +139,7 @@ def _encode(
         found.check_plan(plan.digest, folder)
     else:
         journal.write(folder)
-        remove_leftovers(folder, {plan.base.file(name) for name in plan.base.segments} if plan.base else ())
+        remove_leftovers(folder, plan.base_files)
     try:
         writer = CacheWriter(
             folder,
@@ -169,14 +157,14 @@ def _encode(
         if fresh and not any(folder.iterdir()):
             shutil.rmtree(folder)
         raise
-    with writer, _bar(plan, journal, progress) as bar:
+    with writer, _bar(plan, journal, settings.progress) as bar:
         if found is not None:
             _forget_changed(plan, journal, writer)
             journal.write(folder)  # before the new records: they would make old rows look done
         writer.write_digests(plan.changes.records)
-        runner = Runner(plan, items, writer, journal, batch_size, strict, journal_every, bar)
+        runner = Runner(plan, items, writer, journal, settings, bar)
         for number in range(len(plan.passes)):
-            runner.run(number, device, compute_dtype)
+            runner.run(number)
         outcome = Outcome(plan, items, journal)
         commit(folder, plan, outcome, writer, journal)
     return outcome
