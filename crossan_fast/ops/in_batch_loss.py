@@ -53,8 +53,10 @@ def refuse_without_negatives(item_ids: Tensor, unique: Deduplicated) -> None:
         item_ids: `[B, S+1]`, left-padded with 0.
         unique: `deduplicate(item_ids)`, without a capacity.
     """
+    if torch.compiler.is_compiling():
+        return
     distinct = unique.ids.numel() - 1
-    if distinct > item_ids.shape[1] or torch.compiler.is_compiling():  # more than one sequence holds
+    if distinct > item_ids.shape[1]:  # more than one sequence holds
         return
     ordered = item_ids[item_ids[:, -2] != 0].sort(dim=1).values
     own = (ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + (ordered[:, 0] != 0)
