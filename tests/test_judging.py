@@ -14,14 +14,11 @@ import torch
 from judging import Reordered, Shuffled, TermByTerm, in_several_orders, judge
 from torch import Tensor
 
+from crossan_fast.ops import SequenceEncoderBlock, SequenceEncoderWeights
 from crossan_fast.ops.full_loss import full_loss_reference
 from crossan_fast.ops.fusion import FusionWeights, fusion_reference
 from crossan_fast.ops.in_batch_loss import in_batch_loss_reference
-from crossan_fast.ops.sequence_encoder import (
-    SequenceEncoderBlock,
-    SequenceEncoderWeights,
-    sequence_encoder_reference,
-)
+from crossan_fast.ops.sequence_encoder import sequence_encoder_reference
 from crossan_fast.ops.side_network import (
     SideNetworkStructure,
     side_network_reference,
