@@ -14,6 +14,14 @@ from crossan_fast.config import Modality
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _STORED = (*FLOATS, torch.int8, torch.float8_e4m3fn)
 _E4M3_NAN = 0x7F
+# Integers of a type's width, and the least that no finite value has for its bits but the sign.
+_PATTERNS = {
+    torch.float64: (torch.int64, 0x7FF0 << 48),
+    torch.float32: (torch.int32, 0x7F80 << 16),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float8_e4m3fn: (torch.uint8, _E4M3_NAN),
+}
 
 
 def check_ids(ids: Tensor, num_items: int) -> Tensor:
@@ -40,6 +48,19 @@ def nonfinite_rows(block: Tensor) -> Tensor:
     if all(bound.isfinite() for bound in block.aminmax()):
         return sound
     return (block.flatten(1) * 0).sum(dim=1, dtype=torch.float32).isnan()  # finite · 0 = 0, the others NaN
+
+
+def all_finite_alone(block: Tensor) -> bool:
+    """Whether a dense block on the CPU holds neither NaN nor inf, asked by NumPy on one thread.
+
+    For threads beside a training step: a parallel region of theirs would bring OpenMP a second team, and with
+    more threads than cores every region of the step waits longer, for good.
+    """
+    if block.dtype == torch.int8 or block.numel() == 0:
+        return True
+    kind, top = _PATTERNS[block.dtype]
+    without_sign = _E4M3_NAN if kind == torch.uint8 else torch.iinfo(kind).max
+    return bool((block.reshape(-1).view(kind).numpy() & without_sign).max() < top)
 
 
 def reject_nonfinite(

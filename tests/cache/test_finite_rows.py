@@ -12,6 +12,7 @@ from torch import Tensor
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality, _sources
 from crossan_fast.cache import checked as checked_module
+from crossan_fast.cache import validate
 from crossan_fast.cache.format import scales_file, states_file
 from crossan_fast.cache.writer import write_cache
 
@@ -213,3 +214,16 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, name: str) ->
         with pytest.raises(ValueError, match=message):
             model.save_pretrained(folder)
         assert {path: path.read_bytes() for path in folder.glob("*")} == before, "nothing is written"
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", (*validate.FLOATS, torch.float8_e4m3fn, torch.int8))
+def test_numpy_finds_what_torch_finds(dtype: torch.dtype, bad: float | None) -> None:
+    values = torch.randn(40, 3, 5).clamp(-448, 448) * 20
+    if bad is not None:
+        values[7, 1, 2] = bad
+    block = (values.nan_to_num(0, 0, 0) if dtype == torch.int8 else values).to(dtype)
+    assert validate.all_finite_alone(block) == (not validate.nonfinite_rows(block).any())
+    if dtype != torch.int8:
+        top = torch.finfo(dtype).max
+        assert validate.all_finite_alone(torch.tensor([top, -top, 0.0], dtype=torch.float64).to(dtype))
