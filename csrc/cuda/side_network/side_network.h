@@ -12,7 +12,7 @@
 //                     gradients in registers while it streams items, and rebuilds both chains on the way:
 //                     dW_up += dh ⊗ act(z) on the way down, dW_down += dz ⊗ x and dα = ⟨dx, ·⟩ on the way up
 //                     (one after the other with mma.sync, at once by two warpgroups with wgmma).
-// Forward and backward walk are one template (side_network_walk.h): the same two thin products per level.
+// Forward and backward walk are one template (walk.h): the same two thin products per level.
 #pragma once
 
 #include "cuda/activation.h"
