@@ -5,6 +5,9 @@
     present.bin          uint8 [I + 1, M], 1 where row i has modality m
     <name>.states.bin    [I + 1, L, D] in the storage dtype, little-endian, row 0 all zeros; rows of absent
                          modalities are zeros too
+    <name>.basis.bin     float32 [k, D], orthonormal rows, of a modality that is stored as coordinates in them
+                         alone: its states file is [I + 1, L, k], and coordinates · basis are the states that
+                         the encoder gave, as far as these rows hold them
     <name>.scales.bin    float32 [I + 1, L], for int8 and fp8 alone: value = stored · scale
     digests.bin          uint8 [I + 1, M, 32], what row i of modality m was made from, or was to be and could
                          not (see `crossan_fast.cache.build.digests`), zeros where that is not known; only
@@ -119,6 +122,10 @@ def scales_file(modality: Modality) -> str:
     return f"{modality.name}.scales.bin"
 
 
+def basis_file(modality: Modality) -> str:
+    return f"{modality.name}.basis.bin"
+
+
 def row_bytes(modality: Modality, dtype: torch.dtype) -> int:
     """Bytes of one row of `<name>.states.bin`."""
     return modality.levels * modality.width * dtype.itemsize
@@ -145,6 +152,7 @@ class CacheMeta:
         written_by: library versions, for people.
         versions: by file name, the number in the name that it has on disk; 0, none, where it is not listed.
         digests: whether the cache says what its rows were encoded from.
+        full_widths: of modalities that are stored in a basis `[k, D]`, D by name; k is the modality's width.
     """
 
     dtype: torch.dtype
@@ -155,6 +163,7 @@ class CacheMeta:
     written_by: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, int] = field(default_factory=dict)
     digests: bool = False
+    full_widths: Mapping[str, int] = field(default_factory=dict)
 
     def file(self, name: str) -> str:
         """The name on disk of file `name`."""
@@ -169,6 +178,8 @@ class CacheMeta:
             sizes[states_file(modality)] = rows * row_bytes(modality, self.dtype)
             if is_quantized(self.dtype):
                 sizes[scales_file(modality)] = rows * modality.levels * 4
+            if modality.name in self.full_widths:
+                sizes[basis_file(modality)] = modality.width * self.full_widths[modality.name] * 4
         if self.digests:
             sizes[DIGESTS] = rows * len(self.modalities) * RECORD_BYTES
         return sizes
@@ -189,6 +200,7 @@ class CacheMeta:
                     "name": m.name,
                     "width": m.width,
                     "levels": m.levels,
+                    **({"full_width": self.full_widths[m.name]} if m.name in self.full_widths else {}),
                     "source": dict(self.sources.get(m.name, {})),
                 }
                 for m in self.modalities
@@ -231,6 +243,7 @@ class CacheMeta:
                 written_by=body["written_by"],
                 versions={name: int(version) for name, version in body.get("versions", {}).items()},
                 digests=DIGESTS in body["files"],
+                full_widths={m["name"]: m["full_width"] for m in body["modalities"] if "full_width" in m},
             )
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CorruptCacheError(
@@ -284,6 +297,26 @@ def read_records(folder: Path, meta: CacheMeta) -> Records | None:
         return None
     shape = (meta.num_items + 1, len(meta.modalities), RECORD_BYTES)
     return np.frombuffer(read_committed(folder, meta, DIGESTS), np.uint8).reshape(shape)
+
+
+def read_bases(folder: Path, meta: CacheMeta) -> dict[str, torch.Tensor]:
+    """By modality name, the bases fp32 `[k, D]` of those stored in one, compared with their checksums.
+
+    Always compared: a row written in another basis than the rows beside it looks as sound as they do.
+    """
+    bases = {}
+    for modality in meta.modalities:
+        if modality.name not in meta.full_widths:
+            continue
+        name = basis_file(modality)
+        start = 0
+        for segment in meta.segments[name]:
+            if hash_range(folder / meta.file(name), start, start + segment.size) != segment.sha256:
+                raise CorruptCacheError(f"{folder / meta.file(name)}: its bytes differ from what was written")
+            start += segment.size
+        values = np.frombuffer(read_committed(folder, meta, name), "<f4").astype(np.float32)
+        bases[modality.name] = torch.from_numpy(values).view(modality.width, -1)
+    return bases
 
 
 def hash_range(path: Path, start: int, stop: int) -> str:

@@ -21,6 +21,7 @@ from crossan_fast.cache.format import (
     CorruptCacheError,
     dtype_name,
     is_quantized,
+    read_bases,
     scales_file,
     states_file,
 )
@@ -62,6 +63,7 @@ class HiddenStateCache:
         dtype: the storage dtype: float32, float16, bfloat16, float8_e4m3fn or int8 (float64 in memory only).
         present: bool `[I + 1, M]` on the CPU; row 0 is all False. Absent modalities' states are zeros.
         sources: by modality name, how its states were made (encoder, pooling, layers).
+        bases: by name, of modalities kept as coordinates in one: fp32 `[k, D]`, D the encoder's width.
         folder: where it was opened, or None.
     """
 
@@ -77,6 +79,7 @@ class HiddenStateCache:
         names: Sequence[str] | None = None,
         names_size: int = 0,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
+        bases: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Not for users: `open` and `from_tensors` check what comes here."""
         self.modalities = tuple(modalities)
@@ -84,7 +87,7 @@ class HiddenStateCache:
         self.dtype = states[0].dtype
         self.present = present
         self.folder = folder
-        self.sources = dict(sources or {})
+        self.sources, self.bases = dict(sources or {}), dict(bases or {})
         self._states = list(states)
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
@@ -135,6 +138,7 @@ class HiddenStateCache:
             files=[*states.values(), *scales.values()],
             names_size=meta.committed(NAMES),
             sources=meta.sources,
+            bases=read_bases(folder, meta),
         )
 
     @classmethod
@@ -301,7 +305,6 @@ class HiddenStateCache:
     def _load(self, key: torch.device, where: torch.device, pin: bool = False) -> None:
         if key in self._loaded and self._loaded[key][0][0].device == where:
             return
-
         copies = load([*self._states, *(self._scales or ())], self._checked, where, pin)
         split = len(self._states)
         self._loaded[key] = copies[:split], copies[split:] or None
@@ -440,6 +443,7 @@ class HiddenStateCache:
         return self.device if device is None else exact_device(device)
 
     def __repr__(self) -> str:
-        parts = ", ".join(f"{m.name} {m.levels}×{m.width}" for m in self.modalities)
+        of = {name: f" of {basis.shape[1]}" for name, basis in self.bases.items()}
+        parts = ", ".join(f"{m.name} {m.levels}×{m.width}{of.get(m.name, '')}" for m in self.modalities)
         kind = dtype_name(self.dtype) if self.dtype != torch.float64 else "fp64"
         return f"HiddenStateCache({self.num_items} items, {parts}, {kind}, {self.tier} on {self.device})"

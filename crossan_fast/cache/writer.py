@@ -30,6 +30,7 @@ from crossan_fast.cache.format import (
     CorruptCacheError,
     Records,
     Segment,
+    basis_file,
     dtype_name,
     hash_range,
     is_quantized,
@@ -68,6 +69,7 @@ class CacheWriter:
         anew: files of `base` (by name, without numbers) whose old rows change: they are copied under their
             next number first, which takes their room once more until `commit`.
         digests: whether the cache is to have records of its inputs; of `base`'s too, it is written anew.
+        bases: by name, fp32 `[k, D]`, of a new cache's modalities that have one; `base` keeps its own.
         going_on: take the files as an earlier writer with the same arguments left them.
 
     Raises:
@@ -85,6 +87,7 @@ class CacheWriter:
         *,
         anew: Collection[str] = (),
         digests: bool = False,
+        bases: Mapping[str, Tensor] | None = None,
         going_on: bool = False,
     ) -> None:
         self.folder = Path(folder)
@@ -92,8 +95,14 @@ class CacheWriter:
         self._anew = {*anew, DIGESTS} & base.segments.keys() if base else set()
         versions = dict(base.versions) if base else {}
         versions |= {name: versions.get(name, 0) + 1 for name in self._anew}
+        bases = dict(bases or {})
         self._target = CacheMeta(
-            storage_dtype(dtype), num_items, tuple(modalities), versions=versions, digests=digests
+            storage_dtype(dtype),
+            num_items,
+            tuple(modalities),
+            versions=versions,
+            digests=digests,
+            full_widths=base.full_widths if base else {name: b.shape[1] for name, b in bases.items()},
         )
         self._descriptors: dict[str, int] = {}
         created = not self.folder.exists()
@@ -103,6 +112,10 @@ class CacheWriter:
                 self._take_up()
             else:
                 self._reserve()
+            for modality in modalities:
+                if modality.name in bases:
+                    data = bases[modality.name].contiguous().numpy().reshape(-1).view(np.uint8).data
+                    _write_at(self._descriptors[basis_file(modality)], data, 0)
         except BaseException:
             self.close()
             if created:

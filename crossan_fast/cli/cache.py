@@ -6,20 +6,26 @@ import argparse
 import dataclasses
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from statistics import fmean
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
+from crossan_fast.cache.basis import ENERGY
 from crossan_fast.cache.build import BuildReport, build_cache
 from crossan_fast.cache.build.changes import ALL
-from crossan_fast.cache.convert import convert_cache
+from crossan_fast.cache.convert import convert_cache, expand_cache
 from crossan_fast.cache.format import REPORT, dtype_name
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache
 from crossan_fast.data.items import ItemTable, read_items
+
+Number = TypeVar("Number", int, float)
 
 DTYPES = ("fp32", "fp16", "bf16", "fp8", "int8")
 
@@ -40,6 +46,15 @@ Modalities that read the same column with the same encoder share one pass. A bui
 where it was when the same command is given again; with more items in the items file, the new ones are
 appended, and items whose text or file is another by now are encoded again (their rows change all at once,
 when all is done).
+"""
+
+_CONVERT = """\
+Rewrite a cache: in another storage dtype, as coordinates in a basis, or both.
+
+--basis 128 keeps the 128 dimensions of each modality that hold most of its energy, all levels counting alike;
+--energy 0.99 as few as hold that share; with NAME= of that modality alone. A model of the new cache has
+towers of that width: k of D dimensions take k / D of the bytes and of the towers' time. The basis stays in
+the cache, and what `cache build` appends to it, or encodes again, lands in it.
 """
 
 _EXAMPLE = """\
@@ -99,13 +114,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
     convert = commands.add_parser(
-        "convert", help="rewrite a cache in another storage dtype, such as fp8 or int8"
+        "convert",
+        help="rewrite a cache in another storage dtype, such as fp8 or int8, or in a basis of its own",
+        description=_CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("folder", type=Path)
     convert.add_argument("--out", required=True, type=Path, help="folder of the new cache")
-    convert.add_argument("--dtype", required=True, choices=DTYPES)
+    convert.add_argument("--dtype", choices=DTYPES, help="storage (with a basis: default the cache's own)")
+    sizes = convert.add_mutually_exclusive_group()
+    sizes.add_argument("--basis", nargs="+", metavar="[NAME=]K", help="dimensions to keep")
+    sizes.add_argument("--energy", nargs="+", metavar="[NAME=]SHARE", help="share of energy to keep")
     convert.add_argument(
-        "--run", type=Path, help="folder of a run: print what the new dtype costs its model in HR@10"
+        "--run", type=Path, help="folder of a run: print what its model loses in HR@10 by the conversion"
     )
     convert.add_argument("--overwrite", action="store_true", help="replace a cache in --out")
     convert.add_argument("--no-progress", action="store_true", help="show no progress bar")
@@ -175,8 +196,10 @@ def _info(args: argparse.Namespace) -> int:
     print(f"{args.folder}: {cache.num_items} items, {size}")
     for column, modality in enumerate(cache.modalities):
         present = int(cache.present[:, column].sum())
+        basis = cache.bases.get(modality.name)
+        of = "" if basis is None else f" (coordinates in a basis, of width {basis.shape[1]})"
         print(
-            f"  {modality.name}: {modality.levels} levels of width {modality.width}, "
+            f"  {modality.name}: {modality.levels} levels of width {modality.width}{of}, "
             f"present for {present} of {cache.num_items} items"
         )
         for key, value in cache.sources.get(modality.name, {}).items():
@@ -202,24 +225,72 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    cache = HiddenStateCache.open(args.folder)
-    rows = (cache.num_items + 1) * len(cache.modalities)
-    with tqdm(total=rows, unit="row", disable=args.no_progress) as bar:
+    before = HiddenStateCache.open(args.folder)
+    basis, energy = _sizes("basis", args.basis, int), _sizes("energy", args.energy, float)
+    chosen = basis or energy or {}
+    passes = len(before.modalities) + 2 * (
+        len(chosen) if isinstance(chosen, dict) else len(before.modalities)
+    )
+    with tqdm(total=(before.num_items + 1) * passes, unit="row", disable=args.no_progress) as bar:
         errors = convert_cache(
-            args.folder, args.out, args.dtype, overwrite=args.overwrite, progress=bar.update
+            args.folder,
+            args.out,
+            args.dtype,
+            basis=basis,
+            energy=energy,
+            overwrite=args.overwrite,
+            progress=bar.update,
         )
     after = HiddenStateCache.open(args.out)
-    sizes = [f"{dtype_name(c.dtype)} {c.nbytes / 1e6:.1f} MB" for c in (cache, after)]
+    sizes = [f"{dtype_name(c.dtype)} {c.nbytes / 1e6:.1f} MB" for c in (before, after)]
     print(f"{args.out}: {' -> '.join(sizes)}")
     for name, error in errors.items():
+        if name in after.bases and name not in before.bases:
+            k, width = after.bases[name].shape
+            shares = after.sources[name][ENERGY]
+            levels = " ".join(f"{share:.1%}" for share in shares)
+            print(
+                f"  {name}: {k} of {width} dimensions hold {fmean(shares):.2%} of the energy; levels {levels}"
+            )
         print(f"  {name}: relative error {error:.2e}")
     if args.run is not None:
-        _print_cost(args.run, args.folder, args.out)
+        _print_cost(args.run, args.folder, args.out, after.bases.keys() - before.bases.keys())
     return 0
 
 
-def _print_cost(run: Path, before: Path, after: Path) -> None:
-    """HR@10 of a run's best model on either cache, both splits, in the run's own protocol."""
+def _sizes(what: str, given: list[str] | None, kind: type[Number]) -> Number | dict[str, Number] | None:
+    """`128`, or `text=128 image=64`, as `convert_cache` takes it."""
+    if given is None:
+        return None
+    wanted = f"{'a whole number' if kind is int else 'a number'}, or NAME=number once for each"
+    try:
+        if len(given) == 1 and "=" not in given[0]:
+            return kind(given[0])
+        pairs = [part.rsplit("=", 1) for part in given]
+        by_name = {name: kind(number) for name, number in pairs}
+    except ValueError:
+        by_name = {}
+    if len(by_name) < len(given):
+        raise ValueError(f"--{what}: expected {wanted}, got {' '.join(given)}")
+    return by_name
+
+
+def _print_cost(run: Path, before: Path, after: Path, new_bases: Collection[str]) -> None:
+    """HR@10 of a run's best model on either cache, both splits, in the run's own protocol.
+
+    A model as wide as the encoders' states reads what a new basis holds of them, made as wide again: it loses
+    what the basis loses.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{after.name}.", dir=after.resolve().parent) as folder:
+        if new_bases:
+            expand_cache(after, Path(folder) / "wide", new_bases)
+            after = Path(folder) / "wide"
+        _print_hits(run, before, after)
+    if new_bases:
+        print("  to save time and parameters, train a model on the new cache: towers of its width")
+
+
+def _print_hits(run: Path, before: Path, after: Path) -> None:
     from crossan_fast.training import RunFolder, open_task
     from crossan_fast.training.evaluation import Part
 

@@ -63,6 +63,71 @@ def test_build_info_verify_convert(files: Path, capsys: pytest.CaptureFixture[st
     assert HiddenStateCache.open(files / "q").dtype == torch.int8
 
 
+def test_convert_into_a_basis(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(files, "--dtype", "fp32")
+    convert = ("convert", files / "c", "--no-progress", "--out")
+    capsys.readouterr()
+    assert run(*convert, files / "b", "--basis", "3", "--dtype", "fp16") == 0
+    printed = capsys.readouterr().out
+    assert "fp32 0.0 MB -> fp16 0.0 MB" in printed and "audio: relative error" in printed
+    (shares,) = re.findall(
+        r"audio: 3 of 4 dimensions hold (\S+)% of the energy; levels (\S+)% (\S+)%", printed
+    )
+    held = HiddenStateCache.open(files / "b").sources["audio"]["energy"]
+    assert [float(share) for share in shares] == pytest.approx(
+        [50 * sum(held), 100 * held[0], 100 * held[1]], abs=0.05
+    )
+    assert run("info", files / "b") == 0
+    described = capsys.readouterr().out
+    assert "audio: 2 levels of width 3 (coordinates in a basis, of width 4), present for 2" in described
+    assert f"energy: {held}" in described
+    assert run("verify", files / "b", "--no-progress") == 0
+    assert run(*convert, files / "n", "--energy", "audio=0.3") == 0
+    assert "audio: 1 of 4 dimensions hold" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(*convert, files / "x", "--energy", "0.5", "--basis", "2")
+    assert "--basis: not allowed with argument --energy" in capsys.readouterr().err
+    for given in (["x"], ["2.5"], ["audio=2", "3"], ["audio=2", "audio=3"], ["2", "3"], ["audio="]):
+        with pytest.raises(
+            ValueError, match=r"--basis: expected a whole number, or NAME=number once for each, got"
+        ):
+            run(*convert, files / "x", "--basis", *given)
+    with pytest.raises(
+        ValueError, match=r"--energy: expected a number, or NAME=number once for each, got many"
+    ):
+        run(*convert, files / "x", "--energy", "many")
+    with pytest.raises(
+        ValueError, match="basis: modality 'audio': expected a number of dimensions from 1 to 3"
+    ):
+        run(*convert, files / "x", "--basis", "audio=4")
+    assert not (files / "x").exists()
+
+
+def test_convert_prints_what_a_run_loses_in_a_basis(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = sorted(path.name for path in run_folder.iterdir())
+    before = json.loads((run_folder / "run" / "results.json").read_text())
+    arguments = ("--run", run_folder / "run", "--no-progress")
+    costs = []
+    for k in (7, 1):
+        out = run_folder / f"basis{k}"
+        assert run("convert", run_folder / "cache", "--out", out, "--basis", k, *arguments) == 0
+        printed = capsys.readouterr().out
+        (line,) = [line for line in printed.splitlines() if "test: HR@10" in line]
+        old, new = (float(share) for share in re.findall(r"([\d.]+)%", line)[:2])
+        assert old == pytest.approx(100 * before["test"]["metrics"]["hr@10"], abs=0.005)
+        costs.append(old - new)
+        assert "train a model on the new cache" in printed
+    assert costs[1] > costs[0]  # random states need all their directions
+    shrunk = run_folder / "basis7"
+    with pytest.raises(ValueError, match=r"cache: expected Modality\(name='text', width=8"):
+        run("convert", shrunk, "--out", run_folder / "int8", "--dtype", "int8", *arguments)
+    assert sorted({path.name for path in run_folder.iterdir()} - {"basis7", "basis1", "int8", "fp8"}) == [
+        name for name in there if name != "fp8"
+    ]
+
+
 def test_convert_prints_what_a_run_loses(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = json.loads((run_folder / "run" / "results.json").read_text())
     arguments = ("--out", run_folder / "fp8", "--dtype", "fp8", "--no-progress", "--run", run_folder / "run")

@@ -35,7 +35,7 @@ def states(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 2, 3)).astype(np.float32)
 
 
-def build(where: Path, first: np.ndarray, second: np.ndarray) -> None:
+def build(where: Path, first: np.ndarray, second: np.ndarray, dtype: str = "int8") -> None:
     np.save(where / "a.npy", first)
     np.save(where / "b.npy", second)
     items = ItemTable([f"i{k}" for k in range(len(first))], {}, where)
@@ -46,7 +46,7 @@ def build(where: Path, first: np.ndarray, second: np.ndarray) -> None:
             items,
             specs,
             where / "c",
-            dtype="int8",
+            dtype=dtype,
             batch_size=2,
             progress=False,
             journal_every=0,
@@ -58,12 +58,16 @@ def old_build(where: Path) -> None:
     build(where, states(0, 4), states(1, 4))
 
 
-def new_build(where: Path) -> None:
+def new_build(where: Path, dtype: str = "int8") -> None:
     """One modality of two items changed, one of them gone bad; one item more."""
     first = states(0, 5)
     first[1] += 1
     first[2] = np.nan
-    build(where, first, states(1, 5))
+    build(where, first, states(1, 5), dtype)
+
+
+def new_build_fp32(where: Path) -> None:
+    new_build(where, "fp32")
 
 
 def no_cache(where: Path) -> None:
@@ -79,6 +83,17 @@ def convert_without_swapping(where: Path) -> None:
     convert(where)
 
 
+def basis(where: Path) -> None:
+    convert_cache(where / "c", where / "out", "fp32", basis={"a": 2}, overwrite=True)
+
+
+def old_basis(where: Path) -> None:
+    two_caches(where)
+    basis(where)
+    shutil.rmtree(where / "c")
+    os.rename(where / "out", where / "c")
+
+
 def two_caches(where: Path) -> None:
     old_build(where)
     convert_cache(where / "c", where / "out", "fp16")
@@ -87,6 +102,8 @@ def two_caches(where: Path) -> None:
 COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = {
     "first": (no_cache, old_build, "c"),
     "change": (old_build, new_build, "c"),
+    "change-in-a-basis": (old_basis, new_build_fp32, "c"),
+    "basis": (two_caches, basis, "out"),
     "overwrite": (two_caches, convert, "out"),
     "overwrite-without-swapping": (two_caches, convert_without_swapping, "out"),
 }

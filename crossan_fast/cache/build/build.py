@@ -15,12 +15,12 @@ from tqdm import tqdm
 from crossan_fast.cache.build.digests import HALF
 from crossan_fast.cache.build.finish import BuildReport, Outcome, commit
 from crossan_fast.cache.build.journal import Journal
-from crossan_fast.cache.build.passes import Items, plan_passes
+from crossan_fast.cache.build.passes import BasisPass, Items, plan_passes
 from crossan_fast.cache.build.plan import BuildPlan, existing_cache, specs_for
 from crossan_fast.cache.build.runner import Runner, Settings, refuse_missing
 from crossan_fast.cache.build.specs import ModalitySpec
 from crossan_fast.cache.folders import locked, remove_leftovers
-from crossan_fast.cache.format import BUILDING, NAMES, CacheMeta, check_item_names
+from crossan_fast.cache.format import BUILDING, NAMES, CacheMeta, check_item_names, read_bases
 from crossan_fast.cache.tiers import exact_device
 from crossan_fast.cache.writer import CacheWriter
 
@@ -80,6 +80,9 @@ def build_cache(
     compute_dtype = compute_dtype or _compute_dtype_of(base)
     specs = specs_for(modalities, base)
     passes = plan_passes(specs, items, max_length, lowercase)
+    if base is not None and base.full_widths:
+        bases = read_bases(folder, base)
+        passes = [BasisPass(work, bases, base.sources) for work in passes]
     settings = Settings(batch_size, _device(device), _COMPUTE[compute_dtype], strict, progress, journal_every)
     plan = BuildPlan.make(specs, passes, items, base, folder, dtype, compute_dtype, re_encode)
     refuse_missing(plan, items, strict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import nearest
+from crossan_fast.cache.basis import ENERGY, project
 from crossan_fast.cache.build import digests
 from crossan_fast.cache.build.inputs import BrokenInput
 from crossan_fast.cache.build.specs import DEFAULT_COLUMNS, ModalitySpec
+from crossan_fast.cache.format import CacheError
 from crossan_fast.cache.levels import choose_levels, pool
 from crossan_fast.config import Modality
 
@@ -222,6 +225,50 @@ class ArrayPass:
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [torch.stack(list(inputs))]
+
+
+class BasisPass:
+    """A pass whose states are appended to a cache in its bases: as coordinates in them.
+
+    Args:
+        inner: yields states as wide as the encoder's, or the array's.
+        bases: fp32 `[k, D]`, by the names of modalities that are stored in one.
+        sources: of the cache.
+
+    Raises:
+        CacheError: states of another width than a basis is for.
+    """
+
+    def __init__(
+        self, inner: Pass, bases: Mapping[str, Tensor], sources: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self._inner, self._bases = inner, [bases.get(m.name) for m in inner.modalities]
+        for modality, basis in zip(inner.modalities, self._bases, strict=True):
+            if basis is not None and modality.width != basis.shape[1]:
+                raise CacheError(
+                    f"modality {modality.name!r}: the cache keeps {basis.shape[0]} coordinates of states of "
+                    f"width {basis.shape[1]}, got states of width {modality.width}"
+                )
+        self.modalities = tuple(
+            modality if basis is None else replace(modality, width=len(basis))
+            for modality, basis in zip(inner.modalities, self._bases, strict=True)
+        )
+        # What the basis was measured to hold when it was chosen.
+        self.records = {
+            name: {**record, ENERGY: sources[name].get(ENERGY)} if name in bases else record
+            for name, record in inner.records.items()
+        }
+        self.threads, self.mixes_sizes = inner.threads, inner.mixes_sizes
+        self.missing, self.record, self.sizes = inner.missing, inner.record, inner.sizes
+        self.load, self.unload, self.read = inner.load, inner.unload, inner.read
+
+    @property
+    def fingerprint(self) -> str:
+        return self._inner.fingerprint
+
+    def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        found = zip(self._inner.encode(inputs), self._bases, strict=True)
+        return [states if basis is None else project(states, basis) for states, basis in found]
 
 
 def plan_passes(specs: Sequence[ModalitySpec], items: Items, max_length: int, lowercase: bool) -> list[Pass]:
