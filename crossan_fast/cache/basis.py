@@ -12,6 +12,7 @@ singular value, which no storage dtype keeps either.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -39,6 +40,11 @@ def project(states: Tensor, basis: Tensor) -> Tensor:
 def expand(coordinates: Tensor, basis: Tensor) -> Tensor:
     """fp32 `[..., D]`: what `project` kept of the states."""
     return (coordinates.double() @ basis.double()).float()
+
+
+def digest(basis: Tensor) -> str:
+    """SHA-256 of a basis: coordinates mean the same under the same one alone."""
+    return hashlib.sha256(str(list(basis.shape)).encode() + basis.contiguous().numpy().tobytes()).hexdigest()
 
 
 def asked_sizes(

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     model = folder.load_model(args.checkpoint, backend=config.backend)
     held = folder.read_population()
     task = open_task(config, held.catalogue if held is not None and args.catalogue == "run" else None)
+    if held is not None:
+        held.require_bases(task.cache, model.config.modality_names)
     result = task.evaluate(model.to(task.device), args.split, protocol, k=args.k)
     if held is not None and (difference := held.difference(Population.of(task))):
         note = f"not what the run was evaluated on: {difference}"

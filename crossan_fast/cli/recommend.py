@@ -38,8 +38,10 @@ def run(args: argparse.Namespace) -> int:
     model = folder.load_model("best", backend=config.backend).to(device)
     cache = HiddenStateCache.open(args.cache or config.path("cache")).to(device)
     held = folder.read_population()
-    if held is not None and (difference := held.appended(cache.catalogue)):
-        print(f"note: {difference}", file=sys.stderr)
+    if held is not None:
+        held.require_bases(cache, model.config.modality_names)
+        if difference := held.appended(cache.catalogue):
+            print(f"note: {difference}", file=sys.stderr)
     titles: dict[str, str] = {}
     if args.items or config.items:
         titles = item_titles(Path(args.items) if args.items else config.path("items"))

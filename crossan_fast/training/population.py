@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from crossan_fast._files import write_whole
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.cache.basis import digest
 from crossan_fast.data import Catalogue
 from crossan_fast.training.task import Task
 
@@ -19,6 +22,7 @@ class Population:
     users: how many have sequences.
     used: how many items these name, the candidates unless the config ranks all.
     sequences: digest of the users' sequences as rows, targets included.
+    bases: by name, digests of the bases that modalities of the cache are stored in.
     """
 
     items: int
@@ -26,6 +30,7 @@ class Population:
     users: int
     used: int
     sequences: str
+    bases: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, task: Task) -> Population:
@@ -35,8 +40,14 @@ class Population:
             sha.update(str(list(tensor.shape)).encode())
             sha.update(tensor.cpu().contiguous().numpy().tobytes())
         catalogue = split.catalogue
-        used = task.used.numel()
-        return cls(catalogue.num_items, catalogue.digest, split.num_users, used, sha.hexdigest())
+        return cls(
+            catalogue.num_items,
+            catalogue.digest,
+            split.num_users,
+            task.used.numel(),
+            sha.hexdigest(),
+            _digests(task.cache),
+        )
 
     @property
     def catalogue(self) -> Catalogue:
@@ -49,6 +60,19 @@ class Population:
         if (sizes := self._sizes()) == now._sizes():
             return f"{sizes} as before, but other {'names' if self.names != now.names else 'sequences'}"
         return f"{sizes} before, {now._sizes()} now"
+
+    def require_bases(self, cache: HiddenStateCache, names: Sequence[str]) -> None:
+        """Raise where a cache has modalities `names` in another basis than the run's model was trained on.
+
+        Numbers of the same shape, which mean other directions of the states.
+        """
+        now = _digests(cache)
+        for name in names:
+            if self.bases.get(name) != now.get(name):
+                raise ValueError(
+                    f"cache: modality {name!r} is stored in another basis than the run's cache, expected "
+                    "that one, or one grown or converted from it"
+                )
 
     def appended(self, cache: Catalogue) -> str:
         """How a cache's items differ from the run's, in words; empty where nothing does."""
@@ -74,3 +98,7 @@ class Population:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"run: {path} cannot be read: {error}") from error
+
+
+def _digests(cache: HiddenStateCache) -> dict[str, str]:
+    return {name: digest(basis) for name, basis in cache.bases.items()}

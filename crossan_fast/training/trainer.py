@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +160,7 @@ class Trainer:
         population = self.folder.read_population()
         if held:
             _refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
-            _refuse_others(population, self.task)
+            _refuse_others(population, self.task, self.model.config.modality_names)
             state = load_checkpoint(self.folder.last, self.model, self.optimizer, self.step.average)
             self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
             self.step.steps = state["steps"]
@@ -312,8 +312,11 @@ def _refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
             )
 
 
-def _refuse_others(held: Population | None, task: Task) -> None:
-    if held is not None and (difference := held.difference(Population.of(task))):
+def _refuse_others(held: Population | None, task: Task, modalities: Sequence[str]) -> None:
+    if held is None:
+        return
+    held.require_bases(task.cache, modalities)
+    if difference := held.difference(Population.of(task)):
         raise ValueError(
             f"cache, users: expected those of the run to go on with it, got others: {difference}"
         )

@@ -1,0 +1,58 @@
+"""A model of coordinates in one basis reads no coordinates in another, whatever reads them to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from crossan_fast import HiddenStateCache
+from crossan_fast.cache import convert_cache, write_cache
+from crossan_fast.cli import main
+from crossan_fast.training import RunFolder, TrainConfig, Trainer
+
+
+@pytest.fixture
+def settings(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A run on coordinates in 3 dimensions."""
+    wide = HiddenStateCache.open(values["cache"])
+    convert_cache(values["cache"], tmp_path / "cache", basis=3)
+    # The same items and widths; a basis of other states, as of a cache that has grown since.
+    states = {m.name: torch.randn_like(s) for m, s in zip(wide.modalities, wide.states("cpu"), strict=True)}
+    for state in states.values():
+        state[0] = 0
+    write_cache(tmp_path / "turned", states, item_names=list(wide.item_names))
+    convert_cache(tmp_path / "turned", tmp_path / "other", basis=3)
+    return {**values, "cache": str(tmp_path / "cache"), "run": str(tmp_path / "run"), "epochs": 1}
+
+
+def test_another_basis_is_refused(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(TrainConfig.from_dict(settings))
+    trainer.fit(progress=False)
+    assert {m.width for m in trainer.model.config.modalities} == {3}
+    held = RunFolder(settings["run"]).read_population()
+    names = trainer.model.config.modality_names
+    assert held is not None and set(held.bases) == set(names)
+    convert_cache(settings["cache"], tmp_path / "int8", "int8")
+    assert main(["evaluate", "--run", settings["run"], "--cache", str(tmp_path / "int8")]) == 0
+    refused = f"cache: modality {names[0]!r} is stored in another basis than the run's cache"
+    history = list(trainer.task.cache.item_names[1:3])
+    other, run = str(tmp_path / "other"), ("--run", settings["run"])
+    for command in (
+        ["evaluate", *run, "--cache", other],
+        ["recommend", *run, "--cache", other, "--history", *history],
+        ["cache", "convert", other, "--out", str(tmp_path / "x"), "--dtype", "int8", "--no-progress", *run],
+    ):
+        assert main(command) == 2, command
+        assert refused in capsys.readouterr().err
+    Path(settings["cache"]).rename(tmp_path / "moved")
+    Path(other).rename(settings["cache"])
+    with pytest.raises(
+        ValueError, match="is stored in another basis than the run's cache, expected that"
+    ):
+        Trainer(TrainConfig.from_dict({**settings, "epochs": 2})).fit(resume=True, progress=False)
+    held.require_bases(HiddenStateCache.open(tmp_path / "moved"), names)
