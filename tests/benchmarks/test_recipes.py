@@ -1,4 +1,4 @@
-"""The Scientific recipe: its config stands, a run is recorded as it is, the report is drawn from records."""
+"""The recipes: their configs stand, a run is recorded as it is, reports are drawn from records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.recipes import scientific, tabulate
+from benchmarks.recipes import basis, scientific, tabulate
+from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.data import leave_one_out, read_interactions, read_items
 from crossan_fast.training import RunFolder, TrainConfig, load_config, train
@@ -119,3 +120,52 @@ def test_equal_epochs_and_equal_time_by_hand() -> None:
     ]
     slow[1]["train_seconds"], slow[2]["train_seconds"] = "600", "603"  # a pause is no epoch's time
     assert tabulate.compare({"in_batch": fast, "full": slow}) == lines
+
+
+def test_each_width_is_trained_once_on_its_own_basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = torch.randn(26, 2, 8) * torch.tensor([4.0, 3, 2, 1, 0.5, 0.1, 0.1, 0.1])
+    states[0] = 0
+    names = [f"i{i}" for i in range(25)]
+    write_cache(tmp_path / "whole", {"mean": states, "cls": states.flip(2)}, item_names=names)
+    rows = [" ".join(names[(3 * user + j) % 25] for j in range(6)) for user in range(20)]
+    (tmp_path / "users.tsv").write_text("".join(f"u{u}\t{row}\n" for u, row in enumerate(rows)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(basis, "BASES", tmp_path / "basis.csv")
+    given = ["cache=whole", "users=users.tsv", "epochs=2", "patience=null", "batch_size=10", "backend=eager"]
+    given += ["model.embedding_dim=8", "model.bottleneck=4", "model.window=4"]
+    for _ in range(2):  # the second time there is nothing to do
+        assert basis.run("scientific4k", [8, 3], [0, 1], given) == 0
+        found = tabulate.read(tmp_path / "basis.csv")
+        assert [(row["width"], row["seed"]) for row in found] == [
+            ("8", "0"),
+            ("3", "0"),
+            ("8", "1"),
+            ("3", "1"),
+        ]
+    assert found[0]["energy"] == "mean=1.0000 cls=1.0000"
+    held = {m: HiddenStateCache.open("whole-3").sources[m]["energy"] for m in ("mean", "cls")}
+    assert found[1]["energy"] == " ".join(f"{m}={sum(e) / 2:.4f}" for m, e in held.items())
+    assert "cpu" not in found[0]["device"] and found[0]["filter_history"] == "none"
+    written = tabulate.basis_table(found)
+    mean = 50 * sum(float(row["test_hr@10"]) for row in found[1::2])
+    assert "20 users ranked among all 25 items, filter_history=none" in written
+    assert f"| 3 | {found[1]['energy']} | 0.0 |" in written and f"| 2 | {mean:.2f} ± " in written
+
+
+def test_the_fewest_dimensions_within_noise() -> None:
+    def rows(hits: list[float]) -> list[tabulate.Row]:
+        return [{"test_hr@10": str(hit), "test_ndcg@10": str(hit / 2)} for hit in hits]
+
+    full = rows([0.12, 0.121, 0.122])
+    groups = {384: full, 128: rows([0.119, 0.12, 0.121]), 64: rows([0.111, 0.112, 0.113])}
+    assert tabulate.fewest_within_noise(groups) == 128
+    assert tabulate.fewest_within_noise({384: full, 64: groups[64]}) == 384
+    assert tabulate.fewest_within_noise({**groups, 32: full[:1]}) is None
+
+
+@pytest.mark.parametrize("data", basis.CONFIGS)
+def test_the_basis_recipes_configs_stand(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROSSAN_FAST_DATA", "/data")
+    config = load_config(basis.CONFIGS[data])
+    assert config.path("users") == Path(f"/data/{data}/users.tsv") and config.model["loss"] == "in_batch"
+    assert config.path("cache").name == data

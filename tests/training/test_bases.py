@@ -51,8 +51,6 @@ def test_another_basis_is_refused(
         assert refused in capsys.readouterr().err
     Path(settings["cache"]).rename(tmp_path / "moved")
     Path(other).rename(settings["cache"])
-    with pytest.raises(
-        ValueError, match="is stored in another basis than the run's cache, expected that"
-    ):
+    with pytest.raises(ValueError, match="is stored in another basis than the run's cache, expected that"):
         Trainer(TrainConfig.from_dict({**settings, "epochs": 2})).fit(resume=True, progress=False)
     held.require_bases(HiddenStateCache.open(tmp_path / "moved"), names)
