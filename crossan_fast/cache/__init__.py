@@ -1,5 +1,6 @@
 """Frozen encoders' hidden states on disk: format, reading by id, writing; `build/`: from raw items."""
 
+from crossan_fast.cache.basis import project
 from crossan_fast.cache.build import BrokenItemError, BuildReport, ModalitySpec, build_cache
 from crossan_fast.cache.convert import convert_cache
 from crossan_fast.cache.format import CacheError, CorruptCacheError, IncompleteCacheError
@@ -19,6 +20,7 @@ __all__ = [
     "build_cache",
     "convert_cache",
     "evenly",
+    "project",
     "verify_cache",
     "write_cache",
 ]

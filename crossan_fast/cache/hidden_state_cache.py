@@ -106,7 +106,7 @@ class HiddenStateCache:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, verify: bool = False) -> HiddenStateCache:
-        """Map the cache in `folder`; reads meta.json alone, so it takes milliseconds at any size.
+        """Map the cache in `folder`; reads meta.json and bases, so it takes milliseconds at any size.
 
         Args:
             verify: read every byte and compare checksums first.

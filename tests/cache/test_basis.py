@@ -20,11 +20,12 @@ from crossan_fast.cache import (
     HiddenStateCache,
     build_cache,
     convert_cache,
+    project,
     verify_cache,
     write_cache,
 )
 from crossan_fast.cache import convert as convert_module
-from crossan_fast.cache.basis import expand, project
+from crossan_fast.cache.basis import expand
 from crossan_fast.cache.convert import expand_cache
 from crossan_fast.cache.quantize import dequantize, quantize
 from crossan_fast.data.items import ItemTable
@@ -299,6 +300,7 @@ def test_a_flipped_bit_of_the_basis_is_found(tmp_path: Path) -> None:
             ValueError,
             "basis, energy: expected one of them, got basis=4 and energy",
         ),
+        ({"basis": {}}, ValueError, r"basis: expected a number, or at least one modality's, got \{\}"),
         (
             {"basis": 0},
             ValueError,

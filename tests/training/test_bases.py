@@ -37,7 +37,9 @@ def test_another_basis_is_refused(
     held = RunFolder(settings["run"]).read_population()
     names = trainer.model.config.modality_names
     assert held is not None and set(held.bases) == set(names)
-    convert_cache(settings["cache"], tmp_path / "int8", "int8")
+    convert = ("cache", "convert", settings["cache"], "--dtype", "int8", "--no-progress")
+    assert main([*convert, "--out", str(tmp_path / "int8"), "--run", settings["run"]]) == 0
+    assert "test: HR@10" in capsys.readouterr().out
     assert main(["evaluate", "--run", settings["run"], "--cache", str(tmp_path / "int8")]) == 0
     refused = f"cache: modality {names[0]!r} is stored in another basis than the run's cache"
     history = list(trainer.task.cache.item_names[1:3])
