@@ -60,7 +60,7 @@ def asked_sizes(
         basis, energy: for all modalities, or for those named; one of the two, or neither.
 
     Raises:
-        ValueError, TypeError: naming the argument and the modality.
+        ValueError: naming the argument and the modality.
     """
     if basis is not None and energy is not None:
         raise ValueError(f"basis, energy: expected one of them, got basis={basis} and energy={energy}")
@@ -118,7 +118,7 @@ def choose_basis(chunks: Chunks, modality: Modality, size: int | float) -> Tenso
             )
         size = k
     basis = vectors[:, ::-1][:, :size].T
-    # An eigenvector's sign is LAPACK's whim; with this one the same states give the same basis anywhere.
+    # An eigenvector's sign is LAPACK's whim; here the largest number of each is positive.
     largest = np.abs(basis).argmax(axis=1)
     basis = basis * np.sign(np.take_along_axis(basis, largest[:, None], axis=1))
     return torch.from_numpy(np.ascontiguousarray(basis, dtype=np.float32))

@@ -136,7 +136,7 @@ def _opened(source: Path) -> tuple[HiddenStateCache, Records | None]:
 def _rows(
     cache: HiddenStateCache, index: int, progress: Progress | None = None, *, at_once: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
-    """All rows of one modality as finite fp32 `[n, L, D]`, `at_once` or more a time, with the first's."""
+    """One modality's rows as finite fp32 `[n, L, D]`, `at_once` or more a time, each with its first row."""
     modality, names = cache.modalities[index], cache.item_names[1:]
     unread = torch.empty(0, dtype=torch.int64)  # rows are checked as they are converted
     states, scales = cache.states("cpu", unread)[index], cache.scales("cpu", unread)
@@ -165,8 +165,12 @@ def _convert_modality(
     storage: torch.dtype,
     basis: Tensor | None,
 ) -> tuple[float, list[float]]:
-    """Write every row; the error made, as `convert_cache` returns it, and the share of each level's energy
-    that `basis` holds, 1 of a level of zeros."""
+    """Write every row.
+
+    Returns:
+        the error made, as `convert_cache` returns it, and the share of each level's energy that is kept as
+        coordinates, 1 of a level of zeros.
+    """
     names = cache.item_names[1:]
     lost, held, had = 0.0, torch.zeros(modality.levels).double(), torch.zeros(modality.levels).double()
     for start, old in rows:
@@ -184,7 +188,6 @@ def _convert_modality(
             new = expand(new, basis)
         lost += float(torch.linalg.vector_norm(new - old, dtype=torch.float64)) ** 2
         held, had = held + level_energies(kept), had + level_energies(old)
-    shares = torch.where(had > 0, held / had, 1).clamp(max=1)
-    return (lost / float(had.sum())) ** 0.5 if had.any() else 0.0, [
-        round(share, 6) for share in shares.tolist()
-    ]
+    shares = torch.where(had > 0, held / had, 1).clamp(max=1).tolist()
+    error = (lost / float(had.sum())) ** 0.5 if had.any() else 0.0
+    return error, [round(share, 6) for share in shares]
