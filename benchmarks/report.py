@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import registry, results
 from benchmarks.registry import IMPLEMENTATIONS, OURS
 from benchmarks.results import Row
-from benchmarks.targets import TARGETS, Rows
+from benchmarks.targets import TARGETS, Rows, kinds
 from crossan_fast._files import write_whole
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -85,10 +85,10 @@ def _headline() -> set[str]:
 
 
 def _targets(rows: Rows) -> list[str]:
-    device = "cuda" if "NVIDIA" in next(iter(rows.values())).device else "cpu"
+    answering = kinds(next(iter(rows.values())).device)
     lines = ["| target | asked | measured | |", "| --- | --- | --- | --- |"]
     for target in TARGETS:
-        if target.device != device:
+        if target.device not in answering:
             continue
         found = target.measured(rows)
         if found is None:

@@ -241,7 +241,7 @@ class CrossanModel(Popularity):
             embeddings, balance = self._encode(source, counts)
         else:
             source = Source((), None, catalogue, exists)
-            embeddings, balance = self._fuse(self._hidden_in_chunks(cache, source), source, counts)
+            embeddings, balance = self._fuse(self._embed_in_chunks(cache, source), source, counts)
         if self.config.deduplicate:
             by_place = _rows(embeddings, item_ids)
         else:
@@ -305,12 +305,13 @@ class CrossanModel(Popularity):
     # -- inside ----------------------------------------------------------------------------------------
 
     def _encode(self, source: Source, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self._fuse(self._hidden(source), source, counts)
+        return self._fuse(self._embed(source), source, counts)
 
-    def _hidden(self, source: Source) -> list[Tensor]:
+    def _embed(self, source: Source) -> Tensor:
         with span("side_network"):
             return self.towers(
                 source.states,
+                self.heads,
                 ids=source.ids,
                 scales=source.scales,
                 present=source.present,
@@ -318,29 +319,29 @@ class CrossanModel(Popularity):
             )
 
     def _fuse(
-        self, hidden: Sequence[Tensor], source: Source, counts: Tensor | None
+        self, embeddings: Tensor, source: Source, counts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         with span("fusion"):
             if isinstance(self.fusion, Concat):
-                return self.fusion(hidden, self.heads, present=source.present), None
+                return self.fusion(embeddings), None
             fused = self.fusion(
-                hidden, self.heads, present=source.present, counts=counts, backend=self.backend_for("fusion")
+                embeddings, present=source.present, counts=counts, backend=self.backend_for("fusion")
             )
         return fused.items, fused.balance
 
-    def _hidden_in_chunks(self, cache: HiddenStateCache, catalogue: Source) -> list[Tensor]:
-        """Each tower's last h of all items, a chunk's states at a time; the backward gathers them again."""
+    def _embed_in_chunks(self, cache: HiddenStateCache, catalogue: Source) -> Tensor:
+        """Embeddings of all items, a chunk's states at a time; the backward gathers them again."""
         device, chunks = self._device(), []
 
-        def hidden(ids: Tensor, present: Tensor | None) -> tuple[Tensor, ...]:
+        def embed(ids: Tensor, present: Tensor | None) -> Tensor:
             source = _sources.cached(self.config, cache, device, ids)
-            return tuple(self._hidden(replace(source, present=present)))
+            return self._embed(replace(source, present=present))
 
         assert catalogue.ids is not None
         for ids in catalogue.ids.split(CATALOGUE_CHUNK):
             present = None if catalogue.present is None else catalogue.present[ids]
-            chunks.append(checkpoint(hidden, ids, present, use_reentrant=False, preserve_rng_state=False))
-        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+            chunks.append(checkpoint(embed, ids, present, use_reentrant=False, preserve_rng_state=False))
+        return torch.cat(chunks)
 
     def _parts(
         self, cache: HiddenStateCache, ids: Tensor, size: int

@@ -350,7 +350,6 @@ def backward_columns_kernel(
     for begin in range(start, stop, BLOCK_R):
         index_r = begin + tl.arange(0, BLOCK_R)
         user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
-        target, _ = row_targets(slots, index_r, rows, places, IN_BATCH)
         log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
         missing = tl.load(coefficient + index_r, mask=index_r < rows, other=0.0) * SCALE
         logit = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)  # [BC, BR]
@@ -361,6 +360,7 @@ def backward_columns_kernel(
             blocked = own_columns(slots, own, first, sequences, places, begin_column, BLOCK_Q, BLOCK_C)
             logit = dot(tl.trans(blocked), tl.trans(member), logit, PRECISION)
         logit = dot(item, tl.trans(user), logit, PRECISION)
+        target, _ = row_targets(slots, index_r, rows, places, IN_BATCH)
         share = tl.exp((logit + bias[:, None]) - log_sum[None, :]) * SCALE  # [BC, BR]
         share += tl.where(index_c[:, None] == target[None, :], missing[None, :], 0.0)
         gradient = dot(share.to(user.dtype), user, gradient, PRECISION)

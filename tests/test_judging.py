@@ -94,6 +94,8 @@ def side_network(cast: Cast, absent: bool = False) -> list[Tensor]:
     shapes += [
         [(2, d) for d in structure.widths],
         [(2,)] * 2,
+        [(8, d) for d in structure.widths],
+        [(8,)] * 2,
         [(2,)] * 2,
         [(6, 12), (6, 20)],
         [(20, 6), (12, 6)],
@@ -104,19 +106,19 @@ def side_network(cast: Cast, absent: bool = False) -> list[Tensor]:
     present = torch.ones(40, 2, dtype=torch.bool)
     present[::7, 0] = False
     present[3, 1] = not absent
-    outputs = side_network_reference(states, structure.unflatten(weights), structure, present=present)
-    return results(list(outputs), weights)
+    e = side_network_reference(states, structure.unflatten(weights), structure, present=present)
+    return results([e], weights)
 
 
 def fusion(cast: Cast, absent: bool = False) -> list[Tensor]:
     """`absent`: one modality of one item is taken for missing."""
-    shapes = [(8, 12), (8, 20), (8,), (8,), (2, 16), (2,), (2, 24, 8), (2, 24), (2, 8, 24), (2, 8)]
-    flat = leaves_of([draw(*shape, seed=i, scale=0.3) for i, shape in enumerate(shapes)], cast)
-    hidden = leaves_of([draw(40, 12, seed=20), draw(40, 20, seed=21)], cast)
+    shapes = [(2, 16), (2,), (2, 24, 8), (2, 24), (2, 8, 24), (2, 8)]
+    weights = [draw(*shape, seed=i, scale=0.3) for i, shape in enumerate(shapes)]
+    leaves = leaves_of([draw(40, 2, 8, seed=20), *weights], cast)
     present = torch.ones(40, 2, dtype=torch.bool)
     present[3, 1] = not absent
-    out = fusion_reference(hidden, FusionWeights(flat[:2], flat[2:4], *flat[4:]), present=present)
-    return results([out.items], [*hidden, *flat])
+    out = fusion_reference(leaves[0], FusionWeights(*leaves[1:]), present=present)
+    return results([out.items], leaves)
 
 
 PROBLEMS: dict[str, Problem] = {

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
 
@@ -73,17 +74,27 @@ def test_closed_cross_gates_leave_iisans_intra_tower():
         own = {k: v for k, v in crossan.towers[name].state_dict().items() if not k.startswith("cross")}
         iisan.towers[name].load_state_dict(own)
     states = cache.states("cpu")
-    for a, b in zip(crossan.towers(states), iisan.towers(states), strict=False):
+    # Under the same heads; the pair's tower, which CROSSAN has not, keeps its own.
+    heads = torch.nn.ModuleDict({**iisan.heads, **crossan.heads})
+    for a, b in zip(crossan.towers.hidden(states, heads), iisan.towers.hidden(states, heads), strict=False):
         torch.testing.assert_close(a, b)
+    torch.testing.assert_close(crossan.towers(states, heads), iisan.towers(states, heads)[:, :2])
 
 
 def test_state_dict_names():
-    names = set(CrossanModel(small(head="two")).state_dict())
+    state = CrossanModel(small(head="two")).state_dict()
     promised = """towers.text.down.weight towers.text.down.bias towers.text.up.weight towers.text.up.bias
     towers.text.gate towers.text.cross.image heads.text.weight heads.text.bias heads.text.inner.weight
     heads.text.inner.bias fusion.router.weight fusion.router.bias fusion.experts.w1 fusion.experts.b1
     fusion.experts.w2 fusion.experts.b2 sequence_encoder.position.weight item_popularity"""
-    assert set(promised.split()) <= names
+    assert set(promised.split()) <= state.keys()
+    shapes = {name: list(t.shape) for name, t in state.items() if name.startswith("heads.image.")}
+    assert shapes == {
+        "heads.image.weight": [8, 20],
+        "heads.image.bias": [8],
+        "heads.image.inner.weight": [20, 20],
+        "heads.image.inner.bias": [20],
+    }
 
 
 def loss_and_gradients(model, **arguments):
@@ -92,6 +103,51 @@ def loss_and_gradients(model, **arguments):
     out = model(IDS, **arguments)
     out.loss.backward()
     return out, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def by_the_definition(model):
+    """A model whose towers make h, to which its head's Linears are applied one after the other."""
+
+    def forward(states, heads, *, present=None, backend, **rows):
+        e = []
+        for source, head, h in zip(
+            model.towers.structure.sources,
+            heads.values(),
+            model.towers.hidden(states, heads, present=present, **rows),
+            strict=True,
+        ):
+            layers = [head] if head.inner is None else [head.inner, head]
+            for layer in layers:
+                h = F.linear(h, layer.weight, layer.bias)
+            if present is not None:
+                h = torch.where(present[:, list(source)].any(dim=1, keepdim=True), h, 0)
+            e.append(h)
+        return torch.stack(e, dim=1)
+
+    model.towers.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("missing", [False, True], ids=["all present", "some missing"])
+@pytest.mark.parametrize(
+    "extra",
+    [{"head": "one"}, {"head": "two"}, {"head": "two", "cross": "side"}, {"iisan": True}],
+    ids=["one layer", "two layers", "two layers, side", "iisan"],
+)
+def test_heads_give_what_their_layers_do_to_the_last_h(extra, missing, backend):
+    cache = make_cache(some_missing() if missing else None)
+    model, other = (make_model(small(**extra)).double() for _ in range(2))
+    assert any(key.endswith("inner.weight") for key in model.state_dict()) == (extra != {"head": "one"})
+    model.backend = backend
+    have, grads = loss_and_gradients(model, cache=cache)
+    want, expected = loss_and_gradients(by_the_definition(other), cache=cache)
+    real = IDS != 0
+    torch.testing.assert_close(have.loss, want.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(have.item_embeddings[real], want.item_embeddings[real], rtol=1e-12, atol=1e-12)
+    assert grads.keys() == expected.keys() == {name for name, _ in model.named_parameters()}
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["in_batch", "full"])
@@ -160,8 +216,9 @@ def test_modality_dropout_never_drops_the_last():
     assert torch.equal(model.eval()._drop(exists, torch.arange(len(exists))), exists)
 
 
-def test_autocast_is_near_fp32():
-    cache, model = make_cache(), make_model(small())
+@pytest.mark.parametrize("head", ["one", "two"])
+def test_autocast_is_near_fp32(head):
+    cache, model = make_cache(), make_model(small(head=head))
     plain = model(IDS, cache=cache).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = model(IDS, cache=cache).loss

@@ -12,8 +12,8 @@ from benchmarks.aot_cases import DTYPES, Case, new, products
 from crossan_fast.kernels import side_network
 from crossan_fast.ops import SideNetworkStructure, SideNetworkWeights
 
-_WALKS = frozenset({"fused_kernel", "down_kernel", "walk_kernel", "up_kernel", "grad_down_kernel"})
-_HOT = _WALKS | {"grad_walk_kernel", "up_gradient_kernel", "down_gradient_kernel"}
+_FORWARD = frozenset({"fused_kernel", "down_kernel", "walk_kernel"})
+_HOT = _FORWARD | {"grad_walk_kernel", "mixing_gradient_kernel", "down_gradient_kernel"}
 
 
 def cases() -> Iterator[Case]:
@@ -34,7 +34,7 @@ def cases() -> Iterator[Case]:
             partial(call, items, width, DTYPES[dtype], stored),
             hot=_HOT,
             matrix=products(_HOT | {"mixing_kernel", "combine_kernel"}, dtype),
-            # *walk* and *grad_walk* alone take 16 items, for the number of programs; fused ones take 64.
+            # *walk*, and *grad_walk* of few items, take 16 of them, for the number of programs.
             wide=products(_HOT - {"walk_kernel", "grad_walk_kernel"}, dtype),
         )
     # Of the paper's size, what the cases above leave out: items that lack modalities, and IISAN's pairs. The
@@ -46,9 +46,10 @@ def cases() -> Iterator[Case]:
         run = partial(call, 704, 768, torch.bfloat16, structure=structure, present=True)
         yield Case(f"side_network n=704 D=768 r=64 {name}", "bf16", run, hot)
     yield from _structures()
-    # Ranks up to 256 must fit as well; there the limits of shared memory are what is checked.
-    run = partial(call, 704, 768, torch.bfloat16, None, 256)
-    yield Case("side_network n=704 D=768 r=256", "bf16", run)
+    # Ranks and embeddings up to 256 must fit as well; there the limits of shared memory are what is checked.
+    for rank, embedding in ((256, 64), (64, 256)):
+        run = partial(call, 704, 768, torch.bfloat16, None, rank, embedding=embedding)
+        yield Case(f"side_network n=704 D=768 r={rank} d={embedding}", "bf16", run)
 
 
 def _structures() -> Iterator[Case]:
@@ -84,8 +85,9 @@ def call(
     levels: int = 7,
     structure: SideNetworkStructure | None = None,
     present: bool = False,
+    embedding: int = 64,
 ) -> None:
-    """Forward and backward, gathered by id from a resident cache; CROSSAN's four towers unless told."""
+    """Forward and backward, gathered by id from a resident cache; CROSSAN's towers unless told."""
     structure = structure or _towers(width, 4)
     widths, towers, rows = structure.tower_widths, len(structure.sources), 20_315
 
@@ -100,6 +102,8 @@ def call(
         [own(levels, d, rank) for d in widths],
         [own(levels, d) for d in widths],
         [own(levels)] * towers,
+        [own(embedding, d) for d in widths],
+        [own(embedding)] * towers,
         [own(levels) for _ in structure.cross_pairs],
         [own(rank, d) for _, d in projected],
         [own(d, rank) for d, _ in projected],
@@ -111,8 +115,7 @@ def call(
     ids = new(items, kind=torch.int64)
     mask = new(items, len(structure.widths), kind=torch.bool) if present else None
     call = (states, scales, ids, mask, weights.flatten(), *structure.static, dtype)
-    outputs = side_network.forward(*call)
-    side_network.backward(outputs[:towers], outputs[towers:], *call)
+    side_network.backward(*side_network.forward(*call), *call)
 
 
 def _towers(

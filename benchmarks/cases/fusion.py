@@ -14,37 +14,32 @@ from benchmarks.cases.side_network import (
     Shape,
     fusion_weights,
     rows_in_parts,
-    unflatten_fusion,
 )
 from benchmarks.operators import Operator, set_count
 from benchmarks.registry import Case, Setting, Workload, register
-from crossan_fast.ops import fusion
+from crossan_fast.ops import FusionWeights, fusion
 
 
 def build(shape: Shape, top_k: int | None, setting: Setting) -> Workload:
     generator = setting.generator(f"fusion/{shape}")
     element = setting.dtype.itemsize
-    size = (shape.items, shape.width)
+    size = (shape.items, shape.modalities, shape.embedding)
 
-    def call(weights: Sequence[Tensor], hidden: Sequence[Tensor], backend: str) -> list[Tensor]:
-        momef = unflatten_fusion(weights, shape.modalities)
-        return [fusion(hidden, momef, top_k=top_k, backend=backend).items]
+    def call(weights: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+        return [fusion(inputs[0], FusionWeights(*weights), top_k=top_k, backend=backend).items]
 
     count = set_count(shape.fusion_floors(element)["forward"].bytes, setting.device)
     return Operator(
         setting=setting,
         weights=fusion_weights(shape, setting),
         sets=[
-            [
-                torch.randn(size, device=setting.device, generator=generator).to(setting.dtype)
-                for _ in range(shape.modalities)
-            ]
+            [torch.randn(size, device=setting.device, generator=generator).to(setting.dtype)]
             for _ in range(count)
         ],
         call=call,
         cotangents=[torch.randn(shape.items, shape.embedding, device=setting.device, generator=generator)],
         floors=shape.fusion_floors(element),
-        differentiable=shape.modalities,
+        differentiable=1,
         split=rows_in_parts,
     ).workload()
 
@@ -55,14 +50,14 @@ def _register(
     chosen = "" if top_k is None else f",top_k={top_k}"
     register(
         Case(
-            name=f"fusion/N={shape.items},M={shape.modalities},D={shape.width},d={shape.embedding}{chosen}",
+            name=f"fusion/N={shape.items},M={shape.modalities},d={shape.embedding}{chosen}",
             build=partial(build, shape, top_k),
             # The best two of bf16's rounded router are not always float64's best two.
             dtypes=("fp32",) if top_k else ("fp32", "bf16"),
             tags=frozenset(tags),
             importance=importance,
             compiled=compiled,
-            reference_bytes=20.0 * shape.items * shape.modalities * shape.width,
+            reference_bytes=100.0 * shape.items * shape.modalities * shape.embedding,
         )
     )
 
@@ -74,5 +69,3 @@ for places in (2_816, 11_264):
     _register(Shape(places), 32, "batch", "items")
 for count in (1, 2, 8):
     _register(Shape(PAPER_ITEMS, modalities=count), 45, "modalities")
-for width in (384, 1_024, 4_096):
-    _register(Shape(PAPER_ITEMS, width=width), 45, "width")

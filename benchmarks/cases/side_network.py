@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.operators import Operator, Part, set_count
 from benchmarks.registry import Case, Floor, Setting, Workload, register
 from crossan_fast import CrossanConfig, Modality
-from crossan_fast.modules.side_network import SideNetwork
+from crossan_fast.model import CrossanModel
 from crossan_fast.ops import FusionWeights, SideNetworkStructure, fusion, has_kernel, side_network
 
 PAPER_ITEMS, CATALOGUE = 704, 20_314
@@ -41,32 +41,37 @@ class Shape:
         )
 
     def side_floors(self, element: int) -> dict[str, Floor]:
-        """The floor: states read once by each pass, bottlenecks and h written and read."""
-        states = self.items * self.modalities * self.levels * self.width * element
-        saved = self.items * self.modalities * self.levels * self.rank * element
-        hidden = self.items * self.modalities * self.width * element
-        weights = self.modalities * self.levels * 2 * self.rank * self.width * element
-        flops = 4.0 * self.items * self.modalities * self.levels * self.width * self.rank
-        forward = Floor(states + saved + hidden + weights, flops)
+        """The floor, heads folded in: states read once by each pass, bottlenecks and e written and read.
+
+        Products of weights alone, made once a call, are left out: they weigh nothing over many items.
+        """
+        levels, rank, width, d = self.levels, self.rank, self.width, self.embedding
+        towers = self.items * self.modalities
+        states = towers * levels * width * element
+        kept = towers * (levels * rank + d) * element
+        weights = self.modalities * width * (2 * levels * rank + d) * element
+        down, head = 2.0 * towers * levels * width * rank, 2.0 * towers * width * d
+        links = 2.0 * towers * (levels * (levels - 1) // 2 * rank**2 + levels * rank * d)
+        forward = Floor(states + kept + weights, down + head + links)
         # Weight gradients are fp32, as the weights are.
-        backward = Floor(states + saved + hidden + weights + 4 * weights // element, 2 * flops)
+        backward = Floor(states + kept + weights + 4 * weights // element, 2 * (down + head + links))
         return _with_both(forward, backward)
 
     def fusion_floors(self, element: int) -> dict[str, Floor]:
         m, d, f = self.modalities, self.embedding, 4 * self.embedding
-        hidden = self.items * m * self.width * element
-        kept = self.items * (m * d + d) * element
-        weights = m * (self.width * d + 2 * d * f) * element
-        flops = 2.0 * self.items * m * (self.width * d + m * d + 2 * d * f)
+        entering = self.items * m * d * element
+        kept = self.items * d * element
+        weights = m * 2 * d * f * element
+        flops = 2.0 * self.items * m * (m * d + 2 * d * f)
         return _with_both(
-            Floor(hidden + kept + weights, flops), Floor(2 * hidden + kept + 3 * weights, 2 * flops)
+            Floor(entering + kept + weights, flops), Floor(2 * entering + kept + 3 * weights, 2 * flops)
         )
 
     def encoder_floors(self, element: int) -> dict[str, Floor]:
-        """side_network then fusion with the last h never leaving the chip: its bytes cross nothing."""
+        """side_network then fusion with e never leaving the chip: its bytes cross nothing."""
         side, fused = self.side_floors(element), self.fusion_floors(element)
-        hidden = self.items * self.modalities * self.width * element
-        crossing = {"forward": 2 * hidden, "backward": 3 * hidden, "both": 5 * hidden}
+        entering = self.items * self.modalities * self.embedding * element
+        crossing = {"forward": 2 * entering, "backward": 3 * entering, "both": 5 * entering}
         return {
             name: Floor(
                 side[name].bytes + fused[name].bytes - crossing[name], side[name].flops + fused[name].flops
@@ -96,26 +101,20 @@ def random_states(
 
 def side_weights(shape: Shape, setting: Setting) -> tuple[list[Tensor], SideNetworkStructure]:
     """Weights as training leaves them: gates open, biases not zero."""
-    network = SideNetwork(shape.config())
+    model = CrossanModel(shape.config())
     generator = torch.Generator().manual_seed(1)
     weights = []
-    for tensor in network.weights().flatten():
+    for tensor in model.towers.weights(model.heads).flatten():
         spread = 0.1 if tensor.dim() < 3 else shape.width**-0.5
         weights.append((spread * torch.randn(tensor.shape, generator=generator)).to(setting.device))
-    return weights, network.structure
+    return weights, model.towers.structure
 
 
 def fusion_weights(shape: Shape, setting: Setting) -> list[Tensor]:
     m, d, f = shape.modalities, shape.embedding, 4 * shape.embedding
-    shapes = [(d, shape.width)] * m + [(d,)] * m + [(m, m * d), (m,), (m, f, d), (m, f), (m, d, f), (m, d)]
+    shapes = [(m, m * d), (m,), (m, f, d), (m, f), (m, d, f), (m, d)]
     generator = torch.Generator().manual_seed(2)
     return [(size[-1] ** -0.5 * torch.randn(size, generator=generator)).to(setting.device) for size in shapes]
-
-
-def unflatten_fusion(tensors: Sequence[Tensor], modalities: int) -> FusionWeights:
-    return FusionWeights(
-        tensors[:modalities], tensors[modalities : 2 * modalities], *tensors[2 * modalities :]
-    )
 
 
 def rows_in_parts(inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Iterator[Part]:
@@ -123,6 +122,11 @@ def rows_in_parts(inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Ite
     for start in range(0, inputs[0].shape[0], PART):
         cut = slice(start, start + PART)
         yield Part([t[cut] for t in inputs], [t[cut] for t in cotangents])
+
+
+def _cotangent(shape: Shape, setting: Setting, generator: torch.Generator) -> Tensor:
+    size = (shape.items, shape.modalities, shape.embedding)
+    return torch.randn(size, device=setting.device, generator=generator)
 
 
 def build_side_network(shape: Shape, setting: Setting) -> Workload:
@@ -134,13 +138,10 @@ def build_side_network(shape: Shape, setting: Setting) -> Workload:
         setting=setting,
         weights=weights,
         sets=[random_states(shape, setting, generator) for _ in range(count)],
-        call=lambda w, states, backend: side_network(
-            states, structure.unflatten(w), structure, backend=backend
-        ),
-        cotangents=[
-            torch.randn(shape.items, shape.width, device=setting.device, generator=generator)
-            for _ in range(shape.modalities)
+        call=lambda w, states, backend: [
+            side_network(states, structure.unflatten(w), structure, backend=backend)
         ],
+        cotangents=[_cotangent(shape, setting, generator)],
         floors=shape.side_floors(element),
         split=rows_in_parts,
     ).workload()
@@ -154,11 +155,11 @@ def build_item_encoder(shape: Shape, setting: Setting) -> Workload:
 
     def call(weights: Sequence[Tensor], states: Sequence[Tensor], backend: str) -> list[Tensor]:
         towers = structure.unflatten(weights[: len(side)])
-        hidden = side_network(states, towers, structure, backend=backend)
-        momef = unflatten_fusion(weights[len(side) :], shape.modalities)
+        embeddings = side_network(states, towers, structure, backend=backend)
+        momef = FusionWeights(*weights[len(side) :])
         # As the model does: a backend without this kernel leaves it to the automatic choice.
         chosen = backend if has_kernel("fusion", backend) else "auto"
-        return [fusion(hidden, momef, backend=chosen).items]
+        return [fusion(embeddings, momef, backend=chosen).items]
 
     return Operator(
         setting=setting,
@@ -190,17 +191,14 @@ def build_gather(shape: Shape, stored: torch.dtype, setting: Setting) -> Workloa
 
     def call(w: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
         towers = structure.unflatten(w)
-        return side_network(table, towers, structure, ids=inputs[0], scales=scales, backend=backend)
+        return [side_network(table, towers, structure, ids=inputs[0], scales=scales, backend=backend)]
 
     return Operator(
         setting=setting,
         weights=weights,
         sets=sets,
         call=call,
-        cotangents=[
-            torch.randn(shape.items, shape.width, device=setting.device, generator=generator)
-            for _ in range(shape.modalities)
-        ],
+        cotangents=[_cotangent(shape, setting, generator)],
         floors=shape.side_floors(stored.itemsize),
         split=rows_in_parts,
     ).workload()

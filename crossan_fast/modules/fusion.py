@@ -1,9 +1,6 @@
-"""Heads and fusion: from each tower's last hidden state to one item embedding."""
+"""Heads, which side_network applies, and fusion: from each tower's embedding to one of the item."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +18,13 @@ class Head(nn.Linear):
         super().__init__(width, embedding_dim)
         self.inner = nn.Linear(width, width) if two_layers else None
 
-    def enter(self, hidden: Tensor) -> Tensor:
-        """What the last Linear reads."""
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight `[d, D]` and bias `[d]` of the one Linear that the layers amount to."""
         if self.inner is None:
-            return hidden
-        return F.linear(hidden.to(self.inner.weight.dtype), self.inner.weight, self.inner.bias)
+            return self.weight, self.bias
+        # One product a call serves every item: not the place to save by computing in 16 bits.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return self.weight @ self.inner.weight, F.linear(self.inner.bias, self.weight, self.bias)
 
 
 class Experts(nn.Module):
@@ -55,18 +54,14 @@ class Momef(nn.Module):
 
     def forward(
         self,
-        hidden: Sequence[Tensor],
-        heads: nn.ModuleDict,
+        embeddings: Tensor,
         *,
         present: Tensor | None = None,
         counts: Tensor | None = None,
         backend: str = "auto",
     ) -> FusionOutput:
-        layers = [cast(Head, head) for head in heads.values()]
         experts = self.experts
         weights = FusionWeights(
-            head_weight=[head.weight for head in layers],
-            head_bias=[head.bias for head in layers],
             router_weight=self.router.weight,
             router_bias=self.router.bias,
             w1=experts.w1,
@@ -74,25 +69,15 @@ class Momef(nn.Module):
             w2=experts.w2,
             b2=experts.b2,
         )
-        entered = [head.enter(h) for head, h in zip(layers, hidden, strict=True)]
-        return fusion(entered, weights, present=present, top_k=self.top_k, counts=counts, backend=backend)
+        return fusion(embeddings, weights, present=present, top_k=self.top_k, counts=counts, backend=backend)
 
 
 class Concat(nn.Linear):
-    """IISAN's fusion: a Linear over concatenated heads; a tower with no present source enters as zeros."""
+    """IISAN's fusion: a Linear over the towers' embeddings side by side."""
 
     def __init__(self, config: CrossanConfig) -> None:
         super().__init__(len(config.towers) * config.embedding_dim, config.embedding_dim)
-        self.sources = [list(tower.sources) for tower in config.towers]
 
-    def forward(  # type: ignore[override]
-        self, hidden: Sequence[Tensor], heads: nn.ModuleDict, *, present: Tensor | None = None
-    ) -> Tensor:
-        embeddings = []
-        layers = [cast(Head, head) for head in heads.values()]
-        for head, h, source in zip(layers, hidden, self.sources, strict=True):
-            e = F.linear(head.enter(h).to(head.weight.dtype), head.weight, head.bias)
-            if present is not None:
-                e = torch.where(present[:, source].any(dim=1, keepdim=True), e, 0)
-            embeddings.append(e)
-        return super().forward(torch.cat(embeddings, dim=1))
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """`[N, T, d]` to `[N, d]`."""
+        return super().forward(embeddings.flatten(1).to(self.weight.dtype))

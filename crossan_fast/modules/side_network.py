@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
+from crossan_fast.modules.fusion import Head
 from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
-from crossan_fast.ops.side_network import side_network
+from crossan_fast.ops.side_network import side_network, side_network_hidden
 
 
 class StackedLinear(nn.Module):
@@ -54,7 +55,7 @@ class Tower(nn.Module):
 
 
 class SideNetwork(nn.ModuleDict):
-    """All towers by name; called with states it gives each tower's last h."""
+    """All towers by name; called with states and heads it gives each tower's embedding."""
 
     def __init__(self, config: CrossanConfig) -> None:
         self.structure = SideNetworkStructure.of(config)
@@ -63,7 +64,9 @@ class SideNetwork(nn.ModuleDict):
         )
         self.names = config.modality_names
 
-    def weights(self) -> SideNetworkWeights:
+    def weights(self, heads: nn.ModuleDict) -> SideNetworkWeights:
+        """The op's weights, with the towers' heads, by the same names, as single Linears."""
+        folded = [cast(Head, heads[name]).folded() for name in self]
         towers = [cast(Tower, tower) for tower in self.values()]
         structure, names = self.structure, self.names
         narrowed = [towers[t] for t in structure.narrowed_towers]
@@ -73,6 +76,8 @@ class SideNetwork(nn.ModuleDict):
             up_weight=[t.up.weight for t in towers],
             up_bias=[t.up.bias for t in towers],
             gate=[t.gate for t in towers],
+            head_weight=[weight for weight, _ in folded],
+            head_bias=[bias for _, bias in folded],
             cross_gate=[towers[m].cross[names[n]] for m, n in structure.cross_pairs],
             cross_down=[towers[m].cross_down[names[n]] for m, n in structure.projected_pairs],
             cross_up=[towers[m].cross_up[names[n]] for m, n in structure.projected_pairs],
@@ -83,19 +88,34 @@ class SideNetwork(nn.ModuleDict):
     def forward(
         self,
         states: Sequence[Tensor],
+        heads: nn.ModuleDict,
         *,
         ids: Tensor | None = None,
         scales: Sequence[Tensor] | None = None,
         present: Tensor | None = None,
         backend: str = "auto",
-    ) -> list[Tensor]:
-        """See `crossan_fast.ops.side_network`."""
+    ) -> Tensor:
+        """Embeddings `[N, T, d]`; see `crossan_fast.ops.side_network`."""
         return side_network(
             states,
-            self.weights(),
+            self.weights(heads),
             self.structure,
             ids=ids,
             scales=scales,
             present=present,
             backend=backend,
+        )
+
+    def hidden(
+        self,
+        states: Sequence[Tensor],
+        heads: nn.ModuleDict,
+        *,
+        ids: Tensor | None = None,
+        scales: Sequence[Tensor] | None = None,
+        present: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Each tower's last h `[N, D]`, which training never makes: by the reference, in plain torch."""
+        return side_network_hidden(
+            states, self.weights(heads), self.structure, ids=ids, scales=scales, present=present
         )

@@ -15,7 +15,7 @@ from crossan_fast.ops.gather_convert import gather_convert, gather_convert_refer
 from crossan_fast.ops.in_batch_loss import in_batch_loss, in_batch_loss_by_place, in_batch_loss_reference
 from crossan_fast.ops.rank_of_target import rank_of_target, rank_of_target_reference
 from crossan_fast.ops.sequence_encoder import sequence_encoder, sequence_encoder_reference
-from crossan_fast.ops.side_network import side_network, side_network_reference
+from crossan_fast.ops.side_network import side_network, side_network_hidden, side_network_reference
 from crossan_fast.ops.topk_scores import TopK, topk_scores, topk_scores_reference
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "sequence_encoder",
     "sequence_encoder_reference",
     "side_network",
+    "side_network_hidden",
     "side_network_reference",
     "topk_scores",
     "topk_scores_reference",

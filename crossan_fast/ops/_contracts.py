@@ -2,7 +2,7 @@
 
 A registered op takes tensors, lists of tensors and plain values; every backend is handed these unchanged. Who
 needs weights by name, or towers and their sources, makes them here: `SideNetworkStructure.unflatten` and
-`from_static`, `FusionWeights.unflatten`, `SequenceEncoderWeights.unflatten`.
+`from_static`, `SequenceEncoderWeights.unflatten`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class SideNetworkWeights(NamedTuple):
         up_weight: per tower `[L, D, r]`.
         up_bias: per tower `[L, D]`.
         gate: per tower θ `[L]`.
+        head_weight: per tower `[d, D]`, a head of two layers as their product.
+        head_bias: per tower `[d]`.
         cross_gate: ν `[L]` per ordered pair (m, n), in the order of `SideNetworkStructure.cross_pairs`.
         cross_down: `[r, D_n]` per ordered pair of unequal widths (`projected_pairs`).
         cross_up: `[D_m, r]`, likewise.
@@ -38,6 +40,8 @@ class SideNetworkWeights(NamedTuple):
     up_weight: Sequence[Tensor]
     up_bias: Sequence[Tensor]
     gate: Sequence[Tensor]
+    head_weight: Sequence[Tensor]
+    head_bias: Sequence[Tensor]
     cross_gate: Sequence[Tensor] = ()
     cross_down: Sequence[Tensor] = ()
     cross_up: Sequence[Tensor] = ()
@@ -133,7 +137,7 @@ class SideNetworkStructure:
         """What `SideNetworkWeights.flatten` made."""
         towers, crosses = len(self.sources), len(self.cross_pairs)
         projected, narrowed = len(self.projected_pairs), len(self.narrowed_towers)
-        sizes = [towers] * 5 + [crosses, projected, projected, narrowed, narrowed]
+        sizes = [towers] * 7 + [crosses, projected, projected, narrowed, narrowed]
         if len(tensors) != sum(sizes):
             raise ValueError(f"weights: expected {sum(sizes)} tensors, got {len(tensors)}")
         groups, start = [], 0
@@ -147,8 +151,6 @@ class FusionWeights(NamedTuple):
     """The trainable tensors of MOMEF; M modalities, item width d, expert hidden width f (4d).
 
     Attributes:
-        head_weight: per modality `[d, D_m]`.
-        head_bias: per modality `[d]`.
         router_weight: `[M, M·d]`.
         router_bias: `[M]`.
         w1: `[M, f, d]`.
@@ -157,25 +159,12 @@ class FusionWeights(NamedTuple):
         b2: `[M, d]`.
     """
 
-    head_weight: Sequence[Tensor]
-    head_bias: Sequence[Tensor]
     router_weight: Tensor
     router_bias: Tensor
     w1: Tensor
     b1: Tensor
     w2: Tensor
     b2: Tensor
-
-    def flatten(self) -> list[Tensor]:
-        """All tensors in field order."""
-        return [*self.head_weight, *self.head_bias, *self[2:]]
-
-    @classmethod
-    def unflatten(cls, tensors: Sequence[Tensor]) -> FusionWeights:
-        """What `flatten` made: two tensors a modality, and the last six."""
-        modalities = (len(tensors) - 6) // 2
-        heads, biases = tensors[:modalities], tensors[modalities : 2 * modalities]
-        return cls(heads, biases, *tensors[2 * modalities :])
 
 
 class SequenceEncoderBlock(NamedTuple):

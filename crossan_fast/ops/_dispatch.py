@@ -28,19 +28,22 @@ OPS = tuple(
     sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_"))
 )
 
-# Files of benchmarks/results/ with rows of `cpp` against eager, by the vectors of the CPU that gave them.
-_CPU_RESULTS = {"AVX-512": "intel-xeon-2-cores-avx512.csv"}
+# Files of benchmarks/results/ with rows of `cpp` against eager, by the kind of CPU that gave them.
+_CPU_RESULTS = {
+    "Intel with AVX-512": "intel-xeon-2-cores-avx512.csv",
+    "AMD with AVX-512": "amd-epyc-2-cores-avx512.csv",
+}
 
 
 @functools.cache
 def _measured_on_cpus() -> str:
-    vectors, march = _build.vectors(), _build.cpu_march()
+    own, march = _build.cpu_kind(), _build.cpu_march()
     elsewhere = ", ".join(f"{kind} (benchmarks/results/{name})" for kind, name in _CPU_RESULTS.items())
     if march != "native":
-        return f"ahead of eager with {elsewhere}; not yet measured when compiled for {march}"
-    if vectors not in _CPU_RESULTS:
-        return f"ahead of eager with {elsewhere}; not yet measured with {vectors}, which this CPU has"
-    return f"measured ahead of eager with {vectors}, see benchmarks/results/{_CPU_RESULTS[vectors]}"
+        return f"ahead of eager on {elsewhere}; not yet measured when compiled for {march}"
+    if own not in _CPU_RESULTS:
+        return f"ahead of eager on {elsewhere}; not yet measured on {own}, as this CPU is"
+    return f"measured ahead of eager on {own}, see benchmarks/results/{_CPU_RESULTS[own]}"
 
 
 # The order in which `auto` tries backends, by device type, each with the reason for its place (or what tells

@@ -1,7 +1,7 @@
 """fusion: MOMEF, the mixture of modality expert fusion ◊ (docs/mathematics.md, "Fusion").
 
-    e_m = W_head,m h_m + b_head,m            p = softmax(W_r [e_1 ‖ … ‖ e_M] + b_r)
-    E_m(e) = e + W2_m · gelu(W1_m e + b1_m) + b2_m          item = Σ_m p_m · E_m(e_m)
+    p = softmax(W_r [e_1 ‖ … ‖ e_M] + b_r)      E_m(e) = e + W2_m · gelu(W1_m e + b1_m) + b2_m
+    item = Σ_m p_m · E_m(e_m)
 
 With `top_k` only the k most probable experts of an item run (ties go to the modality that comes first), their
 weights renormalised. ◊ An absent modality enters the router as zeros, has logit −inf, and its expert does not
@@ -10,7 +10,6 @@ run; an item with no present modality gets zeros (the model refuses such an item
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ class FusionOutput(NamedTuple):
 
 
 def fusion_reference(
-    hidden: Sequence[Tensor],
+    embeddings: Tensor,
     weights: FusionWeights,
     *,
     present: Tensor | None = None,
@@ -47,7 +46,7 @@ def fusion_reference(
     """The definition, in plain torch, usable in float64.
 
     Args:
-        hidden: per modality h `[N, D_m]`.
+        embeddings: e `[N, M, d]`, what `side_network` gives.
         weights: see `FusionWeights`.
         present: bool `[N, M]`; None: all present.
         top_k: experts per item; None: every present one.
@@ -56,23 +55,18 @@ def fusion_reference(
         dtype: the type to compute in; None: the weights'.
     """
     dtype = dtype or weights.w1.dtype
-    modalities = range(len(hidden))
-    e = [
-        F.linear(hidden[m].to(dtype), weights.head_weight[m].to(dtype), weights.head_bias[m].to(dtype))
-        for m in modalities
-    ]
+    e = embeddings.to(dtype)
     if present is not None:
-        e = [torch.where(present[:, m, None], e[m], 0) for m in modalities]
-    joined = torch.cat(e, dim=1)
-    logits = F.linear(joined, weights.router_weight.to(dtype), weights.router_bias.to(dtype))
+        e = torch.where(present[:, :, None], e, 0)
+    logits = F.linear(e.flatten(1), weights.router_weight.to(dtype), weights.router_bias.to(dtype))
     exists = present if present is not None else torch.ones_like(logits, dtype=torch.bool)
     probability = _softmax(logits, exists)
     chosen = exists if top_k is None else _top(probability, exists, top_k)
     share = probability if top_k is None else _softmax(logits, chosen)
-    items = torch.zeros_like(e[0])
-    for m in modalities:
-        inner = F.gelu(F.linear(e[m], weights.w1[m].to(dtype), weights.b1[m].to(dtype)))
-        expert = e[m] + F.linear(inner, weights.w2[m].to(dtype), weights.b2[m].to(dtype))
+    items = torch.zeros_like(e[:, 0])
+    for m in range(e.shape[1]):
+        inner = F.gelu(F.linear(e[:, m], weights.w1[m].to(dtype), weights.b1[m].to(dtype)))
+        expert = e[:, m] + F.linear(inner, weights.w2[m].to(dtype), weights.b2[m].to(dtype))
         items = items + torch.where(chosen[:, m, None], share[:, m, None] * expert, 0)
     return FusionOutput(items, _balance(probability, exists, 1 if top_k is None else top_k, counts))
 
@@ -106,7 +100,7 @@ def _balance(probability: Tensor, exists: Tensor, k: int, counts: Tensor | None)
 
 @on_one_device
 def fusion(
-    hidden: Sequence[Tensor],
+    embeddings: Tensor,
     weights: FusionWeights,
     *,
     present: Tensor | None = None,
@@ -114,7 +108,7 @@ def fusion(
     counts: Tensor | None = None,
     backend: str = "auto",
 ) -> FusionOutput:
-    """MOMEF, differentiable in `hidden` and all weights; arguments as `fusion_reference`.
+    """MOMEF, differentiable in `embeddings` and all weights; arguments as `fusion_reference`.
 
     Under autocast the op computes in, and `items` has, autocast's type.
 
@@ -122,43 +116,33 @@ def fusion(
         TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
-    _check(hidden, weights, present, top_k, counts)
-    device, default = hidden[0].device.type, weights.w1.dtype
+    _check(embeddings, weights, present, top_k, counts)
+    device, default = embeddings.device.type, weights.w1.dtype
     dtype = compute_dtype(device, default)
     modalities, inner, width = weights.w1.shape
     sizes = (f"modalities={modalities}", f"hidden={inner}", f"width={width}")
     choice = choose("fusion", device, dtype, sizes, backend)
     if choice.backend == "eager":
-        output = fusion_reference(hidden, weights, present=present, top_k=top_k, counts=counts, dtype=default)
+        output = fusion_reference(
+            embeddings, weights, present=present, top_k=top_k, counts=counts, dtype=default
+        )
         return FusionOutput(output.items.to(dtype), output.balance)
     items, assigned, probability, *_ = _fusion(
-        list(hidden), weights.flatten(), present, top_k, counts, dtype, choice.backend
+        embeddings, list(weights), present, top_k, counts, dtype, choice.backend
     )
-    return FusionOutput(items, len(hidden) * (assigned * probability).sum())
+    return FusionOutput(items, modalities * (assigned * probability).sum())
 
 
 def _check(
-    hidden: Sequence[Tensor],
+    embeddings: Tensor,
     weights: FusionWeights,
     present: Tensor | None,
     top_k: int | None,
     counts: Tensor | None,
 ) -> None:
     modalities, expansion, width = weights.w1.shape
-    for name, group in (
-        ("hidden", hidden),
-        ("head_weight", weights.head_weight),
-        ("head_bias", weights.head_bias),
-    ):
-        if len(group) != modalities:
-            raise ValueError(f"{name}: expected {modalities} tensors, got {len(group)}")
-    count = hidden[0].shape[0]
-    for m, (h, weight) in enumerate(zip(hidden, weights.head_weight, strict=True)):
-        check_tensor(f"head_weight[{m}]", weight, (width, None))
-        check_tensor(f"head_bias[{m}]", weights.head_bias[m], (width,))
-        check_tensor(f"hidden[{m}]", h, (None, weight.shape[1]))
-        if h.shape[0] != count:
-            raise ValueError(f"hidden[{m}]: expected {count} rows as in hidden[0], got {describe(h)}")
+    check_tensor("embeddings", embeddings, (None, modalities, width))
+    count = embeddings.shape[0]
     check_tensor("router_weight", weights.router_weight, (modalities, modalities * width))
     check_tensor("router_bias", weights.router_bias, (modalities,))
     check_tensor("b1", weights.b1, (modalities, expansion))
@@ -173,44 +157,40 @@ def _check(
         if rows is not None:
             check_tensor(name, rows, shape, dtypes=(dtype,))
             if rows.shape[0] != count:
-                raise ValueError(f"{name}: expected {count} rows as in hidden, got {describe(rows)}")
+                raise ValueError(f"{name}: expected {count} rows as in embeddings, got {describe(rows)}")
 
 
-def _fake(hidden, weights, present, top_k, counts, dtype):
-    """Items, f `[M]`, P `[M]`; for the backward e `[N, M·d]` and the router's logits `[N, M]`."""
-    modalities, count = len(hidden), hidden[0].shape[0]
-    width, wide = weights[0].shape[0], torch.promote_types(dtype, torch.float32)
-    empty = hidden[0].new_empty
+def _fake(embeddings, weights, present, top_k, counts, dtype):
+    """Items, f `[M]`, P `[M]`; for the backward the router's logits `[N, M]`."""
+    count, modalities, width = embeddings.shape
+    wide, empty = torch.promote_types(dtype, torch.float32), embeddings.new_empty
     return [
         empty((count, width), dtype=dtype),
         empty((modalities,), dtype=wide),
         empty((modalities,), dtype=wide),
-        empty((count, modalities * width), dtype=dtype),
         empty((count, modalities), dtype=wide),
     ]
 
 
-def _fake_backward(grad_items, grad_probability, saved, hidden, weights, *rest):
-    """Gradients of `hidden`, then of `weights`."""
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*hidden, *weights)]
+def _fake_backward(grad_items, grad_probability, logits, embeddings, weights, *rest):
+    """Gradients of `embeddings`, then of `weights`."""
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (embeddings, *weights)]
 
 
 def _keep(ctx, arguments, output):
-    hidden, weights, present, ctx.top_k, counts, ctx.dtype, ctx.backend = arguments
-    items, assigned, probability, *saved = output
-    ctx.num_hidden = len(hidden)
-    ctx.mark_non_differentiable(assigned, *saved)
-    ctx.save_for_backward(items, probability, present, counts, *saved, *hidden, *weights)
+    embeddings, weights, present, ctx.top_k, counts, ctx.dtype, ctx.backend = arguments
+    items, assigned, probability, logits = output
+    ctx.mark_non_differentiable(assigned, logits)
+    ctx.save_for_backward(items, probability, present, counts, logits, embeddings, *weights)
 
 
 def _backward(ctx, grad_items, _, grad_probability, *__):
-    items, probability, present, counts, *rest = ctx.saved_tensors
-    saved, hidden, weights = rest[:2], rest[2 : 2 + ctx.num_hidden], rest[2 + ctx.num_hidden :]
-    gradients = _fusion_backward(
+    items, probability, present, counts, logits, embeddings, *weights = ctx.saved_tensors
+    grad_embeddings, *grad_weights = _fusion_backward(
         torch.zeros_like(items) if grad_items is None else grad_items,
         torch.zeros_like(probability) if grad_probability is None else grad_probability,
-        saved,
-        hidden,
+        logits,
+        embeddings,
         weights,
         present,
         ctx.top_k,
@@ -218,13 +198,13 @@ def _backward(ctx, grad_items, _, grad_probability, *__):
         ctx.dtype,
         ctx.backend,
     )
-    return gradients[: ctx.num_hidden], gradients[ctx.num_hidden :], None, None
+    return grad_embeddings, grad_weights, None, None
 
 
-_COMMON = "Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype"
+_COMMON = "Tensor embeddings, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype"
 _fusion = define(f"fusion({_COMMON}) -> Tensor[]", _fake)
 _fusion_backward = define(
-    f"fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor[] saved, {_COMMON}) -> Tensor[]",
+    f"fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor logits, {_COMMON}) -> Tensor[]",
     _fake_backward,
 )
 differentiate(_fusion, _keep, _backward)

@@ -1,14 +1,20 @@
-"""side_network: every tower's last hidden state from cached backbone states, in one op.
+"""side_network: every tower's embedding from cached backbone states, heads included, in one op.
 
 With c[m] the states of modality m, μ = sigmoid(θ / τ) and A the side adapter (docs/mathematics.md)
-`A(x) = x + W_up · act(W_down x + b_down) + b_up`, a tower of modality m starts at h = 0 and walks levels l:
+`A(x) = x + W_up · act(W_down x + b_down) + b_up`, a tower of modality m starts at h = 0, walks levels l, and
+its head makes d numbers of the last h:
 
     x = μ[l]·c[m][:, l] + (1 − μ[l])·h + Σ_{n≠m} tanh(ν[n, l])·T_{n→m}(s[n, l]),    h ← A[l](x)
+    e = W_head h + b_head
 
 ◊ s[n, l] is c[n][:, l] (`cross="backbone"`), the other tower's h of the level before (`"side"`) or absent
 (`"none"`); T is the identity where widths agree and a rank-r pair of matrices shared by the levels elsewhere.
 A pair tower (IISAN, arXiv 2404.02059) of modalities (a, b) walks x = h + μ·c[a] + (1 − μ)·c[b], the wider of
 the two brought to the narrower's width by a Linear of its level.
+
+Nothing but the activations is not linear, so that no backend but the reference ever makes an h: heads are
+applied before the up-projections ("Heads folded in", docs/mathematics.md). Where `cross="side"` couples the
+towers, h is made and read within a block of items.
 
 ◊ Missing modalities: where `present[i, m]` is false, modality m of item i adds nothing to any sum, and a
 tower without a present source gives zeros.
@@ -40,8 +46,38 @@ def side_network_reference(
     scales: Sequence[Tensor] | None = None,
     present: Tensor | None = None,
     dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The definition, h and all, in plain torch; the oracle of every other backend, usable in float64.
+
+    Arguments as `side_network_hidden`.
+
+    Returns:
+        e `[N, T, d]` in `dtype`.
+    """
+    dtype = dtype or weights.gate[0].dtype
+    hidden = side_network_hidden(
+        states, weights, structure, ids=ids, scales=scales, present=present, dtype=dtype
+    )
+    e = [
+        F.linear(h, weight.to(dtype), bias.to(dtype))
+        for h, weight, bias in zip(hidden, weights.head_weight, weights.head_bias, strict=True)
+    ]
+    return torch.stack(
+        [_where(_exists(present, source), x) for source, x in zip(structure.sources, e, strict=True)], 1
+    )
+
+
+def side_network_hidden(
+    states: Sequence[Tensor],
+    weights: SideNetworkWeights,
+    structure: SideNetworkStructure,
+    *,
+    ids: Tensor | None = None,
+    scales: Sequence[Tensor] | None = None,
+    present: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The definition, in plain torch; the oracle of every other backend, usable in float64.
+    """Every tower's last h, by the definition in plain torch.
 
     Args:
         states: per modality `[R, L, D_m]`, any floating type, or int8 / float8_e4m3fn with `scales`.
@@ -60,10 +96,7 @@ def side_network_reference(
     modalities, levels = range(len(states)), states[0].shape[1]
     count = states[0].shape[0] if ids is None else ids.shape[0]
     here = [None if present is None else present[:, m, None] for m in modalities]
-    exists = [
-        None if present is None else present[:, list(source)].any(dim=1, keepdim=True)
-        for source in structure.sources
-    ]
+    exists = [_exists(present, source) for source in structure.sources]
     h = [states[0].new_zeros((count, width), dtype=dtype) for width in structure.tower_widths]
     for level in range(levels):
         c = [
@@ -87,6 +120,11 @@ def _read(
     rows = slice(None) if ids is None else ids
     state = states[rows, level].to(dtype)
     return state if scales is None else state * scales[rows, level][:, None].to(dtype)
+
+
+def _exists(present: Tensor | None, source: Sequence[int]) -> Tensor | None:
+    """Where a tower has a present source, `[N, 1]`; None: everywhere."""
+    return None if present is None else present[:, list(source)].any(dim=1, keepdim=True)
 
 
 def _where(mask: Tensor | None, value: Tensor) -> Tensor:
@@ -152,12 +190,15 @@ def side_network(
     scales: Sequence[Tensor] | None = None,
     present: Tensor | None = None,
     backend: str = "auto",
-) -> list[Tensor]:
-    """Every tower's last hidden state, differentiable in all weights; arguments as `side_network_reference`.
+) -> Tensor:
+    """Every tower's embedding, differentiable in all weights; arguments as `side_network_reference`.
 
     Under autocast the op computes in, and returns, autocast's type. The fused backends keep only the
     bottlenecks' pre-activations for the backward and give the states no gradient: states that require one
     run eager.
+
+    Returns:
+        e `[N, T, d]`, zeros where a tower has no present source.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
@@ -166,16 +207,16 @@ def side_network(
     _check(states, weights, structure, ids, scales, present)
     device, default = states[0].device.type, weights.gate[0].dtype
     dtype = compute_dtype(device, default)
-    features = features_of(structure, *weights.down_weight[0].shape[:2])
+    levels, rank = weights.down_bias[0].shape
+    features = features_of(structure, levels, rank, weights.head_bias[0].shape[0])
     if any(s.requires_grad for s in states):
         features = ("states_grad", *features)
     choice = choose("side_network", device, dtype, features, backend)
     if choice.backend == "eager":
-        hidden = side_network_reference(
+        return side_network_reference(
             states, weights, structure, ids=ids, scales=scales, present=present, dtype=default
-        )
-        return [h.to(dtype) for h in hidden]
-    outputs = _side_network(
+        ).to(dtype)
+    return _side_network(
         list(states),
         list(scales or ()),
         ids,
@@ -184,17 +225,17 @@ def side_network(
         *structure.static,
         dtype,
         choice.backend,
-    )
-    return outputs[: len(structure.sources)]
+    )[0]
 
 
-def features_of(structure: SideNetworkStructure, levels: int, rank: int) -> tuple[str, ...]:
+def features_of(structure: SideNetworkStructure, levels: int, rank: int, embedding: int) -> tuple[str, ...]:
     """What a backend may have limits on, as `Request.features`: sizes of the model, never of a batch."""
     features = [
         f"cross={structure.cross}",
         f"widths={structure.widths_text}",
         f"levels={levels}",
         f"rank={rank}",
+        f"embedding={embedding}",
     ]
     return (*features, "unequal_pairs") if structure.narrowed_towers else tuple(features)
 
@@ -209,6 +250,15 @@ def _check(
 ) -> None:
     if len(states) != len(structure.widths):
         raise ValueError(f"states: expected {len(structure.widths)} tensors, got {len(states)}")
+    if len(weights.head_weight) != len(structure.sources) or len(weights.head_bias) != len(structure.sources):
+        raise ValueError(
+            f"head_weight, head_bias: expected {len(structure.sources)} tensors each, got "
+            f"{len(weights.head_weight)} and {len(weights.head_bias)}"
+        )
+    embedding = weights.head_bias[0].shape[0]
+    for t, width in enumerate(structure.tower_widths):
+        check_tensor(f"head_weight[{t}]", weights.head_weight[t], (embedding, width))
+        check_tensor(f"head_bias[{t}]", weights.head_bias[t], (embedding,))
     rows, levels = states[0].shape[0], weights.gate[0].shape[0]
     for m, (state, width) in enumerate(zip(states, structure.widths, strict=True)):
         check_tensor(f"states[{m}]", state, (None, levels, width), dtypes=STATE_DTYPES)
@@ -233,43 +283,51 @@ def _check(
 
 
 def _fake(states, scales, ids, present, weights, *static):
-    """Outputs of the towers, then their bottlenecks' pre-activations z `[N, L, r]`, kept for the backward."""
+    """e; for the backward the bottlenecks' pre-activations z `[T, N, L, r]`, and products of weights."""
     *static, dtype = static
     structure = SideNetworkStructure.from_static(*static)
-    count = states[0].shape[0] if ids is None else ids.shape[0]
-    outputs = [states[0].new_empty((count, width), dtype=dtype) for width in structure.tower_widths]
-    bottlenecks = [
-        states[0].new_empty((count, *bias.shape), dtype=dtype)
-        for bias in structure.unflatten(weights).down_bias
+    own, empty = structure.unflatten(weights), states[0].new_empty
+    count, towers = states[0].shape[0] if ids is None else ids.shape[0], len(structure.sources)
+    levels, rank = own.down_bias[0].shape
+    embedding, wide = own.head_bias[0].shape[0], torch.promote_types(dtype, torch.float32)
+    products = products_size(levels, rank, embedding, structure.cross, states[0].device)
+    return [
+        empty((count, towers, embedding), dtype=dtype),
+        empty((towers, count, levels, rank), dtype=dtype),
+        empty((towers, products), dtype=wide),
     ]
-    return outputs + bottlenecks
 
 
-def _fake_backward(grad_outputs, saved, states, scales, ids, present, weights, *static):
+def products_size(levels: int, rank: int, embedding: int, cross: str, device: torch.device) -> int:
+    """Numbers a tower of what the CPU's forward keeps of its weights: for each level l the matrix
+    `[l·r, r]` of κ (W_down,l W_up,p)ᵀ over p < l, then the head's `[L·r, d]`.
+
+    GPUs make them anew, and with `cross="side"` there are none.
+    """
+    if device.type != "cpu" or cross == "side":
+        return 0
+    return levels * (levels - 1) // 2 * rank * rank + levels * rank * embedding
+
+
+def _fake_backward(grad_embeddings, saved, products, states, scales, ids, present, weights, *static):
     return [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
 
 
 def _keep(ctx, arguments, output):
     states, scales, ids, present, weights, *ctx.static = arguments
-    towers = len(output) // 2
-    outputs, saved = output[:towers], output[towers:]
+    _, *saved = output
     ctx.counts = (len(states), len(scales), len(weights))
-    ctx.outputs = [(o.shape, o.dtype) for o in outputs]
     ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(ids, present, *states, *scales, *weights, *saved)
+    ctx.save_for_backward(ids, present, *saved, *states, *scales, *weights)
 
 
-def _backward(ctx, *grads):
-    ids, present, *rest = ctx.saved_tensors
-    states, scales, weights, saved = (
-        [rest.pop(0) for _ in range(count)] for count in (*ctx.counts, len(ctx.outputs))
-    )
-    grad_outputs = [
-        weights[0].new_zeros(shape, dtype=dtype) if grad is None else grad
-        for grad, (shape, dtype) in zip(grads[: len(ctx.outputs)], ctx.outputs, strict=True)
-    ]
+def _backward(ctx, grad_embeddings, *_):
+    if grad_embeddings is None:  # nothing downstream reads e
+        return None, None, None, None, None
+    ids, present, saved, products, *rest = ctx.saved_tensors
+    states, scales, weights = ([rest.pop(0) for _ in range(count)] for count in ctx.counts)
     grad_weights = _side_network_backward(
-        grad_outputs, saved, states, scales, ids, present, weights, *ctx.static
+        grad_embeddings, saved, products, states, scales, ids, present, weights, *ctx.static
     )
     return None, None, None, None, grad_weights
 
@@ -280,6 +338,7 @@ _COMMON = (
 )
 _side_network = define(f"side_network({_COMMON}) -> Tensor[]", _fake)
 _side_network_backward = define(
-    f"side_network_backward(Tensor[] grad_outputs, Tensor[] saved, {_COMMON}) -> Tensor[]", _fake_backward
+    f"side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor products, {_COMMON}) -> Tensor[]",
+    _fake_backward,
 )
 differentiate(_side_network, _keep, _backward)

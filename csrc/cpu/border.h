@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "checks.h"
 #include "simd.h"
 
@@ -39,6 +41,13 @@ inline at::Tensor rows_in_place(const at::Tensor& tensor) {
 template <class T>
 at::Tensor in_type(const at::Tensor& tensor) {
   return tensor.to(kScalarType<T>).contiguous();
+}
+
+template <class T>
+std::vector<at::Tensor> all_in_type(at::TensorList tensors) {
+  std::vector<at::Tensor> converted;
+  for (const at::Tensor& tensor : tensors) converted.push_back(in_type<T>(tensor));
+  return converted;
 }
 
 // int64 ids, contiguous, each checked to lie in [low, high): nothing may read by an id that was not.

@@ -3,29 +3,33 @@
 namespace crossan_fast {
 namespace {
 
-// to[k, j] = from[j, k] for a vector's worth of each: half of every pair of rows changes places, by ever longer halves.
-template <class T>
-inline void transpose_square(const T* from, int64_t from_row, T* to, int64_t to_row) {
+// Half of every pair of rows changes places, by ever longer halves.
+template <class T, int half>
+inline void swap_halves(Vec<T>* rows) {
   constexpr int lanes = kLanes<T, Vec<T>>;
-  using Index = decltype(Vec<T>{} < Vec<T>{});
-  Vec<T> rows[lanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) rows[i] = load<Vec<T>>(from + i * from_row);
-#pragma GCC unroll 4
-  for (int half = 1; half < lanes; half *= 2) {
-    Index low{}, high{};
-    for (int i = 0; i < lanes; ++i) {
-      low[i] = i & half ? i - half + lanes : i;
-      high[i] = i & half ? i + lanes : i + half;
-    }
+  if constexpr (half < lanes) {
+    constexpr auto low = [](int i) { return i & half ? i - half + lanes : i; };
+    constexpr auto high = [](int i) { return i & half ? i + lanes : i + half; };
+    constexpr std::make_integer_sequence<int, lanes> all;
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
       if (i & half) continue;
       const Vec<T> a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + half] = __builtin_shuffle(a, b, high);
+      rows[i] = shuffled<low>(a, b, all);
+      rows[i + half] = shuffled<high>(a, b, all);
     }
+    swap_halves<T, 2 * half>(rows);
   }
+}
+
+// to[k, j] = from[j, k] for a vector's worth of each.
+template <class T>
+inline void transpose_square(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int lanes = kLanes<T, Vec<T>>;
+  Vec<T> rows[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) rows[i] = load<Vec<T>>(from + i * from_row);
+  swap_halves<T, 1>(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < lanes; ++i) store(to + i * to_row, rows[i]);
 }
@@ -41,7 +45,7 @@ struct Fetch {
 // long sums are thus built from short ones, which keeps their rounding small.
 template <class T, class V, int rows, int vectors>
 inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                                int64_t b_row, const T* bias, T* c, int64_t c_row, Into into,
+                                                int64_t b_row, const T* bias, T* c, int64_t c_row, Into into, T keep,
                                                 Fetch next) {
   constexpr int lanes = kLanes<T, V>;
   V sum[rows][vectors];
@@ -76,13 +80,14 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       T* to = c + i * c_row + v * lanes;
-      store(to, into == Into::add ? load<V>(to) + sum[i][v] : sum[i][v]);
+      store(to, into == Into::add ? keep * load<V>(to) + sum[i][v] : sum[i][v]);
     }
 }
 
 template <class T, class V, int vectors>
 void column_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                     int64_t b_row, const T* bias, T* c, int64_t c_row, Into into, const T* next, int64_t next_rows) {
+                     int64_t b_row, const T* bias, T* c, int64_t c_row, Into into, T keep, const T* next,
+                     int64_t next_rows, Ahead* ahead) {
   constexpr int lanes = kLanes<T, V>;
   int64_t i = 0;
   const int64_t tiles = rows / kRowsPerTile;
@@ -95,18 +100,20 @@ void column_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int
     }
     return {reinterpret_cast<const char*>(next + n % vectors * lanes), b_row * static_cast<int64_t>(sizeof(T))};
   };
-  for (int n = 0; i + kRowsPerTile <= rows; i += kRowsPerTile, ++n)
+  for (int n = 0; i + kRowsPerTile <= rows; i += kRowsPerTile, ++n) {
+    if (ahead) ahead->step(kPanel<T> * 3 / 4);
     tile<T, V, kRowsPerTile, vectors>(depth, a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row, into,
-                                      share(n));
+                                      keep, share(n));
+  }
   const Fetch fetch{reinterpret_cast<const char*>(b), 0};
   a += i * a_row;
   c += i * c_row;
   switch (rows - i) {
-    case 5: return tile<T, V, 5, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
-    case 4: return tile<T, V, 4, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
-    case 3: return tile<T, V, 3, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
-    case 2: return tile<T, V, 2, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
-    case 1: return tile<T, V, 1, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, fetch);
+    case 5: return tile<T, V, 5, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, keep, fetch);
+    case 4: return tile<T, V, 4, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, keep, fetch);
+    case 3: return tile<T, V, 3, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, keep, fetch);
+    case 2: return tile<T, V, 2, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, keep, fetch);
+    case 1: return tile<T, V, 1, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, keep, fetch);
     default: return;
   }
 }
@@ -129,7 +136,7 @@ void pack_panel(const T* b, int64_t row, int64_t column, int64_t depth, int64_t 
 
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column, RightSide<T> b,
-              T* c, int64_t c_row, Into into, const T* bias) {
+              T* c, int64_t c_row, Into into, const T* bias, T keep, Ahead* ahead) {
   constexpr int64_t kDepth = 128;  // 128 rows of a panel are 32 kB: B stays in L1 while the rows of A pass
   constexpr int lanes = kLanes<T, Vec<T>>;
   if (rows == 0) return;
@@ -139,6 +146,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
     do {
       const int64_t deep = std::min(kDepth, depth - k);
       const Into now = k == 0 ? into : Into::add;
+      const T kept = k == 0 ? keep : T(1);
       const T* from = a + k * a_column;
       const T* panel = b.data + (j / kPanel<T>)*b.panel + k * b.row;
       const T* start = k == 0 && bias ? bias + j : nullptr;
@@ -146,15 +154,15 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
       const T* next = beside ? b.data + (j / kPanel<T> + 1) * b.panel : panel + deep * b.row;
       if (width == kPanel<T>) {
         column_of_tiles<T, Vec<T>, kVectorsPerPanel>(rows, deep, from, a_row, a_column, panel, b.row, start, c + j,
-                                                     c_row, now, next, deep);
+                                                     c_row, now, kept, next, deep, ahead);
       } else {
         int64_t v = 0;
         for (; v + lanes <= width; v += lanes)
           column_of_tiles<T, Vec<T>, 1>(rows, deep, from, a_row, a_column, panel + v, b.row,
-                                        start ? start + v : nullptr, c + j + v, c_row, now, next, deep);
+                                        start ? start + v : nullptr, c + j + v, c_row, now, kept, next, deep, ahead);
         for (; v < width; ++v)
           column_of_tiles<T, T, 1>(rows, deep, from, a_row, a_column, panel + v, b.row, start ? start + v : nullptr,
-                                   c + j + v, c_row, now, next, deep);
+                                   c + j + v, c_row, now, kept, next, deep, ahead);
       }
       k += deep;
     } while (k < depth);
@@ -164,7 +172,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
 #define INSTANTIATE(T)                                                                                           \
   template void pack_panel(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);                           \
   template void multiply(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, RightSide<T>, T*, int64_t, Into, \
-                         const T*);
+                         const T*, T, Ahead*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

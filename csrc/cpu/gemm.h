@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "simd.h"
 
@@ -43,10 +45,38 @@ void pack_panel(const T* b, int64_t row, int64_t column, int64_t depth, int64_t 
 
 enum class Into { overwrite, add };
 
-// C[M, N] = (C +) bias[N] + A[M, K] · B[K, N]; A by two strides, C row-major with `c_row`. The order of every sum
-// depends on K alone, so results repeat bit for bit however the rows are cut.
+// Rows that will be read next, fetched a few lines a tile while products keep the core busy: a burst would fill the
+// core's few fill buffers and hold up what it stands before.
+class Ahead {
+ public:
+  void clear() {
+    rows_.clear();
+    row_ = 0;
+    at_ = 0;
+  }
+  void add(const char* row, int64_t bytes) {
+    if (bytes > 0) rows_.push_back({row, bytes});
+  }
+  void step(int64_t lines) {
+    for (; lines > 0 && row_ < rows_.size(); --lines) {
+      __builtin_prefetch(rows_[row_].first + at_, 0, 2);
+      at_ += 64;
+      if (at_ < rows_[row_].second) continue;
+      at_ = 0;
+      ++row_;
+    }
+  }
+
+ private:
+  std::vector<std::pair<const char*, int64_t>> rows_;
+  size_t row_ = 0;
+  int64_t at_ = 0;
+};
+
+// C[M, N] = (keep · C +) bias[N] + A[M, K] · B[K, N]; A by two strides, C row-major with `c_row`. The order of every
+// sum depends on K alone, so results repeat bit for bit however the rows are cut.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column, RightSide<T> b,
-              T* c, int64_t c_row, Into into, const T* bias = nullptr);
+              T* c, int64_t c_row, Into into, const T* bias = nullptr, T keep = T(1), Ahead* ahead = nullptr);
 
 }  // namespace crossan_fast

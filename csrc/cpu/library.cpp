@@ -10,6 +10,7 @@
 
 #include <string>
 
+#include "caches.h"
 #include "parallel.h"
 #include "products.h"
 #include "simd.h"
@@ -33,7 +34,8 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] {
 // An op and not a pybind11 module: the library then needs no Python header, and one build serves every Python.
 std::string build_info() {
   return c10::str("vectors of ", kVectorBytes * 8, " bits, compiled by ", __VERSION__, ", fork handler ",
-                  fork_handler == 0 ? "set" : "missing", ", bf16 products of side_network in ", described_bf16());
+                  fork_handler == 0 ? "set" : "missing", ", blocks fit to ", cache_sizes().l2 >> 10, " kB of L2 (",
+                  cache_sizes().source, "), bf16 products of side_network in ", described_bf16());
 }
 
 }  // namespace
@@ -41,7 +43,7 @@ std::string build_info() {
 #define SIDE_NETWORK                                                                                                \
   "Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, int[] widths, int[] sources, " \
   "str cross, str activation, float temperature, ScalarType dtype"
-#define FUSION "Tensor[] hidden, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype"
+#define FUSION "Tensor embeddings, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype"
 #define SEQUENCE_ENCODER \
   "Tensor items, Tensor mask, Tensor[] weights, int heads, float eps, float dropout, Tensor? seed"
 #define IN_BATCH "Tensor users, Tensor items, Tensor slots, Tensor counts, Tensor log_popularity"
@@ -51,9 +53,9 @@ TORCH_LIBRARY(crossan_fast_cpp, ops) {
   ops.def("build_info() -> str", build_info);
   ops.def("has_brgemm() -> bool", has_brgemm);
   ops.def("side_network(" SIDE_NETWORK ") -> Tensor[]");
-  ops.def("side_network_backward(Tensor[] grad_outputs, Tensor[] saved, " SIDE_NETWORK ") -> Tensor[]");
+  ops.def("side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor products, " SIDE_NETWORK ") -> Tensor[]");
   ops.def("fusion(" FUSION ") -> Tensor[]");
-  ops.def("fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor[] saved, " FUSION ") -> Tensor[]");
+  ops.def("fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor logits, " FUSION ") -> Tensor[]");
   ops.def("sequence_encoder(" SEQUENCE_ENCODER ", bool keep, ScalarType dtype) -> (Tensor, Tensor)");
   ops.def("sequence_encoder_backward(Tensor grad_users, Tensor kept, " SEQUENCE_ENCODER
           ", ScalarType dtype) -> Tensor[]");

@@ -23,16 +23,16 @@ std::vector<Tensor> side_network(TensorList states, TensorList scales, const Opt
                                  const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
                                  at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
                                  double temperature, at::ScalarType dtype);
-std::vector<Tensor> side_network_backward(TensorList grad_outputs, TensorList saved, TensorList states,
-                                          TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
-                                          TensorList weights, at::IntArrayRef widths, at::IntArrayRef sources,
-                                          c10::string_view cross, c10::string_view activation, double temperature,
-                                          at::ScalarType dtype);
+std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& products,
+                                          TensorList states, TensorList scales, const OptionalTensor& ids,
+                                          const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
+                                          at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
+                                          double temperature, at::ScalarType dtype);
 
-std::vector<Tensor> fusion(TensorList hidden, TensorList weights, const OptionalTensor& present,
+std::vector<Tensor> fusion(const Tensor& embeddings, TensorList weights, const OptionalTensor& present,
                            std::optional<int64_t> top_k, const OptionalTensor& counts, at::ScalarType dtype);
-std::vector<Tensor> fusion_backward(const Tensor& grad_items, const Tensor& grad_probability, TensorList saved,
-                                    TensorList hidden, TensorList weights, const OptionalTensor& present,
+std::vector<Tensor> fusion_backward(const Tensor& grad_items, const Tensor& grad_probability, const Tensor& logits,
+                                    const Tensor& embeddings, TensorList weights, const OptionalTensor& present,
                                     std::optional<int64_t> top_k, const OptionalTensor& counts, at::ScalarType dtype);
 
 // users [B, S, d], zeros at padding, and what the backward needs: [B·S, kept_width], or no rows where nothing does.

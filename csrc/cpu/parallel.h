@@ -6,6 +6,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
 
 namespace crossan_fast {
 
@@ -19,6 +22,9 @@ inline int64_t workers_for(int64_t tasks) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tasks));
 }
 
+// work(context, worker) for each of `workers` on threads of their own; the first exception is thrown again.
+void run_region(int64_t workers, void (*work)(const void* context, int64_t worker), const void* context);
+
 // work(worker) on each of `workers`; one after the other where there are no threads, so none may wait for a later.
 template <class F>
 void run_workers(int64_t workers, const F& work) {
@@ -26,10 +32,7 @@ void run_workers(int64_t workers, const F& work) {
     for (int64_t w = 0; w < workers; ++w) work(w);
     return;
   }
-  threads_started.store(true);
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) work(w);
-  });
+  run_region(workers, [](const void* context, int64_t w) { (*static_cast<const F*>(context))(w); }, &work);
 }
 
 // task(worker, index) for each index < count, claimed in ascending order.
@@ -40,5 +43,23 @@ void run_tasks(int64_t workers, int64_t count, const F& task) {
     for (int64_t i; (i = next.fetch_add(1)) < count;) task(w, i);
   });
 }
+
+// What has to be done before something else, in any order: collected, then run at once, since every parallel region
+// waits for all threads.
+class Tasks {
+ public:
+  template <class F>
+  void add(F&& task) {
+    list_.emplace_back(std::forward<F>(task));
+  }
+  void run() {
+    const auto count = static_cast<int64_t>(list_.size());
+    run_tasks(workers_for(count), count, [&](int64_t, int64_t i) { list_[static_cast<size_t>(i)](); });
+    list_.clear();
+  }
+
+ private:
+  std::vector<std::function<void()>> list_;
+};
 
 }  // namespace crossan_fast

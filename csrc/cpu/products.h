@@ -48,32 +48,46 @@ inline void pack_pairs(const float* b, int64_t row, int64_t column, int64_t dept
   }
 }
 
-// B of W [count][rows, columns] as pairs: W itself, or Wᵀ.
+// B of W [count][rows, columns] as pairs: W itself, or Wᵀ. There once `tasks` have run.
 class PairedWeights {
  public:
-  PairedWeights(const float* weight, int64_t count, int64_t rows, int64_t columns, As as) {
+  PairedWeights(Tasks& tasks, const float* weight, int64_t count, int64_t rows, int64_t columns, As as)
+      : depth_(as == As::plain ? rows : columns) {
     const bool plain = as == As::plain;
-    const int64_t depth = plain ? rows : columns, width = plain ? columns : rows;
-    each_ = pairs_size(depth, width);
+    const int64_t width = plain ? columns : rows;
+    each_ = pairs_size(depth_, width);
     memory_ = Buffer<uint16_t>(count * each_);
-    run_tasks(workers_for(count), count, [&](int64_t, int64_t i) {
-      pack_pairs(weight + i * rows * columns, plain ? columns : 1, plain ? 1 : columns, depth, width,
-                 memory_.data() + i * each_);
-    });
+    for (int64_t i = 0; i < count; ++i)
+      tasks.add([=, depth = depth_, from = weight + i * rows * columns, to = memory_.data() + i * each_] {
+        pack_pairs(from, plain ? columns : 1, plain ? 1 : columns, depth, width, to);
+      });
   }
   const uint16_t* operator[](int64_t which) const { return memory_.data() + which * each_; }
+  int64_t depth() const { return even(depth_); }
 
  private:
-  int64_t each_;
+  int64_t depth_, each_;
   Buffer<uint16_t> memory_;
+};
+
+// Where in the weights of a level a product begins: a row of its right side, and a column that is a multiple of
+// kPairPanel.
+struct From {
+  int64_t level, row = 0, column = 0;
+};
+
+// A right side packed as pairs, from its row `row` on; `depth` is that of all its rows.
+struct Pairs {
+  const uint16_t* data;
+  int64_t depth, row;
 };
 
 // A thread's operands on their way to bf16.
 class PairedProducts {
  public:
-  // C = (C +) bias + A · B as `multiply`, with B packed as pairs.
-  void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
-                const uint16_t* pairs, float* c, int64_t c_row, Into into, const float* bias = nullptr) {
+  // C = (keep · C +) bias + A · B as `multiply`.
+  void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column, Pairs b,
+                float* c, int64_t c_row, Into into, const float* bias = nullptr, float keep = 1.0f) {
     if (rows == 0) return;
     const int64_t deep = even(depth);
     left_.resize(static_cast<size_t>(rows * deep));
@@ -85,10 +99,12 @@ class PairedProducts {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) {
         float& value = c[i * c_row + j];
-        value = (into == Into::add ? value : 0.0f) + (bias ? bias[j] : 0.0f);
+        value = (into == Into::add ? keep * value : 0.0f) + (bias ? bias[j] : 0.0f);
       }
-    for (int64_t j = 0; deep > 0 && j < columns; j += kPairPanel)
-      brgemm_panel(rows, std::min(kPairPanel, columns - j), deep, left_.data(), pairs + j * deep, c + j, c_row);
+    for (int64_t j = 0; deep > 0 && j < columns; j += kPairPanel) {
+      const int64_t count = std::min(kPairPanel, columns - j);
+      brgemm_panel(rows, count, deep, left_.data(), b.data + j * b.depth + b.row * pair_row(count), c + j, c_row);
+    }
   }
 
   // The same with B [K, N] row-major in fp32.
@@ -96,29 +112,35 @@ class PairedProducts {
                       const float* b, int64_t b_row, float* c, int64_t c_row, Into into) {
     right_.resize(static_cast<size_t>(pairs_size(depth, columns)));
     pack_pairs(b, b_row, 1, depth, columns, right_.data());
-    multiply(rows, columns, depth, a, a_row, a_column, right_.data(), c, c_row, into);
+    multiply(rows, columns, depth, a, a_row, a_column, {right_.data(), even(depth), 0}, c, c_row, into);
   }
 
  private:
   std::vector<uint16_t> left_, right_;
 };
 
-// The weights W [levels][rows, columns] of a product, level by level, as its right side: W or Wᵀ, packed; W where it
-// stands if it is no wider than a panel; pairs where products are in bf16.
+// The weights W [levels][rows, columns] of a product, level by level, as its right side: Wᵀ packed, or W where it
+// stands; pairs where products are in bf16.
 template <class T>
 class LevelWeights {
  public:
-  LevelWeights(const T* weight, int64_t levels, int64_t rows, int64_t columns, As as, bool in_pairs)
+  LevelWeights(Tasks& tasks, const T* weight, int64_t levels, int64_t rows, int64_t columns, As as, bool in_pairs)
       : weight_(weight), size_(rows * columns), row_(columns) {
     if constexpr (std::is_same_v<T, float>)
-      if (in_pairs) pairs_.emplace(weight, levels, rows, columns, as);
-    const bool in_place = as == As::plain && columns <= kPanel<T>;
-    if (!in_pairs && !in_place) packed_.emplace(weight, levels, rows, columns, as);
+      if (in_pairs) pairs_.emplace(tasks, weight, levels, rows, columns, as);
+    if (!in_pairs && as == As::transposed) packed_.emplace(tasks, weight, levels, rows, columns, as);
   }
 
-  const std::optional<PairedWeights>& pairs() const { return pairs_; }
-  RightSide<T> operator[](int64_t level) const {
-    return packed_ ? (*packed_)[level] : plain(weight_ + level * size_, row_);
+  bool in_pairs() const { return pairs_.has_value(); }
+  Pairs pairs(From from) const {
+    const int64_t depth = pairs_->depth();
+    return {(*pairs_)[from.level] + from.column * depth, depth, from.row};
+  }
+  RightSide<T> operator[](From from) const {
+    if (!packed_) return plain(weight_ + from.level * size_ + from.row * row_ + from.column, row_);
+    RightSide<T> side = (*packed_)[from.level];
+    side.data += from.row * kPanel<T> + from.column / kPanel<T> * side.panel;
+    return side;
   }
 
  private:
@@ -134,15 +156,17 @@ class Products {
  public:
   explicit Products(bool in_pairs) : in_pairs_(in_pairs) {}
 
-  // C = (C +) bias + A · weights[level]
+  Ahead ahead;  // what to fetch meanwhile
+
+  // C = (keep · C +) bias + A · weights[from]
   void weigh(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, const LevelWeights<T>& weights,
-             int64_t level, T* c, int64_t c_row, Into into, const T* bias = nullptr) {
+             From from, T* c, int64_t c_row, Into into, const T* bias = nullptr, T keep = T(1)) {
     if constexpr (std::is_same_v<T, float>)
-      if (weights.pairs()) {
-        paired_.multiply(rows, columns, depth, a, a_row, 1, (*weights.pairs())[level], c, c_row, into, bias);
+      if (weights.in_pairs()) {
+        paired_.multiply(rows, columns, depth, a, a_row, 1, weights.pairs(from), c, c_row, into, bias, keep);
         return;
       }
-    multiply<T>(rows, columns, depth, a, a_row, 1, weights[level], c, c_row, into, bias);
+    multiply<T>(rows, columns, depth, a, a_row, 1, weights[from], c, c_row, into, bias, keep, &ahead);
   }
 
   // C = (C +) Aᵀ · B, sums over items: A [items, rows], B [items, columns].
@@ -153,7 +177,7 @@ class Products {
         paired_.multiply_plain(rows, columns, items, a, 1, a_row, b, b_row, c, c_row, into);
         return;
       }
-    multiply<T>(rows, columns, items, a, 1, a_row, plain(b, b_row), c, c_row, into);
+    multiply<T>(rows, columns, items, a, 1, a_row, plain(b, b_row), c, c_row, into, nullptr, T(1), &ahead);
   }
 
   // After a block: the thread's tiles belong to others too.

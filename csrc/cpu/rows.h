@@ -38,9 +38,39 @@ int64_t padded(int64_t width) {
   return (width + line - 1) / line * line + line;
 }
 
+// `mix` for a number of sources known to the compiler, which then keeps weights and sums in registers.
+template <class T, int count>
+void mix_some(int64_t width, const T* h, T beta, const T* const* source, const T* weight, T* out) {
+  constexpr int lanes = kLanes<T, Vec<T>>;
+  int64_t d = 0;
+  for (; d + 2 * lanes <= width; d += 2 * lanes) {
+    Vec<T> sum[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) sum[v] = h ? beta * load<Vec<T>>(h + d + v * lanes) : Vec<T>{};
+#pragma GCC unroll 8
+    for (int j = 0; j < count; ++j)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) sum[v] += weight[j] * load<Vec<T>>(source[j] + d + v * lanes);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) store(out + d + v * lanes, sum[v]);
+  }
+  for (; d < width; ++d) {
+    T sum = h ? beta * h[d] : T(0);
+    for (int j = 0; j < count; ++j) sum += weight[j] * source[j][d];
+    out[d] = sum;
+  }
+}
+
 // out = beta · h + Σ_j weight[j] · source[j]; h null stands for zeros. `out` may be h.
 template <class T>
 void mix(int64_t width, const T* h, T beta, int count, const T* const* source, const T* weight, T* out) {
+  switch (count) {
+    case 1: return mix_some<T, 1>(width, h, beta, source, weight, out);
+    case 2: return mix_some<T, 2>(width, h, beta, source, weight, out);
+    case 3: return mix_some<T, 3>(width, h, beta, source, weight, out);
+    case 4: return mix_some<T, 4>(width, h, beta, source, weight, out);
+    default: break;
+  }
   constexpr int lanes = kLanes<T, Vec<T>>;
   int64_t d = 0;
   for (; d + 4 * lanes <= width; d += 4 * lanes) {
@@ -73,9 +103,9 @@ T dot(int64_t width, const T* x, const T* y) {
 }
 
 // Together what a backward needs of one row of `mix`: out as there, dots[j] += ⟨dx, source[j]⟩ for j < count and
-// dots[count] += ⟨dx, h⟩, and then dx ← scale · dx.
+// dots[count] += ⟨dx, h⟩.
 template <class T>
-void mix_backward(int64_t width, T* dx, T scale, const T* h, T beta, int count, const T* const* source, const T* weight,
+void mix_backward(int64_t width, const T* dx, const T* h, T beta, int count, const T* const* source, const T* weight,
                   T* out, double* dots) {
   constexpr int lanes = kLanes<T, Vec<T>>;
   constexpr int kFused = 8;
@@ -83,7 +113,6 @@ void mix_backward(int64_t width, T* dx, T scale, const T* h, T beta, int count, 
     mix(width, h, beta, count, source, weight, out);
     for (int j = 0; j < count; ++j) dots[j] += static_cast<double>(dot(width, dx, source[j]));
     if (h) dots[count] += static_cast<double>(dot(width, dx, h));
-    for (int64_t d = 0; d < width; ++d) dx[d] *= scale;
     return;
   }
   Vec<T> sum[kFused + 1] = {};
@@ -113,10 +142,7 @@ void mix_backward(int64_t width, T* dx, T scale, const T* h, T beta, int count, 
       }
       sum[j] += part;
     }
-    for (int v = 0; v < 4; ++v) {
-      store(out + d + v * lanes, x[v]);
-      store(dx + d + v * lanes, scale * g[v]);
-    }
+    for (int v = 0; v < 4; ++v) store(out + d + v * lanes, x[v]);
   }
   for (; d < width; ++d) {
     const T g = dx[d];
@@ -130,37 +156,8 @@ void mix_backward(int64_t width, T* dx, T scale, const T* h, T beta, int count, 
       rest[j] += g * source[j][d];
     }
     out[d] = x;
-    dx[d] = scale * g;
   }
   for (int j = 0; j < count + (h ? 1 : 0); ++j)
-    dots[j] += static_cast<double>(sum_of_lanes<T>(sum[j])) + static_cast<double>(rest[j]);
-}
-
-// dots[j] += ⟨dx, source[j]⟩ for j < count, and then dx ← scale · dx.
-template <class T>
-void dots_and_scale(int64_t width, T* dx, T scale, int count, const T* const* source, double* dots) {
-  constexpr int lanes = kLanes<T, Vec<T>>;
-  constexpr int kFused = 8;
-  const int fused = std::min(count, kFused);
-  for (int j = fused; j < count; ++j) dots[j] += static_cast<double>(dot(width, dx, source[j]));
-  Vec<T> sum[kFused] = {};
-  T rest[kFused] = {};
-  int64_t d = 0;
-  for (; d + 4 * lanes <= width; d += 4 * lanes) {
-    Vec<T> g[4];
-    for (int v = 0; v < 4; ++v) g[v] = load<Vec<T>>(dx + d + v * lanes);
-    for (int j = 0; j < fused; ++j) {
-      Vec<T> part{};
-      for (int v = 0; v < 4; ++v) part += g[v] * load<Vec<T>>(source[j] + d + v * lanes);
-      sum[j] += part;
-    }
-    for (int v = 0; v < 4; ++v) store(dx + d + v * lanes, scale * g[v]);
-  }
-  for (; d < width; ++d) {
-    for (int j = 0; j < fused; ++j) rest[j] += dx[d] * source[j][d];
-    dx[d] *= scale;
-  }
-  for (int j = 0; j < fused; ++j)
     dots[j] += static_cast<double>(sum_of_lanes<T>(sum[j])) + static_cast<double>(rest[j]);
 }
 

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -50,15 +51,33 @@ inline V broadcast(T value) {
   return value - V{};  // x − 0 is x for every x; x + 0 is not for −0, and costs an addition
 }
 
+// Lane i of the result is lane pick(i) of a and b side by side. The compilers' own functions differ: clang takes
+// constants alone, g++ 11 a vector alone.
+template <auto pick, class V, int... i>
+inline V shuffled(V a, V b, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, pick(i)...);
+#else
+  using Index = decltype(a < b);
+  return __builtin_shuffle(a, b, Index{pick(i)...});
+#endif
+}
+
+template <class T, int width>
+inline Vec<T> with_halves_added(Vec<T> value) {
+  constexpr int lanes = kLanes<T, Vec<T>>;
+  if constexpr (width == 0) {
+    return value;
+  } else {
+    constexpr auto other = [](int i) { return i ^ width; };
+    value += shuffled<other>(value, value, std::make_integer_sequence<int, lanes>{});
+    return with_halves_added<T, width / 2>(value);
+  }
+}
+
 template <class T>
 inline T sum_of_lanes(Vec<T> value) {
-  constexpr int lanes = kLanes<T, Vec<T>>;
-  using Index = decltype(value < value);
-  Index index{};
-  for (int i = 0; i < lanes; ++i) index[i] = i;
-#pragma GCC unroll 4
-  for (int width = lanes / 2; width > 0; width /= 2) value += __builtin_shuffle(value, index ^ width);
-  return value[0];
+  return with_halves_added<T, kLanes<T, Vec<T>> / 2>(value)[0];
 }
 
 // The types rows may be stored in; the numbers travel through the C++ boundary only.

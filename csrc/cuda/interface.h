@@ -66,16 +66,18 @@ int crossan_experts_forward(const struct CrossanExperts* experts, void* workspac
 int crossan_experts_backward(const struct CrossanExperts* experts, void* workspace, void* stream);
 
 // side_network: see crossan_fast/ops/side_network.py. Widths must be multiples of 64 and equal among a tower's
-// sources, rank a multiple of 8 up to 64, at most 8 levels and 4 sources a tower; states float16, bfloat16,
-// float8_e4m3fn or int8. Weights are `weight_kind`, everything else of kind `compute_kind` (float16 or bfloat16).
+// sources, rank a multiple of 8 up to 64, at most 8 levels and 4 sources a tower, the embedding a multiple of 8, of
+// which 64 count as a level: together at most 9; states float16, bfloat16, float8_e4m3fn or int8. Weights are
+// `weight_kind`, everything else of kind `compute_kind` (float16 or bfloat16).
 enum { kCrossanMaxModalities = 8, kCrossanMaxTowers = 16, kCrossanMaxSources = 4, kCrossanMaxLevels = 8 };
+enum { kCrossanMaxSlots = kCrossanMaxLevels + 1 };
 enum { kCrossanPathAuto = 0, kCrossanPathMma = 1, kCrossanPathHopper = 2 };
 
 struct CrossanSideNetwork {
   int64_t items, rows;
   const void* ids;         // [items] or null
   const uint8_t* present;  // [items, modalities] bool or null
-  int wide, modalities, towers, levels, rank;
+  int wide, modalities, towers, levels, rank, embedding;
   int relu;  // 0: gelu
   int compute_kind, weight_kind, path;
   float temperature;
@@ -87,19 +89,21 @@ struct CrossanSideNetwork {
   int sources[kCrossanMaxTowers][kCrossanMaxSources], source_counts[kCrossanMaxTowers];
   int is_pair[kCrossanMaxTowers];
   const void *down_weight[kCrossanMaxTowers], *down_bias[kCrossanMaxTowers], *up_weight[kCrossanMaxTowers],
-      *up_bias[kCrossanMaxTowers], *gate[kCrossanMaxTowers];
+      *up_bias[kCrossanMaxTowers], *gate[kCrossanMaxTowers], *head_weight[kCrossanMaxTowers],
+      *head_bias[kCrossanMaxTowers];
   const void* cross_gate[kCrossanMaxTowers][kCrossanMaxSources - 1];
-  void* saved[kCrossanMaxTowers];               // [items, levels, rank]
-  void* outputs[kCrossanMaxTowers];             // forward: [items, width]
-  const void* grad_outputs[kCrossanMaxTowers];  // backward: [items, width]
+  void* saved;                  // [towers, items, levels, rank]
+  void* embeddings;             // forward: [items, towers, embedding]
+  const void* grad_embeddings;  // backward: likewise
   // backward: of `weight_kind`, shaped as the weights
   void *grad_down_weight[kCrossanMaxTowers], *grad_down_bias[kCrossanMaxTowers], *grad_up_weight[kCrossanMaxTowers],
-      *grad_up_bias[kCrossanMaxTowers], *grad_gate[kCrossanMaxTowers];
+      *grad_up_bias[kCrossanMaxTowers], *grad_gate[kCrossanMaxTowers], *grad_head_weight[kCrossanMaxTowers],
+      *grad_head_bias[kCrossanMaxTowers];
   void* grad_cross_gate[kCrossanMaxTowers][kCrossanMaxSources - 1];
 };
 
 // The widest tower that the current device's shared memory holds, forward and backward; 0: none.
-int crossan_side_network_widest(int levels);
+int crossan_side_network_widest(int levels, int embedding);
 
 // Bytes of scratch, 1,024-aligned, for one call in one direction.
 size_t crossan_side_network_workspace(const struct CrossanSideNetwork* network, int backward);

@@ -1,10 +1,11 @@
-"""fusion's backward kernels: one over items, three over weights, one that sums the weights' parts.
+# mypy: disable-error-code="assignment"
+"""fusion's backward kernels: one over items, two over weights, one that sums the weights' parts.
 
-`items_kernel` finishes the gradient of every embedding e, of `hidden` from it, and of the router's logits.
-Weight gradients are products over all items: a program owns one tile of a weight, keeps its sum in registers
-over its part of the items, and recomputes what it needs of the experts from e, so that neither their inner
-units `[N, M, 4d]` nor partial sums per block of items (1.3 MB each at the paper's size) cross memory.
-`partial` is `[parts, SIZE]`: a part holds every weight's gradient in the order of the weights.
+`items_kernel` finishes the gradient of every embedding e and of the router's logits. Weight gradients are
+products over all items: a program owns one tile of a weight, keeps its sum in registers over its part of the
+items, and recomputes what it needs of the experts from e, so that neither their inner units `[N, M, 4d]` nor
+partial sums per block of items (1.3 MB each at the paper's size) cross memory. `partial` is `[parts, SIZE]`:
+a part holds every weight's gradient in the order of the weights. forward_kernels.py has SIZES and BLOCKS.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import triton
 import triton.language as tl
 
 from crossan_fast.kernels._common import activate, activate_grad, dot, narrow, pick, pick_constant
-from crossan_fast.kernels.fusion.forward_kernels import column_of, existing, load_tile, route
+from crossan_fast.kernels.fusion.forward_kernels import (
+    column_of,
+    existing,
+    load_embedding,
+    load_tile,
+    route,
+)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -21,43 +28,37 @@ def items_kernel(
     grad_items,
     grad_probability,
     total,
-    embedded,
+    embeddings,
     router_logits,
-    head_weight,
     router_weight,
-    w1,
-    b1,
-    w2,
-    b2,
+    experts,
     present,
     counts,
     scratch,
-    grad_embedded,
+    grad_embeddings,
     grad_logits,
-    grad_hidden,
     count,
-    WIDTHS: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    HAS_PRESENT: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of e, of the router's logits and of hidden for one block of items."""
+    """Gradients of e and of the router's logits for one block of items."""
+    M: tl.constexpr = SIZES[0]
+    D: tl.constexpr = SIZES[1]
+    F: tl.constexpr = SIZES[2]
+    TOP_K: tl.constexpr = SIZES[3]
+    BLOCK_N: tl.constexpr = BLOCKS[0]
+    BLOCK_M: tl.constexpr = BLOCKS[1]
+    BLOCK_D: tl.constexpr = BLOCKS[2]
+    BLOCK_F: tl.constexpr = BLOCKS[3]
+    w1, b1, w2, b2 = experts
     index_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = index_n < count
     index_d = tl.arange(0, BLOCK_D)
     index_m = tl.arange(0, BLOCK_M)
     mask_nd = mask_n[:, None] & (index_d < D)[None, :]
-    exists = existing(present, index_n, count, index_m, M, HAS_PRESENT)  # [BN, BM]
+    exists = existing(present, index_n, count, index_m, M)  # [BN, BM]
     logits = load_tile(router_logits, index_n, count, index_m, M, M)  # [BN, BM]
     probability, chosen, share = route(logits, exists, index_m, M, TOP_K)
     grad = load_tile(grad_items, index_n, count, index_d, D, D).to(tl.float32)  # [BN, d]
@@ -68,7 +69,7 @@ def items_kernel(
         runs = column_of(tl.where(chosen, 1.0, 0.0), index_m, m) > 0
         grad_e = column_of(share, index_m, m)[:, None] * grad
         if tl.max(runs.to(tl.int32), axis=0) > 0:
-            e = load_tile(embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+            e = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)  # [BN, d]
             bias = tl.load(b2 + m * D + index_d, mask=index_d < D, other=0.0).to(tl.float32)
             expert = e.to(tl.float32) + bias[None, :]
             grad_expert = narrow(grad_e, DTYPE)
@@ -90,7 +91,7 @@ def items_kernel(
     # Router: from the shares, and from the mean probabilities of the load-balance loss.
     grad_logit = share * (grad_share - tl.sum(share * grad_share, axis=1)[:, None])
     weight = tl.where(mask_n, 1.0, 0.0) / tl.load(total)
-    if HAS_COUNTS:
+    if counts is not None:
         weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
     grad_mean = tl.load(grad_probability + index_m, mask=index_m < M, other=0.0).to(tl.float32)
     grad_p = weight[:, None] * grad_mean[None, :]
@@ -105,82 +106,33 @@ def items_kernel(
         grad_e = tl.load(scratch + offset, mask=mask_nd, other=0.0)  # [BN, d]
         router = load_tile(router_weight + m * D, index_m, M, index_d, D, M * D).to(DTYPE)  # [BM, d]
         grad_e = dot(grad_logit, router, grad_e, PRECISION)
-        if HAS_PRESENT:
+        if present is not None:
             there = tl.load(present + index_n.to(tl.int64) * M + m, mask=mask_n, other=0) != 0
             grad_e = tl.where(there[:, None], grad_e, 0.0)
-        grad_e = narrow(grad_e, DTYPE)
-        tl.store(grad_embedded + offset, grad_e, mask=mask_nd)
-        for begin in range(0, WIDTHS[m], BLOCK_K):
-            index_k = begin + tl.arange(0, BLOCK_K)
-            head = load_tile(head_weight[m], index_d, D, index_k, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [d, BK]
-            grad_h = dot(grad_e, head, tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32), PRECISION)  # [BN, BK]
-            hidden_offset = index_n.to(tl.int64)[:, None] * WIDTHS[m] + index_k[None, :]
-            mask = mask_n[:, None] & (index_k < WIDTHS[m])[None, :]
-            tl.store(
-                grad_hidden[m] + hidden_offset, narrow(grad_h, grad_hidden[m].dtype.element_ty), mask=mask
-            )
-
-
-@triton.jit(do_not_specialize=["count", "part_length"])
-def heads_kernel(
-    grad_embedded,
-    hidden,
-    partial,
-    count,
-    part_length,
-    WIDTHS: tl.constexpr,
-    STARTS: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    SIZE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile `[d, BK]` of modality m's head, and its bias, over one part of the items."""
-    m = tl.program_id(1)
-    part = tl.program_id(2)
-    width = pick_constant(WIDTHS, m)
-    index_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    if tl.program_id(0) * BLOCK_K < width:
-        states = pick(hidden, m)
-        index_d = tl.arange(0, BLOCK_D)
-        weight = tl.zeros([BLOCK_D, BLOCK_K], dtype=tl.float32)
-        bias = tl.zeros([BLOCK_D], dtype=tl.float32)
-        start = part * part_length * BLOCK_N
-        for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
-            index_n = begin + tl.arange(0, BLOCK_N)
-            grad = load_tile(grad_embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
-            h = load_tile(states, index_n, count, index_k, width, width).to(DTYPE)  # [BN, BK]
-            weight = dot(tl.trans(grad), h, weight, PRECISION)
-            bias += tl.sum(grad.to(tl.float32), axis=0)
-        base = partial + part.to(tl.int64) * SIZE
-        pointer = base + pick_constant(STARTS, m) + index_d[:, None] * width + index_k[None, :]
-        tl.store(pointer, weight, mask=(index_d < D)[:, None] & (index_k < width)[None, :])
-        if tl.program_id(0) == 0:
-            # Biases follow the last weight, d each.
-            tl.store(base + STARTS[M] + m * D + index_d, bias, mask=index_d < D)
+        tl.store(grad_embeddings + offset, narrow(grad_e, grad_embeddings.dtype.element_ty), mask=mask_nd)
 
 
 @triton.jit(do_not_specialize=["count", "part_length"])
 def router_kernel(
     grad_logits,
-    embedded,
+    embeddings,
+    present,
     partial,
     count,
     part_length,
     START: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
     SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The router's weights of modality m's embedding, and its bias, over one part of the items."""
+    M: tl.constexpr = SIZES[0]
+    D: tl.constexpr = SIZES[1]
+    BLOCK_N: tl.constexpr = BLOCKS[0]
+    BLOCK_M: tl.constexpr = BLOCKS[1]
+    BLOCK_D: tl.constexpr = BLOCKS[2]
     m = tl.program_id(0)
     part = tl.program_id(1)
     index_d = tl.arange(0, BLOCK_D)
@@ -191,7 +143,7 @@ def router_kernel(
     for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
         index_n = begin + tl.arange(0, BLOCK_N)
         grad = load_tile(grad_logits, index_n, count, index_m, M, M)  # [BN, BM]
-        e = load_tile(embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+        e = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)  # [BN, d]
         weight = dot(tl.trans(grad), e, weight, PRECISION)
         bias += tl.sum(grad.to(tl.float32), axis=0)
     base = partial + part.to(tl.int64) * SIZE + START
@@ -204,30 +156,30 @@ def router_kernel(
 @triton.jit(do_not_specialize=["count", "part_length"])
 def experts_kernel(
     grad_items,
-    embedded,
+    embeddings,
     router_logits,
-    w1,
-    b1,
-    w2,
+    experts,
     present,
     partial,
     count,
     part_length,
     START: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    F: tl.constexpr,
     SIZE: tl.constexpr,
-    TOP_K: tl.constexpr,
-    HAS_PRESENT: tl.constexpr,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """BLOCK_F inner units of expert m over one part of the items: w1, b1, w2, b2 from START on."""
+    M: tl.constexpr = SIZES[0]
+    D: tl.constexpr = SIZES[1]
+    F: tl.constexpr = SIZES[2]
+    TOP_K: tl.constexpr = SIZES[3]
+    BLOCK_N: tl.constexpr = BLOCKS[0]
+    BLOCK_M: tl.constexpr = BLOCKS[1]
+    BLOCK_D: tl.constexpr = BLOCKS[2]
+    BLOCK_F: tl.constexpr = BLOCKS[3]
+    w1, b1, w2 = experts[0], experts[1], experts[2]
     m = tl.program_id(1)
     part = tl.program_id(2)
     index_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -243,12 +195,12 @@ def experts_kernel(
     start = part * part_length * BLOCK_N
     for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
         index_n = begin + tl.arange(0, BLOCK_N)
-        exists = existing(present, index_n, count, index_m, M, HAS_PRESENT)  # [BN, BM]
+        exists = existing(present, index_n, count, index_m, M)  # [BN, BM]
         logits = load_tile(router_logits, index_n, count, index_m, M, M)  # [BN, BM]
         _, chosen, share = route(logits, exists, index_m, M, TOP_K)
         runs = column_of(tl.where(chosen, 1.0, 0.0), index_m, m)
         if tl.max(runs, axis=0) > 0:
-            e = load_tile(embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+            e = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)  # [BN, d]
             grad = load_tile(grad_items, index_n, count, index_d, D, D).to(tl.float32)  # [BN, d]
             grad *= column_of(share, index_m, m)[:, None]
             grad_b2 += tl.sum(grad, axis=0)

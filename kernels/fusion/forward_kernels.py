@@ -1,8 +1,12 @@
-"""fusion's forward kernel: heads, router, experts and the weighted sum of one block of items in one program.
+# mypy: disable-error-code="assignment"
+"""fusion's forward kernel: router, experts and the weighted sum of one block of items in one program.
 
-The embeddings e of a block are written once, as the backward wants them, and read back by the same program
-for the experts (out of its own L1): M of them at once would not fit the registers beside a tile of an expert.
-What a program adds to the load-balance statistics goes to its own row of `partial`.
+The block's embeddings e are read for the router, and again (out of L1) for the experts: M of them at once
+would not fit the registers beside a tile of an expert. What a program adds to the load-balance statistics
+goes to its own row of `partial`.
+
+In every kernel SIZES are M, D, F, TOP_K (0: every expert) and BLOCKS the tiles' BLOCK_N, BLOCK_M, BLOCK_D,
+BLOCK_F: items, modalities, an embedding's width and an expert's inner units.
 """
 
 from __future__ import annotations
@@ -18,6 +22,21 @@ def load_tile(matrix, index_i, rows, index_j, columns, stride):
     """A block `[index_i, index_j]` of a matrix, zeros outside; int64 offsets."""
     mask = (index_i < rows)[:, None] & (index_j < columns)[None, :]
     return tl.load(matrix + index_i.to(tl.int64)[:, None] * stride + index_j[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_embedding(
+    embeddings, present, index_n, count, m, index_d, M: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr
+):
+    """e of modality m `[BN, d]`, zeros where an item lacks it."""
+    mask = index_n < count
+    if present is not None:
+        mask &= tl.load(present + index_n.to(tl.int64) * M + m, mask=mask, other=0) != 0
+    pointer = embeddings + index_n.to(tl.int64)[:, None] * (M * D) + (m * D + index_d)[None, :]
+    e = tl.load(pointer, mask=mask[:, None] & (index_d < D)[None, :], other=0.0)
+    if e.dtype != DTYPE:
+        e = narrow(e.to(tl.float32), DTYPE)
+    return e
 
 
 @triton.jit
@@ -49,10 +68,10 @@ def softmax(logits, keep):
 
 
 @triton.jit
-def existing(present, index_n, count, index_m, M: tl.constexpr, HAS_PRESENT: tl.constexpr):
+def existing(present, index_n, count, index_m, M: tl.constexpr):
     """Which modalities an item has, `[BN, BM]`."""
     mask = (index_n < count)[:, None] & (index_m < M)[None, :]
-    if HAS_PRESENT:
+    if present is not None:
         offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
         return tl.load(present + offset, mask=mask, other=0) != 0
     return mask
@@ -86,58 +105,39 @@ def add_logits(
 
 @triton.jit(do_not_specialize=["count"])
 def forward_kernel(
-    hidden,
-    head_weight,
-    head_bias,
-    router_weight,
-    router_bias,
-    w1,
-    b1,
-    w2,
-    b2,
+    embeddings,
+    router,
+    experts,
     present,
     counts,
-    embedded,
     router_logits,
     items,
     partial,
     count,
-    WIDTHS: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    TOP_K: tl.constexpr,
-    HAS_PRESENT: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
+    SIZES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    M: tl.constexpr = SIZES[0]
+    D: tl.constexpr = SIZES[1]
+    F: tl.constexpr = SIZES[2]
+    TOP_K: tl.constexpr = SIZES[3]
+    BLOCK_N: tl.constexpr = BLOCKS[0]
+    BLOCK_M: tl.constexpr = BLOCKS[1]
+    BLOCK_D: tl.constexpr = BLOCKS[2]
+    BLOCK_F: tl.constexpr = BLOCKS[3]
+    router_weight, router_bias = router
+    w1, b1, w2, b2 = experts
     index_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = index_n < count
     index_d = tl.arange(0, BLOCK_D)
     index_m = tl.arange(0, BLOCK_M)
-    exists = existing(present, index_n, count, index_m, M, HAS_PRESENT)  # [BN, BM]
+    exists = existing(present, index_n, count, index_m, M)  # [BN, BM]
 
     logits = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)  # [BN, BM]
     for m in tl.static_range(M):
-        e = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)  # [BN, d]
-        for begin in range(0, WIDTHS[m], BLOCK_K):
-            index_k = begin + tl.arange(0, BLOCK_K)
-            h = load_tile(hidden[m], index_n, count, index_k, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [BN, BK]
-            head = load_tile(head_weight[m], index_d, D, index_k, WIDTHS[m], WIDTHS[m]).to(DTYPE)  # [d, BK]
-            e = dot(h, tl.trans(head), e, PRECISION)
-        e += tl.load(head_bias[m] + index_d, mask=index_d < D, other=0.0).to(tl.float32)[None, :]
-        if HAS_PRESENT:
-            here = tl.load(present + index_n.to(tl.int64) * M + m, mask=mask_n, other=0) != 0
-            e = tl.where(here[:, None], e, 0.0)
-        e = narrow(e, DTYPE)
-        offset = index_n.to(tl.int64)[:, None] * (M * D) + (m * D + index_d)[None, :]
-        tl.store(embedded + offset, e, mask=mask_n[:, None] & (index_d < D)[None, :])
+        e = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)
         logits = add_logits(logits, e, router_weight + m * D, index_d, index_m, M, D, PRECISION)
     logits += tl.load(router_bias + index_m, mask=index_m < M, other=0.0).to(tl.float32)[None, :]
     offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
@@ -145,7 +145,7 @@ def forward_kernel(
 
     probability, chosen, share = route(logits, exists, index_m, M, TOP_K)
     weight = tl.where(tl.max(exists.to(tl.int32), axis=1) > 0, 1.0, 0.0)
-    if HAS_COUNTS:
+    if counts is not None:
         weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
     assigned = chosen if TOP_K else top(probability, exists, index_m, M, 1)
     statistic = partial + tl.program_id(0) * 3 * BLOCK_M + index_m
@@ -153,12 +153,11 @@ def forward_kernel(
     tl.store(statistic + BLOCK_M, tl.sum(weight[:, None] * probability, axis=0))
     tl.store(statistic + 2 * BLOCK_M, tl.zeros([BLOCK_M], dtype=tl.float32) + tl.sum(weight, axis=0))
 
-    tl.debug_barrier()  # e, written above, is read below by other threads of this program
     item = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)  # [BN, d]
     for m in range(M):
         runs = column_of(tl.where(chosen, 1.0, 0.0), index_m, m) > 0
         if tl.max(runs.to(tl.int32), axis=0) > 0:
-            own = load_tile(embedded + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+            own = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)  # [BN, d]
             bias = tl.load(b2 + m * D + index_d, mask=index_d < D, other=0.0).to(tl.float32)
             expert = own.to(tl.float32) + bias[None, :]  # [BN, d]
             for begin in range(0, F, BLOCK_F):

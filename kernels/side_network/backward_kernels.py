@@ -1,14 +1,11 @@
-# ruff: noqa: RUF005  (Triton's tuples have no starred form)
 # mypy: disable-error-code="assignment"
-"""Backward kernels of the side network (kernels/README.md has the algebra and the tiling).
+"""The side network's walk backwards (kernels/README.md has the algebra and the tiling).
 
-In the notation of forward_kernels.py, with g the gradient of h_L and u_l the sum without its
-up-projections:
+In the notation of forward_kernels.py, with ge the gradient of e:
 
-    da_l = κ_{L,l} W_up,lᵀ g + Σ_{q>l} G[q, l]ᵀ dz_q,    dz_l = da_l · act'(z_l)            (*grad_walk*)
-    dx_l = dh_l + W_down,lᵀ dz_l,    dh_{l−1} = carry_l·dx_l,    dh_{L−1} = g
-    dW_down,l = Σ dz_l x_lᵀ,  dW_up,l = Σ dh_l a_lᵀ,  dcoef_{l,k} = Σ ⟨dx_l, source_k⟩
-    dcarry_l = Σ ⟨dx_l, h_{l−1}⟩
+    da_p = Σ_{L>l>p} G[l, p]ᵀ dz_l + G[L, p]ᵀ ge,    dz_p = da_p · act'(z_p)            (*grad_walk*)
+    dx_L = W_headᵀ ge,   dx_l = carry_{l+1}·dx_{l+1} + W_down,lᵀ dz_l
+    dcoef_{l,k} = Σ ⟨dx_l, source_k⟩,   dcarry_l = Σ ⟨dx_l, h_{l−1}⟩
 
 The walk is here; the sums over items are in weight_gradient_kernels.py.
 """
@@ -23,245 +20,93 @@ from crossan_fast.kernels._common import (
     activate_grad,
     dot,
     narrow,
-    pick,
     pick_constant,
     product_depth,
 )
-from crossan_fast.kernels.side_network.tiles import (
-    exists_mask,
-    sum_splits,
-)
+from crossan_fast.kernels.side_network.tiles import exists_mask
 
 
 @triton.jit
-def grad_down_levels(
-    grad_out,
-    up_weight,
-    index_n,
-    exists,
-    begin,
-    end,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """W_up,lᵀ g of levels FIRST … over columns [begin, end): a tuple of [BN, BR] in fp32."""
-    index_r = tl.arange(0, BLOCK_R)
-    mask_r = index_r < R
-    e = ()
-    for _ in tl.static_range(COUNT):
-        e = e + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
-    row_pointer = grad_out + index_n.to(tl.int64) * D
-    for d in range(begin, end, BLOCK_D):
-        index_d = d + tl.arange(0, BLOCK_D)
-        mask_d = index_d < D
-        g = tl.load(  # [BN, BD]
-            row_pointer[:, None] + index_d[None, :], mask=exists[:, None] & mask_d[None, :], other=0
-        )
-        e_next = ()
-        for i in tl.static_range(COUNT):
-            weight = tl.load(  # [BD, BR]
-                up_weight + (FIRST + i) * D * R + index_d[:, None] * R + index_r[None, :],
-                mask=mask_d[:, None] & mask_r[None, :],
-                other=0,
-            )
-            e_next = e_next + (dot(g, weight, e[i], PRECISION),)
-        e = e_next
-    return e
-
-
-@triton.jit(do_not_specialize=["N"])
-def grad_down_kernel(
-    grad_out,
-    up_weight,
-    present,
-    present_stride,
-    partial,
-    N,
-    span,
-    EXISTS_FIRST: tl.constexpr,
-    EXISTS_SECOND: tl.constexpr,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The products with g alone, for `span` columns a program: partial [splits, T, N, L, BR]."""
-    tower = tl.program_id(0)
-    split = tl.program_id(2)
-    index_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = index_n < N
-    begin = split * span
-    e = grad_down_levels(
-        pick(grad_out, tower),
-        pick(up_weight, tower),
-        index_n,
-        exists_mask(present, present_stride, tower, index_n, mask_n, EXISTS_FIRST, EXISTS_SECOND),
-        begin,
-        tl.minimum(begin + span, D),
-        FIRST,
-        COUNT,
-        D,
-        R,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_R,
-        PRECISION,
-    )
-    row = (split * tl.num_programs(0) + tower).to(tl.int64) * N + index_n
-    pointer = partial + (row * L * BLOCK_R)[:, None] + tl.arange(0, BLOCK_R)[None, :]
-    for i in tl.static_range(COUNT):
-        tl.store(pointer + (FIRST + i) * BLOCK_R, e[i], mask=mask_n[:, None])
-
-
-@triton.jit
-def grad_walk_level(
+def add_gradients(
     da,
-    level,
-    mixing,
-    saved,
-    grad_z,
-    activations,
+    rows,
+    matrix,
     mask_n,
-    exists,
-    L: tl.constexpr,
-    R: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Finish da of a level from κ·W_upᵀ g [BN, BR], write its dz and a; pointers [BN, 1] are to level 0."""
-    index_r = tl.arange(0, BLOCK_R)
-    DEPTH: tl.constexpr = product_depth(BLOCK_R)
-    index_p = tl.arange(0, DEPTH)
-    tile = mixing + index_p[:, None] * BLOCK_R + index_r[None, :]  # [r of z, r of a]
-    for q in tl.range(level + 1, L, num_stages=3):
-        pair = q * (q - 1) // 2 + level
-        for r in range(0, BLOCK_R, DEPTH):
-            dz = tl.load(  # [BN, DEPTH]
-                grad_z + (q * BLOCK_R + r) + index_p[None, :], mask=mask_n[:, None], other=0
-            )
-            da = dot(dz, tl.load(tile + pair * (BLOCK_R * BLOCK_R) + r * BLOCK_R), da, PRECISION)
-    saved += index_r[None, :]
-    grad_z += index_r[None, :]
-    activations += index_r[None, :]
-    z = tl.load(  # [BN, BR]
-        saved + level * R, mask=exists[:, None] & (index_r < R)[None, :], other=0
-    ).to(tl.float32)
-    dz = narrow(da * activate_grad(z, GELU), grad_z.dtype.element_ty)  # [BN, BR]
-    tl.store(grad_z + level * BLOCK_R, dz, mask=mask_n[:, None])
-    a = narrow(activate(z, GELU), activations.dtype.element_ty)
-    tl.store(activations + level * BLOCK_R, a, mask=mask_n[:, None])
-    tl.debug_barrier()  # other threads of this program read dz for the levels before
+    """da [BN, BR] + x G with x [BN, BX] at `rows` (pointers [BN, 1]) and G [BX, BR] at `matrix`."""
+    DEPTH: tl.constexpr = product_depth(BLOCK_X)
+    index_x = tl.arange(0, DEPTH)
+    tile = matrix + index_x[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]  # [DEPTH, BR]
+    for x in range(0, BLOCK_X, DEPTH):
+        dz = tl.load(rows + x + index_x[None, :], mask=mask_n[:, None], other=0)  # [BN, DEPTH]
+        da = dot(dz, tl.load(tile + x * BLOCK_R), da, PRECISION)
+    return da
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["N", "saved_items"])
 def grad_walk_kernel(
     grad_out,
-    up_weight,
-    partial,
+    presence,
     mixing,
-    carry,
     saved,
     grad_z,
     activations,
-    present,
-    present_stride,
     N,
-    splits,
-    TOWERS: tl.constexpr,
-    EXISTS_FIRST: tl.constexpr,
-    EXISTS_SECOND: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
+    saved_items,
+    GROUP: tl.constexpr,
+    SIZES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dz and a, [T, N, L, BR] in the compute dtype; without `partial`, products with g are formed here."""
+    """Of an item dz of all levels, then ge (zero where the tower has no source), and a: all that sums need.
+
+    grad_z [T, N, ROW] and activations [T, N, L, BR], in the compute dtype. Levels go through memory, as in
+    *walk*.
+    """
+    L: tl.constexpr = SIZES[0]
+    R: tl.constexpr = SIZES[2]
+    E: tl.constexpr = SIZES[3]
+    ALL: tl.constexpr = SIZES[5]
+    ROW: tl.constexpr = L * BLOCK_R + BLOCK_E
+    PAIRS: tl.constexpr = L * (L - 1) // 2
+    TOWERS: tl.constexpr = GROUP[0]
     tower = tl.program_id(0)
     index_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = index_n < N
     index_r = tl.arange(0, BLOCK_R)
+    index_e = tl.arange(0, BLOCK_E)
     index = pick_constant(TOWERS, tower).to(tl.int64)
-    carry += index * L
-    mixing += index * (L * (L - 1) // 2 * BLOCK_R * BLOCK_R)
-    exists = exists_mask(present, present_stride, tower, index_n, mask_n, EXISTS_FIRST, EXISTS_SECOND)
-    offset = ((tower.to(tl.int64) * N + index_n) * L * BLOCK_R)[:, None]
-    z_pointer = pick(saved, tower) + (index_n.to(tl.int64) * L * R)[:, None]
-    tail = tl.full((), 1.0, tl.float32)  # κ_{L,l}
-    if partial is None:
-        e = grad_down_levels(
-            pick(grad_out, tower),
-            pick(up_weight, tower),
-            index_n,
-            exists,
-            0,
-            D,
-            0,
-            L,
-            D,
-            R,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_R,
-            PRECISION,
-        )
-        for i in tl.static_range(L):
-            grad_walk_level(
-                e[L - 1 - i] * tail,
-                L - 1 - i,
-                mixing,
-                z_pointer,
-                grad_z + offset,
-                activations + offset,
-                mask_n,
-                exists,
-                L,
-                R,
-                BLOCK_R,
-                GELU,
-                PRECISION,
-            )
-            tail *= tl.load(carry + L - 1 - i)
-    else:
-        split_stride = tl.num_programs(0).to(tl.int64) * N * L * BLOCK_R
-        for i in range(L):
-            level = L - 1 - i
-            grad_walk_level(
-                sum_splits(
-                    partial + offset + index_r[None, :] + level * BLOCK_R,
-                    mask_n,
-                    splits,
-                    split_stride,
-                    BLOCK_N,
-                    BLOCK_R,
-                )
-                * tail,
-                level,
-                mixing,
-                z_pointer,
-                grad_z + offset,
-                activations + offset,
-                mask_n,
-                exists,
-                L,
-                R,
-                BLOCK_R,
-                GELU,
-                PRECISION,
-            )
-            tail *= tl.load(carry + level)
+    mixing += index * (PAIRS * BLOCK_R * BLOCK_R + L * BLOCK_E * BLOCK_R)
+    exists = exists_mask(presence, tower, index_n, mask_n, GROUP)
+    row = tower.to(tl.int64) * N + index_n
+    dz_rows = grad_z + (row * ROW)[:, None]
+    a_rows = activations + (row * (L * BLOCK_R))[:, None]
+    z_rows = saved + ((index * saved_items + index_n) * (L * R))[:, None]
+    ge = tl.load(  # [BN, BE]
+        grad_out + ((index_n.to(tl.int64) * ALL + index) * E)[:, None] + index_e[None, :],
+        mask=exists[:, None] & (index_e < E)[None, :],
+        other=0,
+    )
+    tl.store(dz_rows + L * BLOCK_R + index_e[None, :], ge, mask=mask_n[:, None])
+    for i in range(L):
+        level = L - 1 - i
+        tl.debug_barrier()  # what other threads of this program wrote is read below
+        da = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)  # [BN, BR]
+        head = mixing + (PAIRS * BLOCK_R * BLOCK_R) + level * (BLOCK_E * BLOCK_R)
+        da = add_gradients(da, dz_rows + L * BLOCK_R, head, mask_n, BLOCK_E, BLOCK_R, PRECISION)
+        for q in tl.range(level + 1, L, num_stages=3):
+            matrix = mixing + (q * (q - 1) // 2 + level) * (BLOCK_R * BLOCK_R)
+            da = add_gradients(da, dz_rows + q * BLOCK_R, matrix, mask_n, BLOCK_R, BLOCK_R, PRECISION)
+        z = tl.load(  # [BN, BR]
+            z_rows + level * R + index_r[None, :], mask=exists[:, None] & (index_r < R)[None, :], other=0
+        ).to(tl.float32)
+        dz = narrow(da * activate_grad(z, GELU), grad_z.dtype.element_ty)  # [BN, BR]
+        tl.store(dz_rows + level * BLOCK_R + index_r[None, :], dz, mask=mask_n[:, None])
+        a = narrow(activate(z, GELU), activations.dtype.element_ty)
+        tl.store(a_rows + level * BLOCK_R + index_r[None, :], a, mask=mask_n[:, None])

@@ -2,144 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crossan_fast.kernels._autotune import tuned
 from crossan_fast.kernels._blocks import cdiv
-from crossan_fast.kernels._common import device_class, device_name, launch, multiprocessors, power_of_two
+from crossan_fast.kernels._common import device_class, device_name, launch, multiprocessors
 from crossan_fast.kernels.side_network import forward_kernels as kernels
-from crossan_fast.kernels.side_network import fused_kernels
-from crossan_fast.kernels.side_network.parameters import Items, Level
+from crossan_fast.kernels.side_network.parameters import Items, Parameters
 from crossan_fast.kernels.side_network.plan import ForwardConfig, Group, Problem, forward_candidates
 
 
-def problem_of(group: Group, level: Level, items: Items) -> Problem:
+def problem_of(group: Group, p: Parameters, items: Items) -> Problem:
     """What the tables of configs are read with."""
-    levels, rank, sources = level.shape
-    device = level.coef.device
     return Problem(
-        device_class(device),
-        multiprocessors(device),
+        device_class(p.device),
+        multiprocessors(p.device),
         items.bucket,
         len(group.towers),
-        levels,
-        sources,
+        p.levels,
+        p.sources,
         group.width,
-        rank,
-        level.dtype,
+        p.rank,
+        p.embedding,
+        p.dtype,
         tuple(sorted({s.state.dtype.itemsize for s in group.slots})),
     )
 
 
-def forward_group(
-    group: Group, level: Level, items: Items, outputs: Sequence[Tensor], saved: Sequence[Tensor]
-) -> None:
-    """Fill the group's `outputs` `[n, D]` and `saved` `[n, L, r]` (both one per tower of the network)."""
-    problem = problem_of(group, level, items)
+def forward_group(group: Group, p: Parameters, items: Items, out: Tensor, saved: Tensor) -> None:
+    """Fill the group's towers of `out` `[n, T, d]` and of `saved` `[T, n, L, r]`, a slice of all items'."""
+    problem = problem_of(group, p, items)
     config = tuned(
         "side_network",
-        (device_name(level.coef.device), *problem),
+        (device_name(p.device), *problem),
         forward_candidates(problem),
-        lambda c: _forward_group(c, group, level, items, outputs, saved),
+        lambda c: _forward_group(c, group, p, items, out, saved),
     )
-    _forward_group(config, group, level, items, outputs, saved)
+    _forward_group(config, group, p, items, out, saved)
 
 
 def _forward_group(
-    config: ForwardConfig,
-    group: Group,
-    level: Level,
-    items: Items,
-    outputs: Sequence[Tensor],
-    saved: Sequence[Tensor],
+    config: ForwardConfig, group: Group, p: Parameters, items: Items, out: Tensor, saved: Tensor
 ) -> None:
-    levels, rank, k = level.shape
-    towers, n, br = len(group.towers), items.count, power_of_two(rank)
-    device = outputs[0].device
-    sizes = {"L": levels, "R": rank, "BLOCK_R": br, "PRECISION": level.precision, "N": n}
-    read = {**group.tensors(), **items.rows(), "ids": items.ids, "coef": level.coef, "carry": level.carry}
-    down = {"down_weight": group.pick(level.down_weight), "up_bias": group.pick(level.up_bias)}
-    walk = {"mixing": level.mixing, "down_bias": group.pick(level.down_bias), "saved": group.pick(saved)}
-    activations = torch.empty(towers, n, levels, br, device=device, dtype=level.dtype)
-    up = {"up_weight": group.pick(level.up_weight), "activations": activations}
-    out = group.pick(outputs)
-    towers_of = {"TOWERS": group.constants()["TOWERS"]}
+    towers, n = len(group.towers), items.count
+    common: dict[str, Any] = {
+        "presence": items.presence,
+        "N": n,
+        "GROUP": group.constants,
+        "SIZES": p.sizes(group.width),
+        "BLOCK_R": p.block_r,
+        "BLOCK_E": p.block_e,
+        "PRECISION": p.precision,
+        "num_stages": 1,
+    }
+    down: dict[str, Any] = {
+        "read": group.read(items.ids),
+        "gates": p.gates,
+        "readers": (group.pick(p.down_weight), group.pick(p.head_weight)),
+        "BLOCK_D": config.columns,
+    }
+    mixing, constants = p.mixing
+    walk: dict[str, Any] = {
+        "mixing": mixing,
+        "constants": constants,
+        "out": out,
+        "saved": saved,
+        "saved_items": saved.stride(0) // (p.levels * p.rank),
+        "activations": torch.empty(towers, n, p.levels, p.block_r, device=p.device, dtype=p.dtype),
+        "GELU": p.gelu,
+    }
     blocks = cdiv(n, config.items)
     if config.fused:
-        launch(
-            fused_kernels.fused_kernel,
-            (towers, blocks),
-            **read,
-            **down,
-            **walk,
-            **up,
-            out=out,
-            **group.constants(),
-            **group.existence(),
-            **sizes,
-            D=group.width,
-            K=k,
-            BLOCK_N=config.items,
-            BLOCK_D=config.columns,
-            BLOCK_U=config.up_columns,
-            GELU=level.gelu,
-            num_warps=config.warps,
-            num_stages=1,
-        )
+        options: dict[str, Any] = {"BLOCK_N": config.items, "num_warps": config.warps}
+        launch(kernels.fused_kernel, (towers, blocks), **common, **down, **walk, **options)
         return
-    partial = torch.empty(config.splits, towers, n, levels, br, device=device)
-    for first in range(0, levels, config.levels):
+    partial = torch.empty(config.splits, towers, n, p.row, device=p.device)
+    for first in range(0, p.levels, config.levels):
         launch(
             kernels.down_kernel,
             (towers, blocks, config.splits),
-            **read,
+            **common,
             **down,
-            out=out,
             partial=partial,
             span=config.span,
-            **group.constants(),
-            **sizes,
             FIRST=first,
-            COUNT=min(config.levels, levels - first),
-            D=group.width,
-            K=k,
+            COUNT=min(config.levels, p.levels - first),
             BLOCK_N=config.items,
-            BLOCK_D=config.columns,
             num_warps=config.warps,
-            num_stages=1,
         )
     launch(
         kernels.walk_kernel,
         (towers, cdiv(n, config.walk_items)),
         partial,
+        **common,
         **walk,
-        activations=activations,
-        **items.rows(),
         splits=config.splits,
-        **towers_of,
-        **group.existence(),
-        **sizes,
         BLOCK_N=config.walk_items,
-        GELU=level.gelu,
         num_warps=4,
-        num_stages=1,
-    )
-    launch(
-        kernels.up_kernel,
-        (towers, blocks, cdiv(group.width, config.up_columns)),
-        **up,
-        carry=level.carry,
-        out=out,
-        **items.rows(),
-        **towers_of,
-        **group.existence(),
-        **sizes,
-        D=group.width,
-        BLOCK_N=config.items,
-        BLOCK_D=config.up_columns,
-        num_warps=4,
-        num_stages=1,
     )

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""What a side network call forms once from weights and gates alone: coefficients, G, gate gradients."""
+"""What a side network call forms once from weights and gates: coefficients, G, constants, gate gradients."""
 
 from __future__ import annotations
 
@@ -55,60 +55,94 @@ def tanh(x):
 
 @triton.jit
 def mixing_kernel(
-    down_weight,
-    up_weight,
+    weights,
+    biases,
     carry,
     mixing,
+    constants,
     WIDTHS: tl.constexpr,
-    L: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SIZES: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G [T, L(L−1)/2, BR, BR], pair (l, p) at l(l−1)/2 + p, zero beyond R. A program: one BT × BT tile.
+    """G and constants of forward_kernels.py, zero beyond R and E; a program: a BI × BJ tile of G, or BI of
+    the constants.
 
+    mixing: per tower pair (l, p) at l(l−1)/2 + p, [BR, BR], the head's last, [BE, BR]. constants: [T, ROW].
     ALIGNED: every width is a multiple of 16, so that rows can be read 16 bytes at a time.
     """
-    pair = tl.program_id(0)
+    L: tl.constexpr = SIZES[0]
+    R: tl.constexpr = SIZES[2]
+    E: tl.constexpr = SIZES[3]
+    down_weight, up_weight, head_weight = weights
+    down_bias, up_bias, head_bias = biases
+    number = tl.program_id(0)
     tower = tl.program_id(1)
     tile = tl.program_id(2)
-    later = tl.full((), 1, tl.int32)
-    while later * (later + 1) // 2 <= pair:
-        later += 1
-    earlier = pair - later * (later - 1) // 2
     width = pick_constant(WIDTHS, tower)
     if ALIGNED:
         width = tl.multiple_of(width, 16)
-    index_i = (tile // (BLOCK_R // BLOCK_T)) * BLOCK_T + tl.arange(0, BLOCK_T)
-    index_j = (tile % (BLOCK_R // BLOCK_T)) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask_i = index_i < R
-    mask_j = index_j < R
-    down = pick(down_weight, tower) + later.to(tl.int64) * R * width
-    up = pick(up_weight, tower) + earlier.to(tl.int64) * R * width
-    acc = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)  # [BT, BT]
-    for d in range(0, width, BLOCK_D):
-        index_d = d + tl.arange(0, BLOCK_D)
-        mask_d = index_d < width
-        a = tl.load(  # [BT, BD]
-            down + index_i[:, None] * width + index_d[None, :],
-            mask=mask_i[:, None] & mask_d[None, :],
-            other=0,
+    PAIRS: tl.constexpr = L * (L + 1) // 2
+    index_i = (tile // (BLOCK_R // BLOCK_J)) * BLOCK_I + tl.arange(0, BLOCK_I)
+    later = number - PAIRS
+    if number < PAIRS:
+        later = tl.full((), 1, tl.int32)
+        while later * (later + 1) // 2 <= number:
+            later += 1
+    rows = tl.where(later == L, E, R)
+    block = tl.where(later == L, BLOCK_E, BLOCK_R)
+    mask_i = index_i < rows
+    reader = pick(down_weight, tower) + later.to(tl.int64) * R * width
+    bias = pick(down_bias, tower) + later * R
+    if later == L:
+        reader = pick(head_weight, tower)
+        bias = pick(head_bias, tower)
+    carry += tower * L
+    reader += index_i.to(tl.int64)[:, None] * width  # [BI, 1]
+    if number < PAIRS:
+        earlier = number - later * (later - 1) // 2
+        index_j = (tile % (BLOCK_R // BLOCK_J)) * BLOCK_J + tl.arange(0, BLOCK_J)
+        mask_j = index_j < R
+        up = pick(up_weight, tower) + earlier.to(tl.int64) * R * width
+        acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)  # [BI, BJ]
+        for d in range(0, width, BLOCK_D):
+            index_d = d + tl.arange(0, BLOCK_D)
+            mask_d = index_d < width
+            a = tl.load(reader + index_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0)
+            b = tl.load(  # [BD, BJ]
+                up + index_d[:, None] * R + index_j[None, :], mask=mask_d[:, None] & mask_j[None, :], other=0
+            )
+            acc = dot(a, b, acc, PRECISION)
+        kappa = tl.full((), 1.0, tl.float32)
+        for j in range(earlier + 1, tl.minimum(later + 1, L)):
+            kappa *= tl.load(carry + j)
+        base = (number - earlier) * (BLOCK_R * BLOCK_R) + earlier * (block * BLOCK_R)
+        base += tower.to(tl.int64) * (L * (L - 1) // 2 * BLOCK_R * BLOCK_R + L * BLOCK_E * BLOCK_R)
+        tl.store(
+            mixing + base + index_i[:, None] * BLOCK_R + index_j[None, :],
+            narrow(acc * kappa, mixing.dtype.element_ty),
+            mask=(index_i < block)[:, None],
         )
-        b = tl.load(  # [BD, BT]
-            up + index_d[:, None] * R + index_j[None, :], mask=mask_d[:, None] & mask_j[None, :], other=0
-        )
-        acc = dot(a, b, acc, PRECISION)
-    kappa = tl.full((), 1.0, tl.float32)
-    for j in range(earlier + 1, later + 1):
-        kappa *= tl.load(carry + tower * L + j)
-    offset = (tower.to(tl.int64) * (L * (L - 1) // 2) + pair) * BLOCK_R * BLOCK_R
-    tl.store(
-        mixing + offset + index_i[:, None] * BLOCK_R + index_j[None, :],
-        narrow(acc * kappa, mixing.dtype.element_ty),
-    )
+    elif tile % (BLOCK_R // BLOCK_J) == 0:
+        own_carry = tl.load(carry + later, mask=later < L, other=1.0)
+        up = pick(up_bias, tower)
+        total = tl.load(bias + index_i, mask=mask_i, other=0).to(tl.float32)
+        for d in range(0, width, BLOCK_D):
+            index_d = d + tl.arange(0, BLOCK_D)
+            mask_d = index_d < width
+            h = tl.zeros((BLOCK_D,), tl.float32)  # what biases alone make of h, level by level
+            for p in range(0, later):
+                h *= tl.load(carry + p)
+                h += tl.load(up + p * width + index_d, mask=mask_d, other=0).to(tl.float32)
+            a = tl.load(reader + index_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0)
+            total += tl.sum(a.to(tl.float32) * (h * own_carry)[None, :], 1)
+        place = tower * (L * BLOCK_R + BLOCK_E) + later * BLOCK_R + index_i
+        tl.store(constants + place, total, mask=index_i < block)
 
 
 @triton.jit

@@ -1,8 +1,7 @@
-"""What the side network's launches share: packed weights, gates' values, what a level and a chunk are."""
+"""What the side network's launches share: packed weights, what is formed of them once, what a chunk is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,11 +26,15 @@ class Parameters:
     def __post_init__(self) -> None:
         self.down_weight = uniform(self.weights.down_weight, self.dtype)
         self.up_weight = uniform(self.weights.up_weight, self.dtype)
+        self.head_weight = uniform(self.weights.head_weight, self.dtype)
         self.down_bias = uniform(self.weights.down_bias)
         self.up_bias = uniform(self.weights.up_bias)
+        self.head_bias = uniform(self.weights.head_bias)
         self.gate = uniform(self.weights.gate)
         self.cross_gate = uniform(self.weights.cross_gate) if self.weights.cross_gate else []
         self.levels, self.rank = self.down_weight[0].shape[:2]
+        self.embedding = self.head_weight[0].shape[0]
+        self.block_r, self.block_e = power_of_two(self.rank), power_of_two(self.embedding)
         self.device = self.down_weight[0].device
         self.precision = dot_precision(self.dtype)
         self.gelu = self.structure.activation == "gelu"
@@ -68,7 +71,17 @@ class Parameters:
             "BLOCK_L": power_of_two(self.levels),
         }
 
-    def coefficients(self) -> tuple[Tensor, Tensor]:
+    @property
+    def row(self) -> int:
+        """Numbers an item's row of products has: each level's, then the head's."""
+        return self.levels * self.block_r + self.block_e
+
+    def sizes(self, width: int) -> tuple[int, ...]:
+        """SIZES: L, D, R, E, K and the number of towers in the network."""
+        return self.levels, width, self.rank, self.embedding, self.sources, len(self.gate)
+
+    @cached_property
+    def gates(self) -> tuple[Tensor, Tensor]:
         """coef `[T, L, K]` and carry `[T, L]`, fp32."""
         towers = len(self.gate)
         coef = torch.empty(towers, self.levels, self.sources, device=self.device)
@@ -104,75 +117,34 @@ class Parameters:
         )
         return gate_grads, cross_grads
 
-    def mixing(self, carry: Tensor) -> Tensor:
-        """G `[T, L(L − 1)/2, BR, BR]` in the compute dtype (one element where there is a single level)."""
-        br = power_of_two(self.rank)
-        pairs = self.levels * (self.levels - 1) // 2
-        if pairs == 0:
-            return torch.empty(1, device=self.device, dtype=self.dtype)
-        tile = min(64, br)
-        mixing = torch.empty(len(self.gate), pairs, br, br, device=self.device, dtype=self.dtype)
+    @cached_property
+    def mixing(self) -> tuple[Tensor, Tensor]:
+        """G, flat per tower in the compute dtype, and constants `[T, ROW]` in fp32 (forward_kernels.py)."""
+        br, be, levels, towers = self.block_r, self.block_e, self.levels, len(self.gate)
+        size = levels * (levels - 1) // 2 * br * br + levels * be * br
+        mixing = torch.empty(towers, size, device=self.device, dtype=self.dtype)
+        constants = torch.empty(towers, self.row, device=self.device)
+        rows, columns = min(64, br, be), min(64, br)
         launch(
             gate_kernels.mixing_kernel,
-            (pairs, len(self.gate), (br // tile) ** 2),
-            tuple(self.down_weight),
-            tuple(self.up_weight),
-            carry,
+            ((levels + 1) * (levels + 2) // 2, towers, max(br, be) // rows * (br // columns)),
+            (tuple(self.down_weight), tuple(self.up_weight), tuple(self.head_weight)),
+            (tuple(self.down_bias), tuple(self.up_bias), tuple(self.head_bias)),
+            self.gates[1],
             mixing,
+            constants,
             WIDTHS=self.structure.tower_widths,
-            L=self.levels,
-            R=self.rank,
-            BLOCK_R=br,
-            BLOCK_T=tile,
             ALIGNED=all(width % 16 == 0 for width in self.structure.tower_widths),
+            SIZES=self.sizes(0),
+            BLOCK_I=rows,
+            BLOCK_J=columns,
             BLOCK_D=64 if self.dtype != torch.float32 else 32,
+            BLOCK_R=br,
+            BLOCK_E=be,
             PRECISION=self.precision,
             num_warps=4,
         )
-        return mixing
-
-
-@dataclass
-class Level:
-    """What a run of the kernels takes besides its group: weights `[L, …]` per tower and the gates' values.
-
-    For most networks it is all levels at once; with cross="side" one level at a time.
-    """
-
-    down_weight: Sequence[Tensor]
-    down_bias: Sequence[Tensor]
-    up_weight: Sequence[Tensor]
-    up_bias: Sequence[Tensor]
-    coef: Tensor
-    carry: Tensor
-    mixing: Tensor
-    gelu: bool
-    dtype: torch.dtype
-    precision: str
-
-    @classmethod
-    def all(cls, p: Parameters) -> Level:
-        coef, carry = p.coefficients()
-        mixing = p.mixing(carry)
-        weights = (p.down_weight, p.down_bias, p.up_weight, p.up_bias)
-        return cls(*weights, coef, carry, mixing, p.gelu, p.dtype, p.precision)
-
-    def one(self, level: int) -> Level:
-        """This level alone; its h of before is a source like any other, so nothing is carried."""
-        groups = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
-        down_weight, down_bias, up_weight, up_bias = (
-            [t[level : level + 1] for t in group] for group in groups
-        )
-        coef = self.coef[:, level : level + 1].contiguous()
-        carry = torch.ones_like(self.carry[:, :1])
-        weights = (down_weight, down_bias, up_weight, up_bias)
-        return Level(*weights, coef, carry, self.mixing, self.gelu, self.dtype, self.precision)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """L, r, K."""
-        levels, rank = self.down_weight[0].shape[:2]
-        return int(levels), int(rank), int(self.coef.shape[2])
+        return mixing, constants
 
 
 @dataclass
@@ -188,6 +160,6 @@ class Items:
         """The least power of two ≥ count: configs depend on no more."""
         return bucket(self.count)
 
-    def rows(self) -> dict[str, Any]:
-        stride = 0 if self.present is None else self.present.stride(0)
-        return {"present": self.present, "present_stride": stride}
+    @property
+    def presence(self) -> tuple[Tensor | None, int]:
+        return self.present, 0 if self.present is None else self.present.stride(0)

@@ -76,7 +76,7 @@ class Group:
 
     @property
     def static(self) -> bool:
-        return len(set(self.table)) == 1 and -1 not in self.table[0]
+        return len(set(self.table)) == 1
 
     @property
     def launchable(self) -> bool:
@@ -87,30 +87,35 @@ class Group:
         """The towers' own of one tensor per tower of the network."""
         return tuple(tensors[tower.number] for tower in self.towers)
 
-    def tensors(self) -> dict[str, Any]:
-        """The launch arguments that `open_sources` reads."""
-        return {
-            "states": tuple(as_storage(s.state) for s in self.slots),
-            "row_strides": tuple(s.state.stride(0) for s in self.slots),
-            "level_strides": tuple(s.state.stride(1) for s in self.slots),
-            "scales": tuple(s.scale for s in self.slots),
-            "scale_strides": tuple(0 if s.scale is None else s.scale.stride(0) for s in self.slots),
-        }
+    def read(self, ids: Tensor | None) -> tuple[Any, ...]:
+        """Where sources are read: the first argument of `tiles.open_sources`."""
+        return (
+            tuple(as_storage(s.state) for s in self.slots),
+            tuple(s.state.stride(0) for s in self.slots),
+            tuple(s.state.stride(1) for s in self.slots),
+            tuple(s.scale for s in self.slots),
+            tuple(0 if s.scale is None else s.scale.stride(0) for s in self.slots),
+            ids,
+        )
 
-    def constants(self) -> dict[str, Any]:
-        return {
-            "TOWERS": tuple(t.number for t in self.towers),
-            "SLOTS": tuple(slot for row in self.table for slot in row),
-            "COLUMNS": tuple(-1 if s is None else s.modality for t in self.towers for s in t.sources),
-            "GATHERED": tuple(s.gathered for s in self.slots),
-            "STATIC": self.static,
-        }
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """GROUP: TOWERS, SLOTS, COLUMNS, GATHERED, STATIC (`tiles.open_sources` has them), whose presence
+        each tower needs, FIRST or SECOND."""
+        return (
+            self.numbers,
+            tuple(slot for row in self.table for slot in row),
+            tuple(-1 if s is None else s.modality for t in self.towers for s in t.sources),
+            tuple(s.gathered for s in self.slots),
+            self.static,
+            tuple(t.exists[0] for t in self.towers),
+            tuple(t.exists[1] for t in self.towers),
+        )
 
-    def existence(self) -> dict[str, Any]:
-        return {
-            "EXISTS_FIRST": tuple(t.exists[0] for t in self.towers),
-            "EXISTS_SECOND": tuple(t.exists[1] for t in self.towers),
-        }
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """TOWERS: the towers' numbers in the network."""
+        return tuple(t.number for t in self.towers)
 
 
 def group_towers(towers: Sequence[Tower]) -> list[Group]:
@@ -124,9 +129,9 @@ def group_towers(towers: Sequence[Tower]) -> list[Group]:
 
 # ------------------------------------------------------------------------------------------ tile sizes
 
-# Accumulators that a program of 8 warps holds without spilling: all levels' z of one block of items; fp32
-# numbers. The rest of the register file is tiles in flight.
-_ACCUMULATORS = 28_672
+# Accumulators that a program of 8 warps holds without spilling: all levels' z and e of one block of items;
+# fp32 numbers. The rest of the register file is tiles in flight.
+_ACCUMULATORS = 32_768
 
 
 class Problem(NamedTuple):
@@ -140,18 +145,18 @@ class Problem(NamedTuple):
     sources: int
     width: int
     rank: int
+    embedding: int
     dtype: torch.dtype
     stored_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """`fused` False: *down*, *walk* and *up* are launches of their own, *down* in `splits` parts of D."""
+    """`fused` False: *down* and *walk* are launches of their own, *down* in `splits` parts of D."""
 
     fused: bool
     items: int
     columns: int
-    up_columns: int
     walk_items: int
     levels: int
     splits: int
@@ -164,48 +169,49 @@ class GradientConfig:
     """Tiles of the weight gradients.
 
     Attributes:
-        walk: *grad_walk*'s, and of the products with g before it.
+        walk_items: *grad_walk*'s.
         items, columns, levels, splits, warps: *down_gradient*'s blocks, how many levels' shares a launch
             keeps, and how many ranges the items are cut into.
-        up_items, up_columns, up_warps, up_stages: *up_gradient*'s.
-        combine_columns: *combine*'s and *finish*'s.
+        mixing_items, mixing_rows, mixing_splits, mixing_warps, mixing_stages: *mixing_gradient*'s.
+        combine_columns: *combine*'s.
         combine_depth, combine_stages: how much of r *combine* multiplies at a time, and its pipeline; S of a
-            wide r is what would not fit shared memory.
+            wide r or d is what would not fit shared memory.
     """
 
-    walk: ForwardConfig
+    walk_items: int
     items: int
     columns: int
     levels: int
     splits: int
     warps: int
-    up_items: int
-    up_columns: int
-    up_warps: int
-    up_stages: int
+    mixing_items: int
+    mixing_rows: int
+    mixing_splits: int
+    mixing_warps: int
+    mixing_stages: int
     combine_columns: int
     combine_depth: int
     combine_stages: int
 
 
 def forward_config(problem: Problem) -> ForwardConfig:
-    """Tiles of the forward pass, and of the products with g in the backward one.
+    """Tiles of the forward pass.
 
     Large batches run fused: each weight crosses L2 once a block of items. A small one would leave most of the
     device idle that way, so *down* is split along D until every multiprocessor has a program.
     """
-    br = power_of_two(problem.rank)
+    br, be = power_of_two(problem.rank), power_of_two(problem.embedding)
     levels, towers, sms = problem.levels, problem.towers, problem.multiprocessors
     if problem.device == "interpreter":
-        items, columns, budget = 16, 32, 16 * br * 3
+        items, columns, budget = 16, 32, 16 * (br * 3 + be)
     elif problem.dtype == torch.float32:
         # No matrix instruction without tf32: products run on the vector units, operands wait in registers.
         items, columns, budget = 32, 16, _ACCUMULATORS // 4
     else:
         items, columns, budget = (32 if problem.device in BEFORE_HOPPER else 64), 32, _ACCUMULATORS
-    while items > 16 and levels * br * items > budget:
+    while items > 16 and (levels * br + be) * items > budget:
         items //= 2
-    group = max(1, min(levels, budget // (items * br)))
+    group = max(1, min(levels, (budget // items - be) // br))
     columns = min(columns, power_of_two(problem.width))
     blocks = cdiv(problem.items, items)
     fused = group == levels and 2 * blocks * towers >= 3 * sms
@@ -217,7 +223,6 @@ def forward_config(problem: Problem) -> ForwardConfig:
         fused=fused,
         items=items,
         columns=columns,
-        up_columns=min(64 if problem.dtype != torch.float32 else 32, power_of_two(problem.width)),
         walk_items=16,
         levels=group,
         splits=splits,
@@ -243,53 +248,56 @@ def gradient_config(problem: Problem) -> GradientConfig:
     A range more fills the device better and adds a share of every weight to write and sum: the number of
     ranges minimises waves × (blocks a range + 2), the 2 being what writing a share costs in blocks.
     """
-    br = power_of_two(problem.rank)
+    br, be = power_of_two(problem.rank), power_of_two(problem.embedding)
+    sms = problem.multiprocessors
     warps, half = 8, problem.dtype != torch.float32
-    up_items, up_columns, up_warps, up_stages = 64, 128, 4, 3
+    mixing_items, mixing_rows, mixing_warps, mixing_stages = 64, 64, 4, 3
     if problem.device == "interpreter":
-        items, columns, budget, warps = 16, 32, 32 * br * 3, 4
-        up_items, up_columns = 16, 32
+        items, columns, budget, warps = 16, 32, 32 * (br * 3 + be), 4
+        mixing_items, mixing_rows = 16, 32
     elif problem.dtype == torch.float32:
-        items, columns, budget = 16, 16, _ACCUMULATORS // 8
-        up_items, up_columns, up_stages = 32, 32, 2
+        items, columns, budget = 16, 16, _ACCUMULATORS // 10
+        mixing_items, mixing_rows, mixing_stages = 32, 32, 2
     elif problem.device in BEFORE_HOPPER or 1 in problem.stored_bytes:  # decoding fp8 takes registers too
         items, columns, budget = 32, 16, _ACCUMULATORS // 4
     else:
         items, columns, budget = 32, 32, _ACCUMULATORS // 2
     if br > 64 and problem.device != "interpreter":
-        # An accumulator of *up_gradient* is br columns wide; half as many rows on twice the warps hold it.
-        up_columns, up_warps = min(up_columns, 64), 8
-    group = max(1, min(problem.levels, budget // (br * columns)))
+        mixing_warps = 8  # an accumulator of *mixing_gradient* is br columns wide
+    group = max(1, min(problem.levels, (budget // columns - be) // br))
     blocks = cdiv(problem.items, items)
     programs = problem.towers * cdiv(problem.width, columns)
 
     def cost(splits: int) -> int:
-        return cdiv(programs * splits, problem.multiprocessors) * (cdiv(blocks, splits) + 2)
+        return cdiv(programs * splits, sms) * (cdiv(blocks, splits) + 2)
 
-    splits = min(range(1, max(2, min(9, blocks + 1))), key=lambda s: (cost(s), s))
+    # *mixing_gradient* has few programs, each with all items of its range to walk.
+    tiles = problem.towers * problem.levels * cdiv(problem.levels * br + be, 2 * mixing_rows)
     return GradientConfig(
-        walk=forward_config(problem),
+        walk_items=64 if half and problem.towers * cdiv(problem.items, 64) >= 2 * sms else 16,
         items=items,
         columns=columns,
         levels=group,
-        splits=splits,
+        splits=min(range(1, max(2, min(9, blocks + 1))), key=lambda s: (cost(s), s)),
         warps=warps,
-        up_items=up_items,
-        up_columns=up_columns,
-        up_warps=up_warps,
-        up_stages=up_stages,
+        mixing_items=mixing_items,
+        mixing_rows=mixing_rows,
+        mixing_splits=max(1, min(cdiv(4 * sms, tiles), problem.items // 1024)),
+        mixing_warps=mixing_warps,
+        mixing_stages=mixing_stages,
         combine_columns=64 if half and problem.device not in BEFORE_HOPPER else 32,
-        combine_depth=br if br <= 64 else 4096 // br,
-        combine_stages=3 if br <= 64 else 1,
+        combine_depth=min(br, 4096 // max(64, br, be)),
+        combine_stages=3 if max(br, be) <= 64 else 1,
     )
 
 
 def gradient_candidates(problem: Problem) -> list[GradientConfig]:
     """`gradient_config`'s choice, then what autotuning may try instead."""
     first = gradient_config(problem)
-    walks = [replace(first, walk=walk) for walk in forward_candidates(problem)[1:]]
     splits = {max(1, first.splits // 2), first.splits, min(8, first.splits * 2)} - {first.splits}
     others = [replace(first, splits=s) for s in sorted(splits)]
     if first.items > 16:
         others.append(replace(first, items=first.items // 2, warps=4))
-    return [first, *others, *walks]
+    others.append(replace(first, walk_items=64 if first.walk_items == 16 else 16))
+    others.append(replace(first, mixing_splits=2 * first.mixing_splits))
+    return [first, *others]

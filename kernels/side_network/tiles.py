@@ -4,7 +4,7 @@
 
 A *source* of a tower is a tensor `[rows, L, D]` whose state at each level enters the tower's sum with a
 coefficient: the modality's own states, another modality's (cross), or a chunk's derived states (a
-projection of states of another width, or the other towers' h). Names: N items, D width, K sources of a
+projection of states of another width). Names: N items, D width, K sources of a
 tower, T towers of a launch, S slots (distinct source tensors of a launch); tiles are `[BN, BD]` (items × a
 chunk of the width).
 """
@@ -18,31 +18,21 @@ from crossan_fast.kernels._common import pick, pick_constant
 
 
 @triton.jit
-def open_sources(
-    states,
-    row_strides,
-    level_strides,
-    scales,
-    scale_strides,
-    ids,
-    present,
-    present_stride,
-    tower,
-    index_n,
-    mask_n,
-    SLOTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GATHERED: tl.constexpr,
-    K: tl.constexpr,
-    STATIC: tl.constexpr,
-):
+def open_sources(read, presence, tower, index_n, mask_n, GROUP: tl.constexpr, K: tl.constexpr):
     """Per source of this tower: row pointers [BN], rows to read [BN], level stride, scale pointers [BN].
 
-    SLOTS[t·K + k] is the tensor that tower t reads as source k (−1: none), COLUMNS the modality whose
-    presence it needs (−1: none), GATHERED[slot] whether item ids choose its rows. With STATIC every tower
-    reads the same slots, so that pointers of different types may stand side by side; otherwise they are
-    picked.
+    `read` and `presence` are `plan.Group.read` and `parameters.Items.presence`, GROUP is
+    `plan.Group.constants`: SLOTS[t·K + k] is the tensor that tower t reads as source k (−1: none), COLUMNS
+    the modality whose presence it needs (−1: none), GATHERED[slot] whether item ids choose its rows. With
+    STATIC every tower reads the same slots, so that pointers of different types may stand side by side;
+    otherwise they are picked.
     """
+    states, row_strides, level_strides, scales, scale_strides, ids = read
+    present, present_stride = presence
+    SLOTS: tl.constexpr = GROUP[1]
+    COLUMNS: tl.constexpr = GROUP[2]
+    GATHERED: tl.constexpr = GROUP[3]
+    STATIC: tl.constexpr = GROUP[4]
     local = index_n.to(tl.int64)
     if ids is None:
         chosen = local
@@ -59,14 +49,17 @@ def open_sources(
             flags = tl.load(present + local * present_stride + column, mask=mask_n & (column >= 0), other=1)
             mask = mask & (flags != 0)
         if STATIC:
-            base = states[SLOTS[k]]
-            stride = row_strides[SLOTS[k]] + tl.zeros((), tl.int64)
-            strides = strides + (level_strides[SLOTS[k]],)
-            rows = chosen if GATHERED[SLOTS[k]] else local
-            if scales[SLOTS[k]] is None:
+            if SLOTS[k] < 0:
+                mask = mask_n & (index_n < 0)
+            base = states[any_slot(SLOTS, k)]
+            stride = row_strides[any_slot(SLOTS, k)] + tl.zeros((), tl.int64)
+            strides = strides + (level_strides[any_slot(SLOTS, k)],)
+            rows = chosen if GATHERED[any_slot(SLOTS, k)] else local
+            if scales[any_slot(SLOTS, k)] is None:
                 scale_pointers = scale_pointers + (rows,)  # no pointer: not scaled
             else:
-                scale_pointers = scale_pointers + (scales[SLOTS[k]] + rows * scale_strides[SLOTS[k]],)
+                scale = scales[any_slot(SLOTS, k)]
+                scale_pointers = scale_pointers + (scale + rows * scale_strides[any_slot(SLOTS, k)],)
         else:
             slot_k = pick_constant(SLOTS, tower, k, K)
             mask = mask & (slot_k + tl.zeros_like(index_n) >= 0)
@@ -84,6 +77,12 @@ def open_sources(
     return pointers, masks, strides, scale_pointers
 
 
+@triton.constexpr_function
+def any_slot(slots, k):
+    """The slot of source k; where there is none, one that may be pointed at."""
+    return max(slots[k], 0)
+
+
 @triton.jit
 def pick_integer(values, index):
     """values[index] of a tuple of launch integers, some of them compile-time constants, as int64."""
@@ -94,11 +93,14 @@ def pick_integer(values, index):
 
 
 @triton.jit
-def exists_mask(present, present_stride, tower, index_n, mask_n, FIRST: tl.constexpr, SECOND: tl.constexpr):
+def exists_mask(presence, tower, index_n, mask_n, GROUP: tl.constexpr):
     """[BN]: the item has a source of this tower (either of a pair's two)."""
+    present, present_stride = presence
     if present is None:
         return mask_n
     else:
+        FIRST: tl.constexpr = GROUP[5]
+        SECOND: tl.constexpr = GROUP[6]
         pointer = present + index_n.to(tl.int64) * present_stride
         first = tl.load(pointer + pick_constant(FIRST, tower), mask=mask_n, other=0)
         second = tl.load(pointer + pick_constant(SECOND, tower), mask=mask_n, other=0)
@@ -155,9 +157,9 @@ def mix(x, tiles, scale_pointers, masks, coef, level, K: tl.constexpr):
 
 
 @triton.jit
-def sum_splits(pointer, mask_n, splits, split_stride, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Partial products [BN, BR] at `pointer`, summed over the splits of D in a fixed order."""
-    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for split in range(splits):
-        total += tl.load(pointer + split * split_stride, mask=mask_n[:, None], other=0.0)
+def sum_splits(pointer, mask, splits, split_stride):
+    """Partial products at `pointer` (a tile), summed over the splits of D in a fixed order."""
+    total = tl.load(pointer, mask=mask, other=0.0)
+    for split in range(1, splits):
+        total += tl.load(pointer + split * split_stride, mask=mask, other=0.0)
     return total

@@ -131,29 +131,29 @@ def test_a_reference_that_does_not_fit_is_skipped(tmp_path, monkeypatch):
     assert not outcome.rows and "needs 1.0 GB, more than is free" in outcome.skipped[0]
 
 
-def changed(operator_call, at: int):
-    """An implementation that is right but for one element of one output in a million's worth of error."""
+def changed(operator_call, place: int):
+    """An implementation that is right but for one element in a million's worth of error."""
 
     def call(weights, inputs, backend):
-        outputs = operator_call(weights, inputs, "eager")
+        (output,) = operator_call(weights, inputs, "eager")
         if backend == "cpp":
-            bump = torch.zeros_like(outputs[at])
-            bump.view(-1)[0] = 1e-2 * outputs[at].detach().abs().max()
-            outputs = [o + bump if i == at else o for i, o in enumerate(outputs)]
-        return outputs
+            bump = torch.zeros_like(output)
+            bump.view(-1)[place] = 1e-2 * output.detach().abs().max()
+            output = output + bump
+        return [output]
 
     return call
 
 
-@pytest.mark.parametrize("at", [0, 1])
-def test_the_check_sees_one_wrong_element(monkeypatch, at):
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_check_sees_one_wrong_element(monkeypatch, place):
     made = []
     workload = Operator.workload
     monkeypatch.setattr(Operator, "workload", lambda self, *a: made.append(self) or workload(self, *a))
     built = side_network.build_side_network(SMALL, Setting(CPU, torch.float32))
     built.check("eager", built.implementations["eager"]())
-    made[0].call = changed(made[0].call, at)
-    with pytest.raises(CheckFailed, match=f"cpp: output {at} errs by"):
+    made[0].call = changed(made[0].call, place)
+    with pytest.raises(CheckFailed, match="cpp: output 0 errs by"):
         built.check("cpp", built.implementations["cpp"]())
 
 
@@ -282,7 +282,7 @@ def test_a_floor_is_bound_by_the_slower_of_bytes_and_arithmetic():
 
 def test_the_paper_floor_is_performance_mds():
     per_item = side_network.Shape(items=1_000_000).side_floors(2)["both"]
-    assert per_item.flops / 1e6 == pytest.approx(16.5e6, rel=0.01)
+    assert per_item.flops / 1e6 == pytest.approx(12.2e6, rel=0.01)
     states = 2 * 4 * 7 * 768 * 2
     assert states <= per_item.bytes / 1e6 <= 1.4 * states
 

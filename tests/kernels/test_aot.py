@@ -26,21 +26,20 @@ CASES = (
     "side_network n=20314 D=768 r=64 bf16",
     "side_network n=8192 D=1024 r=64 bf16",
     "side_network n=8192 D=4096 r=64 bf16",
-    "fusion n=704 D=768 d=64 bf16",
-    "fusion n=20314 D=1024 d=64 bf16",
-    "fusion n=20314 D=4096 d=64 bf16",
+    "fusion n=704 d=64 bf16",
+    "fusion n=20314 d=64 bf16",
     "in_batch_loss rows=640 columns=704 d=64 bf16",
     "full_loss rows=640 columns=20315 d=64 bf16",
     "topk_scores k=10 d=64 bf16",
     "rank_of_target d=64 bf16",
 )
-SMALL = ("down_kernel", "walk_kernel", "up_kernel", "grad_down_kernel")
-GRADIENTS = ("grad_walk_kernel", "up_gradient_kernel", "down_gradient_kernel")
+SMALL = ("down_kernel", "walk_kernel")
+GRADIENTS = ("grad_walk_kernel", "mixing_gradient_kernel", "down_gradient_kernel")
 LOSS = ("forward_kernel", "backward_rows_kernel", "backward_columns_kernel")
 KERNELS = {
     "side_network n=704": (*SMALL, *GRADIENTS),
     "side_network": ("fused_kernel", *GRADIENTS),
-    "fusion": ("forward_kernel", "items_kernel", "heads_kernel", "experts_kernel"),
+    "fusion": ("forward_kernel", "items_kernel", "experts_kernel"),
     "in_batch_loss": LOSS,
     "full_loss": LOSS,
     "topk_scores": ("topk_kernel",),

@@ -19,7 +19,6 @@ from crossan_fast.kernels import (
     side_network,
     topk_scores,
 )
-from crossan_fast.ops.fusion import FusionWeights
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
 
 # The interpreter computes on the CPU; with TRITON_INTERPRET=0 the very same tests run on a GPU.
@@ -98,25 +97,24 @@ def _network(count):
     towers, levels, rank, width = 2, 2, 16, 48
     structure = SideNetworkStructure((width,) * towers, ((0,), (1,)))
     shapes = ((levels, rank, width), (levels, rank), (levels, width, rank), (levels, width), (levels,))
+    shapes += ((8, width), (8,))
     groups = [[_normal(*shape, seed=i + 10 * t) for t in range(towers)] for i, shape in enumerate(shapes)]
     weights = SideNetworkWeights(*groups, cross_gate=[_normal(levels, seed=90 + i) for i in range(2)])
     states = [_normal(9, levels, width, seed=50 + t) for t in range(towers)]
     ids = torch.arange(count, device=DEVICE) % 9
     rest = (states, [], ids, None, weights.flatten(), *structure.static, torch.float32)
-    outputs = side_network.forward(*rest)
-    grads = [_normal(count, width, seed=70 + t) for t in range(towers)]
-    return [*outputs, *side_network.backward(grads, outputs[towers:], *rest)]
+    e, saved, products = side_network.forward(*rest)
+    grad = _normal(count, towers, 8, seed=70)
+    return [e, saved, *side_network.backward(grad, saved, products, *rest)]
 
 
 def _fusion(count):
-    m, width, d = 2, 24, 16
+    m, d = 2, 16
     shapes = ((m, m * d), (m,), (m, 4 * d, d), (m, 4 * d), (m, d, 4 * d), (m, d))
-    rest = [_normal(*shape, seed=i) for i, shape in enumerate(shapes)]
-    heads = [_normal(d, width, seed=20 + i) for i in range(m)], [_normal(d, seed=30 + i) for i in range(m)]
-    hidden = [_normal(count, width, seed=40 + i) for i in range(m)]
-    call = (hidden, FusionWeights(*heads, *rest).flatten(), None, None, None, torch.float32)
-    items, _, probability, *saved = fusion.forward(*call)
-    return [items, probability, *fusion.backward(items, probability, saved, *call)]
+    weights = [_normal(*shape, seed=i) for i, shape in enumerate(shapes)]
+    call = (_normal(count, m, d, seed=40), weights, None, None, None, torch.float32)
+    items, _, probability, logits = fusion.forward(*call)
+    return [items, probability, *fusion.backward(items, probability, logits, *call)]
 
 
 def _full_loss(count):

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from crossan_fast.kernels import side_network
 from crossan_fast.kernels._blocks import load_block
-from crossan_fast.kernels.fusion.forward_kernels import load_tile
+from crossan_fast.kernels.fusion.forward_kernels import load_embedding, load_tile
 from crossan_fast.kernels.side_network import forward_launch, plan
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights
 
@@ -54,15 +54,16 @@ def test_side_network_gathers_far_rows(fused, ids_dtype, far, monkeypatch):
     rank, (cache, near) = 16, far
     structure = SideNetworkStructure((WIDTH, WIDTH), ((0,), (1,)))
     shapes = ((LEVELS, rank, WIDTH), (LEVELS, rank), (LEVELS, WIDTH, rank), (LEVELS, WIDTH), (LEVELS,))
+    shapes += ((12, WIDTH), (12,))
     groups = [[0.2 * torch.randn(shape) for _ in range(2)] for shape in shapes]
     weights = SideNetworkWeights(*groups, cross_gate=[torch.randn(LEVELS) for _ in range(2)])
     ids = torch.tensor([3, 0, 5, 5, 1, 2], dtype=ids_dtype)
-    grads = [torch.randn(len(ids), WIDTH) for _ in range(2)]
+    grad = torch.randn(len(ids), 2, 12)
 
     def run(states, ids):
         rest = ([states, states], [], ids, None, weights.flatten(), *structure.static, torch.float32)
-        outputs = side_network.forward(*rest)
-        return [*outputs, *side_network.backward(grads, outputs[2:], *rest)]
+        e, saved, products = side_network.forward(*rest)
+        return [e, saved, *side_network.backward(grad, saved, products, *rest)]
 
     for got, want in zip(run(cache, ids + ROWS - NEAR), run(near, ids), strict=True):
         assert want.any()
@@ -70,22 +71,24 @@ def test_side_network_gathers_far_rows(fused, ids_dtype, far, monkeypatch):
 
 
 @triton.jit
-def copy_kernel(matrix, index, out, rows, N: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
-    """Rows `index` of a matrix, by the helper that losses and rankings use, or by fusion's."""
+def copy_kernel(matrix, index, out, rows, N: tl.constexpr, D: tl.constexpr, BY: tl.constexpr):
+    """Rows `index` of a matrix, by the helper that losses and rankings use, or by one of fusion's."""
     row = tl.load(index + tl.arange(0, N))
     column = tl.arange(0, D)
-    if TILE:
+    if BY == "load_tile":
         block = load_tile(matrix, row, rows, column, D, D)
+    elif BY == "load_embedding":
+        block = load_embedding(matrix, None, row, rows, 0, column, 1, D, tl.int8)
     else:
         block = load_block(matrix, row, rows, D, D)
     tl.store(out + tl.arange(0, N)[:, None] * D + column[None, :], block)
 
 
-@pytest.mark.parametrize("tile", [False, True], ids=["load_block", "load_tile"])
-def test_blocks_of_rows_are_read_far_off(tile, far):
-    """Every other kernel reads rows by these two: users, items, targets, hidden states, embeddings."""
+@pytest.mark.parametrize("by", ["load_block", "load_tile", "load_embedding"])
+def test_blocks_of_rows_are_read_far_off(by, far):
+    """Every other kernel reads rows by these: users, items, targets, embeddings, logits, gradients."""
     cache, near = (x.flatten(1) for x in far)
     index = torch.tensor([ROWS - 1, ROWS - 4, ROWS - 6, ROWS - 2], dtype=torch.int32)
     out = torch.zeros(4, WIDTH * LEVELS, dtype=torch.int8)
-    copy_kernel[(1,)](cache, index, out, ROWS, N=4, D=WIDTH * LEVELS, TILE=tile)
+    copy_kernel[(1,)](cache, index, out, ROWS, N=4, D=WIDTH * LEVELS, BY=by)
     assert torch.equal(out, near[[5, 2, 0, 4]])

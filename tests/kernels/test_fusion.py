@@ -16,16 +16,13 @@ from crossan_fast.ops.fusion import fusion as fusion_op
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 
 
-def make(count, widths, width, inner, dtype, seed=0):
+def make(count, m, width, inner, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
         return (scale * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
 
-    m = len(widths)
     weights = FusionWeights(
-        head_weight=[normal(width, w, scale=w**-0.5) for w in widths],
-        head_bias=[normal(width) for _ in widths],
         router_weight=normal(m, m * width, scale=0.2),
         router_bias=normal(m),
         w1=normal(m, inner, width, scale=width**-0.5),
@@ -33,7 +30,7 @@ def make(count, widths, width, inner, dtype, seed=0):
         w2=normal(m, width, inner, scale=inner**-0.5),
         b2=normal(m, width),
     )
-    return [normal(count, w) for w in widths], weights
+    return normal(count, m, width), weights
 
 
 def some_present(count, modalities, seed=1):
@@ -43,37 +40,31 @@ def some_present(count, modalities, seed=1):
     return present.to(DEVICE)
 
 
-def kernel(hidden, weights, grad, *, present=None, top_k=None, counts=None, dtype, grad_balance=0.5):
-    m = len(hidden)
-    call = (hidden, weights.flatten(), present, top_k, counts, dtype)
-    items, assigned, probability, *saved = fusion.forward(*call)
-    grads = fusion.backward(grad.to(dtype), grad_balance * m * assigned, saved, *call)
+def kernel(embeddings, weights, grad, *, present=None, top_k=None, counts=None, dtype, grad_balance=0.5):
+    m = embeddings.shape[1]
+    call = (embeddings, weights, present, top_k, counts, dtype)
+    items, assigned, probability, logits = fusion.forward(*call)
+    grads = fusion.backward(grad.to(dtype), grad_balance * m * assigned, logits, *call)
     return [items, m * (assigned * probability).sum(), *grads]
 
 
-def reference(hidden, weights, grad, *, dtype, grad_balance=0.5, **options):
-    hidden = [h.to(dtype).requires_grad_() for h in hidden]
-    tensors = [w.to(dtype).requires_grad_() for w in weights.flatten()]
-    weights = FusionWeights.unflatten(tensors)
-    out = fusion_reference(hidden, weights, **options)
+def reference(embeddings, weights, grad, *, dtype, grad_balance=0.5, **options):
+    e, *tensors = (t.to(dtype).requires_grad_() for t in (embeddings, *weights))
+    out = fusion_reference(e, FusionWeights(*tensors), **options)
     loss = (out.items * grad.to(dtype)).sum() + grad_balance * out.balance
-    return [out.items.detach(), out.balance.detach(), *torch.autograd.grad(loss, (*hidden, *tensors))]
+    return [out.items.detach(), out.balance.detach(), *torch.autograd.grad(loss, (e, *tensors))]
 
 
-def names(modalities):
-    groups = [f"{group}[{m}]" for group in ("hidden", "head_weight", "head_bias") for m in range(modalities)]
-    return ["items", "balance", *groups, *FusionWeights._fields[2:]]
+NAMES = ("items", "balance", "embeddings", *FusionWeights._fields)
 
 
-def compare(hidden, weights, dtype, **options):
+def compare(embeddings, weights, dtype, **options):
     """One choice for all: the experts that float64 picks, which a margin keeps from rounding away."""
-    grad = torch.randn(len(hidden[0]), weights.w1.shape[2], generator=torch.Generator().manual_seed(5))
+    grad = torch.randn(len(embeddings), weights.w1.shape[2], generator=torch.Generator().manual_seed(5))
     grad = grad.to(dtype).to(DEVICE)
-    actual = kernel(hidden, weights, grad, dtype=dtype, **options)
-    truth = reference(hidden, weights, grad, dtype=torch.float64, **options)
-    judge_all(
-        names(len(hidden)), actual, lambda: reference(hidden, weights, grad, dtype=dtype, **options), truth
-    )
+    actual = kernel(embeddings, weights, grad, dtype=dtype, **options)
+    truth = reference(embeddings, weights, grad, dtype=torch.float64, **options)
+    judge_all(NAMES, actual, lambda: reference(embeddings, weights, grad, dtype=dtype, **options), truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -83,7 +74,7 @@ def compare(hidden, weights, dtype, **options):
     ids=["all", "present", "top_k"],
 )
 def test_matches_float64(options, dtype):
-    hidden, weights = make(41, (40, 70, 33), 20, 48, dtype)
+    embeddings, weights = make(41, 3, 20, 48, dtype)
     options = dict(options)
     if options.pop("counts", False):
         options["counts"] = torch.arange(41, device=DEVICE) % 4
@@ -92,102 +83,101 @@ def test_matches_float64(options, dtype):
     if "top_k" in options:
         # Rounding must not decide who is chosen: set the router's biases far apart.
         weights = weights._replace(router_bias=torch.tensor([2.0, -2.0, 6.0], dtype=dtype, device=DEVICE))
-    compare(hidden, weights, dtype, **options)
+    compare(embeddings, weights, dtype, **options)
 
 
 def test_one_modality_and_a_wide_embedding():
-    hidden, weights = make(19, (24,), 70, 40, torch.float32)
-    compare(hidden, weights, torch.float32)
+    embeddings, weights = make(19, 1, 70, 40, torch.float32)
+    compare(embeddings, weights, torch.float32)
 
 
 def test_ties_go_to_the_modality_that_comes_first():
-    hidden, weights = make(9, (8, 8, 8), 16, 16, torch.float32)
+    embeddings, weights = make(9, 3, 16, 16, torch.float32)
     zero = [torch.zeros_like(t) for t in (weights.router_weight, weights.router_bias)]
     weights = weights._replace(router_weight=zero[0], router_bias=zero[1])
     present = torch.ones(9, 3, dtype=torch.bool, device=DEVICE)
     present[4:, 0] = False
     for top_k in (1, 2):
-        items, assigned, *_ = fusion.forward(hidden, weights.flatten(), present, top_k, None, torch.float32)
-        expected = fusion_reference(hidden, weights, present=present, top_k=top_k)
+        items, assigned, *_ = fusion.forward(embeddings, weights, present, top_k, None, torch.float32)
+        expected = fusion_reference(embeddings, weights, present=present, top_k=top_k)
         torch.testing.assert_close(items, expected.items)
         shares = [4, 5, 0] if top_k == 1 else [4, 9, 5]
         torch.testing.assert_close(assigned.cpu(), torch.tensor(shares) / sum(shares))
 
 
 def test_experts_that_nobody_chose_do_not_run():
-    hidden, weights = make(21, (8, 8), 16, 16, torch.float32)
+    embeddings, weights = make(21, 2, 16, 16, torch.float32)
     weights = weights._replace(router_bias=torch.tensor([50.0, -50.0], device=DEVICE))
     weights.w1[1] = float("nan")
     weights.b2[1] = float("nan")
     grad = torch.randn(21, 16, device=DEVICE)
-    out = kernel(hidden, weights, grad, top_k=1, dtype=torch.float32)
+    out = kernel(embeddings, weights, grad, top_k=1, dtype=torch.float32)
     assert all(torch.isfinite(t).all() for t in out)
-    assert not any(out[names(2).index(name)][1].any() for name in ("w1", "b1", "w2", "b2"))
+    assert not any(out[NAMES.index(name)][1].any() for name in ("w1", "b1", "w2", "b2"))
 
 
 def test_an_item_without_modalities_gets_zeros_and_gives_no_gradient():
-    hidden, weights = make(6, (8, 8), 16, 16, torch.float32)
+    """And what stands for the embedding of a modality that it lacks is never computed with."""
+    embeddings, weights = make(6, 2, 16, 16, torch.float32)
     present = torch.ones(6, 2, dtype=torch.bool, device=DEVICE)
     present[3] = False
+    present[1, 0] = False
+    embeddings[~present] = float("nan")
     items, _, *grads = kernel(
-        hidden, weights, torch.ones(6, 16, device=DEVICE), present=present, dtype=torch.float32
+        embeddings, weights, torch.ones(6, 16, device=DEVICE), present=present, dtype=torch.float32
     )
-    assert not items[3].any() and not grads[0][3].any() and not grads[1][3].any()
+    assert not items[3].any() and not grads[0][~present].any()
+    assert all(t.isfinite().all() for t in (items, *grads))
 
 
 def test_no_items():
-    hidden, weights = make(0, (8, 12), 16, 16, torch.float32)
-    out = kernel(hidden, weights, torch.zeros(0, 16, device=DEVICE), dtype=torch.float32)
+    embeddings, weights = make(0, 2, 16, 16, torch.float32)
+    out = kernel(embeddings, weights, torch.zeros(0, 16, device=DEVICE), dtype=torch.float32)
     assert out[0].shape == (0, 16) and out[1] == 0
-    assert [t.shape for t in out[2:]] == [t.shape for t in (*hidden, *weights.flatten())]
+    assert [t.shape for t in out[2:]] == [t.shape for t in (embeddings, *weights)]
     assert not any(t.any() for t in out)
 
 
 def test_strides_do_not_matter_and_runs_repeat_bit_for_bit():
-    hidden, weights = make(37, (24, 40), 16, 32, torch.bfloat16)
+    embeddings, weights = make(37, 2, 16, 32, torch.bfloat16)
     present, grad = some_present(37, 2), torch.randn(37, 16, device=DEVICE)
-    expected = kernel(hidden, weights, grad, present=present, dtype=torch.bfloat16)
-    strided = FusionWeights(
-        *([t.mT.contiguous().mT if t.dim() > 1 else t for t in group] for group in weights[:2]),
-        *(t.mT.contiguous().mT if t.dim() > 1 else t for t in weights[2:]),
-    )
-    wide = [torch.cat([h, h], 1)[:, : h.shape[1]] for h in hidden]
+    expected = kernel(embeddings, weights, grad, present=present, dtype=torch.bfloat16)
+    strided = FusionWeights(*(t.mT.contiguous().mT if t.dim() > 1 else t for t in weights))
+    wide = torch.cat([embeddings, embeddings], 1)[:, :2]
     turned = present.T.contiguous().T, grad.T.contiguous().T
-    assert not any(t.is_contiguous() for t in (*wide, strided.w1, *turned))
+    assert not any(t.is_contiguous() for t in (wide, strided.w1, *turned))
     for repeat in (
         kernel(wide, strided, turned[1], present=turned[0], dtype=torch.bfloat16),
-        kernel(hidden, weights, grad, present=present, dtype=torch.bfloat16),
+        kernel(embeddings, weights, grad, present=present, dtype=torch.bfloat16),
     ):
         assert all(torch.equal(a, b) for a, b in zip(repeat, expected, strict=True))
 
 
 def test_full_precision_weights_under_half_precision_compute():
-    hidden, weights = make(23, (24, 40), 16, 32, torch.float32)
+    embeddings, weights = make(23, 2, 16, 32, torch.float32)
     grad = torch.randn(23, 16, device=DEVICE)
-    out = kernel(hidden, weights, grad, dtype=torch.bfloat16)
+    out = kernel(embeddings, weights, grad, dtype=torch.bfloat16)
     assert out[0].dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in out[2:])
-    rounded = FusionWeights(
-        *([t.bfloat16() for t in group] for group in weights[:2]), *(t.bfloat16() for t in weights[2:])
-    )
-    halves = [h.bfloat16() for h in hidden]
-    truth = reference(hidden, weights, grad, dtype=torch.float64)
-    judge_all(names(2), out, lambda: reference(halves, rounded, grad, dtype=torch.bfloat16), truth)
+    rounded = FusionWeights(*(t.bfloat16() for t in weights))
+    halves = embeddings.bfloat16()
+    truth = reference(embeddings, weights, grad, dtype=torch.float64)
+    judge_all(NAMES, out, lambda: reference(halves, rounded, grad, dtype=torch.bfloat16), truth)
 
 
 def test_registered_op_passes_opcheck():
-    hidden, weights = make(5, (8, 6), 8, 8, torch.float32)
-    tensors = [t.requires_grad_() for t in weights.flatten()]
+    embeddings, weights = make(5, 2, 8, 8, torch.float32)
+    tensors = [t.requires_grad_() for t in weights]
     op = torch.ops.crossan_fast.fusion.default
-    torch.library.opcheck(op, (hidden, tensors, some_present(5, 2), 1, None, torch.float32, "triton"))
+    torch.library.opcheck(op, (embeddings, tensors, some_present(5, 2), 1, None, torch.float32, "triton"))
 
 
 def test_gradients_through_the_op_match_eager():
-    hidden, weights = make(5, (8, 6), 8, 8, torch.float32)
-    inputs = [t.requires_grad_() for t in (hidden[0], weights.w1, weights.router_bias)]
+    embeddings, weights = make(5, 2, 8, 8, torch.float32)
+    inputs = [t.requires_grad_() for t in (embeddings, weights.w1, weights.router_bias)]
     gradients = []
     for backend in ("triton", "eager"):
-        out = fusion_op(hidden, weights, backend=backend)
+        out = fusion_op(embeddings, weights, backend=backend)
         gradients.append(torch.autograd.grad(out.items.square().sum() + out.balance, inputs))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import pytest
 import torch
@@ -31,6 +30,7 @@ class Case:
     structure: SideNetworkStructure
     levels: int = 2
     rank: int = 16
+    embedding: int = 12
     items: int = 19
     rows: int = 9
     dtype: torch.dtype = torch.float32
@@ -38,6 +38,7 @@ class Case:
     weights_dtype: torch.dtype | None = None
     ids_dtype: torch.dtype | None = torch.int64
     absent: float = 0.3
+    gates: tuple[float, ...] = ()  # θ of each level, every tower's; else drawn near 0
     seed: int = 0
 
     def build(self, device: torch.device):
@@ -54,7 +55,14 @@ class Case:
             down_bias=[normal(levels, r) for _ in s.sources],
             up_weight=[normal(levels, d, r) for d in s.tower_widths],
             up_bias=[normal(levels, d) for d in s.tower_widths],
-            gate=[normal(levels, scale=0.1) for _ in s.sources],
+            gate=[
+                torch.tensor(self.gates, device=device, dtype=dtype)
+                if self.gates
+                else normal(levels, scale=0.1)
+                for _ in s.sources
+            ],
+            head_weight=[normal(self.embedding, d) for d in s.tower_widths],
+            head_bias=[normal(self.embedding) for _ in s.sources],
             cross_gate=[normal(levels, scale=0.5) for _ in s.cross_pairs],
             cross_down=[normal(r, s.widths[n]) for _, n in s.projected_pairs],
             cross_up=[normal(s.widths[m], r) for m, _ in s.projected_pairs],
@@ -74,15 +82,15 @@ class Case:
         present = None
         if self.absent:
             present = (torch.rand(self.items, len(s.widths), generator=g) > self.absent).to(device)
-        grads = [torch.randn(self.items, d, generator=g).to(device, self.dtype) for d in s.tower_widths]
-        return weights, states, scales, ids, present, grads
+        grad = torch.randn(self.items, len(s.sources), self.embedding, generator=g).to(device, self.dtype)
+        return weights, states, scales, ids, present, grad
 
 
 def reference(case: Case, built, dtype: torch.dtype):
-    """Outputs and gradients of the plain definition, computed in `dtype` from the very same inputs."""
-    weights, states, scales, ids, present, grads = built
+    """e and gradients of the plain definition, computed in `dtype` from the very same inputs."""
+    weights, states, scales, ids, present, grad = built
     flat = [w.detach().to(dtype).requires_grad_() for w in weights.flatten()]
-    outputs = side_network_reference(
+    e = side_network_reference(
         [s.to(dtype) for s in states],
         case.structure.unflatten(flat),
         case.structure,
@@ -91,18 +99,16 @@ def reference(case: Case, built, dtype: torch.dtype):
         present=present,
         dtype=dtype,
     )
-    found = torch.autograd.grad(outputs, flat, [g.to(dtype) for g in grads], allow_unused=True)
-    return [o.detach() for o in outputs], [
-        torch.zeros_like(w) if f is None else f for w, f in zip(flat, found, strict=True)
-    ]
+    found = torch.autograd.grad(e, flat, grad.to(dtype), allow_unused=True)
+    return e.detach(), [torch.zeros_like(w) if f is None else f for w, f in zip(flat, found, strict=True)]
 
 
 def run(case: Case, built):
-    weights, states, scales, ids, present, grads = built
+    """e, z and the weights' gradients by the kernels."""
+    weights, states, scales, ids, present, grad = built
     call = (states, scales or [], ids, present, weights.flatten(), *case.structure.static, case.dtype)
-    results, towers = kernel.forward(*call), len(case.structure.sources)
-    outputs, saved = results[:towers], results[towers:]
-    return outputs, saved, kernel.backward(grads, saved, *call)
+    e, saved, products = kernel.forward(*call)
+    return e, saved, kernel.backward(grad, saved, products, *call)
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -113,21 +119,20 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 def check(case: Case, device: torch.device) -> None:
     built = case.build(device)
-    outputs, saved, gradients = run(case, built)
-    for got in outputs + saved:
-        assert got.dtype == case.dtype
+    e, saved, gradients = run(case, built)
+    assert e.dtype == saved.dtype == case.dtype
     for got, weight in zip(gradients, built[0].flatten(), strict=True):
         assert got.dtype == weight.dtype and got.shape == weight.shape
 
-    def fields(outputs, gradients):
+    def fields(e, gradients):
         # A field at a time: of a gate's two or three numbers alone, chance decides whose rounding is luckier.
-        groups = [outputs, *case.structure.unflatten(gradients)]
+        groups = [[e], *case.structure.unflatten(gradients)]
         return [torch.cat([t.flatten() for t in group]) for group in groups if group]
 
     truth = fields(*reference(case, built, torch.float64))
     judge_all(
         range(len(truth)),
-        fields(outputs, gradients),
+        fields(e, gradients),
         lambda: fields(*reference(case, built, case.dtype)),
         truth,
     )
@@ -145,6 +150,14 @@ UNEQUAL = SideNetworkStructure((40, 24), PAIR, "backbone", "gelu")
         pytest.param(Case(SideNetworkStructure((40, 40), PAIR, "side", "gelu"), items=17), id="side"),
         pytest.param(Case(UNEQUAL), id="unequal-widths"),
         pytest.param(Case(SideNetworkStructure((40, 24), PAIR, "side", "relu"), items=11), id="side-unequal"),
+        pytest.param(
+            Case(SideNetworkStructure((40, 24), ((0,), (1,), (0, 1)), "side", "gelu"), items=11),
+            id="side-pairs",
+        ),
+        pytest.param(
+            Case(SideNetworkStructure((40, 24, 24), (*TRIPLE, (0, 1)), "backbone", "gelu"), items=11),
+            id="backbone-pairs",
+        ),
         pytest.param(
             Case(SideNetworkStructure((24, 24), ((0,), (1,), (0, 1)), "none", "relu"), items=17),
             id="iisan",
@@ -164,6 +177,14 @@ UNEQUAL = SideNetworkStructure((40, 24), PAIR, "backbone", "gelu")
         pytest.param(
             Case(SideNetworkStructure((40,), ((0,),), "none", "gelu"), levels=3, rank=136, items=9),
             id="rank-in-parts",
+        ),
+        pytest.param(
+            Case(replace(BACKBONE, widths=(24, 24, 24)), levels=5, gates=(1.2, -0.9, 0.4, 12.0, -12.0)),
+            id="gates-shut-and-open",
+        ),
+        pytest.param(
+            Case(replace(BACKBONE, widths=(24, 24, 24)), levels=3, gates=(-2.0, -2.0, -2.0), embedding=70),
+            id="wide-embedding",
         ),
         pytest.param(Case(UNEQUAL, ids_dtype=None), id="dense-rows"),
         pytest.param(Case(replace(UNEQUAL, widths=(24, 24)), ids_dtype=torch.int32), id="int32-ids"),
@@ -193,66 +214,73 @@ def test_every_fp8_code_is_decoded(device: torch.device) -> None:
     states = codes.view(torch.float8_e4m3fn).view(1, 1, width).to(device)
     structure = SideNetworkStructure((width,), ((0,),), "none", "relu")
     zeros = [torch.zeros(s, device=device) for s in ((1, 16, width), (1, 16), (1, width, 16), (1, width))]
-    weights = SideNetworkWeights(*([z] for z in zeros), gate=[torch.full((1,), 100.0, device=device)])
+    identity = torch.eye(width, device=device)
+    gate = [torch.full((1,), 100.0, device=device)]
+    heads = [identity], [identity.new_zeros(width)]
+    weights = SideNetworkWeights(*([z] for z in zeros), gate, *heads)
     scales = [torch.full((1, 1), 0.5, device=device)]
     static = (*structure.static, torch.float32)
-    out, _ = kernel.forward([states], scales, None, None, weights.flatten(), *static)
-    assert torch.equal(out[0].cpu(), states.cpu().float().flatten() * 0.5)
+    out, *_ = kernel.forward([states], scales, None, None, weights.flatten(), *static)
+    assert torch.equal(out[0, 0].cpu(), states.cpu().float().flatten() * 0.5)
 
 
 def test_modalities_may_be_stored_in_different_types(device: torch.device) -> None:
     """Towers that each read their own modality then need launches of their own; cross towers share one."""
     for cross in ("none", "backbone"):
         case = Case(SideNetworkStructure((24, 24), PAIR, cross, "gelu"), items=11)
-        weights, states, scales, ids, present, grads = case.build(device)
+        weights, states, scales, ids, present, grad = case.build(device)
         states[1] = states[1].half().float().half()
-        built = (weights, states, scales, ids, present, grads)
-        outputs, _, gradients = run(case, built)
-        exact_outputs, exact_gradients = reference(case, built, torch.float64)
-        pairs = zip(outputs + gradients, exact_outputs + exact_gradients, strict=True)
+        built = (weights, states, scales, ids, present, grad)
+        e, _, gradients = run(case, built)
+        exact_e, exact_gradients = reference(case, built, torch.float64)
+        pairs = zip([e, *gradients], [exact_e, *exact_gradients], strict=True)
         assert all(error(got, exact) < 1e-6 for got, exact in pairs)
 
 
 def test_strided_inputs(device: torch.device) -> None:
     case = Case(SideNetworkStructure((24, 24), PAIR, "backbone", "gelu"), stored=torch.int8)
-    weights, states, scales, ids, present, grads = case.build(device)
-    want = run(case, (weights, states, scales, ids, present, grads))
+    weights, states, scales, ids, present, grad = case.build(device)
+    want = run(case, (weights, states, scales, ids, present, grad))
     wide = [torch.stack([s, s], dim=1)[:, 0] for s in states]  # rows twice as far apart
     turned = [s.transpose(0, 2).contiguous().transpose(0, 2) for s in states]  # D is not the dense one
     odd = SideNetworkWeights(
         *([w.transpose(0, -1).contiguous().transpose(0, -1) for w in g] for g in weights)
     )
     flags = present.T.contiguous().T
-    spread = [torch.stack([g, g], dim=-1)[..., 0] for g in grads]
+    spread = torch.stack([grad, grad], dim=-1)[..., 0]
     apart = [torch.stack([s, s], dim=-1)[..., 0] for s in scales]
     far = torch.stack([ids, ids], dim=1)[:, 0]
     for changed in (wide, turned):
         got = run(case, (odd, changed, apart, far, flags, spread))
-        for a, b in zip(chain(*want), chain(*got), strict=True):
+        for a, b in zip(_flat(want), _flat(got), strict=True):
             assert torch.equal(a, b)
+
+
+def _flat(results):
+    e, saved, gradients = results
+    return [e, saved, *gradients]
 
 
 def test_absent_towers_are_zero_and_give_no_gradient(device: torch.device) -> None:
     """Also where the cache holds rubbish for an absent modality."""
     case = Case(SideNetworkStructure((24, 24), ((0,), (1,), (0, 1)), "none", "relu"), items=6)
-    weights, states, _, _, _, grads = case.build(device)
+    weights, states, _, _, _, grad = case.build(device)
     ids = torch.arange(6, device=device)
     states[1][:6] = float("nan")
     present = torch.zeros(6, 2, dtype=torch.bool, device=device)
     present[2:4, 0] = True
-    outputs, saved, gradients = run(case, (weights, states, None, ids, present, grads))
-    assert not outputs[1].any() and not saved[1].any()
-    assert not outputs[0][:2].any() and not outputs[2][4:].any() and outputs[2][2:4].all(1).any()
+    e, saved, gradients = run(case, (weights, states, None, ids, present, grad))
+    assert not e[:, 1].any() and not saved[1].any()
+    assert not e[:2, 0].any() and not e[4:, 2].any() and e[2:4, 2].all(1).any()
     towers = len(case.structure.sources)
     assert all(g.isfinite().all() for g in gradients)
-    assert all(not gradients[field * towers + 1].any() for field in range(5))
+    assert all(not gradients[field * towers + 1].any() for field in range(7))
 
 
 def test_no_items(device: torch.device) -> None:
     case = Case(UNEQUAL, items=0, absent=0.0)
-    outputs, saved, gradients = run(case, case.build(device))
-    assert [o.shape for o in outputs] == [(0, 40), (0, 24)]
-    assert [z.shape for z in saved] == [(0, 2, 16)] * 2
+    e, saved, gradients = run(case, case.build(device))
+    assert e.shape == (0, 2, 12) and saved.shape == (2, 0, 2, 16)
     assert not any(g.any() for g in gradients)
 
 
@@ -260,7 +288,7 @@ def test_runs_repeat_bit_for_bit(device: torch.device) -> None:
     case = Case(BACKBONE, items=40, dtype=torch.bfloat16)
     built = case.build(device)
     first, second = run(case, built), run(case, built)
-    for a, b in zip(chain(*first), chain(*second), strict=True):
+    for a, b in zip(_flat(first), _flat(second), strict=True):
         assert torch.equal(a, b)
 
 
@@ -272,7 +300,7 @@ def test_chunks_of_items_add_up(structure, device: torch.device, monkeypatch: py
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_one_launch_and_three_agree_with_the_reference(fused, device, monkeypatch) -> None:
+def test_one_launch_and_two_agree_with_the_reference(fused, device, monkeypatch) -> None:
     """Which of the two serves is a matter of size; here both do, the split one along D as well."""
     choose = plan.forward_config
 
@@ -290,30 +318,32 @@ def test_one_launch_and_three_agree_with_the_reference(fused, device, monkeypatc
 def test_scratch_of_a_split_batch_is_read_only_where_written(device: torch.device, monkeypatch) -> None:
     """A range of items without an item still owns a share of every weight: zeros, not what was there."""
     choose = plan.gradient_config
-    monkeypatch.setattr(plan, "gradient_config", lambda p: replace(choose(p), splits=4))
+    monkeypatch.setattr(plan, "gradient_config", lambda p: replace(choose(p), splits=4, mixing_splits=3))
     check(Case(BACKBONE, items=20), device)
 
 
-def test_states_that_need_gradients_are_refused() -> None:
+def test_what_is_refused() -> None:
     from crossan_fast.ops._dispatch import Request, refusal
 
     wanted = Request("side_network", "cpu", torch.float32, ("states_grad",))
     assert "frozen" in (refusal(wanted, "triton") or "")
     assert refusal(replace(wanted, features=()), "triton") is None
     assert "float64" in (refusal(replace(wanted, features=(), dtype=torch.float64), "triton") or "")
+    assert refusal(replace(wanted, features=("embedding=256",)), "triton") is None
+    assert "embedding=257" in (refusal(replace(wanted, features=("embedding=257",)), "triton") or "")
 
 
 def test_through_the_registered_op(device: torch.device) -> None:
     """The op's glue hands the kernels what they expect: outputs and gradients of a call under autograd."""
     case = Case(SideNetworkStructure((24, 24), PAIR, "backbone", "gelu"), items=7)
-    weights, states, _, ids, present, grads = case.build(device)
+    weights, states, _, ids, present, grad = case.build(device)
     flat = [w.requires_grad_() for w in weights.flatten()]
-    outputs = side_network(
+    e = side_network(
         states, case.structure.unflatten(flat), case.structure, ids=ids, present=present, backend="triton"
     )
-    found = torch.autograd.grad(outputs, flat, grads)
-    exact_outputs, exact = reference(case, (weights, states, None, ids, present, grads), torch.float64)
-    pairs = zip([*outputs, *found], exact_outputs + exact, strict=True)
+    found = torch.autograd.grad(e, flat, grad)
+    exact_e, exact = reference(case, (weights, states, None, ids, present, grad), torch.float64)
+    pairs = zip([e, *found], [exact_e, *exact], strict=True)
     assert all(error(got.detach(), want) < 1e-6 for got, want in pairs)
 
 
@@ -328,7 +358,7 @@ def test_registered_op_passes_opcheck(device: torch.device) -> None:
 
 
 def test_compiles_whole_with_dynamic_sizes_under_autocast(device: torch.device) -> None:
-    """Half precision from fp32 weights, only some of which need a gradient, and an output nobody uses."""
+    """Half precision from fp32 weights, only some of which need a gradient, and a tower nobody uses."""
     structure = SideNetworkStructure((24, 24), PAIR, "none", "gelu")
     weights, states, _, ids, _, _ = Case(structure, absent=0.0).build(device)
     weights.up_weight[0].requires_grad_()
@@ -336,7 +366,7 @@ def test_compiles_whole_with_dynamic_sizes_under_autocast(device: torch.device) 
 
     def run(ids: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            out = side_network(states, weights, structure, ids=ids, backend="triton")[0]
+            out = side_network(states, weights, structure, ids=ids, backend="triton")[:, 0]
         assert out.dtype == torch.bfloat16
         return out.float().square().sum()
 

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossan_fast import ops
-from crossan_fast.config import CrossanConfig, Modality
+from crossan_fast import CrossanConfig, CrossanModel, Modality, ops
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
-from crossan_fast.modules.side_network import SideNetwork
 from crossan_fast.ops import _cuda, _registration
 from crossan_fast.ops._dispatch import Implementation
 
@@ -23,26 +21,25 @@ LEVELS, ITEMS, D = 2, 5, 4
 
 
 def side_network() -> tuple[Any, ...]:
-    config = CrossanConfig([Modality(f"m{i}", width, LEVELS) for i, width in enumerate(WIDTHS)], bottleneck=4)
-    towers = SideNetwork(config)
+    modalities = [Modality(f"m{i}", width, LEVELS) for i, width in enumerate(WIDTHS)]
+    model = CrossanModel(CrossanConfig(modalities, bottleneck=4, embedding_dim=D, attention_heads=2))
+    towers = model.towers
     states = [torch.zeros(ITEMS, LEVELS, width, dtype=torch.int8) for width in WIDTHS]
     scales = [torch.ones(ITEMS, LEVELS) for _ in WIDTHS]
     present = torch.ones(ITEMS, 2, dtype=torch.bool)
     return (
         ops.side_network,
-        (states, towers.weights(), towers.structure),
+        (states, towers.weights(model.heads), towers.structure),
         {"ids": torch.arange(ITEMS), "scales": scales, "present": present},
     )
 
 
 def fusion() -> tuple[Any, ...]:
-    heads, biases = [torch.randn(D, w) for w in WIDTHS], [torch.zeros(D) for _ in WIDTHS]
     router = (torch.randn(2, 2 * D), torch.zeros(2))
     experts = (torch.randn(2, 8, D), torch.zeros(2, 8), torch.randn(2, D, 8), torch.zeros(2, D))
-    weights = ops.FusionWeights(heads, biases, *router, *experts)
+    weights = ops.FusionWeights(*router, *experts)
     present, counts = torch.ones(ITEMS, 2, dtype=torch.bool), torch.ones(ITEMS, dtype=torch.int64)
-    hidden = [torch.randn(ITEMS, width) for width in WIDTHS]
-    return ops.fusion, (hidden, weights), {"present": present, "counts": counts}
+    return ops.fusion, (torch.randn(ITEMS, 2, D), weights), {"present": present, "counts": counts}
 
 
 def sequence_encoder() -> tuple[Any, ...]:
@@ -182,9 +179,9 @@ def test_cuda_fusion_gives_its_kernels_fp32_logits_under_autocast(monkeypatch: p
             )
 
     monkeypatch.setattr(_cuda, "library", Kernels)
-    _, (hidden, weights), named = fusion()
-    flat = [t.requires_grad_() for t in weights.flatten()]
-    arguments = (hidden, flat, named["present"], None, named["counts"], torch.bfloat16, "cuda")
+    _, (embeddings, weights), named = fusion()
+    flat = [t.requires_grad_() for t in weights]
+    arguments = (embeddings, flat, named["present"], None, named["counts"], torch.bfloat16, "cuda")
     with torch.autocast("cpu", torch.bfloat16):
         items, *_ = torch.ops.crossan_fast.fusion.default(*arguments)
         items.sum().backward()

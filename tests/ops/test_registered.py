@@ -10,10 +10,12 @@ import torch.nn.functional as F
 
 from crossan_fast import ops
 from crossan_fast.config import CrossanConfig, Modality
+from crossan_fast.modules.fusion import Head
 from crossan_fast.modules.side_network import SideNetwork
 from crossan_fast.ops import _dispatch, fusion_reference, side_network_reference
 from crossan_fast.ops._dispatch import Implementation, Request
 from crossan_fast.ops.fusion import _softmax, _top
+from crossan_fast.ops.side_network import products_size
 
 LEVELS, RANK, M, D = 3, 4, 2, 4
 WIDTHS = (6, 9)
@@ -35,7 +37,7 @@ def vjp(function, inputs, grads):
 def side_forward(states, scales, ids, present, weights, *static):
     *fields, dtype = static
     structure = ops.SideNetworkStructure.from_static(*fields)
-    out = side_network_reference(
+    e = side_network_reference(
         states,
         structure.unflatten(weights),
         structure,
@@ -44,48 +46,44 @@ def side_forward(states, scales, ids, present, weights, *static):
         present=present,
         dtype=dtype,
     )
-    return [*(h.clone() for h in out), *(h.new_zeros(len(h), LEVELS, RANK) for h in out)]
+    count, towers, width = e.shape
+    products = products_size(LEVELS, RANK, width, structure.cross, e.device)
+    return [e, e.new_zeros(towers, count, LEVELS, RANK), e.new_zeros(towers, products)]
 
 
-def side_backward(grads, saved, states, scales, ids, present, weights, *static):
-    assert all(z.shape[1:] == (LEVELS, RANK) for z in saved)
+def side_backward(grad, saved, products, states, scales, ids, present, weights, *static):
+    assert saved.shape == (grad.shape[1], grad.shape[0], LEVELS, RANK) and len(products) == grad.shape[1]
 
     def run(flat):
-        return side_forward(states, scales, ids, present, flat, *static)[: len(grads)]
+        return side_forward(states, scales, ids, present, flat, *static)[0]
 
-    return vjp(run, weights, grads)
+    return vjp(run, weights, grad)
 
 
-def router(hidden, weights, present, top_k, counts):
-    e = [F.linear(h, w, b) for h, w, b in zip(hidden, weights.head_weight, weights.head_bias, strict=True)]
-    e = e if present is None else [torch.where(present[:, m, None], e[m], 0) for m in range(len(e))]
-    logits = F.linear(torch.cat(e, 1), weights.router_weight, weights.router_bias)
+def router(embeddings, weights, present, top_k, counts):
+    e = embeddings if present is None else torch.where(present[:, :, None], embeddings, 0)
+    logits = F.linear(e.flatten(1), weights.router_weight, weights.router_bias)
     exists = torch.ones_like(logits, dtype=torch.bool) if present is None else present
     probability = _softmax(logits, exists)
     weight = exists.any(1).to(logits.dtype) * (1 if counts is None else counts)
     assigned = (weight[:, None] * _top(probability, exists, top_k or 1)).sum(0)
-    return (
-        assigned / assigned.sum(),
-        (weight[:, None] * probability).sum(0) / weight.sum(),
-        torch.cat(e, 1),
-        logits,
-    )
+    return assigned / assigned.sum(), (weight[:, None] * probability).sum(0) / weight.sum(), logits
 
 
-def fusion_forward(hidden, weights, present, top_k, counts, dtype):
-    weights = ops.FusionWeights.unflatten(weights)
-    items = fusion_reference(hidden, weights, present=present, top_k=top_k, dtype=dtype).items
-    return [items, *router(hidden, weights, present, top_k, counts)]
+def fusion_forward(embeddings, weights, present, top_k, counts, dtype):
+    weights = ops.FusionWeights(*weights)
+    items = fusion_reference(embeddings, weights, present=present, top_k=top_k, dtype=dtype).items
+    return [items, *router(embeddings, weights, present, top_k, counts)]
 
 
-def fusion_backward(grad_items, grad_probability, saved, hidden, weights, present, top_k, counts, dtype):
-    count = len(hidden)
+def fusion_backward(grad_items, grad_probability, logits, embeddings, weights, present, top_k, counts, dtype):
+    assert logits.shape == embeddings.shape[:2]
 
     def run(flat):
-        items, _, probability, *_ = fusion_forward(flat[:count], flat[count:], present, top_k, counts, dtype)
+        items, _, probability, _ = fusion_forward(flat[0], flat[1:], present, top_k, counts, dtype)
         return items, probability
 
-    return vjp(run, [*hidden, *weights], (grad_items, grad_probability))
+    return vjp(run, [embeddings, *weights], (grad_items, grad_probability))
 
 
 def loss_implementation(reference):
@@ -133,20 +131,18 @@ def side_problem(dtype=torch.float64):
         embedding_dim=D,
     )
     towers = SideNetwork(config).to(dtype)
-    for parameter in towers.parameters():
+    heads = torch.nn.ModuleDict({spec.name: Head(spec.width, D, False).to(dtype) for spec in config.towers})
+    for parameter in (*towers.parameters(), *heads.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
     states = [torch.randn(8, LEVELS, width, dtype=dtype) for width in WIDTHS]
-    return towers, states
+    return towers, heads, states
 
 
 def fusion_problem(dtype=torch.float64):
     def r(*shape):
         return torch.randn(*shape, dtype=dtype, requires_grad=True)
 
-    hidden = [r(5, width) for width in WIDTHS]
-    weights = [*(r(D, w) for w in WIDTHS), *(r(D) for _ in WIDTHS), r(M, M * D), r(M)]
-    weights += [r(M, 6, D), r(M, 6), r(M, D, 6), r(M, D)]
-    return hidden, weights
+    return r(5, M, D), [r(M, M * D), r(M), r(M, 6, D), r(M, 6), r(M, D, 6), r(M, D)]
 
 
 def loss_problem():
@@ -163,15 +159,15 @@ IDS = torch.tensor([1, 5, 5, 0, 7])
 
 @pytest.mark.parametrize("present", [None, PRESENT], ids=["all present", "some missing"])
 def test_side_network(present):
-    towers, states = side_problem()
-    flat = towers.weights().flatten()
+    towers, heads, states = side_problem()
+    flat = towers.weights(heads).flatten()
 
     def run(*tensors):
         weights = towers.structure.unflatten(tensors)
-        return tuple(ops.side_network(states, weights, towers.structure, ids=IDS, present=present))
+        return ops.side_network(states, weights, towers.structure, ids=IDS, present=present)
 
-    want = side_network_reference(states, towers.weights(), towers.structure, ids=IDS, present=present)
-    assert all(torch.equal(a, b) for a, b in zip(run(*flat), want, strict=True))
+    want = side_network_reference(states, towers.weights(heads), towers.structure, ids=IDS, present=present)
+    assert torch.equal(run(*flat), want)
     assert torch.autograd.gradcheck(run, flat, fast_mode=True)
     static = (*towers.structure.static, torch.float64, "cpp")
     arguments = (states, [], IDS, present, flat, *static)
@@ -179,28 +175,30 @@ def test_side_network(present):
 
 
 def test_only_some_weights_need_gradients():
-    towers, states = side_problem()
-    for name, parameter in towers.named_parameters():
-        parameter.requires_grad_("m1.up" in name)
-    out = ops.side_network(states, towers.weights(), towers.structure)
-    out[1].sum().backward()  # and the other tower's output goes unused
-    have = towers["m1"].up.weight.grad.clone()
-    assert towers["m0"].down.weight.grad is None
+    towers, heads, states = side_problem()
+    for name, parameter in (*towers.named_parameters(), *heads.named_parameters()):
+        parameter.requires_grad_("m1.up" in name or name == "m1.weight")
+    wanted = towers["m1"].up.weight, heads["m1"].weight
+    e = ops.side_network(states, towers.weights(heads), towers.structure)
+    e[:, 1].sum().backward()  # and the other tower's output goes unused
+    have = [weight.grad.clone() for weight in wanted]
+    assert towers["m0"].down.weight.grad is None and heads["m0"].weight.grad is None
     towers.zero_grad()
-    side_network_reference(states, towers.weights(), towers.structure)[1].sum().backward()
-    torch.testing.assert_close(have, towers["m1"].up.weight.grad)
+    heads.zero_grad()
+    side_network_reference(states, towers.weights(heads), towers.structure)[:, 1].sum().backward()
+    torch.testing.assert_close(have, [weight.grad for weight in wanted])
 
 
 @pytest.mark.parametrize("top_k", [None, 1])
 def test_fusion(top_k):
-    hidden, weights = fusion_problem()
+    embeddings, weights = fusion_problem()
     counts = torch.tensor([1, 2, 0, 3, 1])
 
-    def run(*tensors, backend="auto"):
+    def run(embeddings, *weights, backend="auto"):
         return tuple(
             ops.fusion(
-                tensors[:M],
-                ops.FusionWeights.unflatten(tensors[M:]),
+                embeddings,
+                ops.FusionWeights(*weights),
                 present=PRESENT,
                 top_k=top_k,
                 counts=counts,
@@ -208,10 +206,10 @@ def test_fusion(top_k):
             )
         )
 
-    for have, want in zip(run(*hidden, *weights), run(*hidden, *weights, backend="eager"), strict=True):
+    for have, want in zip(run(embeddings, *weights), run(embeddings, *weights, backend="eager"), strict=True):
         torch.testing.assert_close(have, want)
-    assert torch.autograd.gradcheck(run, [*hidden, *weights], fast_mode=True)
-    arguments = (hidden, weights, PRESENT, top_k, counts, torch.float64, "cpp")
+    assert torch.autograd.gradcheck(run, [embeddings, *weights], fast_mode=True)
+    arguments = (embeddings, weights, PRESENT, top_k, counts, torch.float64, "cpp")
     torch.library.opcheck(torch.ops.crossan_fast.fusion.default, arguments)
 
 
@@ -235,11 +233,12 @@ def test_a_second_derivative_is_refused_and_not_wrong():
 
 
 def test_without_gradients_nothing_is_kept():
-    towers, states = side_problem()
+    towers, heads, states = side_problem()
     with torch.no_grad():
-        assert all(h.grad_fn is None for h in ops.side_network(states, towers.weights(), towers.structure))
+        assert towers(states, heads).grad_fn is None
     towers.requires_grad_(False)
-    assert all(h.grad_fn is None for h in ops.side_network(states, towers.weights(), towers.structure))
+    heads.requires_grad_(False)
+    assert towers(states, heads).grad_fn is None
 
 
 def test_ops_without_gradient():
@@ -253,35 +252,36 @@ def test_ops_without_gradient():
 
 
 def test_compile_without_graph_breaks_and_with_dynamic_sizes():
-    towers, states = side_problem()
+    towers, heads, states = side_problem()
     _, weights = fusion_problem()
+    both = torch.nn.ModuleList([towers, heads])
 
     def step(ids):
-        hidden = ops.side_network(states, towers.weights(), towers.structure, ids=ids)
-        fused = ops.fusion(hidden, ops.FusionWeights.unflatten(weights))
+        embeddings = ops.side_network(states, towers.weights(heads), towers.structure, ids=ids)
+        fused = ops.fusion(embeddings, ops.FusionWeights(*weights))
         return fused.items.square().sum() + fused.balance
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for ids in (IDS, IDS[:3], IDS.repeat(2)):
-        towers.zero_grad()
+        both.zero_grad()
         compiled(ids).backward()
-        have = [p.grad.clone() for p in towers.parameters()]
-        towers.zero_grad()
+        have = [p.grad.clone() for p in both.parameters()]
+        both.zero_grad()
         step(ids).backward()
-        for a, b in zip(have, (p.grad for p in towers.parameters()), strict=True):
+        for a, b in zip(have, (p.grad for p in both.parameters()), strict=True):
             torch.testing.assert_close(a, b)
 
 
 def test_export_keeps_the_ops():
-    towers, states = side_problem(torch.float32)
+    towers, heads, states = side_problem(torch.float32)
 
     class Encode(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.towers = towers
+            self.towers, self.heads = towers, heads
 
         def forward(self, ids):
-            return self.towers(states, ids=ids)[0]
+            return self.towers(states, self.heads, ids=ids)
 
     exported = torch.export.export(Encode(), (IDS,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
     names = [str(node.target) for node in exported.graph.nodes]
@@ -290,11 +290,11 @@ def test_export_keeps_the_ops():
 
 
 def test_autocast_decides_the_type():
-    towers, states = side_problem(torch.float32)
+    towers, heads, states = side_problem(torch.float32)
     users, items, unique, log_popularity = loss_problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert towers(states)[0].dtype == torch.bfloat16
-        assert towers(states, backend="eager")[0].dtype == torch.bfloat16
+        assert towers(states, heads).dtype == torch.bfloat16
+        assert towers(states, heads, backend="eager").dtype == torch.bfloat16
         loss = ops.in_batch_loss(
             users.float(), items.float(), *unique[1:], log_popularity.float(), backend="eager"
         )
@@ -302,14 +302,14 @@ def test_autocast_decides_the_type():
 
 
 def test_states_that_need_gradients_run_eager_and_say_so():
-    towers, states = side_problem()
+    towers, heads, states = side_problem()
     states[0].requires_grad_()
     with pytest.warns(ops.FallbackWarning, match="cpp: gives states no gradient"):
-        out = towers(states)
-    out[0].sum().backward()
+        e = towers(states, heads)
+    e[:, 0].sum().backward()
     assert states[0].grad is not None
     with pytest.raises(ops.BackendUnavailable, match=r"'cpp' was asked for .*gives states no gradient"):
-        towers(states, backend="cpp")
+        towers(states, heads, backend="cpp")
 
 
 def test_choice_by_environment_and_by_name(monkeypatch):

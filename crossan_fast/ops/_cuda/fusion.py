@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossan_fast.ops import _cuda
-from crossan_fast.ops._contracts import FusionWeights
 from crossan_fast.ops._dispatch import Request
 
 
@@ -26,64 +25,60 @@ def refuses(request: Request) -> str | None:
 
 
 def forward(
-    hidden: Sequence[Tensor],
+    embeddings: Tensor,
     weights: Sequence[Tensor],
     present: Tensor | None,
     top_k: int | None,
     counts: Tensor | None,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Heads and router by torch's products, the routing and the chosen experts by csrc/cuda."""
-    own = FusionWeights.unflatten(weights)
-    e = [
-        F.linear(h.to(dtype), w.to(dtype), b.to(dtype))
-        for h, w, b in zip(hidden, own.head_weight, own.head_bias, strict=True)
-    ]
-    if present is not None:
-        e = [torch.where(present[:, m, None], x, 0) for m, x in enumerate(e)]
-    joined = torch.cat(e, dim=1)
-    logits = F.linear(joined.float(), own.router_weight.float(), own.router_bias.float())
+    """The router by torch's product, the routing and the chosen experts by csrc/cuda."""
+    router_weight, router_bias, *experts = weights
+    joined = _joined(embeddings, present, dtype)
+    logits = F.linear(joined.float(), router_weight.float(), router_bias.float())
     _, share, assigned, mean, _ = _route(logits, present, top_k, counts)
-    items = _cuda.library().experts_forward(joined, share, *own[4:])
-    return [items, assigned, mean, joined, logits]
+    items = _cuda.library().experts_forward(joined, share, *experts)
+    return [items, assigned, mean, logits]
 
 
 def backward(
     grad_items: Tensor,
     grad_probability: Tensor,
-    saved: Sequence[Tensor],
-    hidden: Sequence[Tensor],
+    logits: Tensor,
+    embeddings: Tensor,
     weights: Sequence[Tensor],
     present: Tensor | None,
     top_k: int | None,
     counts: Tensor | None,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Gradients of `hidden`, then of `weights`, each in its tensor's type."""
-    own = FusionWeights.unflatten(weights)
-    joined, logits = saved
+    """Gradients of `embeddings`, then of `weights`, each in its tensor's type."""
+    router_weight, _, *experts = weights
+    joined = _joined(embeddings, present, dtype)
     probability, share, _, _, total = _route(logits, present, top_k, counts)
     through_experts, grad_share, *grad_experts = _cuda.library().experts_backward(
-        grad_items.to(dtype), joined, share, *own[4:]
+        grad_items.to(dtype), joined, share, *experts
     )
     grad_logits = _cuda.library().routing_backward(
         grad_share, grad_probability.float(), probability, share, _weights(counts), total
     )
-    grad_joined = torch.addmm(through_experts, grad_logits, own.router_weight.float()).to(dtype)
-    grads = list(grad_joined.view(len(joined), len(hidden), own.w1.shape[2]).unbind(1))
-    if present is not None:
-        grads = [torch.where(present[:, m, None], g, 0) for m, g in enumerate(grads)]
-    grad_hidden = [
-        (g @ w.to(dtype)).to(h.dtype) for g, w, h in zip(grads, own.head_weight, hidden, strict=True)
-    ]
-    grad_weights = [
-        *(g.mT @ h.to(dtype) for g, h in zip(grads, hidden, strict=True)),
-        *(g.float().sum(0) for g in grads),
+    grad_joined = torch.addmm(through_experts, grad_logits, router_weight.float())
+    grads = [
+        _masked(grad_joined.view(embeddings.shape), present),
         grad_logits.mT @ joined.float(),
         grad_logits.sum(0),
         *grad_experts,
     ]
-    return grad_hidden + [g.to(w.dtype) for g, w in zip(grad_weights, weights, strict=True)]
+    return [g.to(t.dtype) for g, t in zip(grads, (embeddings, *weights), strict=True)]
+
+
+def _joined(embeddings: Tensor, present: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the router and the experts read, `[N, M·d]`."""
+    return _masked(embeddings.to(dtype), present).flatten(1)
+
+
+def _masked(embeddings: Tensor, present: Tensor | None) -> Tensor:
+    return embeddings if present is None else torch.where(present[:, :, None], embeddings, 0)
 
 
 def _route(

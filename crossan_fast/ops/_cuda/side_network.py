@@ -10,6 +10,7 @@ def refuses(request: Request) -> str | None:
     """See `crossan_fast.ops._cuda`."""
     widths, cross = request.sizes("widths"), request.feature("cross", "none")
     levels, rank = request.size("levels", 1), request.size("rank", 8)
+    embedding = request.size("embedding", 8)
     if cross == "side":
         return "walks every tower alone, which cross='side' rules out"
     if any(width % 64 for width in widths):
@@ -24,9 +25,16 @@ def refuses(request: Request) -> str | None:
         return f"serves at most 8 levels, not {levels}"
     if rank > 64 or rank % 8:
         return f"serves bottlenecks that are multiples of 8 up to 64, not {rank}"
+    most = 64 * (
+        9 - levels
+    )  # a block of the weight gradients keeps 9 matrices: the levels', and one for each 64
+    if embedding % 8 or embedding > most:
+        return (
+            f"serves embeddings that are multiples of 8, with {levels} levels up to {most}, not {embedding}"
+        )
     if reason := _cuda.refuses(request):
         return reason
-    if widths and max(widths) > (widest := _cuda.library().side_network_widest(levels)):
+    if widths and max(widths) > (widest := _cuda.library().side_network_widest(levels, embedding)):
         return (
             f"keeps a tower in shared memory: with {levels} levels up to width {widest} on this GPU, "
             f"not {max(widths)}"

@@ -11,9 +11,6 @@
 namespace crossan_fast::fusion {
 namespace {
 
-template <class T>
-constexpr Stored kOwn = sizeof(T) == 8 ? Stored::f64 : Stored::f32;
-
 constexpr int64_t kBlock = 10 * kRowsPerTile;
 
 // What the router makes of one item's logits.
@@ -83,18 +80,16 @@ struct Plan {
   const Sizes& sizes;
   const Inputs& inputs;
   const Weights<const T*>& weights;
-  std::vector<PackedWeights<T>> heads;
+  Tasks tasks;
   PackedWeights<T> w1, w2;
 
-  Plan(const Sizes& s, const Inputs& in, const Weights<const T*>& w, bool backward)
+  Plan(const Sizes& s, const Inputs& in, const Weights<const T*>& w)
       : sizes(s),
         inputs(in),
         weights(w),
-        w1(w.w1, s.modalities, s.expansion, s.width, As::transposed),
-        w2(w.w2, s.modalities, s.width, s.expansion, As::transposed) {
-    for (int64_t m = 0; !backward && m < s.modalities; ++m)
-      heads.emplace_back(w.head_weight[static_cast<size_t>(m)], 1, s.width, s.widths[static_cast<size_t>(m)],
-                         As::transposed);
+        w1(tasks, w.w1, s.modalities, s.expansion, s.width, As::transposed),
+        w2(tasks, w.w2, s.modalities, s.width, s.expansion, As::transposed) {
+    tasks.run();
   }
 };
 
@@ -105,8 +100,8 @@ class Block {
   explicit Block(const Plan<T>& plan)
       : plan_(plan),
         s_(plan.sizes),
-        hidden_(kBlock * widest()),
         e_(kBlock * s_.modalities * s_.width),
+        de_(kBlock * s_.modalities * s_.width),
         own_(kBlock * s_.width),
         x_(kBlock * s_.width),
         dx_(kBlock * s_.width),
@@ -123,17 +118,11 @@ class Block {
   }
 
   // sums: per modality assignments and weighted probabilities, then the weight.
-  void forward(int64_t first, int64_t count, Stored type, void* items, void* e, T* logits, double* sums) {
+  void forward(int64_t first, int64_t count, Stored type, void* items, T* logits, double* sums) {
     const int64_t joined = s_.modalities * s_.width;
-    for (int64_t m = 0; m < s_.modalities; ++m) {
-      const int64_t width = s_.widths[m];
-      multiply<T>(count, s_.width, width, read_hidden(m, first, count), width, 1, plan_.heads[m][0],
-                  e_.data() + m * s_.width, joined, Into::overwrite, plan_.weights.head_bias[m]);
-    }
+    read_embeddings(first, count);
     for (int64_t i = 0; i < count; ++i) {
-      T* row = e_.data() + i * joined;
-      zero_absent(first + i, row);
-      convert_to(type, row, static_cast<char*>(e) + (first + i) * joined * bytes_of(type), joined);
+      const T* row = e_.data() + i * joined;
       T* own = logits + (first + i) * s_.modalities;
       for (int64_t m = 0; m < s_.modalities; ++m)
         own[m] = dot(joined, row, plan_.weights.router_weight + m * joined) + plan_.weights.router_bias[m];
@@ -159,15 +148,16 @@ class Block {
     convert_to(type, out_.data(), static_cast<char*>(items) + first * s_.width * bytes_of(type), count * s_.width);
   }
 
-  // Through the experts and the router, to de [count, M·d].
+  // Through the experts and the router, to the gradient of the embeddings.
   void backward(int64_t block, int64_t first, int64_t count, Stored type, const void* grad_items,
-                const T* grad_probability, double total, const void* e, const T* logits, T* de,
+                const T* grad_probability, double total, const T* logits, void* grad_embeddings,
                 const Weights<T*>& grads, Turns& turns) {
     const int64_t joined = s_.modalities * s_.width, d = s_.width, f = s_.expansion;
     const bool add = block > 0;
     const Into into = add ? Into::add : Into::overwrite;
     int64_t step = 0;
-    convert_from(type, static_cast<const char*>(e) + first * joined * bytes_of(type), e_.data(), count * joined, T(1));
+    read_embeddings(first, count);
+    T* de = de_.data();
     convert_from(type, static_cast<const char*>(grad_items) + first * d * bytes_of(type), out_.data(), count * d, T(1));
     route(first, count, logits);
     std::fill_n(de, count * joined, T(0));
@@ -198,17 +188,17 @@ class Block {
                 grads.router_weight, joined, into);
     sum_rows(count, s_.modalities, dlogits_.data(), s_.modalities, add, grads.router_bias);
     turns.pass(block, step);
+    const Stored own = plan_.inputs.type;
+    convert_to(own, de, static_cast<char*>(grad_embeddings) + first * joined * bytes_of(own), count * joined);
   }
 
  private:
-  int64_t widest() const { return *std::max_element(s_.widths.begin(), s_.widths.end()); }
-
-  const T* read_hidden(int64_t m, int64_t first, int64_t count) {
-    const Rows& rows = plan_.inputs.hidden[m];
-    const auto* from = static_cast<const char*>(rows.data) + first * s_.widths[m] * bytes_of(rows.type);
-    if (rows.type == kOwn<T>) return reinterpret_cast<const T*>(from);
-    convert_from(rows.type, from, hidden_.data(), count * s_.widths[m], T(1));
-    return hidden_.data();
+  void read_embeddings(int64_t first, int64_t count) {
+    const int64_t joined = s_.modalities * s_.width;
+    const Stored type = plan_.inputs.type;
+    convert_from(type, static_cast<const char*>(plan_.inputs.embeddings) + first * joined * bytes_of(type), e_.data(),
+                 count * joined, T(1));
+    for (int64_t i = 0; i < count; ++i) zero_absent(first + i, e_.data() + i * joined);
   }
 
   void zero_absent(int64_t item, T* joined) const {
@@ -265,93 +255,11 @@ class Block {
 
   const Plan<T>& plan_;
   const Sizes& s_;
-  Buffer<T> hidden_, e_, own_, x_, dx_, out_, z_, a_, slope_, dz_, dshare_, dlogits_;
+  Buffer<T> e_, de_, own_, x_, dx_, out_, z_, a_, slope_, dz_, dshare_, dlogits_;
   std::vector<Routing<T>> routings_;
   std::vector<int64_t> chosen_;
   std::vector<const T*> router_rows_;
   std::vector<T> balance_;
-};
-
-// The heads' gradients from de [N, M·d]. Each task has an output to itself, some columns of a head's weight or some
-// rows of a modality's gradient: adding to a weight block by block would carry it from core to core each time.
-template <class T>
-class HeadsBackward {
- public:
-  HeadsBackward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& weights, const T* de,
-                const std::vector<void*>& grad_hidden, const Weights<T*>& grads)
-      : s_(s), inputs_(inputs), weights_(weights), de_(de), grad_hidden_(grad_hidden), grads_(grads) {}
-
-  void run() {
-    struct Task {
-      size_t modality;
-      int64_t first;
-      bool rows;
-    };
-    std::vector<Task> tasks;
-    int64_t widest = 0;
-    bool converts = false;
-    for (size_t m = 0; m < s_.widths.size(); ++m) {
-      for (int64_t c = 0; c < s_.widths[m]; c += kColumns) tasks.push_back({m, c, false});
-      widest = std::max(widest, s_.widths[m]);
-      converts |= inputs_.hidden[m].type != kOwn<T>;
-    }
-    for (size_t m = 0; m < s_.widths.size(); ++m)
-      for (int64_t i = 0; i < s_.items; i += kBlock) tasks.push_back({m, i, true});
-    const auto count = static_cast<int64_t>(tasks.size()), workers = workers_for(count);
-    std::vector<Buffer<T>> scratch;
-    for (int64_t w = 0; w < workers; ++w)
-      scratch.emplace_back(converts ? std::max(kDepth * kColumns, kBlock * widest) : 0);
-    run_tasks(workers, count, [&](int64_t w, int64_t i) {
-      const Task& task = tasks[static_cast<size_t>(i)];
-      T* own = scratch[static_cast<size_t>(w)].data();
-      task.rows ? hidden(task.modality, task.first, own) : weight(task.modality, task.first, own);
-    });
-  }
-
- private:
-  static constexpr int64_t kColumns = 2 * kPanel<T>, kDepth = 128;
-
-  // Columns of dW = de_mᵀ · hidden_m, and with the first of them db.
-  void weight(size_t m, int64_t first, T* scratch) const {
-    const int64_t width = s_.widths[m], d = s_.width, joined = s_.modalities * d;
-    const int64_t columns = std::min(kColumns, width - first);
-    const T* de = de_ + static_cast<int64_t>(m) * d;
-    T* to = grads_.head_weight[m] + first;
-    const Rows& rows = inputs_.hidden[m];
-    if (first == 0) sum_rows(s_.items, d, de, joined, false, grads_.head_bias[m]);
-    if (rows.type == kOwn<T>) {
-      const T* from = static_cast<const T*>(rows.data) + first;
-      multiply<T>(d, columns, s_.items, de, 1, joined, plain(from, width), to, width, Into::overwrite);
-      return;
-    }
-    for (int64_t i = 0; i < s_.items; i += kDepth) {
-      const int64_t count = std::min(kDepth, s_.items - i);
-      for (int64_t j = 0; j < count; ++j)
-        convert_from(rows.type, static_cast<const char*>(rows.data) + ((i + j) * width + first) * bytes_of(rows.type),
-                     scratch + j * columns, columns, T(1));
-      multiply<T>(d, columns, count, de + i * joined, 1, joined, plain(scratch, columns), to, width,
-                  i == 0 ? Into::overwrite : Into::add);
-    }
-  }
-
-  // Rows of dhidden_m = de_m · W.
-  void hidden(size_t m, int64_t first, T* scratch) const {
-    const int64_t width = s_.widths[m], d = s_.width, joined = s_.modalities * d;
-    const int64_t count = std::min(kBlock, s_.items - first);
-    const Stored type = inputs_.hidden[m].type;
-    char* rows = static_cast<char*>(grad_hidden_[m]) + first * width * bytes_of(type);
-    T* to = type == kOwn<T> ? reinterpret_cast<T*>(rows) : scratch;
-    multiply<T>(count, width, d, de_ + first * joined + static_cast<int64_t>(m) * d, joined, 1,
-                plain(weights_.head_weight[m], width), to, width, Into::overwrite);
-    if (to == scratch) convert_to(type, scratch, rows, count * width);
-  }
-
-  const Sizes& s_;
-  const Inputs& inputs_;
-  const Weights<const T*>& weights_;
-  const T* de_;
-  const std::vector<void*>& grad_hidden_;
-  const Weights<T*>& grads_;
 };
 
 int64_t blocks_of(const Sizes& sizes) { return (sizes.items + kBlock - 1) / kBlock; }
@@ -361,15 +269,15 @@ double atleast_tiny(double value) { return std::max(value, std::numeric_limits<d
 }  // namespace
 
 template <class T>
-void forward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& weights, Stored type, void* items, void* e,
+void forward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& weights, Stored type, void* items,
              T* logits, T* assigned, T* probability) {
   const int64_t count = blocks_of(s), workers = workers_for(count), each = 2 * s.modalities + 1;
-  const Plan<T> plan(s, inputs, weights, false);
+  const Plan<T> plan(s, inputs, weights);
   std::vector<Block<T>> blocks;
   for (int64_t w = 0; w < workers; ++w) blocks.emplace_back(plan);
   std::vector<double> sums(static_cast<size_t>(count * each));
   run_tasks(workers, count, [&](int64_t w, int64_t b) {
-    blocks[static_cast<size_t>(w)].forward(b * kBlock, std::min(kBlock, s.items - b * kBlock), type, items, e, logits,
+    blocks[static_cast<size_t>(w)].forward(b * kBlock, std::min(kBlock, s.items - b * kBlock), type, items, logits,
                                            sums.data() + b * each);
   });
   for (int64_t b = 1; b < count; ++b)
@@ -386,29 +294,26 @@ void forward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& weig
 
 template <class T>
 void backward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& weights, Stored type,
-              const void* grad_items, const T* grad_probability, const void* e, const T* logits,
-              const std::vector<void*>& grad_hidden, const Weights<T*>& grads) {
+              const void* grad_items, const T* grad_probability, const T* logits, void* grad_embeddings,
+              const Weights<T*>& grads) {
   const int64_t count = blocks_of(s), workers = workers_for(count);
-  const Plan<T> plan(s, inputs, weights, true);
+  const Plan<T> plan(s, inputs, weights);
   std::vector<Block<T>> blocks;
   for (int64_t w = 0; w < workers; ++w) blocks.emplace_back(plan);
   double total = 0;
   for (int64_t i = 0; i < s.items; ++i) total += weight_of(inputs, s.modalities, i);
-  const int64_t joined = s.modalities * s.width;
-  const Buffer<T> de(s.items * joined);
   Turns turns(count);
   run_tasks(workers, count, [&](int64_t w, int64_t b) {
     blocks[static_cast<size_t>(w)].backward(b, b * kBlock, std::min(kBlock, s.items - b * kBlock), type, grad_items,
-                                            grad_probability, atleast_tiny(total), e, logits,
-                                            de.data() + b * kBlock * joined, grads, turns);
+                                            grad_probability, atleast_tiny(total), logits, grad_embeddings, grads,
+                                            turns);
   });
-  HeadsBackward<T>(s, inputs, weights, de.data(), grad_hidden, grads).run();
 }
 
-#define INSTANTIATE(T)                                                                                               \
-  template void forward<T>(const Sizes&, const Inputs&, const Weights<const T*>&, Stored, void*, void*, T*, T*, T*); \
-  template void backward<T>(const Sizes&, const Inputs&, const Weights<const T*>&, Stored, const void*, const T*,    \
-                            const void*, const T*, const std::vector<void*>&, const Weights<T*>&);
+#define INSTANTIATE(T)                                                                                            \
+  template void forward<T>(const Sizes&, const Inputs&, const Weights<const T*>&, Stored, void*, T*, T*, T*);     \
+  template void backward<T>(const Sizes&, const Inputs&, const Weights<const T*>&, Stored, const void*, const T*, \
+                            const T*, void*, const Weights<T*>&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

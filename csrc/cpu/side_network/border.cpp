@@ -2,6 +2,7 @@
 
 #include "cpu/border.h"
 #include "cpu/library.h"
+#include "links.h"
 #include "side_network.h"
 #include "side_network_schema.h"
 
@@ -17,7 +18,7 @@ struct Arguments {
 
 Arguments read_arguments(TensorList states, TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
                          TensorList weights, side_network::Fields fields) {
-  Arguments args{{std::move(fields), 0, 0, 0, 0}, {}, {}};
+  Arguments args{{std::move(fields), 0, 0, 0, 0, 0}, {}, {}};
   side_network::Structure& s = args.structure;
   const size_t modalities = s.widths.size();
   TORCH_CHECK_VALUE(states.size() == modalities, "states: expected ", modalities, " tensors, got ", states.size());
@@ -29,8 +30,13 @@ Arguments read_arguments(TensorList states, TensorList scales, const OptionalTen
                     described(states[0]));
   s.levels = weights[0].size(0);
   s.rank = weights[0].size(1);
+  const size_t head = 5 * s.towers.size();
+  TORCH_CHECK_VALUE(weights.size() > head && weights[head].defined() && weights[head].dim() == 2, item("weights", head),
+                    ": expected [d, D]");
+  s.embedding = weights[head].size(0);
   s.rows = states[0].size(0);
   TORCH_CHECK_VALUE(s.levels > 0 && s.rank > 0, "weights[0]: expected L and r above zero, got ", described(weights[0]));
+  TORCH_CHECK_VALUE(s.embedding > 0, item("weights", head), ": expected d above zero, got ", described(weights[head]));
   for (size_t m = 0; m < modalities; ++m) {
     check_device(item("states", m), states[m], at::kCPU);
     check_shape(item("states", m), states[m], {s.rows, s.levels, s.widths[m]});
@@ -77,16 +83,18 @@ void each_weight(const side_network::Structure& s, F&& visit) {
   for (const auto& t : s.towers) visit(2, std::vector<int64_t>{levels, s.width(t), rank});
   for (const auto& t : s.towers) visit(3, std::vector<int64_t>{levels, s.width(t)});
   for (size_t t = 0; t < s.towers.size(); ++t) visit(4, std::vector<int64_t>{levels});
+  for (const auto& t : s.towers) visit(5, std::vector<int64_t>{s.embedding, s.width(t)});
+  for (size_t t = 0; t < s.towers.size(); ++t) visit(6, std::vector<int64_t>{s.embedding});
   const auto pairs = s.cross_pairs();
-  for (size_t p = 0; p < pairs.size(); ++p) visit(5, std::vector<int64_t>{levels});
+  for (size_t p = 0; p < pairs.size(); ++p) visit(7, std::vector<int64_t>{levels});
   for (const auto& [m, n] : pairs)
-    if (s.widths[m] != s.widths[n]) visit(6, std::vector<int64_t>{rank, s.widths[n]});
+    if (s.widths[m] != s.widths[n]) visit(8, std::vector<int64_t>{rank, s.widths[n]});
   for (const auto& [m, n] : pairs)
-    if (s.widths[m] != s.widths[n]) visit(7, std::vector<int64_t>{s.widths[m], rank});
+    if (s.widths[m] != s.widths[n]) visit(9, std::vector<int64_t>{s.widths[m], rank});
   for (const auto& t : s.towers)
-    if (s.narrowed(t)) visit(8, std::vector<int64_t>{levels, s.width(t), s.widths[s.wide(t)]});
+    if (s.narrowed(t)) visit(10, std::vector<int64_t>{levels, s.width(t), s.widths[s.wide(t)]});
   for (const auto& t : s.towers)
-    if (s.narrowed(t)) visit(9, std::vector<int64_t>{levels, s.width(t)});
+    if (s.narrowed(t)) visit(11, std::vector<int64_t>{levels, s.width(t)});
 }
 
 void check_weights(const side_network::Structure& s, TensorList weights) {
@@ -104,41 +112,15 @@ void check_weights(const side_network::Structure& s, TensorList weights) {
 template <class P, class F>
 side_network::Weights<P> group_weights(const side_network::Structure& s, F&& pointer) {
   side_network::Weights<P> w;
-  std::vector<P>* fields[] = {&w.down_weight, &w.down_bias,  &w.up_weight, &w.up_bias,     &w.gate,
-                              &w.cross_gate,  &w.cross_down, &w.cross_up,  &w.pair_weight, &w.pair_bias};
+  std::vector<P>* fields[] = {&w.down_weight, &w.down_bias,  &w.up_weight,  &w.up_bias,  &w.gate,        &w.head_weight,
+                              &w.head_bias,   &w.cross_gate, &w.cross_down, &w.cross_up, &w.pair_weight, &w.pair_bias};
   size_t next = 0;
   each_weight(s, [&](int field, const std::vector<int64_t>&) { fields[field]->push_back(pointer(next++)); });
   return w;
 }
 
-template <class T>
-std::vector<Tensor> all_in_type(TensorList tensors) {
-  std::vector<Tensor> converted;
-  for (const Tensor& tensor : tensors) converted.push_back(in_type<T>(tensor));
-  return converted;
-}
-
-std::vector<Tensor> check_per_tower(const char* name, TensorList tensors, const side_network::Structure& s, bool saved,
-                                    at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(tensors.size() == s.towers.size(), name, ": expected ", s.towers.size(), " tensors, got ",
-                    tensors.size());
-  std::vector<Tensor> plain;
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    check_device(item(name, t), tensors[t], at::kCPU);
-    check_type(item(name, t), tensors[t], {dtype});
-    if (saved)
-      check_shape(item(name, t), tensors[t], {s.items, s.levels, s.rank});
-    else
-      check_shape(item(name, t), tensors[t], {s.items, s.width(s.towers[t])});
-    plain.push_back(tensors[t].contiguous());
-  }
-  return plain;
-}
-
-side_network::Tensors pointers(const std::vector<Tensor>& tensors, at::ScalarType dtype) {
-  side_network::Tensors result{{}, stored_type(dtype)};
-  for (const Tensor& tensor : tensors) result.data.push_back(tensor.data_ptr());
-  return result;
+int64_t products_size(const side_network::Structure& s) {
+  return s.cross == side_network::Cross::side ? 0 : side_network::Columns(s).size();
 }
 
 }  // namespace
@@ -153,42 +135,55 @@ std::vector<Tensor> side_network(TensorList states, TensorList scales, const Opt
   check_weights(s, weights);
   return in_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<Tensor> outputs, saved;
-    for (const auto& tower : s.towers) {
-      outputs.push_back(empty({s.items, s.width(tower)}, dtype));
-      saved.push_back(empty({s.items, s.levels, s.rank}, dtype));
+    const auto towers = static_cast<int64_t>(s.towers.size());
+    std::vector<Tensor> out{empty({s.items, towers, s.embedding}, dtype),
+                            empty({towers, s.items, s.levels, s.rank}, dtype),
+                            empty({towers, products_size(s)}, kScalarType<T>)};
+    if (s.items == 0) {
+      out[2].zero_();
+      return out;
     }
     const auto own = all_in_type<T>(weights);
     const auto grouped = group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
-    side_network::forward<T>(s, args.inputs, grouped, pointers(outputs, dtype), pointers(saved, dtype));
-    outputs.insert(outputs.end(), saved.begin(), saved.end());
-    return outputs;
+    const side_network::Kept kept{out[0].mutable_data_ptr(), out[1].mutable_data_ptr(), stored_type(dtype)};
+    side_network::forward<T>(s, args.inputs, grouped, kept, out[2].template mutable_data_ptr<T>());
+    return out;
   });
 }
 
-std::vector<Tensor> side_network_backward(TensorList grad_outputs, TensorList saved, TensorList states,
-                                          TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
-                                          TensorList weights, at::IntArrayRef widths, at::IntArrayRef sources,
-                                          c10::string_view cross, c10::string_view activation, double temperature,
-                                          at::ScalarType dtype) {
+std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& products,
+                                          TensorList states, TensorList scales, const OptionalTensor& ids,
+                                          const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
+                                          at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
+                                          double temperature, at::ScalarType dtype) {
   const Arguments args = read_arguments(states, scales, ids, present, weights,
                                         side_network::read_fields(widths, sources, cross, activation, temperature));
   const side_network::Structure& s = args.structure;
   check_weights(s, weights);
-  const auto grads_in = check_per_tower("grad_outputs", grad_outputs, s, false, dtype);
-  const auto saved_in = check_per_tower("saved", saved, s, true, dtype);
+  const auto towers = static_cast<int64_t>(s.towers.size());
+  check_device("grad_embeddings", grad_embeddings, at::kCPU);
+  check_type("grad_embeddings", grad_embeddings, {dtype});
+  check_shape("grad_embeddings", grad_embeddings, {s.items, towers, s.embedding});
+  check_device("saved", saved, at::kCPU);
+  check_type("saved", saved, {dtype});
+  check_shape("saved", saved, {towers, s.items, s.levels, s.rank});
+  check_device("products", products, at::kCPU);
+  check_shape("products", products, {towers, products_size(s)});
   return in_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
+    check_type("products", products, {kScalarType<T>});
     std::vector<Tensor> grads;
     for (const Tensor& weight : weights) {
       grads.push_back(empty(weight.sizes(), kScalarType<T>));
       if (s.items == 0) grads.back().zero_();
     }
     if (s.items > 0) {
+      const Tensor incoming = grad_embeddings.contiguous(), kept = saved.contiguous(), links = products.contiguous();
       const auto own = all_in_type<T>(weights);
       const auto grouped = group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
       const auto sums = group_weights<T*>(s, [&](size_t i) { return grads[i].template mutable_data_ptr<T>(); });
-      side_network::backward<T>(s, args.inputs, grouped, pointers(grads_in, dtype), pointers(saved_in, dtype), sums);
+      side_network::backward<T>(s, args.inputs, grouped, {incoming.data_ptr(), kept.data_ptr(), stored_type(dtype)},
+                                links.template const_data_ptr<T>(), sums);
     }
     for (size_t i = 0; i < grads.size(); ++i) grads[i] = grads[i].to(weights[i].scalar_type());
     return grads;

@@ -1,7 +1,16 @@
 // side_network on CPUs: what it computes is written in crossan_fast/ops/side_network.py.
 //
-// A block of items walks all levels of its towers while its h stays in the core's cache. Its border
-// (border.cpp) has checked every shape, range and type before anything here runs.
+// All but the activations is linear. So h of an item is never made: let u walk like x, but without up-projections,
+// and κ_lp be the product of what levels p + 1 … l keep of h; then, the head being one more level L that takes no
+// states, has no activation and keeps all,
+//
+//     z_l = W_l u_l + bias_l + Σ_{p<l} G_lp a_p,      G_lp = κ_lp W_l W_up,p,      a = act(z),      e = z_L,
+//     x_l = u_l + Σ_{p<l} κ_lp (W_up,p a_p + b_up,p),
+//
+// W_l being W_down,l or the head's. With cross = side, towers take each other's h, and κ would differ from item to
+// item with what is present: there a block walks with h itself (coupled.h).
+//
+// The border (border.cpp) has checked every shape, range and type before anything here runs.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +24,7 @@
 namespace crossan_fast::side_network {
 
 struct Structure : Fields {
-  int64_t items, rows, levels, rank;
+  int64_t items, rows, levels, rank, embedding;
 
   Activation activation() const { return relu ? Activation::relu : Activation::gelu; }
   int modalities() const { return static_cast<int>(widths.size()); }
@@ -53,24 +62,45 @@ struct Inputs {
 // Weights or their gradients, contiguous, in the order of SideNetworkWeights; P is const T* or T*.
 template <class P>
 struct Weights {
-  std::vector<P> down_weight, down_bias, up_weight, up_bias, gate;  // per tower
-  std::vector<P> cross_gate;                                        // per cross pair
-  std::vector<P> cross_down, cross_up;                              // per cross pair of unequal widths
-  std::vector<P> pair_weight, pair_bias;                            // per narrowed tower
+  std::vector<P> down_weight, down_bias, up_weight, up_bias, gate, head_weight, head_bias;  // per tower
+  std::vector<P> cross_gate;                                                                // per cross pair
+  std::vector<P> cross_down, cross_up;    // per cross pair of unequal widths
+  std::vector<P> pair_weight, pair_bias;  // per narrowed tower
 };
 
-// An activation or gradient tensor per tower, contiguous, each element of `type`.
-struct Tensors {
-  std::vector<void*> data;
+// e [N, T, d] or its gradient, and z [T, N, L, r]; contiguous, each element of `type`.
+struct Kept {
+  void* embeddings;
+  void* bottlenecks;
   Stored type;
+
+  char* embedding(const Structure& s, int64_t item, size_t t) const {
+    const int64_t at = item * static_cast<int64_t>(s.towers.size()) + static_cast<int64_t>(t);
+    return static_cast<char*>(embeddings) + at * s.embedding * bytes_of(type);
+  }
+  char* bottleneck(const Structure& s, int64_t item, size_t t, int64_t level) const {
+    const int64_t at = (static_cast<int64_t>(t) * s.items + item) * s.levels + level;
+    return static_cast<char*>(bottlenecks) + at * s.rank * bytes_of(type);
+  }
 };
 
+// products [T, …]: see products.h; null where cross = side.
 template <class T>
-void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Tensors& outputs,
-             const Tensors& saved);
+void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& out,
+             T* products);
 
 template <class T>
-void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights,
-              const Tensors& grad_outputs, const Tensors& saved, const Weights<T*>& grads);
+void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& in,
+              const T* products, const Weights<T*>& grads);
 
+namespace coupled {
+
+template <class T>
+void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& out);
+
+template <class T>
+void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& in,
+              const Weights<T*>& grads);
+
+}  // namespace coupled
 }  // namespace crossan_fast::side_network

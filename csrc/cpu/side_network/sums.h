@@ -4,21 +4,21 @@
 #include <cmath>
 #include <vector>
 
+#include "links.h"
+#include "plan.h"
 #include "side_network.h"
-#include "walk.h"
 
 namespace crossan_fast::side_network {
 
-// Of one tower, per level l: Σ dz_l [a_0 … a_{l−1}]ᵀ over items, [r, l·r].
+// Of one tower, per level l = 1 … L: Σ dz_l [a_0 … a_{l−1}]ᵀ over items, [k, l·r].
 template <class T>
 class LevelProducts {
  public:
-  explicit LevelProducts(const Structure& s)
-      : square_(s.rank * s.rank), sums_(s.levels * (s.levels - 1) / 2 * square_) {}
-  T* operator[](int64_t l) const { return sums_.data() + l * (l - 1) / 2 * square_; }
+  explicit LevelProducts(const Structure& s) : place_(s), sums_(place_.size()) {}
+  T* operator[](int64_t l) const { return sums_.data() + place_.start(l); }
 
  private:
-  int64_t square_;
+  Rows place_;
   Buffer<T> sums_;
 };
 
@@ -41,52 +41,151 @@ struct Sums {
   }
 };
 
-// The gradient of W_down holds Σ dz_l u_lᵀ; what x_l has beyond u_l is
-// Σ_{p<l} κ_lp (W_up,p a_p + b_up,p), κ_lp = keep_{p+1} … keep_l.
+// ⟨dx, row⟩ over items, for each of the rows that a tower's x is a sum of. By lanes, and every few items in double.
 template <class T>
-void finish_down(const Plan<T>& plan, const Sums<T>& sums) {
-  const Structure& s = plan.structure;
-  const int64_t rank = s.rank, towers = static_cast<int64_t>(sums.products.size());
-  run_tasks(workers_for(towers), towers, [&](int64_t, int64_t t) {
-    for (int64_t l = 1; l < s.levels; ++l) {
-      T* product = sums.products[static_cast<size_t>(t)][l];
-      T kept = T(1);
-      for (int64_t p = l; p-- > 0;) {
-        kept *= plan.keeps(static_cast<size_t>(t), p + 1);
-        for (int64_t k = 0; k < rank; ++k)
-          for (int64_t j = 0; j < rank; ++j) product[(k * l + p) * rank + j] *= kept;
+class GateDots {
+ public:
+  void clear() { *this = GateDots(); }
+
+  void add(int64_t width, const T* dx, int count, const T* const* rows) {
+    if (static_cast<size_t>(count) > sums_.size()) sums_.resize(static_cast<size_t>(count));
+    switch (count) {
+      case 1: add_fused<1>(width, dx, rows); break;
+      case 2: add_fused<2>(width, dx, rows); break;
+      case 3: add_fused<3>(width, dx, rows); break;
+      case 4: add_fused<4>(width, dx, rows); break;
+      case 5: add_fused<5>(width, dx, rows); break;
+      case 6: add_fused<6>(width, dx, rows); break;
+      case 7: add_fused<7>(width, dx, rows); break;
+      case 8: add_fused<8>(width, dx, rows); break;
+      default:  // more modalities than anyone has
+        for (int j = 0; j < count; ++j) sums_[static_cast<size_t>(j)] += static_cast<double>(dot(width, dx, rows[j]));
+    }
+    if (++pending_ == 16) gather();
+  }
+
+  void gather() {
+    for (size_t j = 0; j < sums_.size() && j < kFused; ++j) {
+      sums_[j] += static_cast<double>(sum_of_lanes<T>(lanes_[j])) + static_cast<double>(rest_[j]);
+      lanes_[j] = Vec<T>{};
+      rest_[j] = 0;
+    }
+    pending_ = 0;
+  }
+
+  double sum(int j) const { return static_cast<size_t>(j) < sums_.size() ? sums_[static_cast<size_t>(j)] : 0.0; }
+
+ private:
+  static constexpr size_t kFused = 8;
+
+  template <int count>
+  void add_fused(int64_t width, const T* dx, const T* const* rows) {
+    constexpr int lanes = kLanes<T, Vec<T>>;
+    Vec<T> sum[count];
+#pragma GCC unroll 8
+    for (int j = 0; j < count; ++j) sum[j] = lanes_[j];
+    int64_t d = 0;
+    for (; d + lanes <= width; d += lanes) {
+      const Vec<T> g = load<Vec<T>>(dx + d);
+#pragma GCC unroll 8
+      for (int j = 0; j < count; ++j) sum[j] += g * load<Vec<T>>(rows[j] + d);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < count; ++j) lanes_[j] = sum[j];
+    for (; d < width; ++d)
+      for (int j = 0; j < count; ++j) rest_[j] += dx[d] * rows[j][d];
+  }
+
+  Vec<T> lanes_[kFused] = {};
+  T rest_[kFused] = {};
+  std::vector<double> sums_;
+  int pending_ = 0;
+};
+
+// Some columns of D of one tower's weights: what the sums over items leave to add.
+template <class T>
+class FinishColumns {
+ public:
+  static constexpr int64_t kColumns = 64;
+
+  explicit FinishColumns(const Plan<T>& plan)
+      : s_(plan.structure),
+        plan_(plan),
+        up_(s_.levels * s_.rank * kColumns),
+        weight_(std::max(s_.rank, s_.embedding) * kColumns) {}
+
+  void run(const Sums<T>& sums, const std::vector<T>& carried, size_t t, int64_t j) {
+    const int64_t width = s_.width(s_.towers[t]), rank = s_.rank, columns = std::min(kColumns, width - j);
+    const int64_t depth = s_.levels * rank;
+    for (int64_t i = 0; i < columns; i += kPanel<T>)
+      for (int64_t p = 0; p < s_.levels; ++p)
+        pack_panel(plan_.weights.up_weight[t] + p * width * rank, int64_t{1}, rank, rank, j + i, j + columns,
+                   up_.data() + i * depth + p * rank * kPanel<T>);
+    std::vector<double> bias(static_cast<size_t>(s_.levels * columns)), image(static_cast<size_t>(columns));
+    for (int64_t l = 1; l <= s_.levels; ++l) {
+      const int64_t rows = l < s_.levels ? rank : s_.embedding;
+      const T* own = level_weight(plan_, t, l) + j;
+      const T* total = l < s_.levels ? sums.grads.down_bias[t] + l * rank : sums.grads.head_bias[t];
+      T* to = (l < s_.levels ? sums.grads.down_weight[t] + l * rank * width : sums.grads.head_weight[t]) + j;
+      multiply<T>(rows, columns, l * rank, sums.products[t][l], l * rank, 1, {up_.data(), kPanel<T>, depth * kPanel<T>},
+                  to, width, Into::add);
+      for (int64_t k = 0; k < rows; ++k) {
+        std::copy_n(own + k * width, columns, weight_.data() + k * kColumns);
+        for (int64_t d = 0; d < columns; ++d) to[k * width + d] += total[k] * carried[l * width + j + d];
+      }
+      std::fill(image.begin(), image.end(), 0.0);  // W_lᵀ Σ dz_l
+      for (int64_t k = 0; k < rows; ++k)
+        for (int64_t d = 0; d < columns; ++d)
+          image[d] += static_cast<double>(total[k]) * static_cast<double>(weight_.data()[k * kColumns + d]);
+      for (int64_t p = 0; p < l; ++p) {
+        multiply<T>(columns, rank, rows, weight_.data(), 1, kColumns, plain(sums.products[t][l] + p * rank, l * rank),
+                    sums.grads.up_weight[t] + (p * width + j) * rank, rank, l == p + 1 ? Into::overwrite : Into::add);
+        const auto kept = static_cast<double>(carry(plan_, t, l, p));
+        for (int64_t d = 0; d < columns; ++d) bias[p * columns + d] += kept * image[d];
       }
     }
-  });
+    for (int64_t p = 0; p < s_.levels; ++p)
+      for (int64_t d = 0; d < columns; ++d)
+        sums.grads.up_bias[t][p * width + j + d] = static_cast<T>(bias[p * columns + d]);
+  }
 
+ private:
+  const Structure& s_;
+  const Plan<T>& plan_;
+  Buffer<T> up_, weight_;  // columns of all levels' W_upᵀ, [L·r, kColumns]; of W_l, [k, kColumns]
+};
+
+// With S_lp = κ_lp Σ dz_l a_pᵀ over items: the gradient of W_l holds Σ dz_l u_lᵀ and lacks what x_l has beyond u_l,
+// Σ_p S_lp W_up,pᵀ and the biases' share; that of W_up,p is Σ_{l>p} W_lᵀ S_lp.
+template <class T>
+void finish_weights(const Plan<T>& plan, const Sums<T>& sums) {
+  const Structure& s = plan.structure;
   struct Task {
     size_t tower;
     int64_t column;
   };
   std::vector<Task> tasks;
-  for (size_t t = 0; t < sums.products.size(); ++t)
-    for (int64_t j = 0; j < s.width(s.towers[t]); j += kPanel<T>) tasks.push_back({t, j});
-  const auto count = static_cast<int64_t>(tasks.size());
-  const int64_t workers = workers_for(count);
-  std::vector<Buffer<T>> panels;  // kPanel columns of all levels' W_upᵀ but the last's, [(L − 1)·r, kPanel]
-  for (int64_t w = 0; w < workers; ++w) panels.emplace_back((s.levels - 1) * rank * kPanel<T>);
+  std::vector<std::vector<T>> carried;
+  for (size_t t = 0; t < s.towers.size(); ++t) {
+    carried.push_back(carried_biases(plan, t));
+    for (int64_t j = 0; j < s.width(s.towers[t]); j += FinishColumns<T>::kColumns) tasks.push_back({t, j});
+  }
+  for (size_t t = 0; t < s.towers.size(); ++t)
+    for (int64_t l = 1; l <= s.levels; ++l) {
+      T* product = sums.products[t][l];
+      const int64_t rank = s.rank, rows = l < s.levels ? rank : s.embedding;
+      for (int64_t p = 0; p < l; ++p) {
+        const T kept = carry(plan, t, l, p);
+        for (int64_t k = 0; k < rows; ++k)
+          for (int64_t j = 0; j < rank; ++j) product[(k * l + p) * rank + j] *= kept;
+      }
+    }
+  const auto count = static_cast<int64_t>(tasks.size()), workers = workers_for(count);
+  std::vector<FinishColumns<T>> columns;
+  for (int64_t w = 0; w < workers; ++w) columns.emplace_back(plan);
   run_tasks(workers, count, [&](int64_t w, int64_t i) {
     const auto [t, j] = tasks[static_cast<size_t>(i)];
-    const int64_t width = s.width(s.towers[t]), columns = std::min(kPanel<T>, width - j);
-    T* panel = panels[static_cast<size_t>(w)].data();
-    T bias[kPanel<T>] = {};  // Σ_{p<l} κ_lp b_up,p
-    for (int64_t l = 1; l < s.levels; ++l) {
-      const int64_t p = l - 1;
-      pack_panel(plan.weights.up_weight[t] + p * width * rank, int64_t{1}, rank, rank, j, width,
-                 panel + p * rank * kPanel<T>);
-      T* to = sums.grads.down_weight[t] + l * rank * width + j;
-      multiply<T>(rank, columns, l * rank, sums.products[t][l], l * rank, 1, packed(panel, l * rank), to, width,
-                  Into::add);
-      for (int64_t d = 0; d < columns; ++d)
-        bias[d] = plan.keeps(t, l) * (bias[d] + plan.weights.up_bias[t][p * width + j + d]);
-      for (int64_t k = 0; k < rank; ++k)
-        for (int64_t d = 0; d < columns; ++d) to[k * width + d] += sums.grads.down_bias[t][l * rank + k] * bias[d];
-    }
+    columns[static_cast<size_t>(w)].run(sums, carried[t], t, j);
   });
 }
 

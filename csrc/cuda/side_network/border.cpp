@@ -14,6 +14,8 @@ using Tensors = std::vector<Tensor>;
 
 using side_network::Cross;
 
+constexpr size_t kGroups = 7;  // of a tower's weights, in the order of SideNetworkWeights; cross gates follow
+
 struct Structure : side_network::Fields {
   at::ScalarType dtype;
   int64_t path, backward_items;
@@ -23,7 +25,6 @@ struct Structure : side_network::Fields {
 struct Call {
   CrossanSideNetwork network = {};
   Tensors kept;
-  std::vector<Tensors> weights;  // groups in the order of SideNetworkWeights, cross gates last
   std::vector<int64_t> tower_widths;
   at::TensorOptions options;
 
@@ -62,9 +63,8 @@ void check_structure(const Structure& s) {
 void add_weights(Call& call, const Structure& s, at::TensorList flat, const at::Device& device) {
   CrossanSideNetwork& n = call.network;
   size_t towers = n.towers, modalities = n.modalities;
-  size_t crosses = s.cross == Cross::backbone ? modalities * (modalities - 1) : 0;
-  TORCH_CHECK_VALUE(flat.size() == 5 * towers + crosses, "weights: expected ", 5 * towers + crosses, " tensors, got ",
-                    flat.size());
+  size_t crosses = s.cross == Cross::backbone ? modalities * (modalities - 1) : 0, own = kGroups * towers;
+  TORCH_CHECK_VALUE(flat.size() == own + crosses, "weights: expected ", own + crosses, " tensors, got ", flat.size());
   const Tensor& down = flat[0];
   TORCH_CHECK_VALUE(down.dim() == 3, "weights[0]: expected shape [levels, rank, width], got ", down.sizes());
   int64_t levels = down.size(0), rank = down.size(1);
@@ -76,19 +76,28 @@ void add_weights(Call& call, const Structure& s, at::TensorList flat, const at::
   n.levels = static_cast<int>(levels), n.rank = static_cast<int>(rank), n.weight_kind = kind_of(type);
   TORCH_CHECK_TYPE(n.weight_kind >= 0 && n.weight_kind <= 2, "weights[0]: expected float32, float16 or bfloat16, got ",
                    type);
+  const std::string head = item("weights", 5 * towers);
+  TORCH_CHECK_VALUE(flat[5 * towers].dim() == 2, head, ": expected shape [embedding, width], got ",
+                    flat[5 * towers].sizes());
+  const int64_t embedding = flat[5 * towers].size(0), slots = levels + (embedding + 63) / 64;
+  TORCH_CHECK_VALUE(embedding >= 8 && embedding % 8 == 0 && slots <= kCrossanMaxSlots, head,
+                    ": expected an embedding that is a multiple of 8 up to ", 64 * (kCrossanMaxSlots - levels),
+                    " with ", levels, " levels, got ", embedding);
+  n.embedding = static_cast<int>(embedding);
   for (size_t i = 0; i < flat.size(); ++i) {
-    int64_t width = i < 5 * towers ? call.tower_widths[i % towers] : 0;
+    int64_t width = i < own ? call.tower_widths[i % towers] : 0;
     const std::vector<int64_t> shapes[] = {{levels, rank, width}, {levels, rank}, {levels, width, rank},
-                                           {levels, width},       {levels},       {levels}};
-    check_tensor(item("weights", i), flat[i], shapes[i < 5 * towers ? i / towers : 5], type, device);
+                                           {levels, width},       {levels},       {embedding, width},
+                                           {embedding},           {levels}};
+    check_tensor(item("weights", i), flat[i], shapes[i < own ? i / towers : kGroups], type, device);
   }
   for (size_t t = 0; t < towers; ++t) {
     n.down_weight[t] = call.keep(flat[t]), n.down_bias[t] = call.keep(flat[towers + t]);
     n.up_weight[t] = call.keep(flat[2 * towers + t]), n.up_bias[t] = call.keep(flat[3 * towers + t]);
     n.gate[t] = call.keep(flat[4 * towers + t]);
+    n.head_weight[t] = call.keep(flat[5 * towers + t]), n.head_bias[t] = call.keep(flat[6 * towers + t]);
     if (crosses && t < modalities)
-      for (size_t i = 0; i < modalities - 1; ++i)
-        n.cross_gate[t][i] = call.keep(flat[5 * towers + t * (modalities - 1) + i]);
+      for (size_t i = 0; i < modalities - 1; ++i) n.cross_gate[t][i] = call.keep(flat[own + t * (modalities - 1) + i]);
   }
 }
 
@@ -180,24 +189,21 @@ Tensors side_network_forward(at::TensorList states, at::TensorList scales, const
       states, scales, ids, present, weights,
       {side_network::read_fields(widths, sources, cross, activation, temperature), dtype, path, backward_items});
   CrossanSideNetwork& n = call.network;
-  Tensors results;
-  for (int64_t width : call.tower_widths) results.push_back(at::empty({n.items, width}, call.options.dtype(dtype)));
-  for (int t = 0; t < n.towers; ++t)
-    results.push_back(at::empty({n.items, n.levels, n.rank}, call.options.dtype(dtype)));
-  for (int t = 0; t < n.towers; ++t) {
-    n.outputs[t] = results[t].mutable_data_ptr();
-    n.saved[t] = results[n.towers + t].mutable_data_ptr();
-  }
+  const at::TensorOptions options = call.options.dtype(dtype);
+  Tensors results = {at::empty({n.items, n.towers, n.embedding}, options),
+                     at::empty({n.towers, n.items, n.levels, n.rank}, options),
+                     at::empty({n.towers, 0}, call.options.dtype(at::kFloat))};  // no products are kept
+  n.embeddings = results[0].mutable_data_ptr(), n.saved = results[1].mutable_data_ptr();
   Tensor workspace = workspace_for(call, false);
   check_code(crossan_side_network_forward(&n, workspace.mutable_data_ptr(), current_stream(workspace)), "side_network");
   return results;
 }
 
-Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved, at::TensorList states,
-                              at::TensorList scales, const OptionalTensor& ids, const OptionalTensor& present,
-                              at::TensorList weights, at::IntArrayRef widths, at::IntArrayRef sources,
-                              c10::string_view cross, c10::string_view activation, double temperature,
-                              at::ScalarType dtype, int64_t path, int64_t backward_items) {
+Tensors side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& /*products*/,
+                              at::TensorList states, at::TensorList scales, const OptionalTensor& ids,
+                              const OptionalTensor& present, at::TensorList weights, at::IntArrayRef widths,
+                              at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
+                              double temperature, at::ScalarType dtype, int64_t path, int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
   Call call = prepare_call(
@@ -205,17 +211,10 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
       {side_network::read_fields(widths, sources, cross, activation, temperature), dtype, path, backward_items});
   CrossanSideNetwork& n = call.network;
   auto towers = static_cast<size_t>(n.towers);
-  TORCH_CHECK_VALUE(grad_outputs.size() == towers, "grad_outputs: expected ", towers, " tensors, got ",
-                    grad_outputs.size());
-  TORCH_CHECK_VALUE(saved.size() == towers, "saved: expected ", towers, " tensors, got ", saved.size());
   at::Device device = weights[0].device();
-  for (size_t t = 0; t < towers; ++t) {
-    std::string index = "[" + std::to_string(t) + "]";
-    check_tensor(("grad_outputs" + index).c_str(), grad_outputs[t], {n.items, call.tower_widths[t]}, dtype, device);
-    check_tensor(("saved" + index).c_str(), saved[t], {n.items, n.levels, n.rank}, dtype, device);
-    n.grad_outputs[t] = call.keep(grad_outputs[t]);
-    n.saved[t] = const_cast<void*>(call.keep(saved[t]));
-  }
+  check_tensor("grad_embeddings", grad_embeddings, {n.items, n.towers, n.embedding}, dtype, device);
+  check_tensor("saved", saved, {n.towers, n.items, n.levels, n.rank}, dtype, device);
+  n.grad_embeddings = call.keep(grad_embeddings), n.saved = const_cast<void*>(call.keep(saved));
   Tensors grads;
   for (const Tensor& weight : weights) grads.push_back(at::empty(weight.sizes(), call.options));
   for (size_t t = 0; t < towers; ++t) {
@@ -224,8 +223,10 @@ Tensors side_network_backward(at::TensorList grad_outputs, at::TensorList saved,
     n.grad_up_weight[t] = grads[2 * towers + t].mutable_data_ptr();
     n.grad_up_bias[t] = grads[3 * towers + t].mutable_data_ptr();
     n.grad_gate[t] = grads[4 * towers + t].mutable_data_ptr();
+    n.grad_head_weight[t] = grads[5 * towers + t].mutable_data_ptr();
+    n.grad_head_bias[t] = grads[6 * towers + t].mutable_data_ptr();
     for (int i = 0; i + 1 < n.source_counts[t] && !n.is_pair[t]; ++i)
-      n.grad_cross_gate[t][i] = grads[5 * towers + t * (n.modalities - 1) + i].mutable_data_ptr();
+      n.grad_cross_gate[t][i] = grads[kGroups * towers + t * (n.modalities - 1) + i].mutable_data_ptr();
   }
   Tensor workspace = workspace_for(call, true);
   check_code(crossan_side_network_backward(&n, workspace.mutable_data_ptr(), current_stream(workspace)),
@@ -244,13 +245,15 @@ CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
       "side_network(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, "
       "Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");
   library.def(
-      "side_network_backward(Tensor[] grad_outputs, Tensor[] saved, Tensor[] states, Tensor[] scales, "
-      "Tensor? ids, Tensor? present, Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");
+      "side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor products, Tensor[] states, "
+      "Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");
 #undef CROSSAN_STATIC
-  library.def("side_network_widest(int levels) -> int", [](int64_t levels) {
+  library.def("side_network_widest(int levels, int embedding) -> int", [](int64_t levels, int64_t embedding) {
     TORCH_CHECK_VALUE(levels >= 1 && levels <= kCrossanMaxLevels, "levels: expected 1 to ", int(kCrossanMaxLevels),
                       ", got ", levels);
-    return int64_t{crossan_side_network_widest(static_cast<int>(levels))};
+    TORCH_CHECK_VALUE(embedding >= 1 && embedding <= 64 * (kCrossanMaxSlots - levels), "embedding: expected 1 to ",
+                      64 * (kCrossanMaxSlots - levels), ", got ", embedding);
+    return int64_t{crossan_side_network_widest(static_cast<int>(levels), static_cast<int>(embedding))};
   });
 }
 

@@ -78,22 +78,6 @@ struct WgmmaEngine {
       stmatrix_x4_trans(place(tile, pair), blocks);
     }
   }
-
-  __device__ __forceinline__ void add(unsigned char* panel, const float* bias, float scale) {
-    const float biases[2] = {bias_of(bias, 0), bias_of(bias, 1)};
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t blocks[4];
-      ldmatrix_x4_trans(blocks, place(panel, pair));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* value = acc + 8 * pair + 2 * i;
-        blocks[i] = pack2<T>((low_half<T>(blocks[i]) + value[0] + biases[i % 2]) * scale,
-                             (high_half<T>(blocks[i]) + value[1] + biases[i % 2]) * scale);
-      }
-      stmatrix_x4_trans(place(panel, pair), blocks);
-    }
-  }
 };
 
 // One thread copies every tile of every tower that the cluster works on, as fast as stages become empty.
@@ -118,7 +102,7 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1) hopper_kernel(const __g
     unsigned char* shared = shared_memory();
     trap_unless(shared_address(shared) % 1024 == 0);  // the swizzle is one of addresses
     unsigned char* groups = shared + kStages * kTileBytes;
-    auto* barriers = reinterpret_cast<uint64_t*>(groups + kGroups * group_bytes(walk.max_width));
+    auto* barriers = reinterpret_cast<uint64_t*>(groups + kGroups * group_bytes(walk_panels(walk, kBackward)));
     const Ring ring = {shared, barriers, barriers + kStages};
     const unsigned rank = cluster_rank();
     if (threadIdx.x == 0) {
@@ -139,12 +123,12 @@ __global__ void __launch_bounds__(128 * kGroups + 32, 1) hopper_kernel(const __g
         int fetched = 0;
         for (int64_t work = first_work; work < works; work += stride) {
           const Tower& tower = walk.towers[work % walk.tower_count];
-          produce(ring, tower.weights, walk_tiles(walk.levels, tower.width, kBackward), rank, &fetched);
+          produce(ring, tower.weights, walk_tiles(walk, tower.width, kBackward), rank, &fetched);
         }
       }
     } else {
       WgmmaEngine<T> engine(ring, group);
-      GroupMemory memory = group_memory(groups, walk.max_width, group);
+      GroupMemory memory = group_memory(groups, walk_panels(walk, kBackward), group);
       for (int64_t work = first_work; work < works; work += stride) {
         const Tower& tower = walk.towers[work % walk.tower_count];
         int64_t first = work / walk.tower_count * kClusterItems + (rank * kGroups + group) * kGroupItems;
@@ -169,8 +153,8 @@ int launch_groups(const Walk& walk, int groups, size_t shared, unsigned blocks, 
 
 }  // namespace
 
-size_t walk_hopper_shared(int max_width, int groups) {
-  return kStages * kTileBytes + groups * group_bytes(max_width) + 2 * kStages * sizeof(uint64_t);
+size_t walk_hopper_shared(int panels, int groups) {
+  return kStages * kTileBytes + groups * group_bytes(panels) + 2 * kStages * sizeof(uint64_t);
 }
 
 int launch_walk_hopper(const Walk& walk, int kind, bool backward, int groups, size_t shared, unsigned blocks,

@@ -7,7 +7,7 @@ namespace crossan_fast {
 namespace {
 
 static_assert(kCrossanMaxModalities == kMaxModalities && kCrossanMaxTowers == kMaxTowers &&
-              kCrossanMaxSources == kMaxSources && kCrossanMaxLevels == kMaxLevels);
+              kCrossanMaxSources == kMaxSources && kCrossanMaxLevels == kMaxLevels && kCrossanMaxSlots == kMaxSlots);
 
 int check(const CrossanSideNetwork& n) {
   if (n.items < 0 || n.rows < 0 || (n.ids == nullptr && n.items > n.rows)) return kCrossanBadSize;
@@ -16,6 +16,8 @@ int check(const CrossanSideNetwork& n) {
     return kCrossanBadSize;
   if (n.levels < 1 || n.levels > kMaxLevels) return kCrossanBadSize;
   if (n.rank < 8 || n.rank > kRank || n.rank % 8) return kCrossanBadSize;
+  if (n.embedding < 8 || n.embedding > kMaxSlots * kTile || n.embedding % 8) return kCrossanBadSize;
+  if (n.levels + head_parts(n.embedding) > kMaxSlots) return kCrossanBadSize;
   if (n.compute_kind != kFloat16 && n.compute_kind != kBFloat16) return kCrossanBadKind;
   if (n.weight_kind < kFloat32 || n.weight_kind > kBFloat16) return kCrossanBadKind;
   for (int m = 0; m < n.modalities; ++m) {
@@ -48,8 +50,9 @@ struct Cutter {
 
 struct Plan {
   Prepare prepare = {};
+  Fold fold = {};
   WeightGradient gradient = {};  // its walk is the backward's and, without gradients, the forward's
-  Reduce reduce = {};
+  Combine combine = {};
   size_t bytes = 0;
 };
 
@@ -93,51 +96,71 @@ Plan make_plan(const CrossanSideNetwork& n, bool backward, void* workspace) {
   walk.tower_count = n.towers, walk.levels = n.levels, walk.rank = n.rank;
   walk.activation = n.relu ? kRelu : kGelu;
   walk.max_width = max_width(n);
+  const int parts = walk.parts = head_parts(n.embedding);
+  walk.embedding = n.embedding, walk.embedding_stride = int64_t(n.towers) * n.embedding;
   Prepare& prepare = plan.prepare;
   prepare.ids = n.ids, prepare.wide = n.wide, prepare.rows = n.rows, prepare.items = n.items;
   prepare.tower_count = n.towers, prepare.levels = n.levels, prepare.rank = n.rank;
-  prepare.weight_kind = n.weight_kind, prepare.compute_kind = n.compute_kind;
+  prepare.embedding = n.embedding, prepare.weight_kind = n.weight_kind, prepare.compute_kind = n.compute_kind;
   prepare.max_width = walk.max_width, prepare.temperature = n.temperature;
-  Reduce& reduce = plan.reduce;
-  reduce.tower_count = n.towers, reduce.levels = n.levels, reduce.rank = n.rank;
-  reduce.weight_kind = n.weight_kind, reduce.max_width = walk.max_width, reduce.temperature = n.temperature;
-  int splits = plan.gradient.splits = reduce.splits = choose_splits(n);
+  Combine& combine = plan.combine;
+  Fold& fold = plan.fold;
+  fold.tower_count = n.towers, fold.levels = n.levels, fold.parts = parts;
+  combine.tower_count = n.towers, combine.levels = n.levels, combine.rank = n.rank;
+  combine.embedding = n.embedding, combine.weight_kind = n.weight_kind;
+  combine.max_width = walk.max_width, combine.temperature = n.temperature;
+  int splits = plan.gradient.splits = combine.splits = choose_splits(n);
 
   for (int t = 0; t < n.towers; ++t) {
     Tower& tower = walk.towers[t];
     int width = n.widths[n.sources[t][0]];
-    int64_t tile_bytes = int64_t(n.levels) * 2 * (width / kTile) * kTileBytes;
+    const int pairs = pair_count(n.levels, parts);
+    int64_t tile_bytes = (int64_t(2 * n.levels + parts) * (width / kTile) + pairs) * kTileBytes;
     int64_t scratch = backward_items(n) * n.levels * kRank * 2;
     tower.source_count = n.source_counts[t], tower.owners = n.is_pair[t] ? 2 : 1, tower.width = width;
     for (int s = 0; s < tower.source_count; ++s) {
       int m = n.sources[t][s];
       tower.sources[s] = {static_cast<const unsigned char*>(n.states[m]), n.scales[m], n.state_kinds[m], m};
     }
-    prepare.width[t] = reduce.width[t] = width;
-    prepare.source_count[t] = reduce.source_count[t] = tower.source_count;
-    prepare.is_pair[t] = reduce.is_pair[t] = n.is_pair[t];
+    prepare.width[t] = combine.width[t] = width;
+    prepare.source_count[t] = combine.source_count[t] = tower.source_count;
+    prepare.is_pair[t] = combine.is_pair[t] = n.is_pair[t];
     prepare.down_weight[t] = n.down_weight[t], prepare.down_bias[t] = n.down_bias[t];
     prepare.up_weight[t] = n.up_weight[t], prepare.up_bias[t] = n.up_bias[t], prepare.gate[t] = n.gate[t];
+    prepare.head_weight[t] = n.head_weight[t], prepare.head_bias[t] = n.head_bias[t];
     for (int s = 0; s < kMaxSources - 1; ++s) prepare.cross_gate[t][s] = n.cross_gate[t][s];
     tower.weights = prepare.forward_tiles[t] = cutter.take<unsigned char>(tile_bytes);
+    fold.width[t] = width, fold.forward_tiles[t] = prepare.forward_tiles[t];
+    combine.forward_tiles[t] = prepare.forward_tiles[t];
     tower.down_bias = prepare.down_biases[t] = cutter.take<float>(n.levels * kRank);
     tower.up_bias = prepare.up_biases[t] = cutter.take<float>(int64_t(n.levels) * width);
-    reduce.coefficients[t] = tower.coefficients = prepare.coefficients[t] =
+    tower.head_bias = prepare.head_biases[t] = cutter.take<float>(parts * kTile);
+    fold.coefficients[t] = combine.coefficients[t] = tower.coefficients = prepare.coefficients[t] =
         cutter.take<float>(n.levels * kCoefficients);
-    tower.saved = static_cast<unsigned char*>(n.saved[t]);
-    tower.output = static_cast<unsigned char*>(n.outputs[t]);
-    if (!backward) continue;
-    plan.gradient.backward_tiles[t] = prepare.backward_tiles[t] = cutter.take<unsigned char>(tile_bytes);
-    tower.grad = static_cast<const unsigned char*>(n.grad_outputs[t]);
+    tower.saved = static_cast<unsigned char*>(n.saved) + t * n.items * n.levels * n.rank * 2;
+    if (!backward) {
+      tower.output = static_cast<unsigned char*>(n.embeddings) + int64_t(t) * n.embedding * 2;
+      continue;
+    }
+    plan.gradient.transposed_tiles[t] = prepare.transposed_tiles[t] =
+        cutter.take<unsigned char>(int64_t(n.levels + parts) * (width / kTile) * kTileBytes);
+    tower.weights = fold.backward_tiles[t] = cutter.take<unsigned char>(int64_t(pairs) * kTileBytes);
+    combine.products[t] = fold.products[t] = cutter.take<float>(int64_t(pairs) * kRank * kRank);
+    combine.pair_tiles[t] = cutter.take<unsigned char>(int64_t(pairs) * 2 * kTileBytes);
+    combine.pair_numbers[t] = cutter.take<float>(2 * pairs);
+    combine.pair_partial[t] = plan.gradient.pair_partial[t] =
+        cutter.take<float>(int64_t(splits) * pairs * kRank * kRank);
+    tower.grad = static_cast<const unsigned char*>(n.grad_embeddings) + int64_t(t) * n.embedding * 2;
     tower.activated = cutter.take<unsigned char>(scratch);
     tower.bottleneck_grad = cutter.take<unsigned char>(scratch);
-    reduce.partial[t] = plan.gradient.partial[t] = cutter.take<float>(splits * partial_floats(n.levels, width));
-    reduce.coefficient_partial[t] = plan.gradient.coefficient_partial[t] =
+    combine.partial[t] = plan.gradient.partial[t] = cutter.take<float>(splits * Partial(n.levels + parts, width).total);
+    combine.coefficient_partial[t] = plan.gradient.coefficient_partial[t] =
         cutter.take<float>(int64_t(splits) * (width / kGradientColumns) * n.levels * kCoefficients);
-    reduce.down_weight[t] = n.grad_down_weight[t], reduce.down_bias[t] = n.grad_down_bias[t];
-    reduce.up_weight[t] = n.grad_up_weight[t], reduce.up_bias[t] = n.grad_up_bias[t];
-    reduce.gate[t] = n.grad_gate[t];
-    for (int s = 0; s < kMaxSources - 1; ++s) reduce.cross_gate[t][s] = n.grad_cross_gate[t][s];
+    combine.down_weight[t] = n.grad_down_weight[t], combine.down_bias[t] = n.grad_down_bias[t];
+    combine.up_weight[t] = n.grad_up_weight[t], combine.up_bias[t] = n.grad_up_bias[t];
+    combine.gate[t] = n.grad_gate[t];
+    combine.head_weight[t] = n.grad_head_weight[t], combine.head_bias[t] = n.grad_head_bias[t];
+    for (int s = 0; s < kMaxSources - 1; ++s) combine.cross_gate[t][s] = n.grad_cross_gate[t][s];
   }
   plan.bytes = cutter.used;
   return plan;
@@ -151,7 +174,7 @@ Walk part_of(Walk walk, int64_t first, int64_t count) {
   for (int t = 0; t < walk.tower_count; ++t) {
     Tower& tower = walk.towers[t];
     tower.saved += first * walk.levels * walk.rank * 2;
-    tower.grad += first * tower.width * 2;
+    tower.grad += first * walk.embedding_stride * 2;
     for (int s = 0; s < tower.source_count && walk.ids == nullptr; ++s) {  // item i is row i
       Source& source = tower.sources[s];
       source.states += first * walk.levels * tower.width * element_size(source.kind);
@@ -165,12 +188,17 @@ bool takes_hopper(const CrossanSideNetwork& n) {
   return n.path == kCrossanPathHopper || (n.path == kCrossanPathAuto && device_limits().architecture == 90);
 }
 
-size_t gradient_shared_of(bool hopper, int levels) {
-  return hopper ? weight_gradient_hopper_shared(levels) : weight_gradient_shared(levels);
+size_t shared_of(bool hopper, int panels, int groups) {
+  return hopper ? walk_hopper_shared(panels, groups) : walk_shared(panels, groups);
 }
 
-size_t shared_of(bool hopper, int width, int groups) {
-  return hopper ? walk_hopper_shared(width, groups) : walk_shared(width, groups);
+// What the backward's kernels need at most.
+size_t backward_shared_of(bool hopper, int levels, int parts) {
+  const size_t gradient = hopper ? weight_gradient_hopper_shared(levels, parts) : weight_gradient_shared(levels, parts);
+  const size_t needs[] = {pair_sums_shared(levels), shared_of(hopper, walk_panels(levels, parts, 0, true), 1)};
+  size_t most = gradient;
+  for (size_t need : needs) most = need > most ? need : most;
+  return most;
 }
 
 // One group of 32 items a block while that keeps multiprocessors busy that two would leave idle.
@@ -178,7 +206,8 @@ int run_walk(const CrossanSideNetwork& n, const Walk& walk, bool backward, void*
   DeviceLimits device = device_limits();
   bool hopper = takes_hopper(n);
   if (hopper && device.architecture != 90) return kCrossanBadPath;
-  auto shared = [&](int groups) { return shared_of(hopper, walk.max_width, groups); };
+  const int panels = walk_panels(walk.levels, walk.parts, walk.max_width, backward);
+  auto shared = [&](int groups) { return shared_of(hopper, panels, groups); };
   int64_t blocks_of_two = (walk.items + 2 * kGroupItems - 1) / (2 * kGroupItems) * n.towers;
   auto limit = static_cast<size_t>(device.shared_per_block);
   int groups = blocks_of_two >= device.multiprocessors && shared(2) <= limit ? 2 : 1;
@@ -193,13 +222,14 @@ int run_walk(const CrossanSideNetwork& n, const Walk& walk, bool backward, void*
 
 using namespace crossan_fast;
 
-extern "C" int crossan_side_network_widest(int levels) {
+extern "C" int crossan_side_network_widest(int levels, int embedding) {
   DeviceLimits device = device_limits();
   auto limit = static_cast<size_t>(device.shared_per_block);
   int width = 0;
   bool hopper = device.architecture == 90;
-  if (gradient_shared_of(hopper, levels) > limit) return 0;
-  while (shared_of(hopper, width + kTile, 1) <= limit) width += kTile;
+  if (backward_shared_of(hopper, levels, head_parts(embedding)) > limit) return 0;
+  const int parts = head_parts(embedding);
+  while (shared_of(hopper, walk_panels(levels, parts, width + kTile, false), 1) <= limit) width += kTile;
   return width;
 }
 
@@ -212,6 +242,7 @@ extern "C" int crossan_side_network_forward(const CrossanSideNetwork* network, v
   if (network->items == 0) return 0;
   Plan plan = make_plan(*network, false, workspace);
   if (int error = launch_prepare(plan.prepare, stream)) return error;
+  if (int error = launch_fold(plan.fold, network->compute_kind, stream)) return error;
   return run_walk(*network, plan.gradient.walk, false, stream);
 }
 
@@ -221,22 +252,21 @@ extern "C" int crossan_side_network_backward(const CrossanSideNetwork* network, 
   const int64_t kept = backward_items(n) > 0 ? backward_items(n) : 1;
   Plan plan = make_plan(n, true, workspace);
   const bool hopper = takes_hopper(n);
-  if (gradient_shared_of(hopper, n.levels) > static_cast<size_t>(device_limits().shared_per_block))
-    return kCrossanTooLarge;
+  const size_t shared = backward_shared_of(hopper, n.levels, head_parts(n.embedding));
+  if (shared > static_cast<size_t>(device_limits().shared_per_block)) return kCrossanTooLarge;
   if (int error = launch_prepare(plan.prepare, stream)) return error;
+  if (int error = launch_fold(plan.fold, n.compute_kind, stream)) return error;
   const Walk whole = plan.gradient.walk;
   // Once without items too: it is what writes the sums.
   for (int64_t first = 0; first < n.items || first == 0; first += kept) {
     int64_t count = n.items - first < kept ? n.items - first : kept;
-    Walk walk = part_of(whole, first, count);
-    plan.gradient.walk = walk;
+    plan.gradient.walk = part_of(whole, first, count);
     plan.gradient.accumulate = first > 0;
-    // The walk reads the backward's tiles, the weight gradients the forward's.
-    for (int t = 0; t < walk.tower_count; ++t) walk.towers[t].weights = plan.gradient.backward_tiles[t];
-    if (int error = run_walk(n, walk, true, stream)) return error;
+    if (int error = run_walk(n, plan.gradient.walk, true, stream)) return error;
+    if (int error = launch_pair_sums(plan.gradient, n.compute_kind, stream)) return error;
     int error = hopper ? launch_weight_gradient_hopper(plan.gradient, n.compute_kind, stream)
                        : launch_weight_gradient(plan.gradient, n.compute_kind, stream);
     if (error) return error;
   }
-  return launch_reduce(plan.reduce, stream);
+  return launch_combine(plan.combine, n.compute_kind, stream);
 }

@@ -85,14 +85,6 @@ struct MmaEngine {
       *place = pack2<T>(value[0] + (bias ? bias[column] : 0.0f), value[1] + (bias ? bias[column + 1] : 0.0f));
     });
   }
-
-  __device__ __forceinline__ void add(unsigned char* panel, const float* bias, float scale) {
-    for_pairs(panel, [&](uint32_t* place, int column, const float* value) {
-      float low = low_half<T>(*place) + value[0] + (bias ? bias[column] : 0.0f);
-      float high = high_half<T>(*place) + value[1] + (bias ? bias[column + 1] : 0.0f);
-      *place = pack2<T>(low * scale, high * scale);
-    });
-  }
 };
 
 template <class T, bool kBackward, int kGroups>
@@ -101,8 +93,8 @@ __global__ void __launch_bounds__(128 * kGroups, 1) walk_kernel(const __grid_con
   const Tower& tower = walk.towers[blockIdx.x % walk.tower_count];
   int64_t first = int64_t(blockIdx.x / walk.tower_count) * (kGroups * kGroupItems);
   int group = threadIdx.x / 128;
-  MmaEngine<T> engine(shared, tower, walk_tiles(walk.levels, tower.width, kBackward));
-  GroupMemory memory = group_memory(shared + kStages * kTileBytes, walk.max_width, group);
+  MmaEngine<T> engine(shared, tower, walk_tiles(walk, tower.width, kBackward));
+  GroupMemory memory = group_memory(shared + kStages * kTileBytes, walk_panels(walk, kBackward), group);
   walk_tower<T, MmaEngine<T>, kBackward>(walk, tower, engine, memory, threadIdx.x % 128, first + group * kGroupItems);
 }
 
@@ -116,7 +108,7 @@ int launch_groups(const Walk& walk, int groups, size_t shared, void* stream) {
 
 }  // namespace
 
-size_t walk_shared(int max_width, int groups) { return kStages * kTileBytes + groups * group_bytes(max_width); }
+size_t walk_shared(int panels, int groups) { return kStages * kTileBytes + groups * group_bytes(panels); }
 
 int launch_walk(const Walk& walk, int kind, bool backward, int groups, size_t shared, void* stream) {
   if (kind == kBFloat16)

@@ -1,12 +1,11 @@
-// The walk over the levels, forward or backward, for one tower and the items of a block. Groups of 128
-// threads own 32 items each; their h (or its gradient) stays in shared memory as panels of 64 columns. What
-// multiplies the tiles is the Engine: mma.sync (walk.cu) or wgmma (hopper.cu):
+// The walk over the slots, forward or backward, for one tower and the items of a block. Groups of 128 threads own 32
+// items each; their u (side_network.h) and every level's act(z), or every slot's dz, stay in shared memory as panels of
+// 64 columns. What multiplies the tiles is the Engine: mma.sync (walk.cu) or wgmma (hopper.cu):
 //
 //   acquire()   makes what the group wrote visible to product(), waits for the next tile of weights
 //   product()   acc += items [32, 64] · tile [64, 64]ᵀ, perhaps in the background
 //   finish()    waits for the product before, if any; its tile is no longer needed
 //   store()     acc + bias → a tile of 32 items × 64
-//   add()       panel ← (panel + acc + bias) · scale
 //   sync()      the group's threads meet
 #pragma once
 
@@ -15,19 +14,22 @@
 namespace crossan_fast {
 
 struct GroupMemory {
-  unsigned char* bottleneck;  // 32 items × 64: z, then act(z); or da, then dz
-  unsigned char* panels;      // [width / 64] of 32 items × 64 columns
-  Item* items;                // [32]
+  unsigned char* panels;  // 32 items × 64 each: forward u's [width / 64], the levels' z, then act(z), and e's; backward
+                          // the slots' da, then dz
+  Item* items;            // [32]
 };
 
-__host__ __device__ constexpr size_t group_bytes(int max_width) {
-  return (1 + max_width / kTile) * kPanelBytes + 1024;  // 32 items in the last kilobyte
+__host__ __device__ constexpr size_t group_bytes(int panels) {
+  return panels * kPanelBytes + 1024;  // 32 items in the last kilobyte
 }
 
-__device__ __forceinline__ GroupMemory group_memory(unsigned char* base, int max_width, int group) {
-  unsigned char* own = base + group * group_bytes(max_width);
-  unsigned char* panels = own + kPanelBytes;
-  return {own, panels, reinterpret_cast<Item*>(panels + max_width / kTile * kPanelBytes)};
+__device__ __forceinline__ GroupMemory group_memory(unsigned char* base, int count, int group) {
+  unsigned char* panels = base + group * group_bytes(count);
+  return {panels, reinterpret_cast<Item*>(panels + count * kPanelBytes)};
+}
+
+__device__ __forceinline__ int walk_panels(const Walk& walk, bool backward) {
+  return walk_panels(walk.levels, walk.parts, walk.max_width, backward);
 }
 
 // A thread moves 8 columns (chunk) of two items of its group: thread / 8 and thread / 8 + 16.
@@ -72,16 +74,23 @@ __device__ __forceinline__ void state_factors(const Tower& tower, int levels, co
   }
 }
 
-// panel ← α₀·panel + Σ factors·states
+// Eight biases onto eight numbers of a row; none where there is no level before.
+__device__ __forceinline__ void add_biases(float (&x)[8], const float* biases) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] += biases ? biases[i] : 0.0f;
+}
+
+// panel ← α₀·(panel + the level before's b_up) + Σ factors·states
 template <class T>
 __device__ __forceinline__ void mix(unsigned char* panel, const Position& at, const Tower& tower,
-                                    const Item (&items)[2], float keep, const float (&factors)[kMaxSources][2],
-                                    const StateLoads& loads) {
+                                    const Item (&items)[2], float keep, const float* biases,
+                                    const float (&factors)[kMaxSources][2], const StateLoads& loads) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     unsigned char* place = panel + at.offset(half);
     float x[8], c[8];
     unpack8<T>(load16(place), x);
+    add_biases(x, biases);
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] *= keep;
 #pragma unroll
@@ -95,8 +104,20 @@ __device__ __forceinline__ void mix(unsigned char* panel, const Position& at, co
   }
 }
 
-// The bottleneck tile, between the two products of a level. Forward: z is saved, then activated in place.
-// Backward: the tile holds da; z comes back, act(z) and dz go to memory for the weight gradients.
+// panel ← panel + the last level's b_up: what the head reads.
+template <class T>
+__device__ __forceinline__ void finish_panel(unsigned char* panel, const Position& at, const float* biases) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float x[8];
+    unpack8<T>(load16(panel + at.offset(half)), x);
+    add_biases(x, biases);
+    store16(panel + at.offset(half), pack8<T>(x));
+  }
+}
+
+// A level's panel of 64 numbers an item. Forward: z is saved, then activated in place.
+// Backward: the panel holds da; z comes back, act(z) and dz go to memory for the weight gradients.
 template <class T, bool kBackward>
 __device__ __forceinline__ void bottleneck_pass(const Walk& walk, const Tower& tower, unsigned char* tile,
                                                 const Position& at, const Item (&items)[2], int64_t first_item,
@@ -136,82 +157,122 @@ __device__ __forceinline__ void bottleneck_pass(const Walk& walk, const Tower& t
   }
 }
 
+// The head's part of the embeddings' gradient, from memory; zeros where there is none.
+__device__ __forceinline__ void load_embedding_grad(const Walk& walk, const Tower& tower, unsigned char* tile,
+                                                    const Position& at, const Item (&items)[2], int64_t first_item,
+                                                    int part) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int column = part * kTile + at.chunk * 8;
+    bool there = (items[half].flags & kExists) && column < walk.embedding;
+    int64_t element = (first_item + at.row(half)) * walk.embedding_stride + column;
+    store16(tile + at.offset(half), there ? load16(tower.grad + 2 * element) : Raw8{});
+  }
+}
+
+// The head's part of the embeddings, to memory; zeros where the tower does not exist.
+__device__ __forceinline__ void store_embedding(const Walk& walk, const Tower& tower, const unsigned char* tile,
+                                                const Position& at, const Item (&items)[2], int64_t first_item,
+                                                int part) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int64_t index = first_item + at.row(half);
+    int column = part * kTile + at.chunk * 8;
+    if (index >= walk.items || column >= walk.embedding) continue;
+    Raw8 e = items[half].flags & kExists ? load16(tile + at.offset(half)) : Raw8{};
+    store16(tower.output + 2 * (index * walk.embedding_stride + column), e);
+  }
+}
+
 // The tiles that a walk reads for one tower.
-__device__ __forceinline__ int walk_tiles(int levels, int width, bool backward) {
-  return (2 * levels - (backward ? 1 : 0)) * (width / kTile);  // the backward leaves out level 0's second product
+__device__ __forceinline__ int walk_tiles(const Walk& walk, int width, bool backward) {
+  const int pairs = pair_count(walk.levels, walk.parts);
+  return backward ? pairs : pairs + (walk.levels + walk.parts) * (width / kTile);
+}
+
+template <class T, class Engine>
+__device__ __forceinline__ void walk_forward(const Walk& walk, const Tower& tower, Engine& engine,
+                                             const GroupMemory& memory, const Position& at, const Item (&items)[2],
+                                             int64_t first_item) {
+  const int panels = tower.width / kTile, levels = walk.levels;
+  for (int panel = 0; panel < panels; ++panel) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) store16(memory.panels + panel * kPanelBytes + at.offset(half), Raw8{});
+  }
+  unsigned char* thin = memory.panels + panels * kPanelBytes;  // the levels', and e's
+  StateLoads loads;
+  loads.start(tower, levels, items, 0, 0, at.chunk);
+  for (int slot = 0; slot < levels + walk.parts; ++slot) {
+    const bool is_level = slot < levels;
+    const float keep = is_level ? tower.coefficients[slot * kCoefficients] : 1.0f;
+    const float* biases = slot > 0 ? tower.up_bias + int64_t(slot - 1) * tower.width + at.chunk * 8 : nullptr;
+    float factors[kMaxSources][2];
+    if (is_level) state_factors(tower, levels, items, slot, factors);
+    engine.clear();
+    for (int panel = 0; panel < panels; ++panel) {
+      unsigned char* own = memory.panels + panel * kPanelBytes;
+      const float* own_biases = biases ? biases + panel * kTile : nullptr;
+      if (is_level) {
+        mix<T>(own, at, tower, items, keep, own_biases, factors, loads);
+        bool last = panel + 1 == panels;
+        if (!last || slot + 1 < levels) loads.start(tower, levels, items, slot + last, last ? 0 : panel + 1, at.chunk);
+      } else if (slot == levels) {
+        finish_panel<T>(own, at, own_biases);
+      }
+      const unsigned char* tile = engine.acquire();
+      engine.finish();  // so the product ran while this panel was mixed
+      engine.product(own, tile);
+    }
+    for (int below = 0; below < slot && below < levels; ++below) {
+      const unsigned char* tile = engine.acquire();
+      engine.finish();
+      engine.product(thin + below * kPanelBytes, tile);
+    }
+    engine.finish();
+    unsigned char* own = thin + (is_level ? slot : levels) * kPanelBytes;
+    engine.store(own, is_level ? tower.down_bias + slot * kRank : tower.head_bias + (slot - levels) * kTile);
+    engine.sync();
+    if (is_level)
+      bottleneck_pass<T, false>(walk, tower, own, at, items, first_item, slot);
+    else
+      store_embedding(walk, tower, own, at, items, first_item, slot - levels);
+  }
+}
+
+template <class T, class Engine>
+__device__ __forceinline__ void walk_backward(const Walk& walk, const Tower& tower, Engine& engine,
+                                              const GroupMemory& memory, const Position& at, const Item (&items)[2],
+                                              int64_t first_item) {
+  for (int part = 0; part < walk.parts; ++part) {
+    unsigned char* panel = memory.panels + (walk.levels + part) * kPanelBytes;
+    load_embedding_grad(walk, tower, panel, at, items, first_item, part);
+  }
+  for (int level = walk.levels - 1; level >= 0; --level) {
+    engine.clear();
+    for (int slot = level + 1; slot < walk.levels + walk.parts; ++slot) {
+      const unsigned char* tile = engine.acquire();
+      engine.finish();
+      engine.product(memory.panels + slot * kPanelBytes, tile);
+    }
+    engine.finish();
+    unsigned char* own = memory.panels + level * kPanelBytes;
+    engine.store(own, nullptr);
+    engine.sync();
+    bottleneck_pass<T, true>(walk, tower, own, at, items, first_item, level);
+  }
 }
 
 template <class T, class Engine, bool kBackward>
 __device__ __forceinline__ void walk_tower(const Walk& walk, const Tower& tower, Engine& engine,
                                            const GroupMemory& memory, int thread, int64_t first_item) {
   const Position at(thread);
-  const int panels = tower.width / kTile, levels = walk.levels;
   if (thread < kGroupItems) memory.items[thread] = find_item(walk, tower, first_item + thread);
   engine.sync();
   const Item items[2] = {memory.items[at.row(0)], memory.items[at.row(1)]};
-
-  for (int panel = 0; panel < panels; ++panel) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Raw8 start = {};
-      if (kBackward && (items[half].flags & kExists)) {
-        int64_t element = (first_item + at.row(half)) * tower.width + panel * kTile + at.chunk * 8;
-        start = load16(tower.grad + 2 * element);
-      }
-      store16(memory.panels + panel * kPanelBytes + at.offset(half), start);
-    }
-  }
-
-  StateLoads loads;
-  if constexpr (!kBackward) loads.start(tower, levels, items, 0, 0, at.chunk);
-  for (int step = 0; step < levels; ++step) {
-    const int level = kBackward ? levels - 1 - step : step;
-    const float* coefficients = tower.coefficients + level * kCoefficients;
-    float factors[kMaxSources][2];
-    if constexpr (!kBackward) state_factors(tower, levels, items, level, factors);
-
-    engine.clear();
-    for (int panel = 0; panel < panels; ++panel) {
-      unsigned char* own = memory.panels + panel * kPanelBytes;
-      if constexpr (!kBackward) {
-        mix<T>(own, at, tower, items, coefficients[0], factors, loads);
-        bool last = panel + 1 == panels;
-        if (!last || level + 1 < levels)
-          loads.start(tower, levels, items, level + last, last ? 0 : panel + 1, at.chunk);
-      }
-      const unsigned char* tile = engine.acquire();
-      engine.finish();  // so the product ran while this panel was mixed
-      engine.product(own, tile);
-    }
-    engine.finish();
-    engine.store(memory.bottleneck, kBackward ? nullptr : tower.down_bias + level * kRank);
-    engine.sync();
-    bottleneck_pass<T, kBackward>(walk, tower, memory.bottleneck, at, items, first_item, level);
-    if (kBackward && level == 0) break;
-    for (int panel = 0; panel < panels; ++panel) {
-      const unsigned char* tile = engine.acquire();
-      engine.clear();
-      engine.product(memory.bottleneck, tile);
-      engine.finish();
-      engine.add(memory.panels + panel * kPanelBytes,
-                 kBackward ? nullptr : tower.up_bias + int64_t(level) * tower.width + panel * kTile,
-                 kBackward ? coefficients[0] : 1.0f);
-    }
-    engine.sync();
-  }
-
-  if constexpr (!kBackward) {
-    for (int panel = 0; panel < panels; ++panel) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int64_t index = first_item + at.row(half);
-        if (index >= walk.items) continue;
-        Raw8 h = load16(memory.panels + panel * kPanelBytes + at.offset(half));
-        store16(tower.output + 2 * (index * tower.width + panel * kTile + at.chunk * 8),
-                items[half].flags & kExists ? h : Raw8{});
-      }
-    }
-  }
+  if constexpr (kBackward)
+    walk_backward<T>(walk, tower, engine, memory, at, items, first_item);
+  else
+    walk_forward<T>(walk, tower, engine, memory, at, items, first_item);
   engine.sync();
 }
 

@@ -1,30 +1,24 @@
-// The weight gradients for Hopper: as weight_gradient.cu, with wgmma, and with the two directions
-// in a warpgroup each: while one takes a block of 64 items down the levels with dh, the other takes the block
-// before it up again with x. Each keeps one matrix's gradients of all levels, [64, 32], in registers. What the
-// way up needs of the way down, dx, is handed over in shared memory, one of two logs, once a block of items.
-#include "side_network.h"
+// Σ dz ⊗ x and the gates' ⟨dx, ·⟩ for Hopper: as weight_gradient.cu, with wgmma, and with the two directions in a
+// warpgroup each: while one takes a block of 64 items down the slots with dx, the other takes the block before it up
+// again with x, and keeps the sums of all slots, [64, 32] each, in registers. What the way up needs of the way down,
+// dx, is handed over in shared memory, one of two logs, once a block of items.
+#include "weight_gradient.h"
 
 namespace crossan_fast {
 namespace {
 
-constexpr int kThreads = 256, kGroupThreads = 128, kItems = 64;
-constexpr int kSlice = kGradientColumns * 128;  // bytes: 32 rows of W_up, or of W_downᵀ, of one level
-constexpr int kItemTile = kItems * 128;         // bytes: 64 items × 64, act(z) or dz
-constexpr int kFactorTile = kItems * kGradientColumns * 2;
+constexpr int kThreads = kGradientThreads, kGroupThreads = 128, kItems = kGradientItems;
 
-// Offsets into shared memory; tiles and factors are two stages for each direction.
+// Offsets into shared memory; tiles are two stages for each direction, factors two of the way up.
 struct Layout {
-  int up, down, tiles, factors, logs, coefficient_sums, up_bias_sums, down_bias_sums, total;
-  __host__ __device__ constexpr explicit Layout(int levels)
-      : up(0),
-        down(up + levels * kSlice),
-        tiles(down + levels * kSlice),
-        factors(tiles + 8 * kItemTile),
-        logs(factors + 4 * kFactorTile),
-        coefficient_sums(logs + 2 * levels * kGroupThreads * 32),
-        up_bias_sums(coefficient_sums + levels * kCoefficients * 32 * 4),
-        down_bias_sums(up_bias_sums + levels * 4 * kGradientColumns * 4),
-        total(down_bias_sums + levels * kGroupThreads * 4) {}
+  int slices, tiles, factors, logs;
+  SmallSums<kGroupThreads> small;
+  __host__ __device__ constexpr Layout(int levels, int parts)
+      : slices(0),
+        tiles((levels + parts) * kSlice),
+        factors(tiles + 4 * kItemTile),
+        logs(factors + 2 * kFactorTile),
+        small(logs + 2 * levels * kGroupThreads * 32, levels, parts) {}
 };
 
 // A thread holds, of two items (lane / 4 and that + 8 of its warp's 16), 8 neighbouring columns: value[4·j +
@@ -32,35 +26,25 @@ struct Layout {
 __device__ __forceinline__ int memory_column(int n) { return n % 8 / 2 * 8 + n / 8 * 2 + n % 2; }
 
 template <class T>
-struct Direction {
-  const WeightGradient& p;
-  const Tower& tower;
-  unsigned char* shared;
+struct Direction : ItemGroup<T, kGroupThreads> {
+  using Base = ItemGroup<T, kGroupThreads>;
+  using Base::p, Base::tower, Base::shared, Base::thread, Base::lane, Base::warp, Base::first_item;
   const Layout at;
-  const int group, thread, lane, warp, first_column;  // group 0 goes down, 1 up
-  int64_t first_item = 0;
-  int used = 0;  // steps so far, whose parity is the stage
+  const int group, first_column;  // group 0 goes down, 1 up
+  int used = 0;                   // steps so far, whose parity is the stage
   Item items[2];
-  float sums[kMaxLevels][16] = {};
+  float sums[kMaxSlots][16] = {};
 
-  __device__ Direction(const WeightGradient& p, const Tower& tower, unsigned char* shared, int chunk)
-      : p(p),
-        tower(tower),
-        shared(shared),
-        at(p.walk.levels),
+  __device__ Direction(const WeightGradient& p, const Tower& tower, unsigned char* shared, const Layout& at, int chunk)
+      : Base(p, tower, shared, at.small),
+        at(at),
         group(threadIdx.x / kGroupThreads),
-        thread(threadIdx.x % kGroupThreads),
-        lane(threadIdx.x % 32),
-        warp(thread / 32),
         first_column(chunk * kGradientColumns + lane % 4 * 8) {}
 
-  // act(z) in the first tile of a stage, dz in the second.
-  __device__ __forceinline__ unsigned char* tile(int step, int which) {
-    return shared + at.tiles + ((group * 2 + step % 2) * 2 + which) * kItemTile;
+  __device__ __forceinline__ unsigned char* tile(int step) {
+    return shared + at.tiles + (group * 2 + step % 2) * kItemTile;
   }
-  __device__ __forceinline__ unsigned char* factor(int step) {
-    return shared + at.factors + (group * 2 + step % 2) * kFactorTile;
-  }
+  __device__ __forceinline__ unsigned char* factor(int step) { return shared + at.factors + step % 2 * kFactorTile; }
   // Eight of a thread's 16 numbers of dx.
   __device__ __forceinline__ unsigned char* log(int parity, int level, int half) {
     return shared + at.logs + (((parity * p.walk.levels + level) * 2 + half) * kGroupThreads + thread) * 16;
@@ -73,20 +57,14 @@ struct Direction {
       items[half] = find_item(p.walk, tower, first_item + warp * 16 + lane / 4 + 8 * half);
   }
 
-  // act(z) and dz of a level, into the stage of step `step`.
-  __device__ __forceinline__ void fetch(int step, int level) {
-    for (int i = thread; i < kItems * 8; i += kGroupThreads) {
-      int row = i / 8, chunk = i % 8;
-      int64_t index = first_item + row;
-      bool valid = index < p.walk.items;
-      int64_t source = valid ? 2 * ((index * p.walk.levels + level) * kRank + chunk * 8) : 0;
-      copy_async_16(tile(step, 0) + swizzled(row, chunk), tower.activated + source, valid);
-      copy_async_16(tile(step, 1) + swizzled(row, chunk), tower.bottleneck_grad + source, valid);
-    }
-    copy_async_commit();
+  // The step's tile, and what was published before, are there, and nobody reads the step before any more.
+  __device__ __forceinline__ void advance() {
+    copy_async_wait<0>();
+    fence_async_proxy();
+    named_barrier(1 + group, kGroupThreads);
   }
 
-  // value [64 items, 32 columns] as the factor of this step's outer product; the step's tiles have come.
+  // value [64 items, 32 columns] as the factor of this step's outer product.
   __device__ __forceinline__ void publish(const float (&value)[16]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -97,44 +75,38 @@ struct Direction {
             pack2<T>(value[4 * j + 2 * half], value[4 * j + 2 * half + 1]);
       }
     }
-    copy_async_wait<0>();
-    fence_async_proxy();
-    named_barrier(1 + group, kGroupThreads);  // and nobody reads the step before any more
   }
 
-  // sums[level] [64, 32] += outerᵀ · factor,  value [64 items, 32] += inner · slice [32 columns, 64]ᵀ
-  __device__ __forceinline__ void products(int level, float (&value)[16], const unsigned char* outer,
-                                           const unsigned char* inner, const unsigned char* slice) {
+  // value [64 items, 32] += tile · slice [32 columns, 64]ᵀ
+  __device__ __forceinline__ void inner(float (&value)[16], const unsigned char* slice) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      wgmma_64x32x16<T>(value, wgmma_operand(tile(used), 32 * step), wgmma_operand(slice, 32 * step));
+    wgmma_commit();
+    wgmma_wait(value);
+  }
+
+  // sums[slot] [64, 32] += tileᵀ · factor
+  __device__ __forceinline__ void outer(int slot) {
     float sum[16] = {};
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      wgmma_64x32x16<T>(value, wgmma_operand(inner, 32 * step), wgmma_operand(slice, 32 * step));
-      wgmma_64x32x16<T, true, true>(sum, wgmma_operand(outer, 2048 * step),
+    for (int step = 0; step < 4; ++step)
+      wgmma_64x32x16<T, true, true>(sum, wgmma_operand(tile(used), 2048 * step),
                                     wgmma_operand_half(factor(used), 1024 * step));
-    }
     wgmma_commit();
-    wgmma_wait(value, sum);
+    wgmma_wait(sum);
     // Registers have no run-time index: one of these is taken.
 #pragma unroll
-    for (int l = 0; l < kMaxLevels; ++l) {
-      if (l != level) continue;
+    for (int l = 0; l < kMaxSlots; ++l) {
+      if (l != slot) continue;
 #pragma unroll
       for (int i = 0; i < 16; ++i) sums[l][i] += sum[i];
     }
-    ++used;
   }
 
-  // Eight neighbouring numbers of each of the thread's two items.
-  __device__ __forceinline__ void load_grad(float (&value)[16]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Raw8 raw = {};
-      int64_t index = first_item + warp * 16 + lane / 4 + 8 * half;
-      if (items[half].flags & kExists) raw = load16(tower.grad + 2 * (index * tower.width + first_column));
-      unpack_half(raw, value, half);
-    }
-  }
+  // Eight neighbouring numbers of one of the thread's two items.
   __device__ __forceinline__ void unpack_half(const Raw8& raw, float (&value)[16], int half) const {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -143,53 +115,22 @@ struct Direction {
     }
   }
 
-  // Σ over items of dh, the gradient of b_up; one slot a warp and column.
-  __device__ __forceinline__ void add_up_bias(const float (&dh)[16], int level) {
-    auto* slots = reinterpret_cast<float*>(shared + at.up_bias_sums) + (level * 4 + warp) * kGradientColumns;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float sum = dh[i / 2 * 4 + i % 2] + dh[i / 2 * 4 + 2 + i % 2];
-      sum += shuffle_xor(sum, 4);
-      sum += shuffle_xor(sum, 8);
-      sum += shuffle_xor(sum, 16);
-      if (lane < 4) slots[lane * 8 + i] += sum;
-    }
-  }
-
-  // Σ over items of dz, the gradient of b_down: a thread takes 32 items of one column.
-  __device__ __forceinline__ void add_down_bias(int level) {
-    int column = thread % kRank, first = thread / kRank * 32;
-    const unsigned char* dz = tile(used, 1);
-    float sum = 0;
-    for (int row = first; row < first + 32; ++row)
-      sum += to_float(*reinterpret_cast<const T*>(dz + swizzled(row, column / 8) + column % 8 * 2));
-    reinterpret_cast<float*>(shared + at.down_bias_sums)[level * kGroupThreads + thread] += sum;
-  }
-
-  __device__ __forceinline__ void add_coefficient(float value, int level, int which) {
-    value += shuffle_xor(value, 8);
-    value += shuffle_xor(value, 16);
-    auto* slots = reinterpret_cast<float*>(shared + at.coefficient_sums);
-    if (lane < 8) slots[(level * kCoefficients + which) * 32 + warp * 8 + lane] += value;
-  }
-
   __device__ __forceinline__ void go_down(int parity) {
-    const int levels = p.walk.levels;
-    fetch(used, levels - 1);
-    float value[16];
-    load_grad(value);
-    for (int level = levels - 1; level >= 0; --level) {
-      publish(value);
-      if (level > 0) fetch(used + 1, level - 1);
-      add_up_bias(value, level);
-      products(level, value, tile(used, 0), tile(used, 1), shared + at.down + level * kSlice);  // dx
-      float keep = tower.coefficients[level * kCoefficients];
+    const int levels = p.walk.levels, slots = levels + p.walk.parts;
+    Base::fetch(tile(used), slots - 1);
+    float value[16] = {};  // dx, which the head's slots begin
+    for (int slot = slots - 1; slot >= 0; --slot, ++used) {
+      advance();
+      if (slot > 0) Base::fetch(tile(used + 1), slot - 1);
+      inner(value, shared + at.slices + slot * kSlice);
+      if (slot >= levels) continue;
+      float keep = tower.coefficients[slot * kCoefficients];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Raw8 dx;
 #pragma unroll
         for (int j = 0; j < 4; ++j) dx.words[j] = pack2<T>(value[4 * j + 2 * half], value[4 * j + 2 * half + 1]);
-        store16(log(parity, level, half), dx);
+        store16(log(parity, slot, half), dx);
       }
 #pragma unroll
       for (float& v : value) v *= keep;
@@ -221,7 +162,7 @@ struct Direction {
       along += dx[i] * value[i];
       value[i] *= coefficients[0];
     }
-    add_coefficient(along, level, 0);
+    Base::add_coefficient(along, level, 0);
 #pragma unroll
     for (int s = 0; s < kMaxSources; ++s) {
       if (s >= tower.source_count) continue;
@@ -240,45 +181,41 @@ struct Direction {
           value[place] += coefficients[1 + s] * state;
         }
       }
-      add_coefficient(along, level, 1 + s);
+      Base::add_coefficient(along, level, 1 + s);
     }
   }
 
   __device__ __forceinline__ void go_up(int parity, bool bias) {
-    const int levels = p.walk.levels;
-    fetch(used, 0);
+    const int levels = p.walk.levels, slots = levels + p.walk.parts;
+    Base::fetch(tile(used), 0);
     prefetch_states(0);
-    float value[16] = {};  // h of the level below, then x, then h
-    for (int level = 0; level < levels; ++level) {
-      mix(value, parity, level);
+    float value[16] = {};  // what the level below hands on but for its activations, then x likewise
+    for (int slot = 0; slot < slots; ++slot, ++used) {
+      if (slot < levels) mix(value, parity, slot);
       publish(value);
-      if (level + 1 < levels) {
-        fetch(used + 1, level + 1);
-        prefetch_states(level + 1);
-      }
-      if (bias) add_down_bias(level);
-      const float* up_bias = tower.up_bias + level * tower.width + first_column;
+      advance();
+      if (slot + 1 < slots) Base::fetch(tile(used + 1), slot + 1);
+      if (slot + 1 < levels) prefetch_states(slot + 1);
+      if (bias) Base::add_bias(tile(used), slot);
+      outer(slot);
+      if (slot >= levels) continue;
+      const float* up_bias = tower.up_bias + slot * tower.width + first_column;
 #pragma unroll
       for (int i = 0; i < 16; ++i) value[i] += up_bias[i / 4 * 2 + i % 2];
-      products(level, value, tile(used, 1), tile(used, 0), shared + at.up + level * kSlice);
     }
   }
 };
 
-// The 32 columns' rows of W_up and of W_downᵀ, in the order in which the matrix unit holds them.
-__device__ __forceinline__ void load_slices(const WeightGradient& p, int tower_index, int chunk, unsigned char* shared,
+// The 32 columns' rows of W_downᵀ and W_headᵀ, in the order in which the matrix unit holds them.
+__device__ __forceinline__ void load_slices(const WeightGradient& p, const Share& share, unsigned char* shared,
                                             const Layout& at) {
-  const Tower& tower = p.walk.towers[tower_index];
-  const int tiles = tower.width / kTile, levels = p.walk.levels;
-  for (int i = threadIdx.x; i < levels * kGradientColumns * 8; i += kThreads) {
-    int level = i / (kGradientColumns * 8), row = i / 8 % kGradientColumns, part = i % 8;
-    // Second-product tile of these columns, and the row of its 64.
-    int64_t tile = tiles + chunk / 2;
-    int from = swizzled(chunk % 2 * kGradientColumns + memory_column(row), part);
-    int to = level * kSlice + swizzled(row, part);
-    copy_async_16(shared + at.up + to, tower.weights + (int64_t(level) * 2 * tiles + tile) * kTileBytes + from);
-    copy_async_16(shared + at.down + to,
-                  p.backward_tiles[tower_index] + (int64_t(levels - 1 - level) * 2 * tiles + tile) * kTileBytes + from);
+  const int panels = p.walk.towers[share.tower].width / kTile, slots = p.walk.levels + p.walk.parts;
+  for (int i = threadIdx.x; i < slots * kGradientColumns * 8; i += kThreads) {
+    int slot = i / (kGradientColumns * 8), row = i / 8 % kGradientColumns, part = i % 8;
+    // These columns' panel, and the row of its tiles' 64.
+    const int panel = share.chunk / 2, from = swizzled(share.chunk % 2 * kGradientColumns + memory_column(row), part);
+    copy_async_16(shared + at.slices + slot * kSlice + swizzled(row, part),
+                  p.transposed_tiles[share.tower] + (int64_t(slot) * panels + panel) * kTileBytes + from);
   }
   copy_async_commit();
 }
@@ -288,26 +225,23 @@ __global__ void __launch_bounds__(kThreads, 1) weight_gradient_hopper(const __gr
   if constexpr (!kHopper) {
     device_fail("side_network: the Hopper path needs a build with sm_90a code, architecture", 90);
   } else {
-    int chunks = p.walk.max_width / kGradientColumns;
-    int chunk = blockIdx.x % chunks, rest = blockIdx.x / chunks;
-    int tower_index = rest % p.walk.tower_count, split = rest / p.walk.tower_count;
-    const Tower& tower = p.walk.towers[tower_index];
-    if (chunk * kGradientColumns >= tower.width) return;
-    const int levels = p.walk.levels;
+    const Share share(p);
+    const Tower& tower = p.walk.towers[share.tower];
+    if (share.chunk * kGradientColumns >= tower.width) return;
+    const int levels = p.walk.levels, slots = levels + p.walk.parts;
     unsigned char* shared = shared_memory();
     trap_unless(shared_address(shared) % 1024 == 0);  // the swizzle is one of addresses
-    Direction<T> own(p, tower, shared, chunk);
-    const Layout at = own.at;
-    load_slices(p, tower_index, chunk, shared, at);
-    for (int i = at.coefficient_sums / 4 + threadIdx.x; i < at.total / 4; i += kThreads)
-      reinterpret_cast<float*>(shared)[i] = 0;
+    const Layout at(levels, p.walk.parts);
+    Direction<T> own(p, tower, shared, at, share.chunk);
+    load_slices(p, share, shared, at);
+    own.zero_sums();
     copy_async_wait<0>();
     fence_async_proxy();
     named_barrier(0, kThreads);
 
     int64_t blocks = (p.walk.items + kItems - 1) / kItems;
     int turn = 0;
-    for (int64_t block = split; block < blocks + p.splits; block += p.splits, ++turn) {
+    for (int64_t block = share.split; block < blocks + p.splits; block += p.splits, ++turn) {
       if (own.group == 0) {
         if (block < blocks) {
           own.start_items(block * kItems);
@@ -315,61 +249,37 @@ __global__ void __launch_bounds__(kThreads, 1) weight_gradient_hopper(const __gr
         }
       } else if (turn > 0) {
         own.start_items((block - p.splits) * kItems);
-        own.go_up((turn - 1) % 2, chunk == 0);
+        own.go_up((turn - 1) % 2, share.chunk == 0);
       }
       named_barrier(0, kThreads);  // the log of the way down is there; that of the way up is free
     }
 
-    float* partial = p.partial[tower_index] + split * partial_floats(levels, tower.width);
-    const int64_t matrix = int64_t(levels) * kRank * tower.width;
-    float* target = partial + (own.group == 0 ? matrix : 0);  // ∂W_upᵀ comes of the way down
+    float* partial = p.partial[share.tower] + share.split * Partial(slots, tower.width).total;
 #pragma unroll
-    for (int level = 0; level < kMaxLevels; ++level) {
-      if (level >= levels) continue;
+    for (int slot = 0; slot < kMaxSlots; ++slot) {
+      if (own.group == 0 || slot >= slots) continue;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int row = own.warp * 16 + own.lane / 4 + 8 * half;
-        float* place = target + (int64_t(level) * kRank + row) * tower.width + own.first_column;
-        const float* sum = own.sums[level] + 2 * half;
+        float* place = partial + (int64_t(slot) * kRank + row) * tower.width + own.first_column;
+        const float* sum = own.sums[slot] + 2 * half;
         add_or_store(place, Four{{sum[0], sum[1], sum[4], sum[5]}}, p.accumulate);
         add_or_store(place + 4, Four{{sum[8], sum[9], sum[12], sum[13]}}, p.accumulate);
       }
     }
-    float *down_bias = partial + 2 * matrix, *up_bias = down_bias + levels * kRank;
-    const auto* up_sums = reinterpret_cast<const float*>(shared + at.up_bias_sums);
-    for (int i = threadIdx.x; i < levels * kGradientColumns; i += kThreads) {
-      int level = i / kGradientColumns, column = i % kGradientColumns;
-      float sum = 0;
-      for (int w = 0; w < 4; ++w) sum += up_sums[(level * 4 + w) * kGradientColumns + column];
-      add_or_store(up_bias + level * tower.width + chunk * kGradientColumns + column, sum, p.accumulate);
-    }
-    if (chunk == 0) {
-      const auto* down_sums = reinterpret_cast<const float*>(shared + at.down_bias_sums);
-      for (int i = threadIdx.x; i < levels * kRank; i += kThreads) {
-        int place = i / kRank * kGroupThreads + i % kRank;
-        add_or_store(down_bias + i, down_sums[place] + down_sums[place + kRank], p.accumulate);
-      }
-    }
-    const auto* sums = reinterpret_cast<const float*>(shared + at.coefficient_sums);
-    float* coefficients = p.coefficient_partial[tower_index] +
-                          (split * (tower.width / kGradientColumns) + chunk) * levels * kCoefficients;
-    for (int i = threadIdx.x; i < levels * kCoefficients; i += kThreads) {
-      float sum = 0;
-      for (int slot = 0; slot < 32; ++slot) sum += sums[i * 32 + slot];
-      add_or_store(coefficients + i, sum, p.accumulate);
-    }
+    own.write_sums(share);
   }
 }
 
 }  // namespace
 
-size_t weight_gradient_hopper_shared(int levels) { return Layout(levels).total; }
+size_t weight_gradient_hopper_shared(int levels, int parts) { return Layout(levels, parts).small.total; }
 
 int launch_weight_gradient_hopper(const WeightGradient& p, int kind, void* stream) {
-  unsigned blocks = p.splits * p.walk.tower_count * (p.walk.max_width / kGradientColumns);
-  size_t shared = weight_gradient_hopper_shared(p.walk.levels);
-  return kind == kBFloat16 ? launch(weight_gradient_hopper<bfloat16>, blocks, kThreads, shared, stream, 1, p)
-                           : launch(weight_gradient_hopper<half16>, blocks, kThreads, shared, stream, 1, p);
+  size_t shared = weight_gradient_hopper_shared(p.walk.levels, p.walk.parts);
+  return kind == kBFloat16
+             ? launch(weight_gradient_hopper<bfloat16>, gradient_blocks(p), kThreads, shared, stream, 1, p)
+             : launch(weight_gradient_hopper<half16>, gradient_blocks(p), kThreads, shared, stream, 1, p);
 }
 
 }  // namespace crossan_fast

@@ -8,6 +8,7 @@ import torch
 
 from calls import FLOATS, STORED, numbers, strided, values
 from crossan_fast.ops import SideNetworkStructure
+from crossan_fast.ops.side_network import products_size
 
 
 def draw():
@@ -18,8 +19,9 @@ def draw():
         sources += ((0, 1), (1, 0))
     cross = random.choice(["none", "backbone", "side"])
     structure = SideNetworkStructure(widths, sources, cross, random.choice(["gelu", "relu"]))
-    rows, levels, rank = random.randint(0, 9), random.randint(1, 3), random.choice([1, 5, 16, 64])
-    weights = [values(*shape, dtype=random.choice(FLOATS)) for shape in _shapes(structure, levels, rank)]
+    rows, levels, rank = random.randint(0, 9), random.randint(1, 4), random.choice([1, 5, 16, 64])
+    shapes = _shapes(structure, levels, rank, random.choice([1, 7, 32, 64]))
+    weights = [values(*shape, dtype=random.choice(FLOATS)) for shape in shapes]
     if random.random() < 0.05:
         weights[random.randrange(len(weights))] = values(2, 2)
     states = [values(rows, levels, d).to(random.choice(STORED)) for d in widths]
@@ -33,25 +35,26 @@ def draw():
 
 def follow(library, arguments, results):
     states, _, ids, _, weights, *static, dtype = arguments
-    structure = SideNetworkStructure.from_static(*static)
-    count, towers = len(states[0]) if ids is None else len(ids), structure.tower_widths
+    count, towers = len(states[0]) if ids is None else len(ids), len(static[1]) // 2
     levels, rank, _ = weights[0].shape
-    shapes = [(count, d) for d in towers] + [(count, levels, rank)] * len(towers)
+    embedding = len(weights[6 * towers])
+    size = products_size(levels, rank, embedding, static[2], weights[0].device)
+    shapes = [(count, towers, embedding), (towers, count, levels, rank), (towers, size)]
     assert [tuple(o.shape) for o in results] == shapes
-    grads = [values(count, d, dtype=dtype) for d in towers]
-    saved = [strided(z) for z in results[len(towers) :]]
-    back = library.side_network_backward(grads, saved, *arguments)
+    grad = values(*shapes[0], dtype=dtype)
+    back = library.side_network_backward(grad, *map(strided, results[1:]), *arguments)
     assert [g.shape for g in back] == [w.shape for w in weights]
 
 
-def _shapes(structure, levels, rank):
+def _shapes(structure, levels, rank, embedding):
     """In the order of `SideNetworkWeights.flatten`."""
     towers, widths = structure.tower_widths, structure.widths
     wide = [max(widths[m] for m in structure.sources[t]) for t in structure.narrowed_towers]
     narrow = [towers[t] for t in structure.narrowed_towers]
     shapes = [(levels, rank, d) for d in towers] + [(levels, rank) for _ in towers]
     shapes += [(levels, d, rank) for d in towers] + [(levels, d) for d in towers]
-    shapes += [(levels,)] * (len(towers) + len(structure.cross_pairs))
+    shapes += [(levels,)] * len(towers) + [(embedding, d) for d in towers] + [(embedding,)] * len(towers)
+    shapes += [(levels,)] * len(structure.cross_pairs)
     shapes += [(rank, widths[n]) for _, n in structure.projected_pairs]
     shapes += [(widths[m], rank) for m, _ in structure.projected_pairs]
     return [

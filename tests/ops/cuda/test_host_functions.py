@@ -30,10 +30,8 @@ def _fusion_case(dtype: torch.dtype, presence: bool, counted: bool):
     def draw(*shape, scale=1.0):
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
-    modalities, width, count, widths = 4, 16, 53, (32, 48, 32, 24)
+    modalities, width, count = 4, 16, 53
     weights = FusionWeights(
-        [draw(width, d, scale=d**-0.5) for d in widths],
-        [draw(width, scale=0.2) for _ in widths],
         draw(modalities, modalities * width, scale=0.5),
         draw(modalities, scale=0.2),
         draw(modalities, 4 * width, width, scale=0.3),
@@ -43,27 +41,28 @@ def _fusion_case(dtype: torch.dtype, presence: bool, counted: bool):
     )
     present = torch.rand(count, modalities, generator=generator) < 0.6 if presence else None
     counts = torch.randint(0, 4, (count,), generator=generator) if counted else None
-    return [draw(count, d) for d in widths], weights, present, counts, draw(count, width)
+    return draw(count, modalities, width), weights, present, counts, draw(count, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [None, 1, 2])
 @pytest.mark.parametrize("presence, counted", [(False, False), (True, True)])
 def test_fusion(emulated, dtype, top_k, presence, counted):
-    hidden, weights, present, counts, grad = _fusion_case(dtype, presence, counted)
+    embeddings, weights, present, counts, grad = _fusion_case(dtype, presence, counted)
 
     def reference(wide):
-        flat = [t.detach().to(wide).requires_grad_() for t in (*hidden, *weights.flatten())]
-        h, w = flat[:4], FusionWeights(flat[4:8], flat[8:12], *flat[12:])
-        items, balance = fusion_reference(h, w, present=present, top_k=top_k, counts=counts)
+        flat = [t.detach().to(wide).requires_grad_() for t in (embeddings, *weights)]
+        items, balance = fusion_reference(
+            flat[0], FusionWeights(*flat[1:]), present=present, top_k=top_k, counts=counts
+        )
         torch.autograd.backward((items, balance), (grad.to(wide), torch.tensor(3.0, dtype=wide)))
         return items, balance, [t.grad for t in flat]
 
     exact_items, exact_balance, exact_grads = reference(torch.float64)
     eager_items, eager_balance, eager_grads = reference(dtype)
-    leaves = [t.detach().clone().requires_grad_() for t in (*hidden, *weights.flatten())]
-    items, assigned, mean, *_ = torch.ops.crossan_fast.fusion(
-        leaves[:4], leaves[4:], present, top_k, counts, dtype, "cuda"
+    leaves = [t.detach().clone().requires_grad_() for t in (embeddings, *weights)]
+    items, assigned, mean, _ = torch.ops.crossan_fast.fusion(
+        leaves[0], leaves[1:], present, top_k, counts, dtype, "cuda"
     )
     balance = 4 * (assigned * mean).sum()
     torch.autograd.backward((items, balance), (grad, torch.tensor(3.0)))
@@ -86,21 +85,22 @@ def test_side_network_through_autograd(emulated):
     weights = SideNetworkWeights(
         *([draw(*shape) for _ in range(2)] for shape in ((2, 16, 64), (2, 16), (2, 64, 16), (2, 64))),
         [draw(2), draw(2)],
+        [draw(24, 64), draw(24, 64)],
+        [draw(24), draw(24)],
         [draw(2), draw(2)],
     )
     states, ids = [draw(9, 2, 64), draw(9, 2, 64)], torch.tensor([3, 0, 8, 3, 1])
     leaves = [w.clone().requires_grad_() for w in weights.flatten()]
     static = (*structure.static, torch.bfloat16)
-    outputs = torch.ops.crossan_fast.side_network(states, [], ids, None, leaves, *static, "cuda")[:2]
+    embeddings = torch.ops.crossan_fast.side_network(states, [], ids, None, leaves, *static, "cuda")[0]
     exact_leaves = [w.double().requires_grad_() for w in weights.flatten()]
     exact = side_network_reference(
         states, structure.unflatten(exact_leaves), structure, ids=ids, dtype=torch.float64
     )
-    grads = [draw(5, 64) for _ in outputs]
-    torch.autograd.backward(outputs, [g.bfloat16() for g in grads])
-    torch.autograd.backward(exact, [g.double() for g in grads])
-    for got, want in zip(outputs, exact, strict=True):
-        assert _error(got.detach(), want.detach()) < 1e-2
+    grad = draw(5, 2, 24)
+    embeddings.backward(grad.bfloat16())
+    exact.backward(grad.double())
+    assert _error(embeddings, exact) < 1e-2
     for got, want in zip(leaves, exact_leaves, strict=True):
         assert got.grad.dtype == torch.float32 and _error(got.grad, want.grad) < 3e-2
 
@@ -138,30 +138,33 @@ def test_refusals(device, dtype, features, reason):
 
 
 @pytest.mark.parametrize(
-    "widths, pairs, cross, levels, rank, reason",
+    "widths, pairs, cross, levels, rank, embedding, reason",
     [
-        ((64, 64), (), "side", 7, 64, "rules out"),
-        ((64, 100), (), "none", 7, 64, "multiples of 64, not [64, 100]"),
-        ((64, 128), ((0, 1),), "none", 7, 64, "pair towers of equal widths only"),
-        ((64, 128), (), "backbone", 7, 64, "states at equal widths only, not [64, 128]"),
-        ((64,) * 5, (), "backbone", 7, 64, "at most 4 modalities with cross='backbone', not 5"),
-        ((64,) * 9, (), "none", 7, 64, "at most 8 modalities with cross='none', not 9"),
-        ((64, 64), (), "backbone", 9, 64, "at most 8 levels, not 9"),
-        ((64, 64), (), "backbone", 7, 128, "multiples of 8 up to 64, not 128"),
-        ((64, 64), (), "backbone", 7, 12, "multiples of 8 up to 64, not 12"),
-        ((64, 4096), (), "none", 7, 64, "up to width 3008 on this GPU, not 4096"),
-        ((64, 128), (), "none", 8, 8, None),
-        ((768,) * 3, ((0, 1), (0, 2), (1, 2)), "none", 7, 64, None),
-        ((768,) * 4, (), "backbone", 7, 64, None),
+        ((64, 64), (), "side", 7, 64, 64, "rules out"),
+        ((64, 100), (), "none", 7, 64, 64, "multiples of 64, not [64, 100]"),
+        ((64, 128), ((0, 1),), "none", 7, 64, 64, "pair towers of equal widths only"),
+        ((64, 128), (), "backbone", 7, 64, 64, "states at equal widths only, not [64, 128]"),
+        ((64,) * 5, (), "backbone", 7, 64, 64, "at most 4 modalities with cross='backbone', not 5"),
+        ((64,) * 9, (), "none", 7, 64, 64, "at most 8 modalities with cross='none', not 9"),
+        ((64, 64), (), "backbone", 9, 64, 64, "at most 8 levels, not 9"),
+        ((64, 64), (), "backbone", 7, 128, 64, "multiples of 8 up to 64, not 128"),
+        ((64, 64), (), "backbone", 7, 12, 64, "multiples of 8 up to 64, not 12"),
+        ((64, 4096), (), "none", 7, 64, 64, "up to width 2560 on this GPU, not 4096"),
+        ((64, 64), (), "backbone", 7, 64, 60, "multiples of 8, with 7 levels up to 128, not 60"),
+        ((64, 64), (), "backbone", 8, 64, 72, "multiples of 8, with 8 levels up to 64, not 72"),
+        ((64, 128), (), "none", 8, 8, 64, None),
+        ((64, 128), (), "none", 7, 8, 128, None),
+        ((768,) * 3, ((0, 1), (0, 2), (1, 2)), "none", 7, 64, 64, None),
+        ((768,) * 4, (), "backbone", 7, 64, 64, None),
     ],
 )
 def test_structures_are_refused_by_the_limit_s_name(
-    emulated, emulate, monkeypatch, widths, pairs, cross, levels, rank, reason
+    emulated, emulate, monkeypatch, widths, pairs, cross, levels, rank, embedding, reason
 ):
     emulate(architecture=90, shared=227 * 1024)
     monkeypatch.setattr(_cuda, "refuses", lambda request: None)  # a GPU is here, and the part is built
     structure = SideNetworkStructure(widths, (*((m,) for m in range(len(widths))), *pairs), cross)
-    features = features_of(structure, levels, rank)
+    features = features_of(structure, levels, rank, embedding)
     found = _dispatch.refusal(_dispatch.Request("side_network", "cuda", torch.bfloat16, features), "cuda")
     assert reason in found if reason else found is None
 

@@ -11,30 +11,20 @@ import torch
 from crossan_fast.ops import FusionWeights, fusion, fusion_reference
 
 N, M, D, F = 7, 3, 4, 6
-WIDTHS = (5, 8, 5)
 
 
 def make_weights():
     def r(*shape):
         return torch.randn(*shape, dtype=torch.float64) * 0.5
 
-    return FusionWeights(
-        [r(D, w) for w in WIDTHS],
-        [r(D) for _ in WIDTHS],
-        r(M, M * D),
-        r(M),
-        r(M, F, D),
-        r(M, F),
-        r(M, D, F),
-        r(M, D),
-    )
+    return FusionWeights(r(M, M * D), r(M), r(M, F, D), r(M, F), r(M, D, F), r(M, D))
 
 
-def make_hidden():
-    return [torch.randn(N, w, dtype=torch.float64) for w in WIDTHS]
+def make_embeddings():
+    return torch.randn(N, M, D, dtype=torch.float64)
 
 
-def by_hand(hidden, w, present, top_k, counts):
+def by_hand(embeddings, w, present, top_k, counts):
     items, chosen_total, probability_total, total = [], np.zeros(M), np.zeros(M), 0
     for i in range(N):
         here = [m for m in range(M) if present[i, m]]
@@ -43,7 +33,7 @@ def by_hand(hidden, w, present, top_k, counts):
             continue
         e = np.zeros((M, D))
         for m in here:
-            e[m] = w.head_weight[m].numpy() @ hidden[m][i].numpy() + w.head_bias[m].numpy()
+            e[m] = embeddings[i, m].numpy()
         logits = w.router_weight.numpy() @ e.reshape(-1) + w.router_bias.numpy()
         top = max(logits[m] for m in here)
         exp = {m: math.exp(logits[m] - top) for m in here}
@@ -68,23 +58,23 @@ def by_hand(hidden, w, present, top_k, counts):
 @pytest.mark.parametrize("top_k", [None, 1, 2, 3])
 @pytest.mark.parametrize("missing", [False, True])
 def test_reference_equals_the_definition_item_by_item(top_k, missing):
-    hidden, weights = make_hidden(), make_weights()
+    embeddings, weights = make_embeddings(), make_weights()
     present = torch.rand(N, M) > 0.4 if missing else None
     if present is not None:
         present[0], present[1] = False, True
     counts = torch.tensor([1, 3, 0, 2, 1, 1, 5])
-    out = fusion_reference(hidden, weights, present=present, top_k=top_k, counts=counts)
+    out = fusion_reference(embeddings, weights, present=present, top_k=top_k, counts=counts)
     everyone = torch.ones(N, M).bool() if present is None else present
-    items, balance = by_hand(hidden, weights, everyone, top_k, counts.tolist())
+    items, balance = by_hand(embeddings, weights, everyone, top_k, counts.tolist())
     np.testing.assert_allclose(out.items.numpy(), items, rtol=1e-10, atol=1e-12)
     assert float(out.balance) == pytest.approx(balance, rel=1e-10)
 
 
 def test_counts_equal_repetition():
-    hidden, weights = make_hidden(), make_weights()
+    embeddings, weights = make_embeddings(), make_weights()
     counts = torch.tensor([1, 3, 0, 2, 1, 1, 5])
-    repeated = [h.repeat_interleave(counts, 0) for h in hidden]
-    once = fusion_reference(hidden, weights, counts=counts).balance
+    repeated = embeddings.repeat_interleave(counts, 0)
+    once = fusion_reference(embeddings, weights, counts=counts).balance
     assert float(once) == pytest.approx(float(fusion_reference(repeated, weights).balance), rel=1e-12)
 
 
@@ -94,7 +84,7 @@ def test_uniform_router_balances_at_one():
         router_weight=torch.zeros(M, M * D, dtype=torch.float64),
         router_bias=torch.zeros(M, dtype=torch.float64),
     )
-    assert float(fusion_reference(make_hidden(), weights).balance) == pytest.approx(1.0)
+    assert float(fusion_reference(make_embeddings(), weights).balance) == pytest.approx(1.0)
 
 
 def test_ties_go_to_the_first_modality():
@@ -103,31 +93,33 @@ def test_ties_go_to_the_first_modality():
         router_weight=torch.zeros(M, M * D, dtype=torch.float64),
         router_bias=torch.zeros(M, dtype=torch.float64),
     )
-    hidden = make_hidden()
-    one = fusion_reference(hidden, weights, top_k=1).items
+    embeddings = make_embeddings()
+    one = fusion_reference(embeddings, weights, top_k=1).items
     only_first = torch.zeros(N, M, dtype=torch.bool)
     only_first[:, 0] = True
-    assert torch.allclose(one, fusion_reference(hidden, weights, present=only_first).items)
+    assert torch.allclose(one, fusion_reference(embeddings, weights, present=only_first).items)
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_reference_gradients(top_k):
-    hidden = [h.requires_grad_() for h in make_hidden()]
-    weights = make_weights()
-    flat = [t.requires_grad_() for t in (*weights.head_weight, *weights.head_bias, *weights[2:])]
+    leaves = [t.requires_grad_() for t in (make_embeddings(), *make_weights())]
     present = torch.rand(N, M) > 0.3
 
-    def run(*tensors):
-        h, w = tensors[:M], tensors[M:]
-        packed = FusionWeights(w[:M], w[M : 2 * M], *w[2 * M :])
-        return tuple(fusion_reference(h, packed, present=present, top_k=top_k))
+    def run(embeddings, *weights):
+        return tuple(fusion_reference(embeddings, FusionWeights(*weights), present=present, top_k=top_k))
 
-    assert torch.autograd.gradcheck(run, [*hidden, *flat], fast_mode=True)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        (
+            {"embeddings": torch.ones(N, D)},
+            ValueError,
+            r"embeddings: expected shape \[\?, 3, 4\], got float32 \[7, 4\]",
+        ),
+        ({"embeddings": torch.ones(N, 2, D)}, ValueError, r"embeddings: expected shape \[\?, 3, 4\]"),
         ({"top_k": 4}, ValueError, r"top_k: expected 1 to 3, got 4"),
         ({"present": torch.ones(N, 2).bool()}, ValueError, r"present: expected shape \[\?, 3\]"),
         ({"counts": torch.ones(2, dtype=torch.int64)}, ValueError, r"counts: expected 7 rows"),
@@ -136,4 +128,4 @@ def test_reference_gradients(top_k):
 )
 def test_bad_arguments_are_named(changes, error, message):
     with pytest.raises(error, match=message):
-        fusion(make_hidden(), make_weights(), **changes)
+        fusion(**{"embeddings": make_embeddings(), "weights": make_weights(), **changes})

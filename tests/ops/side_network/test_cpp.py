@@ -8,100 +8,23 @@ import sys
 
 import pytest
 import torch
-from compiled_ops import needs_cpp
-from judging import judge_all, together
+from compiled_ops import assert_same_bits_on_any_threads, needs_cpp
+from side_networks import (
+    STRUCTURES,
+    assert_no_worse_than_eager,
+    compiled,
+    in_dtype,
+    make_states,
+    make_weights,
+    outputs_and_grads,
+)
 from torch import Tensor
 
 from crossan_fast import _build
 from crossan_fast.ops import _dispatch
-from crossan_fast.ops.side_network import (
-    SideNetworkStructure,
-    SideNetworkWeights,
-    side_network,
-    side_network_reference,
-)
+from crossan_fast.ops.side_network import SideNetworkStructure, side_network, side_network_reference
 
 pytestmark = [needs_cpp, pytest.mark.usefixtures("poisoned_memory")]
-
-SINGLES = ((0,), (1,), (2,))
-PAIRS = (*SINGLES, (0, 1), (1, 2), (0, 2))
-STRUCTURES = {
-    "backbone": SideNetworkStructure((20, 20, 20), SINGLES, "backbone"),
-    "side": SideNetworkStructure((20, 20, 20), SINGLES, "side"),
-    "none, relu": SideNetworkStructure((70,), ((0,),), "none", "relu"),
-    "unequal widths": SideNetworkStructure((20, 33, 20), SINGLES, "backbone", temperature=0.3),
-    "unequal widths, side": SideNetworkStructure((33, 20, 33), SINGLES, "side"),
-    "pairs": SideNetworkStructure((20, 33, 20), PAIRS, "none", "relu"),
-    "pairs and crosses": SideNetworkStructure((20, 33, 20), PAIRS, "side"),
-}
-
-
-def make_weights(
-    structure: SideNetworkStructure, levels: int, rank: int, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> SideNetworkWeights:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float) -> Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return values.to(dtype).requires_grad_()
-
-    widths, crosses = structure.tower_widths, structure.cross_pairs
-    wide = [max(structure.widths[m] for m in structure.sources[t]) for t in structure.narrowed_towers]
-    narrow = [widths[t] for t in structure.narrowed_towers]
-    return SideNetworkWeights(
-        down_weight=[normal(levels, rank, d, scale=d**-0.5) for d in widths],
-        down_bias=[normal(levels, rank, scale=0.1) for _ in widths],
-        up_weight=[normal(levels, d, rank, scale=rank**-0.5) for d in widths],
-        up_bias=[normal(levels, d, scale=0.1) for d in widths],
-        gate=[normal(levels, scale=0.05) for _ in widths],
-        cross_gate=[normal(levels, scale=0.3) for _ in crosses],
-        cross_down=[normal(rank, structure.widths[n], scale=0.1) for _, n in structure.projected_pairs],
-        cross_up=[normal(structure.widths[m], rank, scale=0.3) for m, _ in structure.projected_pairs],
-        pair_weight=[normal(levels, d, e, scale=0.1) for d, e in zip(narrow, wide, strict=True)],
-        pair_bias=[normal(levels, d, scale=0.1) for d in narrow],
-    )
-
-
-def make_states(structure: SideNetworkStructure, rows: int, levels: int, seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(rows, levels, d, generator=generator, dtype=torch.float64) for d in structure.widths]
-
-
-def in_dtype(weights: SideNetworkWeights, dtype: torch.dtype) -> SideNetworkWeights:
-    return SideNetworkWeights(*([w.detach().to(dtype).requires_grad_() for w in group] for group in weights))
-
-
-def outputs_and_grads(op, states, weights, structure, **arguments) -> list[Tensor]:
-    outputs = op(states, weights, structure, **arguments)
-    generator = torch.Generator().manual_seed(2)
-    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-    flat = weights.flatten()
-    found = torch.autograd.grad(outputs, flat, grads, allow_unused=True)
-    # A projection that no level reads has no path to the outputs: None from autograd, zeros from the kernels.
-    return [o.detach() for o in outputs] + [
-        torch.zeros_like(w) if g is None else g for g, w in zip(found, flat, strict=True)
-    ]
-
-
-def compiled(*args, **kwargs) -> list[Tensor]:
-    return side_network(*args, backend="cpp", **kwargs)
-
-
-def assert_no_worse_than_eager(states, weights, structure, draws: int = 1):
-    """Gates are a few scalars, whose error is one throw of the dice: `draws` of states are taken together."""
-    dtype, exact = weights.gate[0].dtype, in_dtype(weights, torch.float64)
-    drawn = [[s.roll(draw, dims=1) for s in states] for draw in range(draws)]
-    got = [outputs_and_grads(compiled, states, weights, structure) for states in drawn]
-    assert all(x.dtype == dtype for results in got for x in results)
-
-    def plain(weights, dtype=None):
-        return together(
-            outputs_and_grads(side_network_reference, [s.to(dtype) for s in states], weights, structure)
-            for states in drawn
-        )
-
-    truth = plain(exact, torch.float64)
-    judge_all(range(len(truth)), together(got), lambda: plain(weights), truth)
 
 
 @pytest.mark.parametrize("subset", [False, True], ids=["all rows", "ids and present"])
@@ -145,13 +68,13 @@ from crossan_fast import _build
 from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeights, side_network
 _build.load("cpu")
 s = SideNetworkStructure((32,), ((0,),), "none")
-shapes = (2, 4, 32), (2, 4), (2, 32, 4), (2, 32), (2,)
+shapes = (2, 4, 32), (2, 4), (2, 32, 4), (2, 32), (2,), (8, 32), (8,)
 w = SideNetworkWeights(*([torch.randn(*shape).bfloat16()] for shape in shapes))
 x = [torch.randn(5, 2, 32).bfloat16()]
 for wish in ("auto", "brgemm", "bf16"):
     os.environ["CROSSAN_FAST_CPU_BF16"] = wish
     try:
-        (out,) = side_network(x, w, s, backend="cpp")
+        out = side_network(x, w, s, backend="cpp")
         print("finite" if out.isfinite().all() else out)
     except (ValueError, RuntimeError) as error:
         print(str(error).splitlines()[0])
@@ -192,25 +115,19 @@ def test_brgemm_rounds_where_fp32_does_not_and_nowhere_else(monkeypatch):
     need_brgemm()
     structure, levels, rows = SideNetworkStructure((70, 70), ((0,), (1,)), "none", "relu"), 1, 131
     generator = torch.Generator().manual_seed(5)
-    shapes = [w.shape for w in make_weights(structure, levels, 17).flatten()]
-    whole = structure.unflatten(
-        [
-            torch.full(shape, 100.0)  # μ = 1: x is the state
-            if len(shape) == 1
-            else torch.randint(-1, 2, shape, generator=generator).float()
-            for shape in shapes
-        ]
-    )
-    whole = SideNetworkWeights(*([w.bfloat16().requires_grad_() for w in group] for group in whole))
+    flat = make_weights(structure, levels, 17).flatten()
+    whole = structure.unflatten([torch.randint(-1, 2, w.shape, generator=generator) for w in flat])
+    open_gates = [torch.full((levels,), 100.0) for _ in structure.sources]  # μ = 1: x is the state
+    whole = in_dtype(whole._replace(gate=open_gates), torch.bfloat16)
     states = [torch.randint(-1, 2, (rows, levels, 70), generator=generator).bfloat16() for _ in range(2)]
     broken = in_dtype(make_weights(structure, levels, 17), torch.bfloat16)
     results = {}
     for way in ("fp32", "brgemm"):
         monkeypatch.setenv("CROSSAN_FAST_CPU_BF16", way)
-        exact = side_network(states, whole, structure, backend="cpp")
+        exact = compiled(states, whole, structure)
         # The gradients' operands have to be exact too: ones.
-        grads = torch.autograd.grad(exact, whole.up_weight, [torch.ones_like(o) for o in exact])
-        results[way] = [*exact, *grads], outputs_and_grads(compiled, states, broken, structure)
+        grads = torch.autograd.grad(exact, whole.up_weight, torch.ones_like(exact))
+        results[way] = [exact, *grads], outputs_and_grads(compiled, states, broken, structure)
     for x, y in zip(results["fp32"][0], results["brgemm"][0], strict=True):
         assert torch.equal(x, y)
     assert not all(torch.equal(x, y) for x, y in zip(results["fp32"][1], results["brgemm"][1], strict=True))
@@ -218,7 +135,7 @@ def test_brgemm_rounds_where_fp32_does_not_and_nowhere_else(monkeypatch):
 
 def test_error_at_the_papers_size():
     structure = SideNetworkStructure((768,) * 2, ((0,), (1,)))
-    weights = in_dtype(make_weights(structure, 7, 64), torch.float32)
+    weights = in_dtype(make_weights(structure, 7, 64, 64), torch.float32)
     assert_no_worse_than_eager(
         [s.float() for s in make_states(structure, 200, 7)], weights, structure, draws=2
     )
@@ -227,12 +144,13 @@ def test_error_at_the_papers_size():
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_activations_over_their_whole_range(activation):
     structure = SideNetworkStructure((16,), ((0,),), "none", activation)
-    weights = make_weights(structure, 1, 16)
+    weights = make_weights(structure, 1, 16, 16)
     one = torch.eye(16, dtype=torch.float64)[None]
     weights = weights._replace(
         down_weight=[one.clone().requires_grad_()],
         up_weight=[one.clone().requires_grad_()],
         gate=[torch.full((1,), 10.0, dtype=torch.float64).requires_grad_()],  # μ = 1: x is the state
+        head_weight=[one[0].clone().requires_grad_()],  # and e its h
     )
     state = torch.linspace(-30, 30, 40000, dtype=torch.float64)[: 2500 * 16].reshape(-1, 1, 16)
     state[0, 0, :4] = torch.tensor([0.0, -0.0, 1e-30, -1e-30], dtype=torch.float64)
@@ -247,9 +165,8 @@ def test_gradcheck_on_the_compiled_code(name):
     present[1, 0] = False
     present[2] = False
 
-    def run(*flat: Tensor) -> tuple[Tensor, ...]:
-        unflattened = structure.unflatten(flat)
-        return tuple(compiled(states, unflattened, structure, present=present))
+    def run(*flat: Tensor) -> Tensor:
+        return compiled(states, structure.unflatten(flat), structure, present=present)
 
     assert torch.autograd.gradcheck(run, tuple(weights.flatten()), fast_mode=True)
 
@@ -277,20 +194,20 @@ def test_reads_every_stored_type(stored, ids_dtype):
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float16, torch.bfloat16])
 def test_converts_every_bit_pattern(stored):
-    """Level 0 with μ = 1 and no bottleneck is the identity: the outputs are the converted states."""
+    """Level 0 with μ = 1, no bottleneck and an identity for a head: the outputs are the converted states."""
     bits = torch.arange(256 if stored == torch.float8_e4m3fn else 65536)
     states = bits.to(torch.uint8 if stored == torch.float8_e4m3fn else torch.uint16).view(stored)
     states = torch.where(states.float().isfinite(), states.float(), 0).to(stored).reshape(-1, 1, 16)
     structure = SideNetworkStructure((16,), ((0,),), "none")
-    weights = in_dtype(make_weights(structure, 1, 1), torch.float32)
+    weights = in_dtype(make_weights(structure, 1, 1, 16), torch.float32)
     with torch.no_grad():
-        for group in weights:
-            for tensor in group:
-                tensor.zero_()
+        for tensor in weights.flatten():
+            tensor.zero_()
         weights.gate[0].fill_(1e3)
+        weights.head_weight[0].copy_(torch.eye(16))
     scales = [torch.ones(states.shape[0], 1)]
-    (got,) = compiled([states], weights, structure, scales=scales)
-    assert torch.equal(got.detach(), states[:, 0].float())
+    got = compiled([states], weights, structure, scales=scales)
+    assert torch.equal(got[:, 0].detach(), states[:, 0].float())
 
 
 def test_strided_states_and_mixed_weight_dtypes():
@@ -304,8 +221,8 @@ def test_strided_states_and_mixed_weight_dtypes():
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = side_network(states, weights, structure, backend="cpp")
-        grads = torch.autograd.grad([o.float().sum() for o in outputs], weights.flatten())
-    assert all(o.dtype == torch.bfloat16 for o in outputs)
+        grads = torch.autograd.grad(outputs.float().sum(), weights.flatten())
+    assert outputs.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in grads)
 
 
@@ -315,24 +232,16 @@ def test_empty_batch(ids):
     weights = make_weights(structure, 2, 3)
     states = make_states(structure, 0 if ids is None else 4, 2)
     got = outputs_and_grads(compiled, states, weights, structure, ids=ids)
-    assert [tuple(o.shape) for o in got[:6]] == [(0, w) for w in structure.tower_widths]
-    assert all(not g.any() for g in got[6:])
+    assert got[0].shape == (0, 6, 10)
+    assert all(not g.any() for g in got[1:])
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_bits_do_not_depend_on_threads(name):
     structure = STRUCTURES[name]
     weights = in_dtype(make_weights(structure, 3, 19), torch.float32)
-    states = [s.float() for s in make_states(structure, 700, 3)]
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 3):
-            torch.set_num_threads(threads)
-            runs.append(outputs_and_grads(compiled, states, weights, structure))
-    finally:
-        torch.set_num_threads(before)
-    for other in runs[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True))
+    states = [s.float() for s in make_states(structure, 700, 3)]  # several blocks of items
+    assert_same_bits_on_any_threads(lambda: outputs_and_grads(compiled, states, weights, structure))
 
 
 def test_works_in_a_forked_child_of_a_threaded_process():
@@ -344,11 +253,11 @@ from crossan_fast.ops.side_network import SideNetworkStructure, SideNetworkWeigh
 torch.set_num_threads(2)
 s = SideNetworkStructure((32,), ((0,),), "none")
 w = SideNetworkWeights([torch.randn(2, 4, 32)], [torch.zeros(2, 4)], [torch.randn(2, 32, 4)],
-                       [torch.zeros(2, 32)], [torch.zeros(2)])
+                       [torch.zeros(2, 32)], [torch.zeros(2)], [torch.randn(8, 32)], [torch.zeros(8)])
 x = [torch.randn(500, 2, 32)]
-(expected,) = side_network(x, w, s, backend="cpp")
+expected = side_network(x, w, s, backend="cpp")
 pid = os.fork()
-(got,) = side_network(x, w, s, backend="cpp")
+got = side_network(x, w, s, backend="cpp")
 same = torch.equal(got, expected)
 if pid == 0:
     os._exit(0 if same else 3)
@@ -366,7 +275,7 @@ def test_states_that_want_gradients_are_refused_with_the_reason():
         compiled(states, weights, structure)
 
 
-def _call(**changed):
+def _arguments(**changed):
     structure = STRUCTURES["unequal widths"]
     weights = [w.detach() for w in make_weights(structure, 2, 3).flatten()]
     arguments = {
@@ -383,8 +292,12 @@ def _call(**changed):
         "dtype": torch.float64,
     }
     arguments.update({k: v(arguments[k]) if callable(v) else v for k, v in changed.items()})
+    return arguments.values()
+
+
+def _call(**changed):
     _build.load("cpu")
-    return torch.ops.crossan_fast_cpp.side_network(*arguments.values())
+    return torch.ops.crossan_fast_cpp.side_network(*_arguments(**changed))
 
 
 @pytest.mark.parametrize(
@@ -404,6 +317,9 @@ def _call(**changed):
         ({"weights": lambda w: w[:-1]}, "weights"),
         ({"weights": lambda w: [*w, w[0]]}, "weights: expected"),
         ({"weights": lambda w: [w[0], w[1][:, :2], *w[2:]]}, r"weights\[1\]: expected shape"),
+        ({"weights": lambda w: [*w[:16], w[16][:9], *w[17:]]}, r"weights\[16\]: expected shape"),
+        ({"weights": lambda w: [*w[:18], w[18][:9], *w[19:]]}, r"weights\[18\]: expected shape"),
+        ({"weights": lambda w: [*w[:15], w[15][0], *w[16:]]}, r"weights\[15\]: expected \[d, D\]"),
         ({"weights": lambda w: [w[0].to("meta"), *w[1:]]}, "Meta"),
         ({"widths": [20, 33, 21]}, "expected shape"),
         ({"widths": []}, "widths"),
@@ -420,3 +336,21 @@ def _call(**changed):
 def test_bad_arguments_raise_with_the_argument_named(changed, message):
     with pytest.raises((ValueError, TypeError, IndexError, RuntimeError, NotImplementedError), match=message):
         _call(**changed)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda e: e[:, :2], r"grad_embeddings: expected shape \[4, 3, 10\]"),
+        (0, lambda e: e.float(), "grad_embeddings: expected dtype"),
+        (1, lambda z: z[:, :, :1], r"saved: expected shape \[3, 4, 2, 3\]"),
+        (1, lambda z: z.float(), "saved: expected dtype"),
+        (2, lambda p: p[:, 1:], r"products: expected shape \[3, 69\]"),
+        (2, lambda p: p.float(), "products: expected dtype"),
+    ],
+)
+def test_what_the_backward_is_handed_is_checked(place, change, message):
+    kept, arguments = _call(), _arguments()
+    kept[place] = change(kept[place])
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.crossan_fast_cpp.side_network_backward(*kept, *arguments)

@@ -9,31 +9,37 @@ import pytest
 import torch
 
 from crossan_fast.config import CrossanConfig, Modality
+from crossan_fast.modules.fusion import Head
 from crossan_fast.modules.side_network import SideNetwork
-from crossan_fast.ops import side_network, side_network_reference
+from crossan_fast.ops import side_network, side_network_hidden, side_network_reference
 
-LEVELS, RANK, ROWS = 3, 4, 6
+LEVELS, RANK, ROWS, D = 3, 4, 6, 4
 
 
 def network(widths, **overrides):
     modalities = [Modality(f"m{i}", width, LEVELS) for i, width in enumerate(widths)]
     make = CrossanConfig.iisan if overrides.pop("iisan", False) else CrossanConfig
-    config = make(modalities, bottleneck=RANK, embedding_dim=4, **overrides)
+    config = make(modalities, bottleneck=RANK, embedding_dim=D, **overrides)
     towers = SideNetwork(config).double()
-    for parameter in towers.parameters():  # biases and gates too: a zero would hide a missing term
-        torch.nn.init.normal_(parameter, std=0.3)
-    return config, towers
+    heads = torch.nn.ModuleDict(
+        {spec.name: Head(spec.width, D, config.head == "two").double() for spec in config.towers}
+    )
+    for parameter in (*towers.parameters(), *heads.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)  # biases and gates too: a zero would hide a missing term
+    return config, towers, heads
 
 
 def random_states(widths, rows=ROWS):
     return [torch.randn(rows, LEVELS, width, dtype=torch.float64) for width in widths]
 
 
-def by_hand(config, towers, states, present):
-    """One item, one tower, one level at a time, straight from the sentences of docs/mathematics.md."""
+def by_hand(config, towers, heads, states, present):
+    """h and e: one item, tower and level at a time, straight from the sentences of docs/mathematics.md."""
     out = [np.zeros((ROWS, spec.width)) for spec in config.towers]
+    embeddings = np.zeros((ROWS, len(config.towers), D))
     names = config.modality_names
     p = {k: v.detach().numpy() for k, v in towers.state_dict().items()}
+    q = {k: v.detach().numpy() for k, v in heads.state_dict().items()}
 
     def act(v):
         if config.activation == "relu":
@@ -74,8 +80,12 @@ def by_hand(config, towers, states, present):
                 new[key] = x + p[f"{key}.up.weight"][level] @ a + p[f"{key}.up.bias"][level]
             h = new
         for t, spec in enumerate(config.towers):
-            out[t][i] = h[spec.name]
-    return out
+            out[t][i] = last = h[spec.name]
+            if config.head == "two":
+                last = q[f"{spec.name}.inner.weight"] @ last + q[f"{spec.name}.inner.bias"]
+            if any(present[i, m] for m in spec.sources):
+                embeddings[i, t] = q[f"{spec.name}.weight"] @ last + q[f"{spec.name}.bias"]
+    return out, embeddings
 
 
 CASES = {
@@ -93,63 +103,86 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_reference_equals_the_definition_item_by_item(case, missing):
     widths, overrides = CASES[case]
-    config, towers = network(widths, **overrides)
+    config, towers, heads = network(widths, **overrides)
     states = random_states(widths)
     present = torch.rand(ROWS, len(widths)) > 0.4 if missing else torch.ones(ROWS, len(widths)).bool()
     present[0] = False  # not even one
-    out = side_network_reference(
-        states, towers.weights(), towers.structure, present=present if missing else None
-    )
-    expected = by_hand(config, towers, states, present if missing else torch.ones_like(present))
-    for have, want in zip(out, expected, strict=True):
-        np.testing.assert_allclose(have.detach().numpy(), want, rtol=1e-10, atol=1e-10)
+    arguments = (states, towers.weights(heads), towers.structure)
+    given = present if missing else None
+    everyone = present if missing else torch.ones_like(present)
+    hidden, embeddings = by_hand(config, towers, heads, states, everyone)
+    out = side_network_reference(*arguments, present=given).detach()
+    np.testing.assert_allclose(out.numpy(), embeddings, rtol=1e-10, atol=1e-10)
+    for found in (
+        side_network_hidden(*arguments, present=given),
+        towers.hidden(states, heads, present=given),
+    ):
+        for have, want in zip(found, hidden, strict=True):
+            np.testing.assert_allclose(have.detach().numpy(), want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_tower_without_a_present_source_gives_zeros():
+    """Not what the head makes of h = 0, its bias."""
+    _, towers, heads = network((5, 8, 6), iisan=True)
+    present = torch.tensor([[False, False, True], [True, False, False], [False] * 3] * 2)
+    exists = torch.stack([present[:, list(s)].any(dim=1) for s in towers.structure.sources], dim=1)
+    e = towers(random_states((5, 8, 6)), heads, present=present, backend="eager")
+    assert not e[~exists].any() and e[exists].all()
 
 
 def test_ids_read_rows():
-    _, towers = network((5, 8))
+    _, towers, heads = network((5, 8))
     states, ids = random_states((5, 8)), torch.tensor([4, 0, 0, 5], dtype=torch.int32)
-    direct = side_network_reference([s[ids] for s in states], towers.weights(), towers.structure)
-    by_id = side_network_reference(states, towers.weights(), towers.structure, ids=ids)
-    assert all(torch.equal(a, b) for a, b in zip(direct, by_id, strict=True))
+    direct = side_network_reference([s[ids] for s in states], towers.weights(heads), towers.structure)
+    assert torch.equal(
+        direct, side_network_reference(states, towers.weights(heads), towers.structure, ids=ids)
+    )
+    hidden = towers.hidden([s[ids] for s in states], heads)
+    by_id = towers.hidden(states, heads, ids=ids)
+    assert all(torch.equal(a, b) for a, b in zip(hidden, by_id, strict=True))
 
 
 def test_scales_multiply_stored_values():
-    _, towers = network((4, 4))
+    _, towers, heads = network((4, 4))
     stored = [torch.randint(-127, 128, (ROWS, LEVELS, 4), dtype=torch.int8) for _ in range(2)]
     scales = [torch.rand(ROWS, LEVELS) for _ in range(2)]
     dense = [s.double() * c[..., None].double() for s, c in zip(stored, scales, strict=True)]
-    want = side_network_reference(dense, towers.weights(), towers.structure)
-    have = side_network_reference(stored, towers.weights(), towers.structure, scales=scales)
-    assert all(torch.equal(a, b) for a, b in zip(want, have, strict=True))
+    want = side_network_reference(dense, towers.weights(heads), towers.structure)
+    have = side_network_reference(stored, towers.weights(heads), towers.structure, scales=scales)
+    assert torch.equal(want, have)
+    hidden = zip(towers.hidden(dense, heads), towers.hidden(stored, heads, scales=scales), strict=True)
+    assert all(torch.equal(a, b) for a, b in hidden)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_reference_gradients(case):
     widths, overrides = CASES[case]
-    _, towers = network(widths, **overrides)
+    _, towers, heads = network(widths, **overrides)
     states = random_states(widths)
     present = torch.rand(ROWS, len(widths)) > 0.3
-    flat = [t.detach().requires_grad_() for t in towers.weights().flatten()]
+    flat = [t.detach().requires_grad_() for t in towers.weights(heads).flatten()]
 
     def run(*tensors):
         weights = towers.structure.unflatten(tensors)
-        return tuple(side_network_reference(states, weights, towers.structure, present=present))
+        return side_network_reference(states, weights, towers.structure, present=present)
 
     # ReLU has a kink, but random pre-activations stay away from it by far more than gradcheck's step.
     assert torch.autograd.gradcheck(run, flat, fast_mode=True)
 
 
 def test_unflatten_counts():
-    _, towers = network((5, 8))
+    _, towers, heads = network((5, 8))
     with pytest.raises(ValueError, match=r"weights: expected \d+ tensors, got 3"):
-        towers.structure.unflatten(towers.weights().flatten()[:3])
+        towers.structure.unflatten(towers.weights(heads).flatten()[:3])
 
 
 def bad(**changes):
-    _, towers = network((5, 8))
+    _, towers, heads = network((5, 8))
     arguments = {"states": random_states((5, 8)), **changes}
     states = arguments.pop("states")
-    return side_network(states, towers.weights(), towers.structure, **arguments)
+    weights = towers.weights(heads)
+    weights = weights._replace(**{n: arguments.pop(n) for n in weights._fields if n in arguments})
+    return side_network(states, weights, towers.structure, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +195,27 @@ def bad(**changes):
         ({"present": torch.ones(ROWS, 2)}, TypeError, r"present: expected dtype bool"),
         ({"present": torch.ones(2, 2).bool()}, ValueError, r"present: expected a row for each of 6 items"),
         ({"scales": [torch.ones(ROWS, LEVELS)]}, ValueError, r"scales: expected 2 tensors, got 1"),
+        (
+            {"head_weight": [torch.ones(D, 5)]},
+            ValueError,
+            r"head_weight, head_bias: expected 2 .* got 1 and 2",
+        ),
+        ({"head_bias": []}, ValueError, r"head_weight, head_bias: expected 2 tensors each, got 2 and 0"),
+        (
+            {"head_weight": [torch.ones(D, 5), torch.ones(D, 7)]},
+            ValueError,
+            r"head_weight\[1\]: expected shape \[4, 8\], got float32 \[4, 7\]",
+        ),
+        (
+            {"head_weight": [torch.ones(3, 5), torch.ones(3, 8)]},
+            ValueError,
+            r"head_weight\[0\]: expected shape \[4, 5\], got float32 \[3, 5\]",
+        ),
+        (
+            {"head_bias": [torch.ones(D), torch.ones(3)]},
+            ValueError,
+            r"head_bias\[1\]: expected shape \[4\], got float32 \[3\]",
+        ),
         ({"backend": "fast"}, ValueError, r"backend: expected one of .*'fast'"),
     ],
 )

@@ -1,152 +1,41 @@
-// What the forward and the backward walk of side_network share: packed weights, gates, and the states of a block.
+// What enters the towers at one level of a block: states, and what cross terms make of them.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 #include <vector>
 
-#include "cpu/packing.h"
-#include "cpu/parallel.h"
-#include "cpu/products.h"
-#include "cpu/rows.h"
-#include "side_network.h"
+#include "plan.h"
 
 namespace crossan_fast::side_network {
 
-inline constexpr int64_t kBlock = 64;  // items at most; a block's h, states and one level's weights fit in L2
-
-// Blocks of near equal size; about a multiple of four of them once there is work for four threads, so that no
-// thread idles at the end, and two where one would leave a thread idle. Their size depends on the items alone:
-// results must not depend on the threads.
-struct Blocks {
-  int64_t items, count, size;
-  explicit Blocks(int64_t n) : items(n), count((n + kBlock - 1) / kBlock), size(0) {
-    if (count > 2) count = (count + 3) / 4 * 4;
-    if (count == 1 && n >= kBlock / 2) count = 2;
-    size = count == 0 ? 0 : (n + count - 1) / count;
-    count = size == 0 ? 0 : (n + size - 1) / size;
-  }
-  int64_t first(int64_t block) const { return block * size; }
-  int64_t length(int64_t block) const { return std::min(size, items - block * size); }
-};
-
-// One cross sum's source: which modality, its gate, and T where widths differ.
-template <class T>
-struct CrossSource {
-  int pair;        // in the order of cross_pairs
-  int from;        // n
-  int projection;  // in the order of the pairs of unequal widths, or −1
-  std::vector<T> gate;
-};
-
-template <class T>
-struct Plan {
-  const Structure& structure;
-  const Inputs& inputs;
-  const Weights<const T*>& weights;
-  std::vector<std::vector<T>> mu;                     // [tower][level]
-  std::vector<std::vector<CrossSource<T>>> incoming;  // per tower
-  std::vector<int> narrowing;                         // per tower, its index among the narrowed ones, or −1
-  std::vector<bool> dense;                            // modalities whose rows must stand in one matrix
-  // As right sides: Wᵀ each, but W itself of the `_plain` ones, which the backward needs.
-  std::vector<LevelWeights<T>> down, up, down_plain, up_plain;
-  std::vector<PackedWeights<T>> cross_down, cross_up, pair_weight;
-  bool in_pairs;  // products in bf16 through brgemm
-  std::vector<T> zeros;
-  int64_t widest;
-
-  Plan(const Structure& s, const Inputs& in, const Weights<const T*>& w, Stored type, bool backward)
-      : structure(s),
-        inputs(in),
-        weights(w),
-        dense(s.widths.size(), false),
-        in_pairs(sizeof(T) == 4 && type == Stored::bf16 && use_brgemm()) {
-    const int64_t levels = s.levels, rank = s.rank;
-    widest = *std::max_element(s.widths.begin(), s.widths.end());
-    zeros.assign(static_cast<size_t>(widest), T(0));
-    const auto pairs = s.cross_pairs();
-    incoming.resize(s.towers.size());
-    for (size_t p = 0, projected = 0; p < pairs.size(); ++p) {
-      const auto [m, n] = pairs[p];
-      CrossSource<T> source{static_cast<int>(p), n, -1, {}};
-      for (int64_t l = 0; l < levels; ++l) source.gate.push_back(std::tanh(w.cross_gate[p][l]));
-      if (s.widths[m] != s.widths[n]) {
-        source.projection = static_cast<int>(projected);
-        cross_down.emplace_back(w.cross_down[projected], 1, rank, s.widths[n], As::transposed);
-        cross_up.emplace_back(w.cross_up[projected], 1, s.widths[m], rank, As::transposed);
-        dense[n] = true;
-        ++projected;
-      }
-      incoming[m].push_back(std::move(source));
-    }
-    for (size_t t = 0; t < s.towers.size(); ++t) {
-      const Tower& tower = s.towers[t];
-      mu.emplace_back();
-      for (int64_t l = 0; l < levels; ++l)
-        mu[t].push_back(static_cast<T>(1.0 / (1.0 + std::exp(-static_cast<double>(w.gate[t][l]) / s.temperature))));
-      if (backward) {
-        down_plain.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::plain, in_pairs);
-        up_plain.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::plain, in_pairs);
-      } else {
-        down.emplace_back(w.down_weight[t], levels, rank, s.width(tower), As::transposed, in_pairs);
-      }
-      if (!backward || s.cross == Cross::side)
-        up.emplace_back(w.up_weight[t], levels, s.width(tower), rank, As::transposed, in_pairs);
-      narrowing.push_back(s.narrowed(tower) ? static_cast<int>(pair_weight.size()) : -1);
-      if (s.narrowed(tower)) {
-        const int wide = s.wide(tower);
-        pair_weight.emplace_back(w.pair_weight[narrowing[t]], levels, s.width(tower), s.widths[wide], As::transposed);
-        dense[wide] = true;
-      }
-    }
-  }
-
-  // Whether the cross sums of a level have terms: towers' h before the first level is zero.
-  bool crosses(int64_t level) const { return structure.cross == Cross::backbone || level > 0; }
-  // The share of h that a tower's x keeps.
-  T keeps(size_t tower, int64_t level) const {
-    return structure.towers[tower].second >= 0 ? T(1) : T(1) - mu[tower][level];
-  }
-
-  bool exists(const Tower& tower, int64_t item) const {
-    if (!inputs.present) return true;
-    const bool* row = inputs.present + item * structure.modalities();
-    return row[tower.first] || (tower.second >= 0 && row[tower.second]);
-  }
-
-  void zero_absent(const Tower& tower, int64_t first, int64_t count, T* x, int64_t row, int64_t width) const {
-    if (!inputs.present) return;
-    for (int64_t i = 0; i < count; ++i)
-      if (!exists(tower, first + i)) std::fill_n(x + i * row, width, T(0));
-  }
-};
-
-// The states of one level of a block: rows read where they stand if they are of type T already, converted else.
+// A slice of the states of one level of a block: rows read where they stand if they are of type T already, converted
+// else.
 template <class T>
 class BlockStates {
  public:
-  BlockStates(const Plan<T>& plan, int64_t block)
-      : plan_(plan), rows_(plan.structure.widths.size()), memory_(plan.structure.widths.size()) {
+  BlockStates(const Plan<T>& plan, int64_t block, int64_t slice)
+      : plan_(plan), slice_(slice), rows_(plan.structure.widths.size()), memory_(plan.structure.widths.size()) {
     for (size_t m = 0; m < rows_.size(); ++m) {
       rows_[m].resize(static_cast<size_t>(block));
       if (copies(m)) memory_[m] = Buffer<T>(block * stride(m));
     }
   }
 
-  int64_t stride(size_t m) const { return padded<T>(plan_.structure.widths[m]); }
+  int64_t stride(size_t m) const { return padded<T>(std::min(slice_, plan_.structure.widths[m])); }
   const T* row(size_t m, int64_t i) const { return rows_[m][static_cast<size_t>(i)]; }
   const T* matrix(size_t m) const { return memory_[m].data(); }  // of a dense modality
 
-  void read(int64_t level, int64_t first, int64_t count) {
+  void read(int64_t level, int64_t first, int64_t count, Slice slice) {
     const Inputs& in = plan_.inputs;
     for (size_t m = 0; m < rows_.size(); ++m) {
       const States& s = in.states[m];
-      const int64_t width = plan_.structure.widths[m];
+      const int64_t width = slice.of(plan_.structure.widths[m]);
+      if (width == 0) continue;
       for (int64_t i = 0; i < count; ++i) {
         const int64_t item = first + i, id = in.ids ? in.ids[item] : item;
         const bool here = present(m, item);
-        const char* from = stored(m, level, item);
+        const char* from = stored(m, level, item, slice.first);
         T* to = copies(m) ? memory_[m].data() + i * stride(m) : nullptr;
         const T*& row = rows_[m][static_cast<size_t>(i)];
         if (!to) {
@@ -163,15 +52,24 @@ class BlockStates {
     }
   }
 
+  // The rows that a later `read` will want: they lie too far apart for the core to guess.
+  void announce(Ahead& ahead, int64_t level, int64_t first, int64_t count, Slice slice) const {
+    ahead.clear();
+    for (int64_t i = 0; i < count; ++i)
+      for (size_t m = 0; m < rows_.size(); ++m)
+        ahead.add(stored(m, level, first + i, slice.first),
+                  slice.of(plan_.structure.widths[m]) * bytes_of(plan_.inputs.states[m].type));
+  }
+
  private:
   bool present(size_t m, int64_t item) const {
     const bool* all = plan_.inputs.present;
     return !all || all[item * plan_.structure.modalities() + static_cast<int64_t>(m)];
   }
-  const char* stored(size_t m, int64_t level, int64_t item) const {
+  const char* stored(size_t m, int64_t level, int64_t item, int64_t column) const {
     const States& s = plan_.inputs.states[m];
     const int64_t id = plan_.inputs.ids ? plan_.inputs.ids[item] : item;
-    return static_cast<const char*>(s.data) + (id * s.row + level * s.level) * bytes_of(s.type);
+    return static_cast<const char*>(s.data) + (id * s.row + level * s.level + column) * bytes_of(s.type);
   }
   bool copies(size_t m) const {
     const States& s = plan_.inputs.states[m];
@@ -180,6 +78,7 @@ class BlockStates {
   }
 
   const Plan<T>& plan_;
+  int64_t slice_;
   std::vector<std::vector<const T*>> rows_;
   std::vector<Buffer<T>> memory_;
 };
@@ -189,7 +88,7 @@ class BlockStates {
 template <class T>
 class LevelInputs {
  public:
-  LevelInputs(const Plan<T>& plan, int64_t block) : plan_(plan), states_(plan, block) {
+  LevelInputs(const Plan<T>& plan, int64_t block, int64_t slice) : plan_(plan), states_(plan, block, slice) {
     const Structure& s = plan.structure;
     towers_.resize(s.towers.size());
     for (size_t t = 0; t < towers_.size(); ++t)
@@ -198,12 +97,12 @@ class LevelInputs {
   }
 
   // `before[n]`: tower n's h of the level before, [count, D]; read where cross = side and beyond the first level.
-  void read(int64_t level, int64_t first, int64_t count, const std::vector<T*>& before) {
+  void read(int64_t level, int64_t first, int64_t count, Slice slice, const std::vector<T*>* before = nullptr) {
     const Structure& s = plan_.structure;
     level_ = level;
     count_ = count;
-    before_ = &before;
-    states_.read(level, first, count);
+    before_ = before;
+    states_.read(level, first, count, slice);
     for (size_t t = 0; t < towers_.size(); ++t) {
       const Tower& tower = s.towers[t];
       Terms& terms = towers_[t];
@@ -219,6 +118,10 @@ class LevelInputs {
           if (c.projection < 0) add_term(terms, c.gate[level], c.from, c.pair);
       }
     }
+  }
+
+  void announce(Ahead& ahead, int64_t level, int64_t first, int64_t count, Slice slice) const {
+    states_.announce(ahead, level, first, count, slice);
   }
 
   int terms(size_t t) const { return static_cast<int>(towers_[t].from.size()); }

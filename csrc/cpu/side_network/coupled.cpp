@@ -1,0 +1,453 @@
+// side_network where towers take each other's h of the level before (cross = side): what an item's modalities lack
+// would make every κ its own, so a block walks with h itself. On its way back it has x, from h kept after each level.
+#include <memory>
+
+#include "cpu/turns.h"
+#include "level_inputs.h"
+#include "side_network.h"
+#include "sums.h"
+
+namespace crossan_fast::side_network::coupled {
+namespace {
+
+inline constexpr int64_t kItems = 10 * kRowsPerTile;  // of a block at most: all of D of every tower's h is at hand
+
+// Weights as right sides: W_down and the head transposed in the forward, as they stand in the backward.
+template <class T>
+struct Weighed {
+  std::vector<LevelWeights<T>> down, head, up, up_plain;  // per tower; up: W_upᵀ, up_plain: W_up, of the backward
+
+  Weighed(Tasks& tasks, const Plan<T>& plan, bool backward) {
+    const Structure& s = plan.structure;
+    const As as = backward ? As::plain : As::transposed;
+    down = plan.across(tasks, plan.weights.down_weight, s.levels, s.rank, as);
+    head = plan.across(tasks, plan.weights.head_weight, 1, s.embedding, as);
+    for (size_t t = 0; t < s.towers.size(); ++t) {
+      const auto lay = [&](As how) {
+        return LevelWeights<T>(tasks, plan.weights.up_weight[t], s.levels, s.width(s.towers[t]), s.rank, how,
+                               plan.in_pairs);
+      };
+      up.push_back(lay(As::transposed));
+      if (backward) up_plain.push_back(lay(As::plain));
+    }
+  }
+};
+
+// One thread's memory for the forward walk.
+template <class T>
+class ForwardWalk {
+ public:
+  ForwardWalk(const Plan<T>& plan, const Weighed<T>& weighed, int64_t block)
+      : plan_(plan),
+        weighed_(weighed),
+        inputs_(plan, block, plan.widest),
+        products_(plan.in_pairs),
+        z_(block * plan.structure.rank),
+        a_(block * plan.structure.rank),
+        low_(plan.cross_down.empty() ? 0 : block * plan.structure.rank) {
+    const Structure& s = plan.structure;
+    for (const Tower& tower : s.towers) h_.emplace_back(block * padded<T>(s.width(tower)));
+    for (int64_t width : s.widths) {
+      copies_.emplace_back(block * padded<T>(width));
+      before_.push_back(copies_.back().data());
+    }
+    e_ = Buffer<T>(block * s.embedding);
+  }
+
+  void run(int64_t first, int64_t count, const Kept& out) {
+    const Structure& s = plan_.structure;
+    for (int64_t l = 0; l < s.levels; ++l) {
+      for (size_t m = 0; l > 0 && m < copies_.size(); ++m)
+        std::copy_n(h_[m].data(), count * padded<T>(s.widths[m]), copies_[m].data());
+      inputs_.read(l, first, count, {0, plan_.widest}, &before_);
+      // Item by item, so that its states serve every tower from L1. h holds x until the tower's products are done.
+      for (int64_t i = 0; i < count; ++i)
+        for (size_t t = 0; t < s.towers.size(); ++t) {
+          const int64_t width = s.width(s.towers[t]);
+          T* h = h_[t].data() + i * padded<T>(width);
+          mix<T>(width, l > 0 ? h : nullptr, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
+                 inputs_.weights(t), h);
+        }
+      for (size_t t = 0; t < s.towers.size(); ++t) run_tower(t, l, first, count, out);
+    }
+    for (size_t t = 0; t < s.towers.size(); ++t) head(t, first, count, out);
+    products_.end();
+  }
+
+ private:
+  void run_tower(size_t t, int64_t l, int64_t first, int64_t count, const Kept& out) {
+    const Structure& s = plan_.structure;
+    const Tower& tower = s.towers[t];
+    const int64_t width = s.width(tower), row = padded<T>(width), rank = s.rank;
+    T* h = h_[t].data();
+    inputs_.add_projected(t, h, [&](int) { return low_.data(); });
+    products_.weigh(count, rank, width, h, row, weighed_.down[t], {l}, z_.data(), rank, Into::overwrite,
+                    plan_.weights.down_bias[t] + l * rank);
+    plan_.zero_absent(tower, first, count, z_.data(), rank, rank);
+    for (int64_t i = 0; i < count; ++i)
+      convert_to(out.type, z_.data() + i * rank, out.bottleneck(s, first + i, t, l), rank);
+    activate(s.activation(), count * rank, z_.data(), a_.data());
+    products_.weigh(count, width, rank, a_.data(), rank, weighed_.up[t], {l}, h, row, Into::add,
+                    plan_.weights.up_bias[t] + l * width);
+    plan_.zero_absent(tower, first, count, h, row, width);
+  }
+
+  void head(size_t t, int64_t first, int64_t count, const Kept& out) {
+    const Structure& s = plan_.structure;
+    const int64_t width = s.width(s.towers[t]);
+    products_.weigh(count, s.embedding, width, h_[t].data(), padded<T>(width), weighed_.head[t], {0}, e_.data(),
+                    s.embedding, Into::overwrite, plan_.weights.head_bias[t]);
+    plan_.zero_absent(s.towers[t], first, count, e_.data(), s.embedding, s.embedding);
+    for (int64_t i = 0; i < count; ++i)
+      convert_to(out.type, e_.data() + i * s.embedding, out.embedding(s, first + i, t), s.embedding);
+  }
+
+  const Plan<T>& plan_;
+  const Weighed<T>& weighed_;
+  LevelInputs<T> inputs_;
+  Products<T> products_;
+  Buffer<T> z_, a_, low_, e_;      // [block, rank] each; [block, d]
+  std::vector<Buffer<T>> h_;       // per tower [block, D]
+  std::vector<Buffer<T>> copies_;  // per modality's tower, its h of the level before
+  std::vector<T*> before_;
+};
+
+template <class T>
+class BackwardWalk {
+ public:
+  BackwardWalk(const Plan<T>& plan, const Weighed<T>& weighed, Sums<T>& sums, Turns& turns, int64_t block)
+      : plan_(plan),
+        s_(plan.structure),
+        weighed_(weighed),
+        sums_(sums),
+        grads_(sums.grads),
+        turns_(turns),
+        inputs_(plan, block, plan.widest),
+        products_(plan.in_pairs),
+        z_(block * s_.rank),
+        slope_(block * s_.rank),
+        level_step_(block * s_.rank),
+        ge_(block * s_.embedding) {
+    for (const Tower& tower : s_.towers) {
+      const int64_t size = block * padded<T>(s_.width(tower));
+      a_.emplace_back(s_.levels * level_step_);
+      dz_.emplace_back(s_.levels * level_step_);
+      g_.emplace_back(size);
+      x_.emplace_back(size);
+      next_.emplace_back(size);
+      history_.emplace_back(s_.levels * size);
+      history_step_.push_back(size);
+    }
+    for (size_t p = 0; p < plan.cross_down.size(); ++p) {
+      low_.emplace_back(block * s_.rank);
+      d_low_.emplace_back(block * s_.rank);
+    }
+    for (size_t m = 0; m < s_.widths.size(); ++m)
+      for (const auto& c : plan.incoming[m])
+        if (c.projection >= 0) {
+          d_down_.push_back({Buffer<T>(s_.rank * s_.widths[c.from]), s_.rank * s_.widths[c.from]});
+          d_up_.push_back({Buffer<T>(s_.widths[m] * s_.rank), s_.widths[m] * s_.rank});
+        }
+    before_.resize(s_.towers.size());
+    dots_.assign(s_.towers.size(), std::vector<double>(s_.widths.size() + 2));
+    weight_.resize(s_.widths.size() + 1);
+    source_.resize(s_.widths.size() + 1);
+  }
+
+  void run(int64_t block, int64_t first, int64_t count, const Kept& in) {
+    block_ = block;
+    first_ = first;
+    count_ = count;
+    step_ = 0;
+    in_ = &in;
+    for (int64_t l = 0; l < s_.levels; ++l) recompute(l);
+    for (size_t t = 0; t < s_.towers.size(); ++t) head_back(t);
+    for (int64_t l = s_.levels; l-- > 0;) level_back(l);
+    products_.end();
+    if (d_down_.empty()) return;
+    turns_.wait(block_, step_);
+    for (size_t p = 0; p < d_down_.size(); ++p) {
+      add_shared(d_down_[p], grads_.cross_down[p]);
+      add_shared(d_up_[p], grads_.cross_up[p]);
+    }
+    turns_.pass(block_, step_++);
+  }
+
+ private:
+  // g = ge · W_head, and the head's own gradients, from the last h.
+  void head_back(size_t t) {
+    const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), d = s_.embedding;
+    for (int64_t i = 0; i < count_; ++i)
+      convert_from(in_->type, in_->embedding(s_, first_ + i, t), ge_.data() + i * d, d, T(1));
+    plan_.zero_absent(s_.towers[t], first_, count_, ge_.data(), d, d);
+    products_.weigh(count_, width, d, ge_.data(), d, weighed_.head[t], {0}, g_[t].data(), row, Into::overwrite);
+    turns_.wait(block_, step_);
+    products_.correlate(d, width, count_, ge_.data(), d, history_[t].data() + (s_.levels - 1) * history_step_[t], row,
+                        grads_.head_weight[t], width, first_into());
+    sum_rows(count_, d, ge_.data(), d, block_ > 0, grads_.head_bias[t]);
+    turns_.pass(block_, step_++);
+  }
+
+  // h of the towers before level l; null at the first, where it is zero.
+  const std::vector<T*>& h_before(int64_t l) {
+    for (size_t t = 0; t < before_.size(); ++t)
+      before_[t] = l == 0 ? nullptr : history_[t].data() + (l - 1) * history_step_[t];
+    return before_;
+  }
+
+  T* a(size_t t, int64_t l) const { return a_[t].data() + l * level_step_; }
+  T* dz(size_t t, int64_t l) const { return dz_[t].data() + l * level_step_; }
+
+  // z of a level of the block into z_, [count, r].
+  void read_bottleneck(size_t t, int64_t l) {
+    for (int64_t i = 0; i < count_; ++i)
+      convert_from(in_->type, in_->bottleneck(s_, first_ + i, t, l), z_.data() + i * s_.rank, s_.rank, T(1));
+  }
+
+  // h before level l + 1, from h before level l.
+  void recompute(int64_t l) {
+    inputs_.read(l, first_, count_, {0, plan_.widest}, &h_before(l));
+    for (int64_t i = 0; i < count_; ++i)
+      for (size_t t = 0; t < s_.towers.size(); ++t) {
+        const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
+        T* after = history_[t].data() + l * history_step_[t] + i * row;
+        mix<T>(width, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
+               inputs_.weights(t), after);
+      }
+    for (size_t t = 0; t < s_.towers.size(); ++t) {
+      const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank;
+      T* after = history_[t].data() + l * history_step_[t];
+      inputs_.add_projected(t, after, [&](int p) { return low_[p].data(); });
+      read_bottleneck(t, l);
+      activate(s_.activation(), count_ * rank, z_.data(), a(t, l));
+      products_.weigh(count_, width, rank, a(t, l), rank, weighed_.up[t], {l}, after, row, Into::add,
+                      plan_.weights.up_bias[t] + l * width);
+      plan_.zero_absent(s_.towers[t], first_, count_, after, row, width);
+    }
+  }
+
+  void level_back(int64_t l) {
+    for (size_t t = 0; t < s_.towers.size(); ++t) back_to_x(t, l);
+    inputs_.read(l, first_, count_, {0, plan_.widest}, &h_before(l));
+    for (auto& dots : dots_) std::fill(dots.begin(), dots.end(), 0.0);
+    // Item by item, so that its states serve every tower from L1.
+    for (int64_t i = 0; i < count_; ++i)
+      for (size_t t = 0; t < s_.towers.size(); ++t) {
+        const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
+        T* g = g_[t].data() + i * row;
+        mix_backward<T>(width, g, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t),
+                        inputs_.rows(t, i), inputs_.weights(t), x_[t].data() + i * row, dots_[t].data());
+      }
+    for (size_t t = 0; t < s_.towers.size(); ++t) add_input_grads(t, l);
+    exchange(l);
+  }
+
+  Into first_into() const { return block_ > 0 ? Into::add : Into::overwrite; }
+
+  void add_down_weight(size_t t, int64_t l) {
+    const int64_t width = s_.width(s_.towers[t]), rank = s_.rank;
+    products_.correlate(rank, width, count_, dz(t, l), rank, x_[t].data(), padded<T>(width),
+                        grads_.down_weight[t] + l * rank * width, width, first_into());
+  }
+
+  // g: from the gradient of tower t's h to that of its x.
+  void back_to_x(size_t t, int64_t l) {
+    const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank;
+    T* g = g_[t].data();
+    T* dz = this->dz(t, l);
+    T* a = this->a(t, l);
+    products_.weigh(count_, rank, width, g, row, weighed_.up_plain[t], {l}, dz, rank, Into::overwrite);
+    read_bottleneck(t, l);
+    activate_both(s_.activation(), count_ * rank, z_.data(), a, slope_.data());
+    const double bottleneck = bottleneck_back(dz, a);
+
+    turns_.wait(block_, step_);
+    products_.correlate(width, rank, count_, g, row, a, rank, grads_.up_weight[t] + l * width * rank, rank,
+                        first_into());
+    sum_rows(count_, width, g, row, block_ > 0, grads_.up_bias[t] + l * width);
+    sum_rows(count_, rank, dz, rank, block_ > 0, grads_.down_bias[t] + l * rank);
+    sums_.bottleneck[t][l] += bottleneck;
+    turns_.pass(block_, step_++);
+
+    products_.weigh(count_, width, rank, dz, rank, weighed_.down[t], {l}, g, row, Into::add);
+  }
+
+  // dz from da, and the sum over items of ⟨da, a⟩ − ⟨dz, z⟩.
+  double bottleneck_back(T* dz, const T* a) {
+    T* z = z_.data();
+    const T* slope = slope_.data();
+    const int64_t size = count_ * s_.rank;
+    for (int64_t k = 0; k < size; ++k) z[k] = a[k] - slope[k] * z[k];
+    double sum = 0;
+    for (int64_t k = 0; k < size; k += s_.rank) sum += static_cast<double>(dot(s_.rank, dz + k, z + k));
+    for (int64_t k = 0; k < size; ++k) dz[k] *= slope[k];
+    return sum;
+  }
+
+  // Everything that takes x or its gradient g.
+  void add_input_grads(size_t t, int64_t l) {
+    const Tower& tower = s_.towers[t];
+    const int64_t row = padded<T>(s_.width(tower));
+    const int terms = inputs_.terms(t);
+    T* g = g_[t].data();
+    const auto low = [&](int p) { return low_[p].data(); };
+    inputs_.add_projected(t, x_[t].data(), low);
+
+    turns_.wait(block_, step_);
+    add_down_weight(t, l);
+    sums_.mu[t][l] += dots_[t][0] - (tower.second >= 0 ? dots_[t][1] : dots_[t][terms]);
+    if (tower.second < 0)
+      for (int j = 1; j < terms; ++j) sums_.cross[inputs_.pair(t, j)][l] += dots_[t][j];
+    projected_back(t, l, g, row);
+    narrowed_back(t, l, g, row);
+    turns_.pass(block_, step_++);
+  }
+
+  // Gradients of T and its gate where widths differ; x = … + low up, low = gate · s down.
+  void projected_back(size_t t, int64_t l, const T* dx, int64_t row) {
+    if (s_.towers[t].second >= 0) return;
+    const int64_t width = s_.width(s_.towers[t]), rank = s_.rank;
+    for (const auto& c : plan_.incoming[t]) {
+      if (c.projection < 0) continue;
+      const bool add = l + 1 < s_.levels;
+      const int64_t from = s_.widths[c.from];
+      T* d_up = d_up_[c.projection].first.data();
+      T* d_down = d_down_[c.projection].first.data();
+      if (!plan_.crosses(l)) {
+        if (!add) {
+          std::fill_n(d_up, width * rank, T(0));
+          std::fill_n(d_down, rank * from, T(0));
+        }
+        continue;
+      }
+      const T* low = low_[c.projection].data();
+      T* d_low = d_low_[c.projection].data();
+      multiply<T>(width, rank, count_, dx, 1, row, plain(low, rank), d_up, rank, add ? Into::add : Into::overwrite);
+      multiply<T>(count_, rank, width, dx, row, 1, plain(plan_.weights.cross_up[c.projection], rank), d_low, rank,
+                  Into::overwrite);
+      // ⟨d_low, s down⟩ with s down computed anew: dividing `low` by a gate near zero would lose it.
+      multiply<T>(count_, rank, from, inputs_.cross_matrix(c.from), padded<T>(from), 1,
+                  plan_.cross_down[c.projection][0], z_.data(), rank, Into::overwrite);
+      sums_.cross[c.pair][l] += static_cast<double>(dot(count_ * rank, d_low, z_.data()));
+      for (int64_t i = 0; i < count_ * rank; ++i) d_low[i] *= c.gate[l];
+      multiply<T>(rank, from, count_, d_low, 1, rank, plain(inputs_.cross_matrix(c.from), padded<T>(from)), d_down,
+                  from, add ? Into::add : Into::overwrite);
+    }
+  }
+
+  void narrowed_back(size_t t, int64_t l, const T* dx, int64_t row) {
+    const int which = plan_.narrowing[t];
+    if (which < 0) return;
+    const int wide = s_.wide(s_.towers[t]);
+    const int64_t width = s_.width(s_.towers[t]), from = s_.widths[wide];
+    const T weight = wide == s_.towers[t].first ? plan_.mu[t][l] : T(1) - plan_.mu[t][l];
+    for (int64_t i = 0; i < count_; ++i)  // the narrowed rows have served their turn; the gradient takes their place
+      mix<T>(width, dx + i * row, weight, 0, nullptr, nullptr, inputs_.narrowed(t) + i * row);
+    plan_.zero_absent({wide, -1}, first_, count_, inputs_.narrowed(t), row, width);
+    const bool add = block_ > 0;
+    multiply<T>(width, from, count_, inputs_.narrowed(t), 1, row, plain(inputs_.matrix(wide), padded<T>(from)),
+                grads_.pair_weight[which] + l * width * from, from, add ? Into::add : Into::overwrite);
+    sum_rows(count_, width, inputs_.narrowed(t), row, add, grads_.pair_bias[which] + l * width);
+  }
+
+  // Sums that the levels share are built per block, or the levels of two blocks would meet in any order.
+  void add_shared(const std::pair<Buffer<T>, int64_t>& sum, T* to) const {
+    const T* from = sum.first.data();
+    for (int64_t i = 0; i < sum.second; ++i) to[i] = block_ > 0 ? to[i] + from[i] : from[i];
+  }
+
+  // What each tower's h before level l gets from all towers' x.
+  void exchange(int64_t l) {
+    const size_t modalities = s_.widths.size();
+    for (size_t n = 0; n < modalities; ++n) {
+      const int64_t width = s_.widths[n], row = padded<T>(width);
+      for (int64_t i = 0; i < count_; ++i) {
+        int terms = 0;
+        for (size_t m = 0; l > 0 && m < modalities; ++m)
+          for (const auto& c : plan_.incoming[m])
+            if (c.from == static_cast<int>(n) && c.projection < 0) {
+              weight_[terms] = c.gate[l];
+              source_[terms++] = g_[m].data() + i * row;
+            }
+        mix<T>(width, g_[n].data() + i * row, plan_.keeps(n, l), terms, source_.data(), weight_.data(),
+               next_[n].data() + i * row);
+      }
+      for (size_t m = 0; l > 0 && m < modalities; ++m)
+        for (const auto& c : plan_.incoming[m])
+          if (c.from == static_cast<int>(n) && c.projection >= 0)
+            multiply<T>(count_, width, s_.rank, d_low_[c.projection].data(), s_.rank, 1,
+                        plain(plan_.weights.cross_down[c.projection], width), next_[n].data(), row, Into::add);
+      plan_.zero_absent(s_.towers[n], first_, count_, next_[n].data(), row, width);
+    }
+    for (size_t n = 0; n < modalities; ++n) std::swap(g_[n], next_[n]);
+  }
+
+  const Plan<T>& plan_;
+  const Structure& s_;
+  const Weighed<T>& weighed_;
+  Sums<T>& sums_;
+  const Weights<T*>& grads_;
+  Turns& turns_;
+  LevelInputs<T> inputs_;
+  Products<T> products_;
+  Buffer<T> z_, slope_;  // [block, r]; z_ then any such
+  int64_t level_step_;
+  Buffer<T> ge_;                    // [block, d]
+  std::vector<Buffer<T>> a_, dz_;   // per tower [L][block, r]
+  std::vector<Buffer<T>> g_, x_;    // per tower [block, D]: the gradient of its h, then of its x; x
+  std::vector<Buffer<T>> next_;     // likewise, the gradient of h of the level before
+  std::vector<Buffer<T>> history_;  // per tower [L][block, D]: h after each level
+  std::vector<int64_t> history_step_;
+  std::vector<Buffer<T>> low_, d_low_;                        // per projected pair [block, rank]
+  std::vector<std::pair<Buffer<T>, int64_t>> d_down_, d_up_;  // likewise, the block's gradients and their sizes
+  std::vector<T*> before_;
+  std::vector<std::vector<double>> dots_;  // per tower: ⟨g, row⟩ of its terms, then of h
+  std::vector<T> weight_;
+  std::vector<const T*> source_;
+  const Kept* in_ = nullptr;
+  int64_t block_ = 0, first_ = 0, count_ = 0, step_ = 0;
+};
+
+}  // namespace
+
+template <class T>
+void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& out) {
+  Tasks tasks;
+  const Plan<T> plan(tasks, structure, inputs, weights, out.type);
+  const Weighed<T> weighed(tasks, plan, false);
+  tasks.run();
+  const Blocks blocks(structure.items, kItems);
+  const int64_t workers = workers_for(blocks.count);
+  std::vector<std::unique_ptr<ForwardWalk<T>>> walks;
+  for (int64_t w = 0; w < workers; ++w) walks.push_back(std::make_unique<ForwardWalk<T>>(plan, weighed, blocks.size));
+  run_tasks(workers, blocks.count,
+            [&](int64_t w, int64_t b) { walks[static_cast<size_t>(w)]->run(blocks.first(b), blocks.length(b), out); });
+}
+
+template <class T>
+void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& in,
+              const Weights<T*>& grads) {
+  Tasks tasks;
+  const Plan<T> plan(tasks, structure, inputs, weights, in.type);
+  const Weighed<T> weighed(tasks, plan, true);
+  tasks.run();
+  Sums<T> sums(structure, grads);
+  const Blocks blocks(structure.items, kItems);
+  Turns turns(blocks.count);
+  const int64_t workers = workers_for(blocks.count);
+  std::vector<std::unique_ptr<BackwardWalk<T>>> walks;
+  for (int64_t w = 0; w < workers; ++w)
+    walks.push_back(std::make_unique<BackwardWalk<T>>(plan, weighed, sums, turns, blocks.size));
+  run_tasks(workers, blocks.count, [&](int64_t w, int64_t b) {
+    walks[static_cast<size_t>(w)]->run(b, blocks.first(b), blocks.length(b), in);
+  });
+  finish_gates(plan, sums);
+}
+
+#define INSTANTIATE(T)                                                                              \
+  template void forward<T>(const Structure&, const Inputs&, const Weights<const T*>&, const Kept&); \
+  template void backward<T>(const Structure&, const Inputs&, const Weights<const T*>&, const Kept&, const Weights<T*>&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace crossan_fast::side_network::coupled

@@ -1,0 +1,157 @@
+"""The compiled side_network, which applies heads before up-projections, against the definition in float64.
+
+Sizes lie on both sides of the kernels' slices, panels and vectors, and gates within 1e-13 of 0 and of 1:
+the algebra may divide by neither.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled_ops import assert_same_bits_on_any_threads, needs_cpp
+from side_networks import (
+    PAIRS,
+    SINGLES,
+    STRUCTURES,
+    assert_no_worse_than_eager,
+    compiled,
+    in_dtype,
+    make_states,
+    make_weights,
+    outputs_and_grads,
+)
+
+from crossan_fast.ops import SideNetworkStructure, side_network_reference
+
+pytestmark = [needs_cpp, pytest.mark.usefixtures("poisoned_memory")]
+
+# θ / τ = ±30: μ is 1e-13 short of 1 and of 0; ±10, and half open.
+GATES = (3.0, -3.0, 1.0, 0.0, -1.0)
+NINE = tuple((m,) for m in range(9))
+TWO_AND_A_PAIR = ((0,), (1,), (1, 0))
+
+# structure, levels, rank, d
+CASES = {
+    "one level": (SideNetworkStructure((96, 70), SINGLES[:2]), 1, 16, 8),
+    "one tower": (SideNetworkStructure((33,), SINGLES[:1], "none"), 4, 5, 7),
+    "no cross": (SideNetworkStructure((64, 33), SINGLES[:2], "none", "relu"), 4, 16, 24),
+    "the papers' levels": (SideNetworkStructure((96, 96, 96), SINGLES), 7, 64, 48),
+    "thirteen levels": (SideNetworkStructure((40, 21), SINGLES[:2]), 13, 9, 65),
+    "wide": (SideNetworkStructure((768, 768), SINGLES[:2]), 3, 64, 64),
+    "wider, by no vector": (SideNetworkStructure((1027, 770), SINGLES[:2], "backbone", "relu"), 2, 24, 70),
+    "nine modalities": (SideNetworkStructure((24,) * 9, NINE), 3, 8, 5),
+    "nine of two widths": (SideNetworkStructure((24, 17, 24) * 3, NINE), 2, 3, 12),
+    "equal pairs": (SideNetworkStructure((80, 80, 80), PAIRS, "none", "relu"), 4, 16, 20),
+    "unequal pairs": (SideNetworkStructure((128, 300), TWO_AND_A_PAIR, "none"), 3, 16, 8),
+    "pairs beside a cross": (SideNetworkStructure((33, 70, 33), PAIRS), 4, 7, 19),
+    "side": (SideNetworkStructure((96, 96, 96), SINGLES, "side"), 7, 16, 24),
+    "side, unequal widths and pairs": (SideNetworkStructure((33, 70, 33), PAIRS, "side", "relu"), 4, 7, 19),
+    "side, wide": (SideNetworkStructure((768, 768), SINGLES[:2], "side"), 2, 64, 64),
+}
+
+
+def with_gates(weights, shift: int = 0):
+    """Every pattern of neighbouring levels comes up in some tower."""
+    gates = [
+        torch.tensor([GATES[(level + t + shift) % len(GATES)] for level in range(len(theta))])
+        for t, theta in enumerate(weights.gate)
+    ]
+    return in_dtype(weights._replace(gate=gates), torch.float64)
+
+
+def assert_equal_by_size(got, expected, tolerance: float) -> None:
+    """Entries err by at most `tolerance` of their tensor's largest."""
+    for index, (x, y) in enumerate(zip(got, expected, strict=True)):
+        scale = float(y.abs().max())
+        torch.testing.assert_close(
+            x, y, rtol=0, atol=tolerance * scale + 1e-300, msg=lambda m, i=index: f"{i}: {m}"
+        )
+
+
+@pytest.mark.parametrize("gates", ["open and closed", "drawn"])
+@pytest.mark.parametrize("missing", [False, True], ids=["all present", "some missing"])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_the_definitions(name, missing, gates):
+    structure, levels, rank, embedding = CASES[name]
+    weights = make_weights(structure, levels, rank, embedding)
+    states = make_states(structure, 150, levels)
+    if gates == "open and closed":
+        weights = with_gates(weights, int(missing))
+    generator = torch.Generator().manual_seed(3)
+    present = torch.rand(150, len(structure.widths), generator=generator) > 0.3 if missing else None
+    got = outputs_and_grads(compiled, states, weights, structure, present=present)
+    expected = outputs_and_grads(side_network_reference, states, weights, structure, present=present)
+    assert_equal_by_size(got, expected, 1e-11)
+
+
+@pytest.mark.parametrize("name", ["the papers' levels", "thirteen levels", "equal pairs", "side"])
+def test_error_at_open_and_closed_gates_is_no_worse_than_eagers(name):
+    structure, levels, rank, embedding = CASES[name]
+    weights = in_dtype(with_gates(make_weights(structure, levels, rank, embedding)), torch.float32)
+    states = [s.float() for s in make_states(structure, 150, levels)]
+    assert_no_worse_than_eager(states, weights, structure, draws=4)
+
+
+@pytest.mark.parametrize("theta", [1e4, -1e4], ids=["open", "closed"])
+@pytest.mark.parametrize("cross", ["none", "backbone", "side"])
+def test_gates_that_saturate_leave_finite_gradients(cross, theta):
+    """μ is exactly 1, or 0: what h a level carries over is all or nothing."""
+    structure = SideNetworkStructure((20, 20), SINGLES[:2], cross)
+    weights, states = make_weights(structure, 4, 6), make_states(structure, 70, 4)
+    gates = [torch.full_like(gate, theta) for gate in weights.gate]
+    weights = in_dtype(weights._replace(gate=gates), torch.float64)
+    got = outputs_and_grads(compiled, states, weights, structure)
+    assert all(t.isfinite().all() for t in got)
+    expected = outputs_and_grads(side_network_reference, states, weights, structure)
+    assert_equal_by_size(got, expected, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_tower_without_a_present_source_gives_zeros(name, dtype):
+    structure = STRUCTURES[name]
+    weights = in_dtype(make_weights(structure, 3, 6), dtype)
+    states = [s.to(dtype) for s in make_states(structure, 150, 3)]
+    generator = torch.Generator().manual_seed(3)
+    present = torch.rand(150, len(structure.widths), generator=generator) > 0.5
+    exists = torch.stack([present[:, list(s)].any(dim=1) for s in structure.sources], dim=1)
+    e = compiled(states, weights, structure, present=present)
+    assert not e[~exists].any() and e[exists].any(dim=1).all()
+    # Nor does a weight learn from such a tower.
+    grads = torch.autograd.grad(e[~exists].sum(), weights.flatten(), materialize_grads=True)
+    assert not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["all present", "some missing"])
+@pytest.mark.parametrize("name", ["the papers' levels", "nine modalities", "unequal pairs", "side"])
+def test_bits_do_not_depend_on_threads_and_repeat(name, missing):
+    structure, levels, rank, embedding = CASES[name]
+    rows = 700  # several blocks of items, the last not full
+    weights = in_dtype(make_weights(structure, levels, rank, embedding), torch.float32)
+    states = [s.float() for s in make_states(structure, rows, levels)]
+    present = torch.arange(rows * len(states)).reshape(rows, -1) % 3 > 0 if missing else None
+    assert_same_bits_on_any_threads(
+        lambda: outputs_and_grads(compiled, states, weights, structure, present=present)
+    )
+
+
+@pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs"])
+def test_compiles_whole_and_keeps_its_schema(name):
+    """What is kept for the backward has the shapes and types that the fake implementation promises."""
+    structure, levels = STRUCTURES[name], 3
+    weights, states = make_weights(structure, levels, 6), make_states(structure, 9, levels)
+    arguments = (states, [], torch.tensor([1, 5, 5, 0, 8]), None, weights.flatten(), *structure.static)
+    torch.library.opcheck(torch.ops.crossan_fast.side_network.default, (*arguments, torch.float64, "cpp"))
+    flat = [w.float().detach().requires_grad_() for w in weights.flatten()]
+    states = [s.float() for s in states]
+
+    def call(ids):
+        return compiled(states, structure.unflatten(flat), structure, ids=ids)
+
+    whole = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for ids in (torch.tensor([1, 5, 5, 0, 8]), torch.tensor([2, 3]), torch.arange(9).repeat(30)):
+        (have, grads), (want, expected) = (
+            (e, torch.autograd.grad(e.square().sum(), flat)) for e in (whole(ids), call(ids))
+        )
+        assert torch.equal(have, want)
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
