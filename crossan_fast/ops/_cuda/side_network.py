@@ -25,9 +25,8 @@ def refuses(request: Request) -> str | None:
         return f"serves at most 8 levels, not {levels}"
     if rank > 64 or rank % 8:
         return f"serves bottlenecks that are multiples of 8 up to 64, not {rank}"
-    most = 64 * (
-        9 - levels
-    )  # a block of the weight gradients keeps 9 matrices: the levels', and one for each 64
+    # A block of the weight gradients keeps 9 matrices: the levels', and one for each 64 of the embedding.
+    most = 64 * (9 - levels)
     if embedding % 8 or embedding > most:
         return (
             f"serves embeddings that are multiples of 8, with {levels} levels up to {most}, not {embedding}"
