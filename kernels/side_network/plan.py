@@ -175,7 +175,7 @@ class GradientConfig:
         mixing_items, mixing_rows, mixing_splits, mixing_warps, mixing_stages: *mixing_gradient*'s.
         combine_columns: *combine*'s.
         combine_depth, combine_stages: how much of r *combine* multiplies at a time, and its pipeline; S of a
-            wide r or d is what would not fit shared memory.
+            wide r or d is what would not fit shared memory, and operands without matrix units registers.
     """
 
     walk_items: int
@@ -286,7 +286,7 @@ def gradient_config(problem: Problem) -> GradientConfig:
         mixing_warps=mixing_warps,
         mixing_stages=mixing_stages,
         combine_columns=64 if half and problem.device not in BEFORE_HOPPER else 32,
-        combine_depth=min(br, 4096 // max(64, br, be)),
+        combine_depth=min(br if half else 16, 4096 // max(64, br, be)),
         combine_stages=3 if max(br, be) <= 64 else 1,
     )
 
