@@ -1,116 +1,13 @@
-// side_network where towers take each other's h of the level before (cross = side): what an item's modalities lack
-// would make every κ its own, so a block walks with h itself. On its way back it has x, from h kept after each level.
+// The backward with h itself: see coupled.h.
 #include <memory>
 
+#include "coupled.h"
 #include "cpu/turns.h"
 #include "level_inputs.h"
-#include "side_network.h"
 #include "sums.h"
 
 namespace crossan_fast::side_network::coupled {
 namespace {
-
-inline constexpr int64_t kItems = 10 * kRowsPerTile;  // of a block at most: all of D of every tower's h is at hand
-
-// Weights as right sides: W_down and the head transposed in the forward, as they stand in the backward.
-template <class T>
-struct Weighed {
-  std::vector<LevelWeights<T>> down, head, up, up_plain;  // per tower; up: W_upᵀ, up_plain: W_up, of the backward
-
-  Weighed(Tasks& tasks, const Plan<T>& plan, bool backward) {
-    const Structure& s = plan.structure;
-    const As as = backward ? As::plain : As::transposed;
-    down = plan.across(tasks, plan.weights.down_weight, s.levels, s.rank, as);
-    head = plan.across(tasks, plan.weights.head_weight, 1, s.embedding, as);
-    for (size_t t = 0; t < s.towers.size(); ++t) {
-      const auto lay = [&](As how) {
-        return LevelWeights<T>(tasks, plan.weights.up_weight[t], s.levels, s.width(s.towers[t]), s.rank, how,
-                               plan.in_pairs);
-      };
-      up.push_back(lay(As::transposed));
-      if (backward) up_plain.push_back(lay(As::plain));
-    }
-  }
-};
-
-// One thread's memory for the forward walk.
-template <class T>
-class ForwardWalk {
- public:
-  ForwardWalk(const Plan<T>& plan, const Weighed<T>& weighed, int64_t block)
-      : plan_(plan),
-        weighed_(weighed),
-        inputs_(plan, block, plan.widest),
-        products_(plan.in_pairs),
-        z_(block * plan.structure.rank),
-        a_(block * plan.structure.rank),
-        low_(plan.cross_down.empty() ? 0 : block * plan.structure.rank) {
-    const Structure& s = plan.structure;
-    for (const Tower& tower : s.towers) h_.emplace_back(block * padded<T>(s.width(tower)));
-    for (int64_t width : s.widths) {
-      copies_.emplace_back(block * padded<T>(width));
-      before_.push_back(copies_.back().data());
-    }
-    e_ = Buffer<T>(block * s.embedding);
-  }
-
-  void run(int64_t first, int64_t count, const Kept& out) {
-    const Structure& s = plan_.structure;
-    for (int64_t l = 0; l < s.levels; ++l) {
-      for (size_t m = 0; l > 0 && m < copies_.size(); ++m)
-        std::copy_n(h_[m].data(), count * padded<T>(s.widths[m]), copies_[m].data());
-      inputs_.read(l, first, count, {0, plan_.widest}, &before_);
-      // Item by item, so that its states serve every tower from L1. h holds x until the tower's products are done.
-      for (int64_t i = 0; i < count; ++i)
-        for (size_t t = 0; t < s.towers.size(); ++t) {
-          const int64_t width = s.width(s.towers[t]);
-          T* h = h_[t].data() + i * padded<T>(width);
-          mix<T>(width, l > 0 ? h : nullptr, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
-                 inputs_.weights(t), h);
-        }
-      for (size_t t = 0; t < s.towers.size(); ++t) run_tower(t, l, first, count, out);
-    }
-    for (size_t t = 0; t < s.towers.size(); ++t) head(t, first, count, out);
-    products_.end();
-  }
-
- private:
-  void run_tower(size_t t, int64_t l, int64_t first, int64_t count, const Kept& out) {
-    const Structure& s = plan_.structure;
-    const Tower& tower = s.towers[t];
-    const int64_t width = s.width(tower), row = padded<T>(width), rank = s.rank;
-    T* h = h_[t].data();
-    inputs_.add_projected(t, h, [&](int) { return low_.data(); });
-    products_.weigh(count, rank, width, h, row, weighed_.down[t], {l}, z_.data(), rank, Into::overwrite,
-                    plan_.weights.down_bias[t] + l * rank);
-    plan_.zero_absent(tower, first, count, z_.data(), rank, rank);
-    for (int64_t i = 0; i < count; ++i)
-      convert_to(out.type, z_.data() + i * rank, out.bottleneck(s, first + i, t, l), rank);
-    activate(s.activation(), count * rank, z_.data(), a_.data());
-    products_.weigh(count, width, rank, a_.data(), rank, weighed_.up[t], {l}, h, row, Into::add,
-                    plan_.weights.up_bias[t] + l * width);
-    plan_.zero_absent(tower, first, count, h, row, width);
-  }
-
-  void head(size_t t, int64_t first, int64_t count, const Kept& out) {
-    const Structure& s = plan_.structure;
-    const int64_t width = s.width(s.towers[t]);
-    products_.weigh(count, s.embedding, width, h_[t].data(), padded<T>(width), weighed_.head[t], {0}, e_.data(),
-                    s.embedding, Into::overwrite, plan_.weights.head_bias[t]);
-    plan_.zero_absent(s.towers[t], first, count, e_.data(), s.embedding, s.embedding);
-    for (int64_t i = 0; i < count; ++i)
-      convert_to(out.type, e_.data() + i * s.embedding, out.embedding(s, first + i, t), s.embedding);
-  }
-
-  const Plan<T>& plan_;
-  const Weighed<T>& weighed_;
-  LevelInputs<T> inputs_;
-  Products<T> products_;
-  Buffer<T> z_, a_, low_, e_;      // [block, rank] each; [block, d]
-  std::vector<Buffer<T>> h_;       // per tower [block, D]
-  std::vector<Buffer<T>> copies_;  // per modality's tower, its h of the level before
-  std::vector<T*> before_;
-};
 
 template <class T>
 class BackwardWalk {
@@ -411,20 +308,6 @@ class BackwardWalk {
 }  // namespace
 
 template <class T>
-void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& out) {
-  Tasks tasks;
-  const Plan<T> plan(tasks, structure, inputs, weights, out.type);
-  const Weighed<T> weighed(tasks, plan, false);
-  tasks.run();
-  const Blocks blocks(structure.items, kItems);
-  const int64_t workers = workers_for(blocks.count);
-  std::vector<std::unique_ptr<ForwardWalk<T>>> walks;
-  for (int64_t w = 0; w < workers; ++w) walks.push_back(std::make_unique<ForwardWalk<T>>(plan, weighed, blocks.size));
-  run_tasks(workers, blocks.count,
-            [&](int64_t w, int64_t b) { walks[static_cast<size_t>(w)]->run(blocks.first(b), blocks.length(b), out); });
-}
-
-template <class T>
 void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& in,
               const Weights<T*>& grads) {
   Tasks tasks;
@@ -444,10 +327,9 @@ void backward(const Structure& structure, const Inputs& inputs, const Weights<co
   finish_gates(plan, sums);
 }
 
-#define INSTANTIATE(T)                                                                              \
-  template void forward<T>(const Structure&, const Inputs&, const Weights<const T*>&, const Kept&); \
-  template void backward<T>(const Structure&, const Inputs&, const Weights<const T*>&, const Kept&, const Weights<T*>&);
-INSTANTIATE(float)
-INSTANTIATE(double)
+template void backward(const Structure&, const Inputs&, const Weights<const float*>&, const Kept&,
+                       const Weights<float*>&);
+template void backward(const Structure&, const Inputs&, const Weights<const double*>&, const Kept&,
+                       const Weights<double*>&);
 
 }  // namespace crossan_fast::side_network::coupled
