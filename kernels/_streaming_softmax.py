@@ -349,9 +349,6 @@ def backward_columns_kernel(
     stop = tl.minimum(start + part_length * BLOCK_R, rows)
     for begin in range(start, stop, BLOCK_R):
         index_r = begin + tl.arange(0, BLOCK_R)
-        user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
-        log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
-        missing = tl.load(coefficient + index_r, mask=index_r < rows, other=0.0) * SCALE
         logit = tl.zeros([BLOCK_C, BLOCK_R], dtype=tl.float32)  # [BC, BR]
         if IN_BATCH:
             first = begin // (places - 1)
@@ -359,8 +356,11 @@ def backward_columns_kernel(
             member = membership(index_r, first, places, BLOCK_Q)  # [BR, BQ]
             blocked = own_columns(slots, own, first, sequences, places, begin_column, BLOCK_Q, BLOCK_C)
             logit = dot(tl.trans(blocked), tl.trans(member), logit, PRECISION)
-        logit = dot(item, tl.trans(user), logit, PRECISION)
+        user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
         target, _ = row_targets(slots, index_r, rows, places, IN_BATCH)
+        log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
+        missing = tl.load(coefficient + index_r, mask=index_r < rows, other=0.0) * SCALE
+        logit = dot(item, tl.trans(user), logit, PRECISION)
         share = tl.exp((logit + bias[:, None]) - log_sum[None, :]) * SCALE  # [BC, BR]
         share += tl.where(index_c[:, None] == target[None, :], missing[None, :], 0.0)
         gradient = dot(share.to(user.dtype), user, gradient, PRECISION)
