@@ -287,7 +287,7 @@ def _print_cost(run: Path, before: Path, after: Path, new_bases: Collection[str]
             after = Path(folder) / "wide"
         _print_hits(run, before, after)
     if new_bases:
-        print("  to save time and parameters, train a model on the new cache: towers of its width")
+        print("  (of a model of all dimensions; one trained on the new cache may lose less)")
 
 
 def _print_hits(run: Path, before: Path, after: Path) -> None:

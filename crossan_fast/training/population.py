@@ -66,12 +66,13 @@ class Population:
 
         Numbers of the same shape, which mean other directions of the states.
         """
-        now = _digests(cache)
+        there = _digests(cache)
         for name in names:
-            if self.bases.get(name) != now.get(name):
+            own, found = self.bases.get(name), there.get(name)
+            if own != found:
                 raise ValueError(
-                    f"cache: modality {name!r} is stored in another basis than the run's cache, expected "
-                    "that one, or one grown or converted from it"
+                    f"cache: modality {name!r}: expected {_said(own)} as in the run's cache, "
+                    f"got {_said(found)}"
                 )
 
     def appended(self, cache: Catalogue) -> str:
@@ -102,3 +103,7 @@ class Population:
 
 def _digests(cache: HiddenStateCache) -> dict[str, str]:
     return {name: digest(basis) for name, basis in cache.bases.items()}
+
+
+def _said(basis: str | None) -> str:
+    return "states in no basis" if basis is None else f"coordinates in basis {basis[:12]}"
