@@ -234,18 +234,21 @@ def _backward(tile: Config, grad_loss: Tensor, lse: Tensor, problem: Problem) ->
                 **problem.constants(tile),
             )
             if parts > 1:
-                size = like.numel()
-                launch(
-                    kernels.sum_parts_kernel,
-                    (cdiv(size, _ROWS),),
-                    partial,
-                    grad_loss,
-                    counted,
-                    gradient,
-                    size,
-                    parts,
-                    COUNTERS=_COUNTERS,
-                    BLOCK=_ROWS,
-                )
+                _sum_parts(partial, grad_loss, counted, gradient)
             gradients.append(gradient)
     return gradients[0], gradients[1]
+
+
+def _sum_parts(partial: Tensor, grad_loss: Tensor, counted: Tensor, gradient: Tensor) -> None:
+    launch(
+        kernels.sum_parts_kernel,
+        (cdiv(gradient.numel(), _ROWS),),
+        partial,
+        grad_loss,
+        counted,
+        gradient,
+        gradient.numel(),
+        len(partial),
+        COUNTERS=_COUNTERS,
+        BLOCK=_ROWS,
+    )
