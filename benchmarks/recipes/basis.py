@@ -24,6 +24,8 @@ from crossan_fast.training import RunFolder, load_config
 from crossan_fast.training.trainer import open_trainer
 
 CONFIGS = {name: Path(__file__).with_name(f"{name}.yaml") for name in ("scientific", "scientific4k")}
+# A title there is followed by categories and brand, up to 143 words.
+TOKENS = {"scientific": 30, "scientific4k": 128}
 WIDTHS = (384, 192, 128, 96, 64)
 BASES = RESULTS / "basis.csv"
 
@@ -32,7 +34,7 @@ def cache_of(data: str, width: int, overrides: list[str]) -> Path:
     """The cache of a data set, in a basis of `width` dimensions where that is not all; made where missing."""
     config = load_config(CONFIGS[data], overrides)
     whole = config.path("cache")
-    if not (whole / "meta.json").is_file() and build_cache(config):
+    if not (whole / "meta.json").is_file() and build_cache(config, TOKENS[data]):
         raise SystemExit(2)
     if all(m.width == width for m in HiddenStateCache.open(whole).modalities):
         return whole

