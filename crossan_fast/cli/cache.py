@@ -113,6 +113,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.add_argument("folder", type=Path)
     verify.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
+    _add_convert(commands)
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     convert = commands.add_parser(
         "convert",
         help="rewrite a cache in another storage dtype, such as fp8 or int8, or in a basis of its own",
