@@ -12,9 +12,9 @@ its head makes d numbers of the last h:
 A pair tower (IISAN, arXiv 2404.02059) of modalities (a, b) walks x = h + μ·c[a] + (1 − μ)·c[b], the wider of
 the two brought to the narrower's width by a Linear of its level.
 
-Nothing but the activations is not linear, so that no backend but the reference ever makes an h: heads are
-applied before the up-projections ("Heads folded in", docs/mathematics.md). Where `cross="side"` couples the
-towers, h is made and read within a block of items.
+All but the activations is linear, so that no backend but the reference makes an h: heads are applied before
+the up-projections ("Heads folded in", docs/mathematics.md). Where `cross="side"` couples the towers, h is
+made, and read by the op alone.
 
 ◊ Missing modalities: where `present[i, m]` is false, modality m of item i adds nothing to any sum, and a
 tower without a present source gives zeros.
@@ -299,8 +299,8 @@ def _fake(states, scales, ids, present, weights, *static):
 
 
 def products_size(levels: int, rank: int, embedding: int, cross: str, device: torch.device) -> int:
-    """Numbers a tower of what the CPU's forward keeps of its weights: for each level l the matrix
-    `[l·r, r]` of κ (W_down,l W_up,p)ᵀ over p < l, then the head's `[L·r, d]`.
+    """Numbers a tower of what the CPU's forward keeps of its weights: for each level p the matrix
+    `[(L − 1 − p)·r + d, r]` of κ W_l W_up,p over l > p, W_l being W_down,l and the head's last.
 
     GPUs make them anew, and with `cross="side"` there are none.
     """
