@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TypeVar
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from crossan_fast._files import write_whole
 
@@ -45,7 +47,8 @@ def tuned(
         op: whose configs these are.
         key: what a result depends on besides source and versions: device name, widths, dtype, bucket.
         candidates: configs; their number and order belong to the key.
-        run: launches the kernels with a config; called many times, so it must only write its outputs.
+        run: launches the kernels with a config; called many times, so it must only write its outputs. A
+            config that the device has too little shared memory or registers for is passed over.
         time: milliseconds of a call; None: `triton.testing.do_bench`'s median.
     """
     if not enabled() or len(candidates) < 2:
@@ -55,10 +58,17 @@ def tuned(
         _found.update(_read())
     if name not in _found:
         measure = time or functools.partial(triton.testing.do_bench, return_mode="median")
-        times = [measure(functools.partial(run, candidate)) for candidate in candidates]
-        _found[name] = times.index(min(times))
+        times = [_milliseconds(measure, functools.partial(run, candidate)) for candidate in candidates]
+        _found[name] = times.index(min(times))  # the default, which will say what it lacks, if none fits
         _write({**_read(), name: _found[name]})
     return candidates[_found[name]]
+
+
+def _milliseconds(measure: Callable[[Callable[[], object]], float], call: Callable[[], object]) -> float:
+    try:
+        return measure(call)
+    except OutOfResources:
+        return math.inf
 
 
 def bucket(count: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from crossan_fast.kernels import (
     _autotune,
@@ -60,6 +61,21 @@ def test_fastest_is_kept_for_its_key(search, monkeypatch):
     search(key=("device", 1024))
     search(candidates=("slow", "middling"))
     assert len(search.runs) == 3 + 3 + 2 and len(json.loads(_autotune.path().read_text())) == 3
+
+
+def test_a_config_that_the_device_has_no_room_for_is_passed_over(search, monkeypatch):
+    def clock(function):
+        function()
+        if runs[-1] != "middling":
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return COST[runs[-1]]
+
+    runs: list[str] = []
+    found = [
+        _autotune.tuned("op", (key,), CANDIDATES[:n], runs.append, clock)
+        for key, n in (("all", 3), ("none", 2))
+    ]
+    assert found == ["middling", "slow"] and runs == [*CANDIDATES, "slow", "fast"]
 
 
 def test_other_sources_or_versions_search_again(search, monkeypatch):
