@@ -151,16 +151,26 @@ def step_floor(bench: StepBench, shape: Shape, loss: str) -> Floor:
     return Floor(encoder.bytes + 28.0 * parameters, encoder.flops + 8.0 * rows * distinct * shape.embedding)
 
 
-def build(shape: Shape, users: int, loss: Literal["in_batch", "full"], setting: Setting) -> Workload:
+def random_bench(shape: Shape, config: CrossanConfig, users: int, setting: Setting) -> StepBench:
     generator = setting.generator(f"step/{shape}/{users}")
-    bench = StepBench(
+    return StepBench(
         setting,
-        replace(shape.config(), loss=loss),
+        config,
         random_cache(shape, CATALOGUE, setting, torch.bfloat16),
         [random_sequences(users, CATALOGUE, setting.device, generator) for _ in range(8)],
         torch.arange(1, CATALOGUE + 2).float().rsqrt() * 1e4,
     )
+
+
+def build(shape: Shape, users: int, loss: Literal["in_batch", "full"], setting: Setting) -> Workload:
+    bench = random_bench(shape, replace(shape.config(), loss=loss), users, setting)
     return bench.workload({"run": step_floor(bench, shape, loss)})
+
+
+def build_iisan(setting: Setting) -> Workload:
+    """IISAN as its paper has it: two modalities, a tower of their pair, heads of two layers."""
+    shape = replace(PAPER, modalities=2)
+    return random_bench(shape, CrossanConfig.iisan(shape.config().modalities), 64, setting).workload()
 
 
 def build_epoch(setting: Setting) -> Workload:
@@ -214,6 +224,15 @@ for shape, users, loss, importance, tag in (
             reference_bytes=replace(shape, items=items).reference_bytes(4) + 20.0 * logits,
         )
     )
+register(
+    Case(
+        name="step/B=64,M=2,D=768,architecture=iisan,loss=in_batch",
+        build=build_iisan,
+        tags=frozenset({"step", "paper"}),
+        importance=12,
+        reference_bytes=1.5 * replace(PAPER, modalities=2, items=64 * (WINDOW + 1)).reference_bytes(4),
+    )
+)
 register(
     Case(
         name=f"epoch/data=scientific,B=64,M={RECIPE.modalities},D={RECIPE.width}",

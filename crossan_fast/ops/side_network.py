@@ -283,22 +283,22 @@ def _check(
 
 
 def _fake(states, scales, ids, present, weights, *static):
-    """e; for the backward the bottlenecks' pre-activations z `[T, N, L, r]`, and products of weights."""
+    """e; for the backward the bottlenecks' pre-activations z `[T, N, L, r]`, and the weights' links."""
     *static, dtype = static
     structure = SideNetworkStructure.from_static(*static)
     own, empty = structure.unflatten(weights), states[0].new_empty
     count, towers = states[0].shape[0] if ids is None else ids.shape[0], len(structure.sources)
     levels, rank = own.down_bias[0].shape
     embedding, wide = own.head_bias[0].shape[0], torch.promote_types(dtype, torch.float32)
-    products = products_size(levels, rank, embedding, structure.cross, states[0].device)
+    links = links_size(levels, rank, embedding, structure.cross, states[0].device)
     return [
         empty((count, towers, embedding), dtype=dtype),
         empty((towers, count, levels, rank), dtype=dtype),
-        empty((towers, products), dtype=wide),
+        empty((towers, links), dtype=wide),
     ]
 
 
-def products_size(levels: int, rank: int, embedding: int, cross: str, device: torch.device) -> int:
+def links_size(levels: int, rank: int, embedding: int, cross: str, device: torch.device) -> int:
     """Numbers a tower of what the CPU's forward keeps of its weights: for each level p the matrix
     `[(L − 1 − p)·r + d, r]` of κ W_l W_up,p over l > p, W_l being W_down,l and the head's last.
 
@@ -309,7 +309,7 @@ def products_size(levels: int, rank: int, embedding: int, cross: str, device: to
     return levels * (levels - 1) // 2 * rank * rank + levels * rank * embedding
 
 
-def _fake_backward(grad_embeddings, saved, products, states, scales, ids, present, weights, *static):
+def _fake_backward(grad_embeddings, saved, links, states, scales, ids, present, weights, *static):
     return [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
 
 
@@ -324,10 +324,10 @@ def _keep(ctx, arguments, output):
 def _backward(ctx, grad_embeddings, *_):
     if grad_embeddings is None:  # nothing downstream reads e
         return None, None, None, None, None
-    ids, present, saved, products, *rest = ctx.saved_tensors
+    ids, present, saved, links, *rest = ctx.saved_tensors
     states, scales, weights = ([rest.pop(0) for _ in range(count)] for count in ctx.counts)
     grad_weights = _side_network_backward(
-        grad_embeddings, saved, products, states, scales, ids, present, weights, *ctx.static
+        grad_embeddings, saved, links, states, scales, ids, present, weights, *ctx.static
     )
     return None, None, None, None, grad_weights
 
@@ -338,7 +338,7 @@ _COMMON = (
 )
 _side_network = define(f"side_network({_COMMON}) -> Tensor[]", _fake)
 _side_network_backward = define(
-    f"side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor products, {_COMMON}) -> Tensor[]",
+    f"side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor links, {_COMMON}) -> Tensor[]",
     _fake_backward,
 )
 differentiate(_side_network, _keep, _backward)

@@ -11,7 +11,7 @@ struct CacheSizes {
   const char* source;  // who says so
 };
 
-// As the system says for the first CPU; 512 kB where it says nothing.
+// As the system says for the first CPU, 512 kB where it says nothing; or CROSSAN_FAST_CPU_L2, in kB, read at first use.
 const CacheSizes& cache_sizes();
 
 }  // namespace crossan_fast

@@ -53,7 +53,7 @@ TORCH_LIBRARY(crossan_fast_cpp, ops) {
   ops.def("build_info() -> str", build_info);
   ops.def("has_brgemm() -> bool", has_brgemm);
   ops.def("side_network(" SIDE_NETWORK ") -> Tensor[]");
-  ops.def("side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor products, " SIDE_NETWORK ") -> Tensor[]");
+  ops.def("side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor links, " SIDE_NETWORK ") -> Tensor[]");
   ops.def("fusion(" FUSION ") -> Tensor[]");
   ops.def("fusion_backward(Tensor grad_items, Tensor grad_probability, Tensor logits, " FUSION ") -> Tensor[]");
   ops.def("sequence_encoder(" SEQUENCE_ENCODER ", bool keep, ScalarType dtype) -> (Tensor, Tensor)");

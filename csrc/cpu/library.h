@@ -23,7 +23,7 @@ std::vector<Tensor> side_network(TensorList states, TensorList scales, const Opt
                                  const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
                                  at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
                                  double temperature, at::ScalarType dtype);
-std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& products,
+std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& links,
                                           TensorList states, TensorList scales, const OptionalTensor& ids,
                                           const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
                                           at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,

@@ -25,7 +25,7 @@ from crossan_fast.kernels.side_network.parameters import Parameters
 from crossan_fast.kernels.side_network.plan import group_towers
 from crossan_fast.ops._contracts import SideNetworkStructure
 from crossan_fast.ops._dispatch import Request
-from crossan_fast.ops.side_network import products_size
+from crossan_fast.ops.side_network import links_size
 
 # Items at a time: what bounds the backward's scratch, and the forward's where it has any.
 CHUNK = 8192
@@ -73,13 +73,13 @@ def forward(
                 side_levels.forward(p, chunk, here, z)
             for group in group_towers(open_towers(p, chunk)[0]):
                 forward_group(group, p, chunk.items, here, z)
-        return [out, saved, _no_products(p)]
+        return [out, saved, _no_links(p)]
 
 
 def backward(
     grad_embeddings: Tensor,
     saved: Tensor,
-    products: Tensor,
+    links: Tensor,
     states: Sequence[Tensor],
     scales: Sequence[Tensor],
     ids: Tensor | None,
@@ -127,7 +127,7 @@ def _grad_x(p: Parameters, chunk: Data) -> list[Tensor]:
     return [torch.empty(chunk.count, p.levels, width, **new) for width in p.structure.tower_widths]
 
 
-def _no_products(p: Parameters) -> Tensor:
+def _no_links(p: Parameters) -> Tensor:
     """The op's third result: nothing on a GPU; for the interpreter the size that it has on CPU tensors."""
-    size = products_size(p.levels, p.rank, p.embedding, p.structure.cross, p.device)
+    size = links_size(p.levels, p.rank, p.embedding, p.structure.cross, p.device)
     return torch.zeros(len(p.gate), size, device=p.device)

@@ -126,10 +126,10 @@ class Case:
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Embeddings, z and gradients of all weights by the library `ops`."""
         arguments = self.arguments(path, seed, backward_items)
-        embeddings, saved, products = ops.side_network(*arguments)
-        assert products.shape == (len(self.structure.sources), 0)
+        embeddings, saved, links = ops.side_network(*arguments)
+        assert links.shape == (len(self.structure.sources), 0)
         grad = self.make(seed)[-1]
-        return embeddings, saved, ops.side_network_backward(grad, saved, products, *arguments)
+        return embeddings, saved, ops.side_network_backward(grad, saved, links, *arguments)
 
     def check(
         self, ops: Any, path: int, backward_items: int = 0, draws: int = DRAWS

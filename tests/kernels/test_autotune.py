@@ -119,9 +119,9 @@ def _network(count):
     states = [_normal(9, levels, width, seed=50 + t) for t in range(towers)]
     ids = torch.arange(count, device=DEVICE) % 9
     rest = (states, [], ids, None, weights.flatten(), *structure.static, torch.float32)
-    e, saved, products = side_network.forward(*rest)
+    e, saved, links = side_network.forward(*rest)
     grad = _normal(count, towers, 8, seed=70)
-    return [e, saved, *side_network.backward(grad, saved, products, *rest)]
+    return [e, saved, *side_network.backward(grad, saved, links, *rest)]
 
 
 def _fusion(count):

@@ -62,8 +62,8 @@ def test_side_network_gathers_far_rows(fused, ids_dtype, far, monkeypatch):
 
     def run(states, ids):
         rest = ([states, states], [], ids, None, weights.flatten(), *structure.static, torch.float32)
-        e, saved, products = side_network.forward(*rest)
-        return [e, saved, *side_network.backward(grad, saved, products, *rest)]
+        e, saved, links = side_network.forward(*rest)
+        return [e, saved, *side_network.backward(grad, saved, links, *rest)]
 
     for got, want in zip(run(cache, ids + ROWS - NEAR), run(near, ids), strict=True):
         assert want.any()

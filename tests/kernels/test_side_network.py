@@ -107,8 +107,8 @@ def run(case: Case, built):
     """e, z and the weights' gradients by the kernels."""
     weights, states, scales, ids, present, grad = built
     call = (states, scales or [], ids, present, weights.flatten(), *case.structure.static, case.dtype)
-    e, saved, products = kernel.forward(*call)
-    return e, saved, kernel.backward(grad, saved, products, *call)
+    e, saved, links = kernel.forward(*call)
+    return e, saved, kernel.backward(grad, saved, links, *call)
 
 
 def error(got: Tensor, exact: Tensor) -> float:

@@ -15,7 +15,7 @@ from crossan_fast.modules.side_network import SideNetwork
 from crossan_fast.ops import _dispatch, fusion_reference, side_network_reference
 from crossan_fast.ops._dispatch import Implementation, Request
 from crossan_fast.ops.fusion import _softmax, _top
-from crossan_fast.ops.side_network import products_size
+from crossan_fast.ops.side_network import links_size
 
 LEVELS, RANK, M, D = 3, 4, 2, 4
 WIDTHS = (6, 9)
@@ -47,12 +47,12 @@ def side_forward(states, scales, ids, present, weights, *static):
         dtype=dtype,
     )
     count, towers, width = e.shape
-    products = products_size(LEVELS, RANK, width, structure.cross, e.device)
-    return [e, e.new_zeros(towers, count, LEVELS, RANK), e.new_zeros(towers, products)]
+    links = links_size(LEVELS, RANK, width, structure.cross, e.device)
+    return [e, e.new_zeros(towers, count, LEVELS, RANK), e.new_zeros(towers, links)]
 
 
-def side_backward(grad, saved, products, states, scales, ids, present, weights, *static):
-    assert saved.shape == (grad.shape[1], grad.shape[0], LEVELS, RANK) and len(products) == grad.shape[1]
+def side_backward(grad, saved, links, states, scales, ids, present, weights, *static):
+    assert saved.shape == (grad.shape[1], grad.shape[0], LEVELS, RANK) and len(links) == grad.shape[1]
 
     def run(flat):
         return side_forward(states, scales, ids, present, flat, *static)[0]

@@ -15,6 +15,7 @@
 #include "cpu/turns.h"
 #include "level_inputs.h"
 #include "links.h"
+#include "other_widths.h"
 #include "side_network.h"
 #include "sums.h"
 
@@ -41,6 +42,7 @@ class BackwardWalk {
         slice_(plan.slice(block)),
         inputs_(plan, block, slice_),
         products_(plan.in_pairs),
+        other_widths_(plan, sums.grads, block),
         row_(padded<T>(s_.levels * s_.rank + s_.embedding)),
         z_(block * s_.rank),
         slope_(block * s_.rank),
@@ -49,18 +51,7 @@ class BackwardWalk {
       dz_.emplace_back(block * row_);
       x_.emplace_back(block * stride(t));
     }
-    for (size_t p = 0; p < plan.cross_down.size(); ++p) {
-      low_.emplace_back(block * s_.rank);
-      d_low_.emplace_back(block * s_.rank);
-    }
-    for (size_t m = 0; m < s_.widths.size(); ++m)
-      for (const auto& c : plan.incoming[m])
-        if (c.projection >= 0) {
-          d_down_.push_back({Buffer<T>(s_.rank * s_.widths[c.from]), s_.rank * s_.widths[c.from]});
-          d_up_.push_back({Buffer<T>(s_.widths[m] * s_.rank), s_.widths[m] * s_.rank});
-        }
     dots_.assign(s_.towers.size(), std::vector<GateDots<T>>(static_cast<size_t>(s_.levels)));
-    projected_dots_ = sums.cross;
   }
 
   void run(int64_t block, int64_t first, int64_t count, const Kept& in) {
@@ -155,17 +146,14 @@ class BackwardWalk {
   // u of the level in a slice, where x_ holds that of the level before, and its products with dz.
   void up_to(int64_t l, Slice slice) {
     inputs_.read(l, first_, count_, slice);
-    for (int64_t i = 0; i < count_; ++i)
-      for (size_t t = 0; t < s_.towers.size(); ++t) {
-        T* u = x_[t].data() + i * stride(t);
-        if (const int64_t columns = slice.of(width(t)))
-          mix<T>(columns, l > 0 ? u : nullptr, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
-                 inputs_.weights(t), u);
-      }
+    inputs_.mix_rows(slice, [&](size_t t, int64_t i) {
+      T* u = x_[t].data() + i * stride(t);
+      return std::pair<const T*, T*>(l > 0 ? u : nullptr, u);
+    });
     const bool last = l + 1 == s_.levels;
     inputs_.announce(products_.ahead, last ? l : l + 1, first_, count_, last ? plan_.after(slice) : slice);
     for (size_t t = 0; t < s_.towers.size(); ++t) {
-      inputs_.add_projected(t, x_[t].data(), [&](int p) { return low_[p].data(); });
+      inputs_.add_projected(t, x_[t].data(), [&](int p) { return other_widths_.low(p); });
       add_weight(t, l, slice);
     }
   }
@@ -183,48 +171,12 @@ class BackwardWalk {
 
   // What the inputs of other widths get from dx: their slice is all of D.
   void input_back(size_t t, int64_t l) {
-    if (plan_.cross_down.empty() && plan_.narrowing[t] < 0) return;
-    inputs_.project(t, [&](int p) { return low_[p].data(); });
-    projected_back(t, l, x_[t].data());
-    narrowed_back(t, l, x_[t].data());
-  }
-
-  // Gradients of T and its gate where widths differ; x = … + low up, low = gate · s down.
-  void projected_back(size_t t, int64_t l, const T* dx) {
-    if (s_.towers[t].second >= 0) return;
-    const int64_t rank = s_.rank;
-    for (const auto& c : plan_.incoming[t]) {
-      if (c.projection < 0) continue;
-      const Into into = l + 1 < s_.levels ? Into::add : Into::overwrite;
-      const int64_t from = s_.widths[c.from];
-      const RightSide<T> rows = plain(inputs_.matrix(c.from), padded<T>(from));
-      T* d_low = d_low_[c.projection].data();
-      multiply<T>(width(t), rank, count_, dx, 1, stride(t), plain(low_[c.projection].data(), rank),
-                  d_up_[c.projection].first.data(), rank, into);
-      multiply<T>(count_, rank, width(t), dx, stride(t), 1, plain(plan_.weights.cross_up[c.projection], rank), d_low,
-                  rank, Into::overwrite);
-      // ⟨d_low, s down⟩ with s down computed anew: dividing `low` by a gate near zero would lose it.
-      multiply<T>(count_, rank, from, rows.data, rows.row, 1, plan_.cross_down[c.projection][0], z_.data(), rank,
-                  Into::overwrite);
-      projected_dots_[static_cast<size_t>(c.pair)][l] = static_cast<double>(dot(count_ * rank, d_low, z_.data()));
-      for (int64_t i = 0; i < count_ * rank; ++i) d_low[i] *= c.gate[l];
-      multiply<T>(rank, from, count_, d_low, 1, rank, rows, d_down_[c.projection].first.data(), from, into);
-    }
-  }
-
-  void narrowed_back(size_t t, int64_t l, const T* dx) {
-    const int which = plan_.narrowing[t];
-    if (which < 0) return;
-    const int wide = s_.wide(s_.towers[t]);
-    const int64_t own = width(t), from = s_.widths[wide];
-    const T weight = wide == s_.towers[t].first ? plan_.mu[t][l] : T(1) - plan_.mu[t][l];
-    for (int64_t i = 0; i < count_; ++i)  // the narrowed rows have served their turn; the gradient takes their place
-      mix<T>(own, dx + i * stride(t), weight, 0, nullptr, nullptr, inputs_.narrowed(t) + i * stride(t));
-    plan_.zero_absent({wide, -1}, first_, count_, inputs_.narrowed(t), stride(t), own);
+    if (!other_widths_.any()) return;
+    inputs_.project(t, [&](int p) { return other_widths_.low(p); });
+    other_widths_.projected_back(inputs_, t, l, count_, x_[t].data(), stride(t));
+    if (plan_.narrowing[t] < 0) return;
     turns_.wait(block_, step_);
-    multiply<T>(own, from, count_, inputs_.narrowed(t), 1, stride(t), plain(inputs_.matrix(wide), padded<T>(from)),
-                grads_.pair_weight[which] + l * own * from, from, first_into());
-    sum_rows(count_, own, inputs_.narrowed(t), stride(t), block_ > 0, grads_.pair_bias[which] + l * own);
+    other_widths_.narrowed_back(inputs_, t, l, first_, count_, x_[t].data(), stride(t), block_ > 0);
     turns_.pass(block_, step_++);
   }
 
@@ -239,19 +191,10 @@ class BackwardWalk {
         if (pair) continue;
         int term = 1;
         for (const auto& c : plan_.incoming[t])
-          sums_.cross[c.pair][l] +=
-              c.projection < 0 ? dots.sum(term++) : projected_dots_[static_cast<size_t>(c.pair)][l];
+          sums_.cross[c.pair][l] += c.projection < 0 ? dots.sum(term++) : other_widths_.dot_of(c.pair, l);
       }
-    for (size_t p = 0; p < d_down_.size(); ++p) {
-      add_shared(d_down_[p], grads_.cross_down[p]);
-      add_shared(d_up_[p], grads_.cross_up[p]);
-    }
+    other_widths_.add_shared(block_ > 0);
     turns_.pass(block_, step_++);
-  }
-
-  void add_shared(const std::pair<Buffer<T>, int64_t>& sum, T* to) const {
-    const T* from = sum.first.data();
-    for (int64_t i = 0; i < sum.second; ++i) to[i] = block_ > 0 ? to[i] + from[i] : from[i];
   }
 
   const Plan<T>& plan_;
@@ -263,14 +206,12 @@ class BackwardWalk {
   int64_t slice_;
   LevelInputs<T> inputs_;
   Products<T> products_;
+  OtherWidths<T> other_widths_;
   int64_t row_;
-  Buffer<T> z_, slope_, a_;             // [block, r] or less; a of one tower [block, L·r], in rows of row_
-  std::vector<Buffer<T>> dz_;           // per tower [block, L·r + d]
-  std::vector<Buffer<T>> x_;            // per tower [block, slice]: dx, then u
-  std::vector<Buffer<T>> low_, d_low_;  // per projected pair [block, rank]
-  std::vector<std::pair<Buffer<T>, int64_t>> d_down_, d_up_;  // likewise, the block's gradients and their sizes
-  std::vector<std::vector<GateDots<T>>> dots_;                // [tower][level]
-  typename Sums<T>::PerLevel projected_dots_;                 // as Sums::cross, of the pairs of unequal widths
+  Buffer<T> z_, slope_, a_;                     // [block, r] or less; a of one tower [block, L·r], in rows of row_
+  std::vector<Buffer<T>> dz_;                   // per tower [block, L·r + d]
+  std::vector<Buffer<T>> x_;                    // per tower [block, slice]: dx, then u
+  std::vector<std::vector<GateDots<T>>> dots_;  // [tower][level]
   int64_t block_ = 0, first_ = 0, count_ = 0, step_ = 0;
 };
 
@@ -278,7 +219,7 @@ class BackwardWalk {
 
 template <class T>
 void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& in,
-              const T* products, const Weights<T*>& grads) {
+              const T* columns, const Weights<T*>& grads) {
   if (structure.cross == Cross::side) return coupled::backward(structure, inputs, weights, in, grads);
   Tasks tasks;
   const Plan<T> plan(tasks, structure, inputs, weights, in.type);
@@ -286,7 +227,7 @@ void backward(const Structure& structure, const Inputs& inputs, const Weights<co
   {
     const Weighed<T> weighed{plan.across(tasks, weights.down_weight, structure.levels, structure.rank, As::plain),
                              plan.across(tasks, weights.head_weight, 1, structure.embedding, As::plain),
-                             backward_links(tasks, plan, products)};
+                             backward_links(tasks, plan, columns)};
     tasks.run();
     const Blocks blocks(structure.items, kBlock);
     Turns turns(blocks.count);

@@ -119,7 +119,7 @@ side_network::Weights<P> group_weights(const side_network::Structure& s, F&& poi
   return w;
 }
 
-int64_t products_size(const side_network::Structure& s) {
+int64_t links_size(const side_network::Structure& s) {
   return s.cross == side_network::Cross::side ? 0 : side_network::Columns(s).size();
 }
 
@@ -138,7 +138,7 @@ std::vector<Tensor> side_network(TensorList states, TensorList scales, const Opt
     const auto towers = static_cast<int64_t>(s.towers.size());
     std::vector<Tensor> out{empty({s.items, towers, s.embedding}, dtype),
                             empty({towers, s.items, s.levels, s.rank}, dtype),
-                            empty({towers, products_size(s)}, kScalarType<T>)};
+                            empty({towers, links_size(s)}, kScalarType<T>)};
     if (s.items == 0) {
       out[2].zero_();
       return out;
@@ -151,7 +151,7 @@ std::vector<Tensor> side_network(TensorList states, TensorList scales, const Opt
   });
 }
 
-std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& products,
+std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& links,
                                           TensorList states, TensorList scales, const OptionalTensor& ids,
                                           const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
                                           at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
@@ -167,23 +167,23 @@ std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const T
   check_device("saved", saved, at::kCPU);
   check_type("saved", saved, {dtype});
   check_shape("saved", saved, {towers, s.items, s.levels, s.rank});
-  check_device("products", products, at::kCPU);
-  check_shape("products", products, {towers, products_size(s)});
+  check_device("links", links, at::kCPU);
+  check_shape("links", links, {towers, links_size(s)});
   return in_compute_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    check_type("products", products, {kScalarType<T>});
+    check_type("links", links, {kScalarType<T>});
     std::vector<Tensor> grads;
     for (const Tensor& weight : weights) {
       grads.push_back(empty(weight.sizes(), kScalarType<T>));
       if (s.items == 0) grads.back().zero_();
     }
     if (s.items > 0) {
-      const Tensor incoming = grad_embeddings.contiguous(), kept = saved.contiguous(), links = products.contiguous();
+      const Tensor incoming = grad_embeddings.contiguous(), kept = saved.contiguous(), kept_links = links.contiguous();
       const auto own = all_in_type<T>(weights);
       const auto grouped = group_weights<const T*>(s, [&](size_t i) { return own[i].template const_data_ptr<T>(); });
       const auto sums = group_weights<T*>(s, [&](size_t i) { return grads[i].template mutable_data_ptr<T>(); });
       side_network::backward<T>(s, args.inputs, grouped, {incoming.data_ptr(), kept.data_ptr(), stored_type(dtype)},
-                                links.template const_data_ptr<T>(), sums);
+                                kept_links.template const_data_ptr<T>(), sums);
     }
     for (size_t i = 0; i < grads.size(); ++i) grads[i] = grads[i].to(weights[i].scalar_type());
     return grads;

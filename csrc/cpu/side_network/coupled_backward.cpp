@@ -4,6 +4,7 @@
 #include "coupled.h"
 #include "cpu/turns.h"
 #include "level_inputs.h"
+#include "other_widths.h"
 #include "sums.h"
 
 namespace crossan_fast::side_network::coupled {
@@ -21,6 +22,7 @@ class BackwardWalk {
         turns_(turns),
         inputs_(plan, block, plan.widest),
         products_(plan.in_pairs),
+        other_widths_(plan, sums.grads, block),
         z_(block * s_.rank),
         slope_(block * s_.rank),
         level_step_(block * s_.rank),
@@ -35,16 +37,6 @@ class BackwardWalk {
       history_.emplace_back(s_.levels * size);
       history_step_.push_back(size);
     }
-    for (size_t p = 0; p < plan.cross_down.size(); ++p) {
-      low_.emplace_back(block * s_.rank);
-      d_low_.emplace_back(block * s_.rank);
-    }
-    for (size_t m = 0; m < s_.widths.size(); ++m)
-      for (const auto& c : plan.incoming[m])
-        if (c.projection >= 0) {
-          d_down_.push_back({Buffer<T>(s_.rank * s_.widths[c.from]), s_.rank * s_.widths[c.from]});
-          d_up_.push_back({Buffer<T>(s_.widths[m] * s_.rank), s_.widths[m] * s_.rank});
-        }
     before_.resize(s_.towers.size());
     dots_.assign(s_.towers.size(), std::vector<double>(s_.widths.size() + 2));
     weight_.resize(s_.widths.size() + 1);
@@ -61,12 +53,8 @@ class BackwardWalk {
     for (size_t t = 0; t < s_.towers.size(); ++t) head_back(t);
     for (int64_t l = s_.levels; l-- > 0;) level_back(l);
     products_.end();
-    if (d_down_.empty()) return;
     turns_.wait(block_, step_);
-    for (size_t p = 0; p < d_down_.size(); ++p) {
-      add_shared(d_down_[p], grads_.cross_down[p]);
-      add_shared(d_up_[p], grads_.cross_up[p]);
-    }
+    other_widths_.add_shared(block_ > 0);
     turns_.pass(block_, step_++);
   }
 
@@ -104,17 +92,15 @@ class BackwardWalk {
   // h before level l + 1, from h before level l.
   void recompute(int64_t l) {
     inputs_.read(l, first_, count_, {0, plan_.widest}, &h_before(l));
-    for (int64_t i = 0; i < count_; ++i)
-      for (size_t t = 0; t < s_.towers.size(); ++t) {
-        const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width);
-        T* after = history_[t].data() + l * history_step_[t] + i * row;
-        mix<T>(width, l == 0 ? nullptr : before_[t] + i * row, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
-               inputs_.weights(t), after);
-      }
+    inputs_.mix_rows({0, plan_.widest}, [&](size_t t, int64_t i) {
+      const int64_t at = i * padded<T>(s_.width(s_.towers[t]));
+      T* after = history_[t].data() + l * history_step_[t] + at;
+      return std::pair<const T*, T*>(l == 0 ? nullptr : before_[t] + at, after);
+    });
     for (size_t t = 0; t < s_.towers.size(); ++t) {
       const int64_t width = s_.width(s_.towers[t]), row = padded<T>(width), rank = s_.rank;
       T* after = history_[t].data() + l * history_step_[t];
-      inputs_.add_projected(t, after, [&](int p) { return low_[p].data(); });
+      inputs_.add_projected(t, after, [&](int p) { return other_widths_.low(p); });
       read_bottleneck(t, l);
       activate(s_.activation(), count_ * rank, z_.data(), a(t, l));
       products_.weigh(count_, width, rank, a(t, l), rank, weighed_.up[t], {l}, after, row, Into::add,
@@ -187,70 +173,18 @@ class BackwardWalk {
     const int64_t row = padded<T>(s_.width(tower));
     const int terms = inputs_.terms(t);
     T* g = g_[t].data();
-    const auto low = [&](int p) { return low_[p].data(); };
-    inputs_.add_projected(t, x_[t].data(), low);
+    inputs_.add_projected(t, x_[t].data(), [&](int p) { return other_widths_.low(p); });
+    other_widths_.projected_back(inputs_, t, l, count_, g, row);
 
     turns_.wait(block_, step_);
     add_down_weight(t, l);
     sums_.mu[t][l] += dots_[t][0] - (tower.second >= 0 ? dots_[t][1] : dots_[t][terms]);
     if (tower.second < 0)
       for (int j = 1; j < terms; ++j) sums_.cross[inputs_.pair(t, j)][l] += dots_[t][j];
-    projected_back(t, l, g, row);
-    narrowed_back(t, l, g, row);
+    for (const auto& c : plan_.incoming[t])
+      if (c.projection >= 0) sums_.cross[c.pair][l] += other_widths_.dot_of(c.pair, l);
+    other_widths_.narrowed_back(inputs_, t, l, first_, count_, g, row, block_ > 0);
     turns_.pass(block_, step_++);
-  }
-
-  // Gradients of T and its gate where widths differ; x = … + low up, low = gate · s down.
-  void projected_back(size_t t, int64_t l, const T* dx, int64_t row) {
-    if (s_.towers[t].second >= 0) return;
-    const int64_t width = s_.width(s_.towers[t]), rank = s_.rank;
-    for (const auto& c : plan_.incoming[t]) {
-      if (c.projection < 0) continue;
-      const bool add = l + 1 < s_.levels;
-      const int64_t from = s_.widths[c.from];
-      T* d_up = d_up_[c.projection].first.data();
-      T* d_down = d_down_[c.projection].first.data();
-      if (!plan_.crosses(l)) {
-        if (!add) {
-          std::fill_n(d_up, width * rank, T(0));
-          std::fill_n(d_down, rank * from, T(0));
-        }
-        continue;
-      }
-      const T* low = low_[c.projection].data();
-      T* d_low = d_low_[c.projection].data();
-      multiply<T>(width, rank, count_, dx, 1, row, plain(low, rank), d_up, rank, add ? Into::add : Into::overwrite);
-      multiply<T>(count_, rank, width, dx, row, 1, plain(plan_.weights.cross_up[c.projection], rank), d_low, rank,
-                  Into::overwrite);
-      // ⟨d_low, s down⟩ with s down computed anew: dividing `low` by a gate near zero would lose it.
-      multiply<T>(count_, rank, from, inputs_.cross_matrix(c.from), padded<T>(from), 1,
-                  plan_.cross_down[c.projection][0], z_.data(), rank, Into::overwrite);
-      sums_.cross[c.pair][l] += static_cast<double>(dot(count_ * rank, d_low, z_.data()));
-      for (int64_t i = 0; i < count_ * rank; ++i) d_low[i] *= c.gate[l];
-      multiply<T>(rank, from, count_, d_low, 1, rank, plain(inputs_.cross_matrix(c.from), padded<T>(from)), d_down,
-                  from, add ? Into::add : Into::overwrite);
-    }
-  }
-
-  void narrowed_back(size_t t, int64_t l, const T* dx, int64_t row) {
-    const int which = plan_.narrowing[t];
-    if (which < 0) return;
-    const int wide = s_.wide(s_.towers[t]);
-    const int64_t width = s_.width(s_.towers[t]), from = s_.widths[wide];
-    const T weight = wide == s_.towers[t].first ? plan_.mu[t][l] : T(1) - plan_.mu[t][l];
-    for (int64_t i = 0; i < count_; ++i)  // the narrowed rows have served their turn; the gradient takes their place
-      mix<T>(width, dx + i * row, weight, 0, nullptr, nullptr, inputs_.narrowed(t) + i * row);
-    plan_.zero_absent({wide, -1}, first_, count_, inputs_.narrowed(t), row, width);
-    const bool add = block_ > 0;
-    multiply<T>(width, from, count_, inputs_.narrowed(t), 1, row, plain(inputs_.matrix(wide), padded<T>(from)),
-                grads_.pair_weight[which] + l * width * from, from, add ? Into::add : Into::overwrite);
-    sum_rows(count_, width, inputs_.narrowed(t), row, add, grads_.pair_bias[which] + l * width);
-  }
-
-  // Sums that the levels share are built per block, or the levels of two blocks would meet in any order.
-  void add_shared(const std::pair<Buffer<T>, int64_t>& sum, T* to) const {
-    const T* from = sum.first.data();
-    for (int64_t i = 0; i < sum.second; ++i) to[i] = block_ > 0 ? to[i] + from[i] : from[i];
   }
 
   // What each tower's h before level l gets from all towers' x.
@@ -272,7 +206,7 @@ class BackwardWalk {
       for (size_t m = 0; l > 0 && m < modalities; ++m)
         for (const auto& c : plan_.incoming[m])
           if (c.from == static_cast<int>(n) && c.projection >= 0)
-            multiply<T>(count_, width, s_.rank, d_low_[c.projection].data(), s_.rank, 1,
+            multiply<T>(count_, width, s_.rank, other_widths_.d_low(c.projection), s_.rank, 1,
                         plain(plan_.weights.cross_down[c.projection], width), next_[n].data(), row, Into::add);
       plan_.zero_absent(s_.towers[n], first_, count_, next_[n].data(), row, width);
     }
@@ -287,7 +221,8 @@ class BackwardWalk {
   Turns& turns_;
   LevelInputs<T> inputs_;
   Products<T> products_;
-  Buffer<T> z_, slope_;  // [block, r]; z_ then any such
+  OtherWidths<T> other_widths_;
+  Buffer<T> z_, slope_;  // [block, r]
   int64_t level_step_;
   Buffer<T> ge_;                    // [block, d]
   std::vector<Buffer<T>> a_, dz_;   // per tower [L][block, r]
@@ -295,8 +230,6 @@ class BackwardWalk {
   std::vector<Buffer<T>> next_;     // likewise, the gradient of h of the level before
   std::vector<Buffer<T>> history_;  // per tower [L][block, D]: h after each level
   std::vector<int64_t> history_step_;
-  std::vector<Buffer<T>> low_, d_low_;                        // per projected pair [block, rank]
-  std::vector<std::pair<Buffer<T>, int64_t>> d_down_, d_up_;  // likewise, the block's gradients and their sizes
   std::vector<T*> before_;
   std::vector<std::vector<double>> dots_;  // per tower: ⟨g, row⟩ of its terms, then of h
   std::vector<T> weight_;

@@ -35,14 +35,11 @@ class ForwardWalk {
       for (size_t m = 0; l > 0 && m < copies_.size(); ++m)
         std::copy_n(h_[m].data(), count * padded<T>(s.widths[m]), copies_[m].data());
       inputs_.read(l, first, count, {0, plan_.widest}, &before_);
-      // Item by item, so that its states serve every tower from L1. h holds x until the tower's products are done.
-      for (int64_t i = 0; i < count; ++i)
-        for (size_t t = 0; t < s.towers.size(); ++t) {
-          const int64_t width = s.width(s.towers[t]);
-          T* h = h_[t].data() + i * padded<T>(width);
-          mix<T>(width, l > 0 ? h : nullptr, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
-                 inputs_.weights(t), h);
-        }
+      // h holds x until the tower's products are done.
+      inputs_.mix_rows({0, plan_.widest}, [&](size_t t, int64_t i) {
+        T* h = h_[t].data() + i * padded<T>(s.width(s.towers[t]));
+        return std::pair<const T*, T*>(l > 0 ? h : nullptr, h);
+      });
       for (size_t t = 0; t < s.towers.size(); ++t) run_tower(t, l, first, count, out);
     }
     for (size_t t = 0; t < s.towers.size(); ++t) head(t, first, count, out);

@@ -53,14 +53,10 @@ class ForwardWalk {
     const Slice next = plan_.after(slice);
     for (int64_t l = 0; l < s_.levels; ++l) {
       inputs_.read(l, first_, count_, slice);
-      // Item by item, so that its states serve every tower from L1.
-      for (int64_t i = 0; i < count_; ++i)
-        for (size_t t = 0; t < s_.towers.size(); ++t) {
-          T* u = u_[t].data() + i * stride(t);
-          if (const int64_t columns = slice.of(width(t)))
-            mix<T>(columns, l > 0 ? u : nullptr, plan_.keeps(t, l), inputs_.terms(t), inputs_.rows(t, i),
-                   inputs_.weights(t), u);
-        }
+      inputs_.mix_rows(slice, [&](size_t t, int64_t i) {
+        T* u = u_[t].data() + i * stride(t);
+        return std::pair<const T*, T*>(l > 0 ? u : nullptr, u);
+      });
       const bool last = l + 1 == s_.levels;
       inputs_.announce(products_.ahead, last ? 0 : l + 1, first_, count_, last ? next : slice);
       for (size_t t = 0; t < s_.towers.size(); ++t) {
@@ -115,13 +111,13 @@ class ForwardWalk {
 
 template <class T>
 void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& out,
-             T* products) {
+             T* columns) {
   if (structure.cross == Cross::side) return coupled::forward(structure, inputs, weights, out);
   Tasks tasks;
   const Plan<T> plan(tasks, structure, inputs, weights, out.type);
   const Weighed<T> weighed{plan.across(tasks, weights.down_weight, structure.levels, structure.rank, As::transposed),
                            plan.across(tasks, weights.head_weight, 1, structure.embedding, As::transposed)};
-  ForwardLinks<T> links(tasks, plan, products);
+  ForwardLinks<T> links(tasks, plan, columns);
   tasks.run();
   links.lay_out(tasks);
   tasks.run();

@@ -146,6 +146,19 @@ class LevelInputs {
     return source_.data();
   }
 
+  // x = keep · before + the terms of every tower that has columns of the slice. Item by item, so that its states serve
+  // every tower from L1. `rows(t, i)` gives the rows of item i: before, null where it is zero, and x, which may be it.
+  template <class Rows>
+  void mix_rows(Slice slice, const Rows& rows_of) {
+    const Structure& s = plan_.structure;
+    for (int64_t i = 0; i < count_; ++i)
+      for (size_t t = 0; t < s.towers.size(); ++t)
+        if (const int64_t columns = slice.of(s.width(s.towers[t]))) {
+          const auto [before, x] = rows_of(t, i);
+          mix<T>(columns, before, plan_.keeps(t, level_), terms(t), rows(t, i), weights(t), x);
+        }
+  }
+
   // s[n, level] of a modality whose rows a product reads.
   const T* cross_matrix(int from) const {
     return plan_.structure.cross == Cross::side ? (*before_)[static_cast<size_t>(from)] : matrix(from);

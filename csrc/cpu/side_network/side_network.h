@@ -84,14 +84,14 @@ struct Kept {
   }
 };
 
-// products [T, …]: see products.h; null where cross = side.
+// links [T, …]: see links.h; null where cross = side.
 template <class T>
 void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& out,
-             T* products);
+             T* links);
 
 template <class T>
 void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& in,
-              const T* products, const Weights<T*>& grads);
+              const T* links, const Weights<T*>& grads);
 
 namespace coupled {
 

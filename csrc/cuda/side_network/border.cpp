@@ -192,14 +192,14 @@ Tensors side_network_forward(at::TensorList states, at::TensorList scales, const
   const at::TensorOptions options = call.options.dtype(dtype);
   Tensors results = {at::empty({n.items, n.towers, n.embedding}, options),
                      at::empty({n.towers, n.items, n.levels, n.rank}, options),
-                     at::empty({n.towers, 0}, call.options.dtype(at::kFloat))};  // no products are kept
+                     at::empty({n.towers, 0}, call.options.dtype(at::kFloat))};  // no links are kept
   n.embeddings = results[0].mutable_data_ptr(), n.saved = results[1].mutable_data_ptr();
   Tensor workspace = workspace_for(call, false);
   check_code(crossan_side_network_forward(&n, workspace.mutable_data_ptr(), current_stream(workspace)), "side_network");
   return results;
 }
 
-Tensors side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& /*products*/,
+Tensors side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& /*links*/,
                               at::TensorList states, at::TensorList scales, const OptionalTensor& ids,
                               const OptionalTensor& present, at::TensorList weights, at::IntArrayRef widths,
                               at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
@@ -245,7 +245,7 @@ CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
       "side_network(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, "
       "Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");
   library.def(
-      "side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor products, Tensor[] states, "
+      "side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor links, Tensor[] states, "
       "Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, " CROSSAN_STATIC ") -> Tensor[]");
 #undef CROSSAN_STATIC
   library.def("side_network_widest(int levels, int embedding) -> int", [](int64_t levels, int64_t embedding) {

@@ -8,7 +8,7 @@ import torch
 
 from calls import FLOATS, STORED, numbers, strided, values
 from crossan_fast.ops import SideNetworkStructure
-from crossan_fast.ops.side_network import products_size
+from crossan_fast.ops.side_network import links_size
 
 
 def draw():
@@ -38,7 +38,7 @@ def follow(library, arguments, results):
     count, towers = len(states[0]) if ids is None else len(ids), len(static[1]) // 2
     levels, rank, _ = weights[0].shape
     embedding = len(weights[6 * towers])
-    size = products_size(levels, rank, embedding, static[2], weights[0].device)
+    size = links_size(levels, rank, embedding, static[2], weights[0].device)
     shapes = [(count, towers, embedding), (towers, count, levels, rank), (towers, size)]
     assert [tuple(o.shape) for o in results] == shapes
     grad = values(*shapes[0], dtype=dtype)

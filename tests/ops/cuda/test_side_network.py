@@ -160,9 +160,9 @@ def test_views_may_begin_anywhere(ops, path):
     states, _, ids, _, weights, grad = case.make()
     embeddings, saved, want = case.run(ops, path)
     shifted = (off(*states), [], ids, None, off(*weights.flatten()), *case.static(path))
-    *first, products = ops.side_network(*shifted)
+    *first, links = ops.side_network(*shifted)
     assert all(torch.equal(a, b) for a, b in zip(first, (embeddings, saved), strict=True))
-    got = ops.side_network_backward(*off(grad, saved), products, *shifted)
+    got = ops.side_network_backward(*off(grad, saved), links, *shifted)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -253,8 +253,8 @@ def test_errors_name_the_argument(ops, emulate):
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
             forward(**arguments)
-    _, saved, products = forward()
-    rest = (products, states, [], ids, None, flat, *static)
+    _, saved, links = forward()
+    rest = (links, states, [], ids, None, flat, *static)
     with pytest.raises(ValueError, match="grad_embeddings: expected shape"):
         ops.side_network_backward(grad[:, :1], saved, *rest)
     with pytest.raises(TypeError, match="grad_embeddings: expected BFloat16"):

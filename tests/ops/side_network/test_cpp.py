@@ -345,8 +345,8 @@ def test_bad_arguments_raise_with_the_argument_named(changed, message):
         (0, lambda e: e.float(), "grad_embeddings: expected dtype"),
         (1, lambda z: z[:, :, :1], r"saved: expected shape \[3, 4, 2, 3\]"),
         (1, lambda z: z.float(), "saved: expected dtype"),
-        (2, lambda p: p[:, 1:], r"products: expected shape \[3, 69\]"),
-        (2, lambda p: p.float(), "products: expected dtype"),
+        (2, lambda p: p[:, 1:], r"links: expected shape \[3, 69\]"),
+        (2, lambda p: p.float(), "links: expected dtype"),
     ],
 )
 def test_what_the_backward_is_handed_is_checked(place, change, message):

@@ -6,6 +6,11 @@ the algebra may divide by neither.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from compiled_ops import assert_same_bits_on_any_threads, needs_cpp
@@ -155,3 +160,69 @@ def test_compiles_whole_and_keeps_its_schema(name):
         )
         assert torch.equal(have, want)
         assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+# Of 2 towers and modalities in float64 and blocks of 75 items: slices of 64, 192 and 256 columns.
+@pytest.mark.parametrize("kilobytes", ["1", "1024", "4096"])
+def test_every_size_of_l2_gives_the_definition(kilobytes):
+    """In a process of its own: the size is read once. Others' CPUs cut D into other slices than this one."""
+    script = """
+import torch
+from crossan_fast import _build
+from crossan_fast.ops import SideNetworkStructure, side_network_reference
+from side_networks import SINGLES, compiled, make_states, make_weights, outputs_and_grads
+torch.manual_seed(0)
+structure = SideNetworkStructure((500, 500), SINGLES[:2])
+weights = make_weights(structure, 3, 8)
+states = make_states(structure, 150, 3)
+got = outputs_and_grads(compiled, states, weights, structure)
+want = outputs_and_grads(side_network_reference, states, weights, structure)
+assert all((a - b).abs().max() <= 1e-11 * b.abs().max() for a, b in zip(got, want, strict=True))
+print(torch.ops.crossan_fast_cpp.build_info())
+"""
+    ran = in_process(script, CROSSAN_FAST_CPU_L2=kilobytes)
+    assert ran.returncode == 0, ran.stderr
+    assert f"blocks fit to {kilobytes} kB of L2 (CROSSAN_FAST_CPU_L2)" in ran.stdout
+
+
+def test_a_size_of_l2_that_is_none_is_named():
+    ran = in_process(
+        "import torch; from crossan_fast import _build; _build.load('cpu')\n"
+        "torch.ops.crossan_fast_cpp.build_info()",
+        CROSSAN_FAST_CPU_L2="1M",
+    )
+    assert "CROSSAN_FAST_CPU_L2: expected a core's L2 in kB, got '1M'" in ran.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the ops run on one thread")
+def test_threads_are_torchs_own():
+    """One thread more for the op, whoever compiled it, and none for torch's own work after that."""
+    script = """
+import os, torch
+from crossan_fast import _build
+from crossan_fast.ops import SideNetworkStructure
+from side_networks import SINGLES, compiled, make_states, make_weights
+_build.load("cpu")
+torch.set_num_threads(2)
+structure = SideNetworkStructure((32,), SINGLES[:1], "none")
+weights, states = make_weights(structure, 2, 4), make_states(structure, 300, 2)
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+compiled(states, weights, structure)
+during = count()
+torch.ones(1 << 22).exp_()
+print(during - before, count() - during)
+"""
+    ran = in_process(script)
+    assert ran.stdout.split() == ["1", "0"], ran.stderr
+
+
+def in_process(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    helpers = Path(__file__).parents[2] / "helpers"
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(helpers), *sys.path]), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
