@@ -46,7 +46,7 @@ struct Fetch {
 template <class T, class V, int rows, int vectors>
 inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
                                                 int64_t b_row, const T* bias, T* c, int64_t c_row, Into into, T keep,
-                                                Fetch next) {
+                                                Fetch next, Ahead* ahead = nullptr) {
   constexpr int lanes = kLanes<T, V>;
   V sum[rows][vectors];
 #pragma GCC unroll 8
@@ -55,26 +55,40 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) sum[i][v] = start;
   }
-  int64_t k = 0;
-  const auto steps_to = [&](int64_t end) __attribute__((always_inline)) {
-    for (; k < end; ++k) {
-      __builtin_prefetch(next.data + k * next.step, 0, 2);
-      V right[vectors];
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    __builtin_prefetch(next.data + k * next.step, 0, 2);
+    V right[vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + k * b_row + v * lanes);
+    for (int v = 0; v < vectors; ++v) right[v] = load<V>(b + k * b_row + v * lanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; ++i) {
-        const V left = broadcast<V>(a[i * a_row + k * a_column]);
+    for (int i = 0; i < rows; ++i) {
+      const V left = broadcast<V>(a[i * a_row + k * a_column]);
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
-      }
+      for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
     }
   };
-  for (int i = 0; i < rows; ++i) {  // a row of C at a time, for the same reason
-    for (int v = 0; v < vectors; ++v) __builtin_prefetch(c + i * c_row + v * lanes, 1);
-    steps_to((i + 1) * depth / (2 * rows));
+  // C first, then what comes after, a line a step. Loops of a fixed length: the core foresees their end.
+  int64_t k = 0;
+  const bool deep = depth >= rows * vectors;
+#pragma GCC unroll 1
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(c + i * c_row + v * lanes, 1);
+      if (deep) step(k++);
+    }
+  if (ahead) {
+    for (int64_t lines = kPanel<T> * 3 / 4; lines > 0 && k + Ahead::kPiece <= depth; lines -= Ahead::kPiece) {
+      const char* piece = ahead->piece();
+      if (!piece) break;
+#pragma GCC unroll 1
+      for (int64_t n = 0; n < Ahead::kPiece; ++n) {
+        __builtin_prefetch(piece + n * 64, 0, 2);
+        step(k++);
+      }
+    }
   }
-  steps_to(depth);
+  for (; k < depth; ++k) step(k);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 8
@@ -101,9 +115,8 @@ void column_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int
     return {reinterpret_cast<const char*>(next + n % vectors * lanes), b_row * static_cast<int64_t>(sizeof(T))};
   };
   for (int n = 0; i + kRowsPerTile <= rows; i += kRowsPerTile, ++n) {
-    if (ahead) ahead->step(kPanel<T> * 3 / 4);
     tile<T, V, kRowsPerTile, vectors>(depth, a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row, into,
-                                      keep, share(n));
+                                      keep, share(n), ahead);
   }
   const Fetch fetch{reinterpret_cast<const char*>(b), 0};
   a += i * a_row;

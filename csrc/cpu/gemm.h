@@ -45,10 +45,12 @@ void pack_panel(const T* b, int64_t row, int64_t column, int64_t depth, int64_t 
 
 enum class Into { overwrite, add };
 
-// Rows that will be read next, fetched a few lines a tile while products keep the core busy: a burst would fill the
-// core's few fill buffers and hold up what it stands before.
+// Rows that will be read next, fetched a line a step while products keep the core busy: a burst would fill the core's
+// few fill buffers and hold up what it stands before.
 class Ahead {
  public:
+  static constexpr int64_t kPiece = 8;  // lines
+
   void clear() {
     rows_.clear();
     row_ = 0;
@@ -57,14 +59,17 @@ class Ahead {
   void add(const char* row, int64_t bytes) {
     if (bytes > 0) rows_.push_back({row, bytes});
   }
-  void step(int64_t lines) {
-    for (; lines > 0 && row_ < rows_.size(); --lines) {
-      __builtin_prefetch(rows_[row_].first + at_, 0, 2);
-      at_ += 64;
-      if (at_ < rows_[row_].second) continue;
+  // Where the next kPiece lines begin, the last of which may lie beyond their row; null after the last row.
+  const char* piece() {
+    if (row_ >= rows_.size()) return nullptr;
+    const auto [row, bytes] = rows_[row_];
+    const char* from = row + at_;
+    at_ += kPiece * 64;
+    if (at_ >= bytes) {
       at_ = 0;
       ++row_;
     }
+    return from;
   }
 
  private:
