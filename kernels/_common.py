@@ -198,7 +198,11 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`tf32` only for fp32 operands and only where torch's own switch allows it."""
+    """How the products of a dtype multiply fp32: `tf32` only where torch's own switch says so, else `ieee`.
+
+    The switch is `torch.backends.cuda.matmul.fp32_precision`; `torch.set_float32_matmul_precision` turns it
+    to `tf32` for "high" and "medium" alike: on CUDA torch documents no other meaning of either.
+    """
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import poisoning
 import pytest
@@ -22,6 +23,15 @@ def _seeded():
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
     torch.set_num_threads(int(os.environ.get("CROSSAN_FAST_TEST_THREADS", "1")))
+
+
+@pytest.fixture
+def matmul_switch() -> Iterator[Any]:
+    """torch.backends.cuda.matmul, whose `fp32_precision` is put back afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.fp32_precision = before
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from benchmarks.registry import Case, Floor, Runnable, Setting, Unavailable, Wor
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache
 from crossan_fast.data import leave_one_out, read_interactions, read_items
 from crossan_fast.training import Batches, OptimizerConfig, TrainStep, make_optimizer
-from crossan_fast.training.train_config import Precision
+from crossan_fast.training.train_config import ComputePrecision
 
 CHECKED_USERS, CHECKED_ITEMS = 16, 512
 BACKENDS = ("cpp", "triton", "cuda")
@@ -77,7 +77,7 @@ class StepBench:
 
     def step(self, backend: str, deduplicate: bool = True) -> TrainStep:
         model, optimizer = self.model(backend, deduplicate), OptimizerConfig()
-        precision: Precision = "bf16" if self.setting.dtype == torch.bfloat16 else "fp32"
+        precision: ComputePrecision = "bf16" if self.setting.dtype == torch.bfloat16 else "fp32"
         return TrainStep(model, self.cache, make_optimizer(model, optimizer), optimizer, precision)
 
     def reference(self, compiled: bool = False) -> TrainStep:

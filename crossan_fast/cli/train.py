@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         if args.profile is not None:
             from crossan_fast.training.profile import profile_steps
 
+            if first:
+                print(f"precision: {trainer.precision}")
             profile = profile_steps(trainer, args.profile)
             if first:
                 print(profile)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from crossan_fast._profiling import span
+from crossan_fast.training.precision import computing_in
 from crossan_fast.training.trainer import Trainer
 
 PARTS = ("data", "side_network", "fusion", "sequence_encoder", "loss", "backward", "optimizer")
@@ -125,8 +126,9 @@ def _floor(trainer: Trainer, items: float) -> tuple[float, str]:
     operations = 3 * sum(4 * config.bottleneck * tower.width * config.num_levels for tower in config.towers)
     size = torch.empty(0, dtype=cache.dtype).element_size()
     moved = 2 * sum(m.levels * m.width * size for m in config.modalities)
-    dtype = torch.bfloat16 if trainer.config.precision == "bf16" else torch.float32
-    rate, bandwidth = _ceilings(trainer.device, dtype)
+    precision = trainer.precision.name
+    with computing_in(precision):
+        rate, bandwidth = _ceilings(trainer.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     arithmetic, bytes_ = items * operations / rate, items * moved / bandwidth
     if arithmetic > bytes_:
         return arithmetic, f"{items:.0f} items' arithmetic at {rate / 1e12:.2f} TFLOP/s"

@@ -24,7 +24,7 @@ from crossan_fast._files import write_whole
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.checkpoint import load_weights
 from crossan_fast.training.population import Population
-from crossan_fast.training.train_config import TrainConfig, load_config
+from crossan_fast.training.train_config import ComputePrecision, TrainConfig, load_config
 
 
 class RunFolder:
@@ -49,6 +49,13 @@ class RunFolder:
         if not self.config.is_file():
             raise FileNotFoundError(f"run: expected {self.config.name} in {self.path}, found none")
         return load_config(self.config)
+
+    def began_with(self) -> ComputePrecision | None:
+        """The precision of the run that the folder holds; None where no epoch has ended yet."""
+        if not (self.last.exists() and self.config.is_file()):
+            return None
+        precision = self.read_config().precision
+        return None if precision == "auto" else precision
 
     def read_population(self) -> Population | None:
         """What the run trains on; None where no epoch has ended yet."""

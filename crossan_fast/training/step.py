@@ -15,7 +15,8 @@ from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.optimizer import clip_gradients, set_learning_rate
-from crossan_fast.training.train_config import OptimizerConfig, Precision
+from crossan_fast.training.precision import computing_in
+from crossan_fast.training.train_config import ComputePrecision, OptimizerConfig
 
 REMEDY = "a smaller optimizer.learning_rate or optimizer.clip_norm, or more optimizer.warmup_steps, may help"
 NOTHING_AHEAD = ReadAhead()
@@ -46,7 +47,7 @@ class TrainStep:
         cache: the model's states, read by id.
         optimizer: of `make_optimizer`.
         config: warm-up, clipping and averaging.
-        precision: `bf16` runs forward and backward under autocast.
+        precision: `bf16` runs forward and backward under autocast, `tf32` with TF32 products.
         group: of several processes, each with a part of the batch: losses are then parts of the joined
             batch's (their mean is its loss), and every process has its gradients.
 
@@ -63,7 +64,7 @@ class TrainStep:
         cache: HiddenStateCache,
         optimizer: torch.optim.Optimizer,
         config: OptimizerConfig,
-        precision: Precision = "fp32",
+        precision: ComputePrecision = "fp32",
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.model = model
@@ -81,7 +82,7 @@ class TrainStep:
         self.average = None if config.average is None else WeightAverage(model, config.average)
         self._rate_stands = False
         self._config = config
-        self._autocast = precision == "bf16"
+        self._precision = precision
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = next(model.parameters()).device
         self.unsound = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -121,15 +122,20 @@ class TrainStep:
     def forward_backward(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
         """Fresh gradients of one batch, and its loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        # Autocast's cache of cast weights must not outlive a capture.
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=self.device.type != "cuda"
-        ):
-            loss: Tensor = self._forward(
-                item_ids, cache=self.cache, gathered=ahead.gathered, capacity=ahead.capacity
-            ).loss
-        with span("backward"):
-            loss.backward()
+        autocast = torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self._precision == "bf16",
+            # The cache of cast weights must not outlive a capture.
+            cache_enabled=self.device.type != "cuda",
+        )
+        with computing_in(self._precision):
+            with autocast:
+                loss: Tensor = self._forward(
+                    item_ids, cache=self.cache, gathered=ahead.gathered, capacity=ahead.capacity
+                ).loss
+            with span("backward"):
+                loss.backward()
         return loss.detach()
 
     def update(self) -> None:

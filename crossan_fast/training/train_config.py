@@ -29,7 +29,8 @@ DATA_VARIABLE = "CROSSAN_FAST_DATA"
 
 FilterHistory = Literal["all", "all_except_target", "none"]
 Candidates = Literal["used", "all"]
-Precision = Literal["fp32", "bf16"]
+ComputePrecision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["auto", ComputePrecision]
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,10 @@ class TrainConfig:
         seed: of weights, batches and dropout.
         device: `auto` is CUDA where there is one.
         backend: of every op; see `CrossanModel`.
-        precision: `bf16` computes under autocast; weights and optimizer stay fp32.
+        precision: `bf16` computes under autocast, `tf32` rounds what fp32 products multiply to TF32 (CUDA
+            alone); weights, optimizer and evaluation are fp32 with each. `auto` is bf16 on a CUDA device
+            with matrix units for it, else fp32: on CPUs bf16 was measured to be no faster. A run keeps what
+            it began with: its config.yaml has that in place of `auto`.
         tensorboard: also write TensorBoard's event files (needs the extra `tensorboard`).
     """
 
@@ -141,7 +145,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
-    precision: Precision = "fp32"
+    precision: Precision = "auto"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:

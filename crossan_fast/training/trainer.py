@@ -24,6 +24,7 @@ from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.malloc import keep_freed_memory
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.population import Population
+from crossan_fast.training.precision import choose_precision
 from crossan_fast.training.processes import Processes, join_processes
 from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import REMEDY, NotFinite, TrainingError, TrainStep
@@ -49,13 +50,14 @@ class Trainer:
     Attributes:
         model: being trained; after `fit`, the weights of the best epoch.
         history: one entry an epoch, as in `log.jsonl`.
+        config: with the precision that `auto` stands for here.
+        precision: what is computed in, and why.
         eager_because: why the step is not captured in CUDA graphs; None: it is.
     """
 
     def __init__(
         self, config: TrainConfig, task: Task | None = None, processes: Processes | None = None
     ) -> None:
-        self.config = config
         self.processes = processes or Processes()
         self.folder = RunFolder(config.run)
         if task is None:
@@ -63,6 +65,9 @@ class Trainer:
             task = open_task(config, None if held is None else held.catalogue)
         self.task = task
         self.device = self.task.device
+        began = self.folder.began_with()
+        self.precision = choose_precision(config.precision, self.device, began)
+        self.config = config = replace(config, precision=self.precision.name)
         candidates = self.task.candidates(config.evaluation)
         total = self.task.split.num_items if candidates is None else candidates.numel()
         check_cutoffs(config.evaluation.k, total)  # now, not after the first epoch
@@ -90,7 +95,7 @@ class Trainer:
             self.task.cache,
             self.optimizer,
             config.optimizer,
-            config.precision,
+            self.precision.name,
             self.processes.group,
         )
         self.eager_because = refusal(self.step)
@@ -107,7 +112,7 @@ class Trainer:
         Args:
             resume: go on behind the last epoch that the run folder holds; from the start where it has none.
             progress: show a bar where the output is a terminal.
-            say: called with one line an epoch.
+            say: called with a line on the precision, then one an epoch.
 
         Raises:
             FileExistsError: the folder holds a run and `resume` is off.
@@ -157,6 +162,7 @@ class Trainer:
             raise FileExistsError(
                 f"run: {self.folder.path} holds a run; pass --resume to go on with it, or another run=FOLDER"
             )
+        say(f"precision: {self.precision}")
         population = self.folder.read_population()
         if held:
             _refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
@@ -260,6 +266,7 @@ class Trainer:
             "stopped_by": stopped,
             "diverged": diverged(self.history, self.columns),
             "train_seconds": sum(entry["train_seconds"] for entry in self.history),
+            "precision": {"name": self.precision.name, "reason": self.precision.reason},
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "validation": self.evaluate("validation").to_dict(),
             "test": self.evaluate("test").to_dict(),

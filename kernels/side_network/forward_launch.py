@@ -37,7 +37,7 @@ def forward_group(group: Group, p: Parameters, items: Items, out: Tensor, saved:
     problem = problem_of(group, p, items)
     config = tuned(
         "side_network",
-        (device_name(p.device), *problem),
+        (device_name(p.device), *problem, p.precision),
         forward_candidates(problem),
         lambda c: _forward_group(c, group, p, items, out, saved),
     )

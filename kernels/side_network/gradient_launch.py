@@ -40,7 +40,7 @@ class GroupGradient:
         problem = problem_of(group, p, items)
         config = tuned(
             "side_network_backward",
-            (device_name(p.device), *problem),
+            (device_name(p.device), *problem, p.precision),
             gradient_candidates(problem),
             lambda c: cls(group, p, c).add(group, items, grad_out, saved),
         )
@@ -172,8 +172,9 @@ class GroupGradient:
             BLOCK_E=p.block_e,
             DEPTH=config.combine_depth,
             DEPTH_E=min(config.combine_depth, p.block_e),
-            # Operands are fp32 whatever the dtype; three tf32 products are as exact and use matrix units.
-            PRECISION=p.precision if p.dtype == torch.float32 else "tf32x3",
+            # Operands are fp32 whatever the dtype; three tf32 products are as exact and use matrix units. One
+            # would round a sum over all items, under torch's switch as well.
+            PRECISION="ieee" if (p.dtype, p.precision) == (torch.float32, "ieee") else "tf32x3",
             num_warps=8,
             num_stages=config.combine_stages,
         )

@@ -58,7 +58,7 @@ def test_a_file_with_overrides(values: dict[str, Any], tmp_path: Path) -> None:
         ("optimizer=adam", "optimizer: expected fields, got 'adam'"),
         ("model=big", "model: expected fields, got 'big'"),
         ("evaluation.k=[0]", "evaluation.k: expected integers of at least 1, got (0,)"),
-        ("precision=fp8", "precision: expected one of ['fp32', 'bf16'], got 'fp8'"),
+        ("precision=fp8", "precision: expected one of ['auto', 'fp32', 'tf32', 'bf16'], got 'fp8'"),
         (
             "evaluation.filter_history=al",
             "evaluation.filter_history: expected one of ['all', 'all_except_target', 'none'], got 'al'; "

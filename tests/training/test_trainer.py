@@ -48,12 +48,12 @@ def test_the_run_folder_holds_everything(values: dict[str, Any]) -> None:
         "population.json",
         "results.json",
     ]
-    assert folder.read_config() == config
+    assert folder.read_config() == trainer.config
     assert yaml.safe_load(folder.config.read_text())["optimizer"]["eps"] == 1e-8, "defaults are written out"
     log = [json.loads(line) for line in folder.log.read_text().splitlines()]
     assert [entry["epoch"] for entry in log] == [1, 2]
-    assert len(lines) == 2
-    assert f"loss {log[0]['loss']:.4f}" in lines[0]
+    assert len(lines) == 3
+    assert f"loss {log[0]['loss']:.4f}" in lines[1]
     assert json.loads(folder.results.read_text()) == results
     assert results["versions"]["torch"] == torch.__version__
     best = max(log, key=lambda entry: entry["validation"]["ndcg@10"])
