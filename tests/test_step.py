@@ -16,7 +16,7 @@ from crossan_fast.cache.staging import Rows
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.training import Batches, OptimizerConfig, TrainStep, make_optimizer
 from crossan_fast.training.feed import bucket, feed
-from crossan_fast.training.graph import GraphedStep, refusal
+from crossan_fast.training.graph import CudaGraphs, GraphedStep, refusal
 
 ITEMS, LEVELS, ROWS = 40, 3, 21
 MODALITIES = (Modality("text", 12, LEVELS), Modality("image", 20, LEVELS))
@@ -54,8 +54,8 @@ def make_model(**options: Any) -> CrossanModel:
     return model
 
 
-def make_step(cache: HiddenStateCache, **options: Any) -> TrainStep:
-    model, settings = make_model(**options), OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
+def make_step(cache: HiddenStateCache, device: torch.device = CPU, **options: Any) -> TrainStep:
+    model, settings = make_model(**options).to(device), OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
     return TrainStep(model, cache, make_optimizer(model, settings), settings)
 
 
@@ -229,9 +229,13 @@ def test_buckets_are_few_and_near() -> None:
 
 
 class Recorder:
-    """Captures like CUDA: records a body without running it; a replay runs it on the buffers it was given."""
+    """Captures like CUDA: records a body without running it; a replay runs it on the buffers it was given.
 
-    def __init__(self, fails: bool = False) -> None:
+    One that fails does so like CUDA, too: after the host has gone through the body, whose tensors nothing was
+    written to.
+    """
+
+    def __init__(self, fails: TrainStep | None = None) -> None:
         self.warmed = self.captured = self.replayed = 0
         self.fails = fails
 
@@ -240,8 +244,8 @@ class Recorder:
         return body()
 
     def capture(self, body: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        if self.fails is not None:
+            self._invalidate(body, self.fails)
         self.captured += 1
         loss = torch.zeros(())
 
@@ -250,6 +254,24 @@ class Recorder:
             loss.copy_(body())
 
         return replay, loss
+
+    def _invalidate(self, body: Callable[[], Tensor], step: TrainStep) -> None:
+        states = step.optimizer.state
+        kept = {p: {k: v.clone() for k, v in state.items()} for p, state in states.items()}
+        values = [parameter.detach().clone() for parameter in step.model.parameters()]
+        body()
+        for parameter, value in zip(step.model.parameters(), values, strict=True):
+            parameter.data.copy_(value)
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.nan)
+        for parameter, state in states.items():
+            for name, entry in state.items():
+                entry.copy_(kept[parameter][name] if parameter in kept else torch.full_like(entry, torch.nan))
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        except RuntimeError:
+            # As the end of the capture does, which raises in its turn.
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
 
 def weights(step: TrainStep) -> Tensor:
@@ -312,14 +334,62 @@ def test_what_moved_is_captured_anew(cache: HiddenStateCache) -> None:
     assert recorder.captured == 2
 
 
-def test_a_failed_capture_is_said_once_and_training_goes_on(cache: HiddenStateCache) -> None:
-    plain, wrapped = make_step(cache), make_step(cache)
-    graphed = GraphedStep(wrapped, Recorder(fails=True), warmup=1)
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_failed_capture_is_said_once_and_leaves_no_trace(cache: HiddenStateCache, warmup: int) -> None:
+    """Dropout draws what it would have drawn, and AdamW's first states are not those of the capture."""
+    plain, wrapped = make_step(cache, dropout=0.2), make_step(cache, dropout=0.2)
+    graphed = GraphedStep(wrapped, Recorder(fails=wrapped), warmup=warmup)
+    torch.manual_seed(5)
     expected = [plain(draw(seed=seed)) for seed in range(4)]
+    torch.manual_seed(5)
     with pytest.warns(UserWarning, match="one kernel at a time: capture failed: operation not permitted"):
         given = [graphed(draw(seed=seed)) for seed in range(4)]
     assert torch.equal(torch.stack(given), torch.stack(expected))
+    assert torch.equal(weights(plain), weights(wrapped))
     assert graphed.reason == "capture failed: operation not permitted when stream is capturing"
+
+
+class Leaking(CudaGraphs):
+    """Breaks a capture midway, as an op that waits for the device does."""
+
+    def capture(self, body: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        def broken() -> Tensor:
+            loss = body()
+            loss.item()
+            return loss
+
+        return super().capture(broken)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_broken_capture_on_a_gpu_leaves_no_trace() -> None:
+    """The stream, the generator and the allocator are as before; a later capture works."""
+    device = torch.device("cuda", 0)
+    states = {m.name: torch.randn(ITEMS + 1, LEVELS, m.width) for m in MODALITIES}
+    resident = HiddenStateCache.from_tensors({name: state.to(device) for name, state in states.items()})
+
+    def step() -> TrainStep:
+        return make_step(resident, device, dropout=0.2)
+
+    plain, wrapped = step(), step()
+    graphs = Leaking(device)
+    graphed = GraphedStep(wrapped, graphs, warmup=1)
+    batches = [draw(seed=seed).to(device) for seed in range(4)]
+    torch.cuda.manual_seed(5)
+    expected = [plain(item_ids) for item_ids in batches]
+    offset = torch.cuda.get_rng_state(device)
+    torch.cuda.manual_seed(5)
+    stream = torch.cuda.current_stream(device)
+    with pytest.warns(UserWarning, match="one kernel at a time: capture failed"):
+        given = [graphed(item_ids) for item_ids in batches]
+    torch.testing.assert_close(torch.stack(given), torch.stack(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights(plain), weights(wrapped), rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.cuda.get_rng_state(device), offset)
+    assert torch.cuda.current_stream(device) == stream
+    replay, loss = CudaGraphs.capture(graphs, lambda: torch.rand(3, device=device).sum())
+    replay()
+    assert 0 < float(loss) < 3
 
 
 def test_why_a_step_is_not_captured(cache: HiddenStateCache) -> None:

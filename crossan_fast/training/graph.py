@@ -8,8 +8,9 @@ that the graph reads, the learning rate is a tensor on the device, and dropout's
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -33,7 +34,8 @@ class Graphs(Protocol):
         """Record `body` without running it; gives what replays it, and the tensor it writes.
 
         Raises:
-            RuntimeError: `body` does what cannot be captured.
+            RuntimeError: `body` does what cannot be captured; what it computes afterwards is then no other
+                than if it had never been tried.
         """
         ...
 
@@ -45,6 +47,7 @@ class CudaGraphs:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._abandoned: list[torch.cuda.CUDAGraph] = []
 
     def warm(self, body: Body) -> Tensor:
         current = torch.cuda.current_stream(self._device)
@@ -57,9 +60,31 @@ class CudaGraphs:
 
     def capture(self, body: Body) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            loss = body()
+        current = torch.cuda.current_stream(self._device)
+        try:
+            # Of a capture whose end raises, torch leaves the stream current; the outer block goes back.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                loss = body()
+        except RuntimeError:
+            self._abandon(graph)
+            raise
         return graph.replay, loss
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo what torch (2.11; later versions less) leaves of a capture that was invalidated.
+
+        Its end raises before it clears up: the generator goes on as if captured, and refuses to draw; the
+        allocator keeps back what other streams free, for as long as it believes a capture to be under way.
+        """
+        graph.reset()
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        with contextlib.suppress(RuntimeError):  # where torch has ended it
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        # A copy of the state has seed and offset, but takes no part in a capture.
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+        # The allocator of page-locked memory may still ask the graph whose capture a stream is in.
+        self._abandoned.append(graph)
 
 
 class _Key(NamedTuple):
@@ -132,9 +157,10 @@ class GraphedStep:
             return self._graphs.warm(body)
         if entry.replay is None:
             try:
-                entry.replay, entry.loss = self._graphs.capture(body)
+                with _nothing_computed(self.step):
+                    entry.replay, entry.loss = self._graphs.capture(body)
             except RuntimeError as error:
-                self.reason = f"capture failed: {str(error).splitlines()[0]}"
+                self.reason = f"capture failed: {_cause(error)}"
                 self._entries.clear()
                 warnings.warn(f"steps run one kernel at a time: {self.reason}", stacklevel=3)
                 return self.step.compute(item_ids, ahead)
@@ -145,6 +171,35 @@ class GraphedStep:
     def _addresses(self) -> tuple[int, ...]:
         model = self.step.model
         return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+
+
+@contextlib.contextmanager
+def _nothing_computed(step: TrainStep) -> Iterator[None]:
+    """Where the block raises, nothing that it queued has run: generators, gradients and optimizer go back.
+
+    Weights, and the optimizer's states there were, are written by what was queued alone.
+    """
+    states = step.optimizer.state
+    known = set(states)
+    on_device = step.device.type == "cuda"
+    drawn = torch.get_rng_state(), torch.cuda.get_rng_state(step.device) if on_device else None
+    try:
+        yield
+    except RuntimeError:
+        step.optimizer.zero_grad(set_to_none=True)  # they lie in the memory of the graph
+        for parameter in set(states) - known:
+            del states[parameter]
+        torch.set_rng_state(drawn[0])
+        if drawn[1] is not None:
+            torch.cuda.set_rng_state(drawn[1], step.device)
+        raise
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong: a capture's end says no more than that something did before."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def refusal(step: TrainStep) -> str | None:
