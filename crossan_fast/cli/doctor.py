@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[args.dtype]
     # First, since with --build choosing builds, and the extension's rows tell what there is.
     choices = {device: list(_choices(device, dtype, args.build)) for device in ("cpu", "cuda")}
-    _title("compiled extension")
+    _title("compiled kernels")
     for name, text in _extension():
         _row(name, text)
     for device, rows in choices.items():
@@ -109,10 +110,29 @@ def _extension() -> Iterator[tuple[str, str]]:
         elif failure := _build.failed(name):
             yield name, f"did not compile, see {failure}; remove that file to try again"
         else:
-            yield name, "not built yet; built on first use, or by `crossan-fast doctor --build`"
+            took = _about(_build.expected_seconds(name))
+            yield name, f"not built yet; built on first use ({took}), or by `crossan-fast doctor --build`"
         if name == "cuda" and _build.nvcc_version() is not None:
             targets = ", ".join(f"sm_{target}" for target in _build.cuda_architectures())
             yield "cuda targets", f"{targets}, no PTX for others; CROSSAN_FAST_CUDA_ARCH=80;90a names targets"
+    if _version("triton") is not None:
+        yield "triton", _triton_kernels()
+
+
+def _triton_kernels() -> str:
+    from triton import knobs
+
+    kept = sum(1 for _ in Path(knobs.cache.dir).glob("*/*.cubin"))
+    return (
+        "each kernel is compiled on its first use on a GPU (seconds), once for a model's sizes and types; "
+        f"{knobs.cache.dir} keeps {kept:,}, of whatever program"
+    )
+
+
+def _about(seconds: float) -> str:
+    return (
+        f"about {max(10, round(seconds, -1)):.0f} s" if seconds < 100 else f"about {seconds / 60:.0f} minutes"
+    )
 
 
 def _choices(device: str, dtype: torch.dtype, build: bool) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def test_a_build_that_failed_or_does_not_fit_is_said(
     (tmp_path / "wheel" / "cpu" / "x.so").touch()
     (tmp_path / "wheel" / "cpu" / "stamp.json").write_text(json.dumps(asdict(shipped)))
     assert main(["doctor"]) == 0
-    extension = section(capsys.readouterr().out, "compiled extension")
+    extension = section(capsys.readouterr().out, "compiled kernels")
     assert extension["cpu"] == f"did not compile, see {failure}; remove that file to try again"
     assert extension["cpu wheel"].endswith(f"passed over: built for torch 1.0, this is {torch.__version__}")
     _dispatch._choose.cache_clear()
@@ -115,6 +116,7 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CROSSAN_FAST_BUILD_DIR", str(tmp_path))
     monkeypatch.setattr(_build, "AHEAD_OF_TIME", tmp_path / "wheel")
     monkeypatch.setattr(_library, "obtain", mark)
+    monkeypatch.setenv("MAX_JOBS", "2")
     _build._outcome.cache_clear()
     _dispatch._choose.cache_clear()
     yield tmp_path
@@ -126,12 +128,44 @@ def test_nothing_is_built_unless_asked(unbuilt: Path, capsys: pytest.CaptureFixt
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert list(unbuilt.iterdir()) == []
-    assert "doctor --build" in section(printed, "compiled extension")["cpu"]
+    said = section(printed, "compiled kernels")["cpu"]
+    assert said == "not built yet; built on first use (about 40 s), or by `crossan-fast doctor --build`"
     assert all(section(printed, "ops on cpu in fp32")[op].startswith("cpp (") for op in _tried())
     assert main(["doctor", "--build"]) == 0
     printed = capsys.readouterr().out
     assert (unbuilt / "cpu").exists()
     assert section(printed, "ops on cpu in fp32")["not cpp"] == "for any op: planted"
+
+
+def test_how_long_a_build_takes_is_what_the_last_one_took(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CROSSAN_FAST_BUILD_DIR", str(tmp_path))
+    monkeypatch.setenv("MAX_JOBS", "1000")
+    by_work = _build.expected_seconds("cpu")
+    assert by_work == _build.PARTS["cpu"].work / len(_build.PARTS["cpu"].sources())
+    for age, (part, seconds) in enumerate([("cpu", 70.0), ("cpu", 50.0), ("cuda", 10.0)]):
+        stamp = tmp_path / f"{part}-{age}" / "stamp.json"
+        stamp.parent.mkdir()
+        info = _library.BuildInfo(part, "x.so", "2.0", "c++", "x86_64", [], seconds, 0, "")
+        stamp.write_text(json.dumps(asdict(info)))
+        os.utime(stamp, (age, age))
+    (tmp_path / "cpu-cut").mkdir()
+    (tmp_path / "cpu-cut" / "stamp.json").write_text("{")
+    assert _build.expected_seconds("cpu") == 50.0
+
+
+def test_triton_kernels_that_are_kept_are_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.cubin").touch()
+    assert main(["doctor"]) == 0
+    said = section(capsys.readouterr().out, "compiled kernels")["triton"]
+    assert said.endswith(f"{tmp_path} keeps 2, of whatever program")
 
 
 @pytest.mark.parametrize(
