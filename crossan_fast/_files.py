@@ -22,6 +22,7 @@ except ImportError:  # no such locks on this system
     fcntl = None  # type: ignore[assignment]
 
 HAS_LOCKS = fcntl is not None
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -30,9 +31,22 @@ def write_whole(path: Path, content: bytes | str) -> None:
     Returns when it would survive a power cut. Folders on the way are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _draft_of(path, lambda draft: draft.touch(exist_ok=False)) as draft:
+    with naming(path), _draft_of(path, lambda draft: draft.touch(exist_ok=False)) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
         put_in_place(draft, path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` into an OSError that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise type(error)(
+                error.errno, f"{error.strerror}; what was there is unchanged", str(path)
+            ) from error
+        raise
 
 
 def put_in_place(file: Path, path: Path) -> None:
@@ -53,6 +67,49 @@ def whole_new_folder(path: Path) -> Iterator[Path]:
     with _draft_of(path, Path.mkdir) as draft:
         yield draft
         os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def passing_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to work in, removed at the end; one of a killed process as a draft of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _draft_of(path, Path.mkdir) as draft:
+        yield draft
+        _remove(draft)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str = "folder") -> Iterator[None]:
+    """Make `folder` and hold it alone for writing; the lock ends with the process, however that ends.
+
+    Where the system or the file system has no locks, nothing is held.
+
+    Args:
+        name: of the argument, for messages.
+
+    Raises:
+        BlockingIOError: another process is writing to it.
+    """
+    descriptor = _acquire(folder, name)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_abandoned(folder: Path, names: Collection[str]) -> None:
+    """Remove drafts of the files and folders `names` in `folder` that killed processes left."""
+    for entry in list(folder.iterdir()):
+        if not is_draft_of(names, entry.name):
+            continue
+        # Somebody writes it, another has removed it, or there are no locks to tell.
+        with contextlib.suppress(OSError):
+            lock = open_locked(entry)
+            try:
+                _remove(entry)
+            finally:
+                os.close(lock)
 
 
 def is_draft_of(names: Collection[str], draft: str) -> bool:
@@ -95,7 +152,7 @@ def open_locked(path: Path, *, wait: bool = False) -> int:
 
 @contextlib.contextmanager
 def _draft_of(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    _remove_abandoned(path)
+    remove_abandoned(path.parent, (path.name,))
     draft, lock = _begin(path, make)
     try:
         yield draft
@@ -120,17 +177,20 @@ def _begin(path: Path, make: Callable[[Path], object]) -> tuple[Path, int | None
             return draft, None
 
 
-def _remove_abandoned(path: Path) -> None:
-    for entry in list(path.parent.iterdir()):
-        if not is_draft_of((path.name,), entry.name):
+def _acquire(folder: Path, name: str) -> int | None:
+    """A descriptor of `folder`, made where missing, that holds its lock; None where there are no locks."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return open_locked(folder)
+        except FileNotFoundError:  # replaced or removed before its lock was ours
             continue
-        # Somebody writes it, another has removed it, or there are no locks to tell.
-        with contextlib.suppress(OSError):
-            lock = open_locked(entry)
-            try:
-                _remove(entry)
-            finally:
-                os.close(lock)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, f"{name}: another process is writing to {folder}") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return None
 
 
 def _remove(draft: Path) -> None:

@@ -63,6 +63,29 @@ def parse_json(text: str, name: str) -> Any:
         raise ValueError(f"{name}: expected JSON, got {error}") from error
 
 
+def read_json(path: Path, name: str, most: int) -> Any:
+    """The plain values of a JSON file of at most `most` bytes.
+
+    Raises:
+        ValueError: larger, no UTF-8, no JSON, or nested too deep; `name` and `path` are in the message.
+    """
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{name}: {path}: expected at most {most} bytes, got more")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{name}: {path}: expected JSON of a few levels, got it nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {path}: expected JSON in UTF-8, got {error}") from error
+
+
+def is_whole(value: object, low: int, high: int) -> bool:
+    """Whether a JSON value is an integer (no bool, no 3.0) from `low` to `high`."""
+    return type(value) is int and low <= value <= high
+
+
 def _bounded(content: bytes, name: str, source: str) -> bytes:
     if len(content) > MAX_BYTES:
         raise ValueError(f"{name}: expected at most {MAX_BYTES} bytes in {source}, got more")

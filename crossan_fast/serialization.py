@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from crossan_fast._digests import load_tensors, save_tensors
 from crossan_fast._files import write_whole
 from crossan_fast._untrusted import read_settings
 from crossan_fast.config import CrossanConfig
@@ -20,24 +21,38 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for the first of some tensors, on the CPU, that holds NaN or inf; to be saved next."""
+def refuse_nonfinite(tensors: Mapping[str, Tensor], source: str = "") -> None:
+    """Raise ValueError for the first of some tensors, on the CPU, that holds NaN or inf.
+
+    Args:
+        source: where they come from, for the message; empty: they are to be saved next.
+    """
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        if all(bound.isfinite() for bound in tensor.aminmax()):
+        if _all_finite(tensor):
             continue
         bad = (~tensor.isfinite()).nonzero()
         where = bad[0].tolist()
-        others = [other for other, t in tensors.items() if not bool(t.isfinite().all())]
+        others = [other for other, t in tensors.items() if not _all_finite(t)]
         raise ValueError(
-            f"{name}: expected finite values to save, got {float(tensor[tuple(where)])} at {where}, in "
+            f"{name}: expected finite values{f' in {source}' if source else ' to save'}, got "
+            f"{float(tensor[tuple(where)])} at {where}, in "
             f"{len(bad)} of {tensor.numel()} places, and in {len(others) - 1} more of {len(tensors)} tensors"
+            + ("; safetensors.torch.load_file reads them as they are" if source else "")
         )
 
 
-def save_model(model: CrossanModel, folder: Path) -> None:
+def _all_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # reductions know no float8
+    return all(bool(bound.isfinite()) for bound in wide.aminmax())
+
+
+def save_model(model: CrossanModel, folder: Path, run: str = "") -> None:
     """The config first: weights without their config are of no use to anyone.
+
+    Args:
+        run: whose model it is, for `load_model` to compare; empty: nobody's.
 
     Raises:
         ValueError: a parameter or buffer holds NaN or inf; nothing is written.
@@ -46,16 +61,62 @@ def save_model(model: CrossanModel, folder: Path) -> None:
         raise NotADirectoryError(f"folder: expected a folder, got the file {folder}")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     refuse_nonfinite(state)
-    write_whole(folder / CONFIG, model.config.to_json())
-    write_whole(folder / WEIGHTS, save(state, metadata={"format": "pt"}))
+    config = model.config.to_json()
+    metadata = {"format": "pt", "config": config, **({"run": run} if run else {})}
+    write_whole(folder / CONFIG, config)
+    write_whole(folder / WEIGHTS, save_tensors(state, metadata))
 
 
-def load_model(cls: type[CrossanModel], folder: Path, backend: str) -> CrossanModel:
+def load_model(cls: type[CrossanModel], folder: Path, backend: str, run: str = "") -> CrossanModel:
+    """What `save_model` wrote, or another program as plain safetensors.
+
+    Args:
+        run: whose model it has to be, where the file says; empty: anybody's.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        ValueError, RuntimeError: a file is damaged, does not fit the other, is of another run, or holds NaN
+            or inf.
+    """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"folder: expected {name} in {folder}, found none")
-    config = CrossanConfig.from_json(read_settings(folder / CONFIG, "folder"))
-    return model_of(cls, config, load_file(folder / WEIGHTS), backend)
+    path = folder / CONFIG
+    text = read_settings(path, "folder")
+    try:
+        config = CrossanConfig.from_json(text)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"folder: {path}: {error}") from error
+    weights, metadata = load_tensors(folder / WEIGHTS, "folder")
+    require_run(metadata, run, folder / WEIGHTS)
+    try:
+        model = model_of(cls, config, weights, backend)
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"folder: {folder / WEIGHTS} and {CONFIG} beside it: {error}") from error
+    _require_config(path, text, metadata)
+    refuse_nonfinite(weights, str(folder / WEIGHTS))
+    return model
+
+
+def require_run(metadata: Mapping[str, str], run: str, path: Path) -> None:
+    """Raise ValueError where a file's metadata says another run than `run`; empty: any is fine."""
+    found = metadata.get("run", run)
+    if run and found != run:
+        raise ValueError(f"run: {path} is of another run ({found}), expected a file of this one ({run})")
+
+
+def _require_config(path: Path, text: str, metadata: Mapping[str, str]) -> None:
+    """The config beside weights is the one that they were saved with: a flipped bit is another model."""
+    if "config" not in metadata:
+        return
+    saved, found = json.loads(metadata["config"]), json.loads(text)
+    for key in sorted(saved.keys() | found.keys()):
+        if saved.get(key) != found.get(key):
+            raise ValueError(
+                f"{key}: {path} says {found.get(key)!r}, the weights beside it were saved with "
+                f"{saved.get(key)!r}; for another model of these weights make it by CrossanModel(config) and "
+                "load_state_dict(safetensors.torch.load_file(...))"
+            )
 
 
 def model_of(

@@ -1,13 +1,16 @@
-"""Rows of mapped files are looked at before their first use: a NaN in one becomes a NaN in every weight."""
+"""Rows of mapped files are looked at before their first use: damage in one spoils every weight."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from crossan_fast.cache.segments import CheckedSegments
+from crossan_fast.cache.tiers import MappedFile
 from crossan_fast.cache.validate import all_finite_alone, reject_nonfinite
 from crossan_fast.config import Modality
 
@@ -15,10 +18,10 @@ _CHUNK_BYTES = 4 << 20
 
 
 class CheckedRows:
-    """Which rows of a cache's files are known to hold finite values alone; raises for one that does not.
+    """Which rows of a cache's files are known to be what was written and finite; raises for one that is not.
 
     A row is read for this once in the life of an opened cache; afterwards asking for it is a look at one
-    byte. Threads may ask at once: at worst two of them look at the same row.
+    byte, and at the sizes of the files. Threads may ask at once: at worst two of them look at the same row.
 
     Args:
         modalities: of the cache.
@@ -26,6 +29,8 @@ class CheckedRows:
         scales: fp32 `[I + 1, L]` for each of them, for int8 and fp8 states alone.
         names: of rows 1..I, for messages; read only for them.
         folder: where the files are, for messages; None for tensors, of which `finish` is told at once.
+        files: mapped by `states` and `scales`, in this order.
+        segments: of the same files; none where nothing is to be compared with checksums.
     """
 
     def __init__(
@@ -35,6 +40,8 @@ class CheckedRows:
         scales: Sequence[Tensor] | None,
         names: Sequence[str],
         folder: Path | None,
+        files: Sequence[MappedFile] = (),
+        segments: Sequence[CheckedSegments] = (),
     ) -> None:
         kinds = [("states", states), ("scales", scales or ())]
         self._tables = [
@@ -42,7 +49,7 @@ class CheckedRows:
             for what, tables in kinds
             for modality, table in zip(modalities, tables, strict=False)
         ]
-        self._names = names
+        self._names, self._files, self._segments = names, files, segments
         self._advice = (
             f"; `crossan-fast cache verify {folder}` says whether the file was damaged after it was written"
         )
@@ -55,9 +62,14 @@ class CheckedRows:
         Does nothing where `torch.compile` traces.
 
         Raises:
+            CorruptCacheError: one is not what was written, or a file is shorter than when it was opened.
             ValueError: NaN or inf in one, with its modality, item, row and level.
         """
-        if self._all or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        for file in self._files:
+            file.require_whole()
+        if self._all:
             return
         if ids is None:
             for number, (_, _, table) in enumerate(self._tables):
@@ -70,6 +82,8 @@ class CheckedRows:
         if bool(known.all()):
             return
         fresh = ids[~known]
+        for segments in self._segments:
+            segments.look_rows(fresh)
         for what, name, table in self._tables:
             raw = table.view(torch.uint8) if table.element_size() == 1 else table  # no gather of fp8
             for rows in fresh.split(rows_at_once(table)):
@@ -82,23 +96,43 @@ class CheckedRows:
 
         Whoever has had every row of every file looked at so calls `finish`.
         """
-        if not self._all:
-            what, name, _ = self._tables[number]
-            reject_nonfinite(block, name, self._names, first_row, what=what, advice=self._advice)
+        if self._all:
+            return
+        what, name, table = self._tables[number]
+        width = table[0].numel() * table.element_size()
+        self._compare(number, first_row * width, (first_row + len(block)) * width)
+        reject_nonfinite(block, name, self._names, first_row, what=what, advice=self._advice)
 
     def look_at_bytes(self, number: int, start: int, stop: int) -> None:
-        """As `look_at`, of whole elements in bytes `start` to `stop` of a file, wherever its rows begin."""
+        """As `look_at`, of whole elements in bytes `start` to `stop` of a file, wherever its rows begin.
+
+        For a thread beside a training step; see `all_finite_alone`.
+        """
+        if self._all:
+            return
+        self._compare(number, start, stop, alone=True)
         table = self._tables[number][2]
         size = table.element_size()
-        if self._all or all_finite_alone(table.view(-1)[start // size : stop // size]):
+        if all_finite_alone(table.view(-1)[start // size : stop // size]):
             return
         width = table[0].numel() * size
         first = start // width
         self.look_at(number, first, table[first : -(-stop // width)])
 
+    def _compare(self, number: int, start: int, stop: int, alone: bool = False) -> None:
+        if self._files:
+            self._files[number].require_whole()
+        if self._segments:
+            self._segments[number].look(start, stop, alone=alone)
+
     def finish(self) -> None:
         """Every row has been looked at."""
         self._all = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, whose tables are in memory: what is in the files is looked at before it is copied."""
+        self.look(None)
+        return {**self.__dict__, "_files": (), "_segments": ()}
 
 
 def rows_at_once(table: Tensor) -> int:

@@ -23,8 +23,9 @@ from crossan_fast.cache.basis import (
     level_energies,
     project,
 )
+from crossan_fast.cache.contents import read_records
 from crossan_fast.cache.folders import at_one_moment, whole_folder
-from crossan_fast.cache.format import Records, dtype_name, read_records, row_bytes, storage_dtype
+from crossan_fast.cache.format import Records, dtype_name, row_bytes, storage_dtype
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.quantize import dequantize
 from crossan_fast.cache.validate import reject_nonfinite
@@ -138,12 +139,12 @@ def _rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """One modality's rows as finite fp32 `[n, L, D]`, `at_once` or more a time, each with its first row."""
     modality, names = cache.modalities[index], cache.item_names[1:]
-    unread = torch.empty(0, dtype=torch.int64)  # rows are checked as they are converted
-    states, scales = cache.states("cpu", unread)[index], cache.scales("cpu", unread)
     step = max(at_once, CHUNK_BYTES // row_bytes(modality, torch.float32))
     for start in range(0, cache.num_items + 1, step):
-        rows = states[start : start + step]
-        rows = rows.float() if scales is None else dequantize(rows, scales[index][start : start + step])
+        stop = min(start + step, cache.num_items + 1)
+        asked = torch.arange(start, stop)  # looked at before they get checksums of their own
+        rows, scales = cache.states("cpu", asked)[index][start:stop], cache.scales("cpu", asked)
+        rows = rows.float() if scales is None else dequantize(rows, scales[index][start:stop])
         reject_nonfinite(rows, modality.name, names, start)
         yield start, rows
         if progress is not None:

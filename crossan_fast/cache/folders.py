@@ -3,7 +3,7 @@
 Beside a folder `cache` there may be, while it is replaced, `.cache.new` (the new one until it is complete;
 in the same instant the old one takes this name) and, where the system cannot swap two folders, `.cache.old`.
 Both belong to whoever holds the lock of `.cache.new`. A lock ends with its process: what a killed one left is
-removed by the next that writes to `cache`.
+removed by the next command on `cache`. So are drafts `.cache.TOKEN.tmp`, see `crossan_fast._files`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from crossan_fast._files import HAS_LOCKS, is_draft_of, open_locked, sync_folder
+from crossan_fast._files import (
+    HAS_LOCKS,
+    is_draft_of,
+    locked,
+    open_locked,
+    remove_abandoned,
+    sync_folder,
+)
 from crossan_fast.cache.format import (
     BUILDING,
     DIGESTS,
+    MAX_META_BYTES,
     META,
     PRESENT,
     REPORT,
@@ -44,33 +52,40 @@ def holds_anything(folder: Path) -> bool:
     return any(not is_draft_of(_TEXTS, path.name) for path in folder.iterdir())
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it alone for writing; the lock ends with the process, however that ends.
-
-    Raises:
-        BlockingIOError: another process is writing to it.
-    """
-    if not HAS_LOCKS:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-        return
-    descriptor = _acquire(folder)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(folder: Path, wanted: Collection[str]) -> None:
+def remove_leftovers(folder: Path, meta: CacheMeta | None) -> None:
     """Remove what killed processes left in and beside `folder`, which the caller holds `locked`.
 
     Args:
-        wanted: names of the data files that count.
+        meta: of the cache in it: other data files go, and bytes that it does not commit; None: all of them.
     """
+    wanted = {meta.file(name): meta.committed(name) for name in meta.segments} if meta else {}
     for path in folder.iterdir():
         if is_draft_of(_TEXTS, path.name) or (_DATA.fullmatch(path.name) and path.name not in wanted):
             path.unlink(missing_ok=True)
+    for name, size in wanted.items():
+        if (folder / name).stat().st_size > size:  # of an append that did not get to its commit
+            os.truncate(folder / name, size)
+    _remove_beside(folder)
+
+
+def reclaim(folder: Path) -> None:
+    """`remove_leftovers` of a cache where nobody writes to it and this process may; else nothing.
+
+    A stopped build's files stay: it can go on.
+    """
+    with contextlib.suppress(OSError, CacheError):
+        restore_retired(folder)
+        meta = read_meta(folder)
+        with locked(folder):
+            if (folder / BUILDING).exists() or read_meta(folder) != meta:
+                _remove_beside(folder)
+            else:
+                remove_leftovers(folder, meta)
+
+
+def _remove_beside(folder: Path) -> None:
+    folder = folder.resolve()
+    remove_abandoned(folder.parent, (folder.name,))
     fresh, retired = _sibling(folder, "new"), _sibling(folder, "old")
     if fresh.exists() or retired.exists():
         with contextlib.suppress(BlockingIOError), locked(fresh):  # held: somebody is replacing this folder
@@ -133,6 +148,7 @@ def whole_folder(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Pa
             raise BlockingIOError(error.errno, f"folder: another process is writing to {folder}") from error
         try:
             _check_replaceable(folder, overwrite)
+            remove_abandoned(folder.parent, (folder.name,))
             _empty(fresh)
             shutil.rmtree(_sibling(folder, "old"), ignore_errors=True)
             yield fresh
@@ -180,21 +196,10 @@ def _swapped(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _acquire(folder: Path) -> int:
-    """A descriptor of `folder`, made where missing, that holds its lock."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return open_locked(folder)
-        except FileNotFoundError:  # replaced or removed before its lock was ours
-            continue
-        except BlockingIOError as error:
-            raise BlockingIOError(error.errno, f"folder: another process is writing to {folder}") from error
-
-
 def _description(folder: Path) -> bytes | None:
     try:
-        return (folder / META).read_bytes()
+        with open(folder / META, "rb") as file:
+            return file.read(MAX_META_BYTES + 1)
     except OSError:
         return None
 

@@ -27,9 +27,7 @@ Version 2 of the format; version 1 had no digests and no numbers, and is read as
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +38,8 @@ import numpy.typing as npt
 import torch
 
 from crossan_fast._checks import nearest
+from crossan_fast._digests import digest_of
+from crossan_fast._untrusted import is_whole, read_json
 from crossan_fast.config import Modality
 
 FORMAT = "crossan_fast.hidden_states"
@@ -56,11 +56,20 @@ BUILDING = "building.json"
 # Of one input in digests.bin.
 RECORD_BYTES = 32
 
+# What to do about damage.
+REMEDY = "`crossan-fast cache verify` lists all damage; restore the folder from a copy, or make it anew"
+
 Records = npt.NDArray[np.uint8]
 
-# Small enough that a damaged segment names few rows, large enough that meta.json stays small (4 TB: 65k
-# segments).
-SEGMENT_BYTES = 64 << 20
+# What a row's first use reads and compares: as small as meta.json has room for, which has some thousand
+# segments of a file. Of files from 64 GB on there are more (1 TB: 16k).
+SEGMENT_BYTES, _MAX_SEGMENT_BYTES = 1 << 20, 64 << 20
+_SEGMENTS = 1024
+
+# What no cache comes near to. A model of hundreds of levels would be one with width and levels swapped.
+MAX_ITEMS, MAX_WIDTH, MAX_LEVELS, MAX_MODALITIES = 1 << 40, 1 << 20, 256, 1024
+MAX_META_BYTES = 64 << 20
+_MAX_JOURNAL_BYTES = 1 << 30
 
 _DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -212,43 +221,80 @@ class CacheMeta:
             "versions": {name: version for name, version in self.versions.items() if version},
             "written_by": dict(self.written_by),
         }
-        body["sha256"] = _digest(body)
+        body["sha256"] = digest_of(body)
         return json.dumps(body, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> CacheMeta:
-        """Parse and validate; `where` is named in errors."""
+    def parse(cls, body: Any, where: Path) -> CacheMeta:
+        """Of what `to_json` gave, read as JSON; its types, ranges and file names are checked.
+
+        Args:
+            where: the file, for messages.
+        """
         try:
-            body = json.loads(text)
             if body["format"] != FORMAT:
                 raise CacheError(f"{where}: expected format {FORMAT!r}, got {body['format']!r}")
-            if body["version"] not in _READ:
+            if type(body["version"]) is not int or body["version"] not in _READ:
                 raise CacheError(
                     f"{where}: expected format version {VERSION} or before, got {body['version']!r}; "
                     "this cache was written by another version of crossan_fast"
                 )
-            if body.pop("sha256") != _digest(body):
+            if body.pop("sha256") != digest_of(body):
                 raise CorruptCacheError(
                     f"{where}: its checksum does not fit its content; it was changed or damaged"
                 )
-            return cls(
-                dtype=storage_dtype(body["dtype"]),
-                num_items=int(body["num_items"]),
+            meta = cls(
+                dtype=storage_dtype(str(body["dtype"])),
+                num_items=body["num_items"],
                 modalities=tuple(Modality(m["name"], m["width"], m["levels"]) for m in body["modalities"]),
-                sources={m["name"]: m["source"] for m in body["modalities"]},
+                sources={m["name"]: dict(m["source"]) for m in body["modalities"]},
                 segments={
-                    name: tuple(Segment(int(size), sha256) for size, sha256 in segments)
+                    name: tuple(Segment(size, sha256) for size, sha256 in segments)
                     for name, segments in body["files"].items()
                 },
-                written_by=body["written_by"],
-                versions={name: int(version) for name, version in body.get("versions", {}).items()},
+                written_by=dict(body["written_by"]),
+                versions=dict(body.get("versions", {})),
                 digests=DIGESTS in body["files"],
                 full_widths={m["name"]: m["full_width"] for m in body["modalities"] if "full_width" in m},
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            meta.check()
+            return meta
+        except CacheError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptCacheError(
                 f"{where}: not a cache's meta.json ({type(error).__name__}: {error})"
             ) from error
+
+    def check(self) -> None:
+        """Raise ValueError unless every number is one that a cache can have and every file one of a cache's.
+
+        Who writes a cache asks for this first; so does who reads one, whose numbers may be anybody's.
+        """
+        names = [m.name for m in self.modalities]
+        if not is_whole(len(names), 1, MAX_MODALITIES) or len(set(names)) < len(names):
+            raise ValueError(
+                f"modalities: expected 1 to {MAX_MODALITIES} of different names, got {names[:8]}"
+            )
+        _check_whole("num_items", self.num_items, 0, MAX_ITEMS)
+        for modality in self.modalities:
+            name, layers = modality.name, self.sources.get(modality.name, {}).get("layers")
+            _check_whole(f"{name}: width", modality.width, 1, MAX_WIDTH)
+            _check_whole(f"{name}: levels", modality.levels, 1, MAX_LEVELS)
+            if isinstance(layers, list) and len(layers) != modality.levels:
+                raise ValueError(f"{name}: levels: expected {len(layers)}, of layers {layers}")
+            if name in self.full_widths:
+                _check_whole(f"{name}: full_width", self.full_widths[name], modality.width, MAX_WIDTH)
+        for name, version in self.versions.items():
+            _check_whole(f"versions: {name}", version, 0, 1 << 31)
+        expected = self.expected_bytes().keys()
+        for name, segments in self.segments.items():
+            if name not in expected:
+                raise ValueError(f"files: expected some of {sorted(expected)}, got {name!r}")
+            for segment in segments:
+                _check_whole(f"files: {name}: size", segment.size, 0, 1 << 62)
+                if not isinstance(segment.sha256, str):
+                    raise ValueError(f"files: {name}: expected a SHA-256 as text, got {segment.sha256!r}")
 
 
 def read_meta(folder: Path) -> CacheMeta:
@@ -270,7 +316,11 @@ def read_meta(folder: Path) -> CacheMeta:
                 "`crossan-fast cache build` command again to go on where it stopped"
             )
         raise CacheError(f"folder: {folder} is not a cache: it has no {META}")
-    meta = CacheMeta.from_json(path.read_text(encoding="utf-8", errors="replace"), path)
+    try:
+        body = read_json(path, "folder", MAX_META_BYTES)
+    except ValueError as error:
+        raise CorruptCacheError(f"{path}: not a cache's meta.json ({error})") from error
+    meta = CacheMeta.parse(body, path)
     for name, size in meta.expected_bytes().items():
         committed = meta.committed(name)
         if size is not None and size != committed:
@@ -285,60 +335,12 @@ def read_meta(folder: Path) -> CacheMeta:
     return meta
 
 
-def read_committed(folder: Path, meta: CacheMeta, name: str) -> bytes:
-    """The bytes of file `name` that count."""
-    with open(folder / meta.file(name), "rb") as file:
-        return file.read(meta.committed(name))
-
-
-def read_records(folder: Path, meta: CacheMeta) -> Records | None:
-    """What rows were made from, `[I + 1, M, 32]`; None where the cache does not say."""
-    if not meta.digests:
-        return None
-    shape = (meta.num_items + 1, len(meta.modalities), RECORD_BYTES)
-    return np.frombuffer(read_committed(folder, meta, DIGESTS), np.uint8).reshape(shape)
-
-
-def read_bases(folder: Path, meta: CacheMeta) -> dict[str, torch.Tensor]:
-    """By modality name, the bases fp32 `[k, D]` of those stored in one, compared with their checksums.
-
-    Always compared: a row written in another basis than the rows beside it looks as sound as they do.
-    """
-    bases = {}
-    for modality in meta.modalities:
-        if modality.name not in meta.full_widths:
-            continue
-        name = basis_file(modality)
-        start = 0
-        for segment in meta.segments[name]:
-            if hash_range(folder / meta.file(name), start, start + segment.size) != segment.sha256:
-                raise CorruptCacheError(f"{folder / meta.file(name)}: its bytes differ from what was written")
-            start += segment.size
-        values = np.frombuffer(read_committed(folder, meta, name), "<f4").astype(np.float32)
-        bases[modality.name] = torch.from_numpy(values).view(modality.width, -1)
-    return bases
-
-
-def hash_range(path: Path, start: int, stop: int) -> str:
-    """SHA-256 of bytes [start, stop) of a file; short files raise."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        file.seek(start)
-        left = stop - start
-        while left:
-            block = file.read(min(left, 1 << 20))
-            if not block:
-                raise CorruptCacheError(f"{path}: expected {stop} bytes, got {stop - left}")
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
-
-
 def segment_ranges(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) cut into runs of at most `SEGMENT_BYTES`."""
-    for index in range(math.ceil((stop - start) / SEGMENT_BYTES)):
-        first = start + index * SEGMENT_BYTES
-        yield first, min(first + SEGMENT_BYTES, stop)
+    """[start, stop) cut into the runs that get a checksum each."""
+    wanted = 1 << max(0, (stop - start - 1) // _SEGMENTS).bit_length()
+    size = min(max(wanted, SEGMENT_BYTES), _MAX_SEGMENT_BYTES)
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
 
 
 def check_item_names(names: Sequence[str], known: Mapping[str, int] | None = None) -> None:
@@ -354,14 +356,19 @@ def check_item_names(names: Sequence[str], known: Mapping[str, int] | None = Non
         seen[name] = index
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def read_journal(folder: Path) -> Any:
+    """The JSON of building.json; ValueError where it is none, or larger than any."""
+    return read_json(folder / BUILDING, "folder", _MAX_JOURNAL_BYTES)
+
+
+def _check_whole(what: str, value: object, low: int, high: int) -> None:
+    if not is_whole(value, low, high):
+        raise ValueError(f"{what}: expected a whole number from {low} to {high}, got {value!r}")
 
 
 def _progress(folder: Path) -> str:
     try:
-        journal = json.loads((folder / BUILDING).read_text(encoding="utf-8"))
+        journal = read_journal(folder)
         return f"{journal['encoded']} of {journal['to_encode']} encodings done"
     except (OSError, ValueError, KeyError, TypeError):
         return "its journal cannot be read"

@@ -13,24 +13,13 @@ from torch import Tensor
 from crossan_fast.cache.ahead import gather_ahead
 from crossan_fast.cache.checked import CheckedRows
 from crossan_fast.cache.folders import at_one_moment
-from crossan_fast.cache.format import (
-    DIGESTS,
-    NAMES,
-    PRESENT,
-    CacheMeta,
-    CorruptCacheError,
-    dtype_name,
-    is_quantized,
-    read_bases,
-    scales_file,
-    states_file,
-)
+from crossan_fast.cache.format import CacheMeta, dtype_name
 from crossan_fast.cache.loading import load
 from crossan_fast.cache.names import ItemNames
+from crossan_fast.cache.opening import Mapped, Verify, checked_verify, map_folder
 from crossan_fast.cache.pages import PageReader
 from crossan_fast.cache.staging import CudaTransport, Rows, StagingRing, read_rows, read_stored
 from crossan_fast.cache.tiers import (
-    MappedFile,
     Placement,
     Tier,
     choose_tier,
@@ -39,7 +28,6 @@ from crossan_fast.cache.tiers import (
     host_memory,
 )
 from crossan_fast.cache.validate import check_ids, checked_present, checked_states, checked_stored
-from crossan_fast.cache.verify import verify_cache
 from crossan_fast.config import Modality
 from crossan_fast.data.catalogue import Catalogue
 
@@ -54,7 +42,9 @@ class HiddenStateCache:
 
     A cache that was just opened is on tier `mmap`: its files are mapped, nothing is read. `to(device)` picks
     the fastest tier that fits and loads it. Not safe to call `to` or `states` from several threads at once;
-    `gather` is.
+    `gather` is. Files that get shorter while they are mapped are refused by name, by sizes that are compared
+    before rows are read; one that is cut in the very moment of a read ends the process (SIGBUS), as it would
+    any program that maps files. This package replaces files, it never cuts them.
 
     Attributes:
         modalities: name, width and levels of each, in the order of `present`'s columns.
@@ -74,12 +64,10 @@ class HiddenStateCache:
         scales: Sequence[Tensor] | None,
         present: Tensor,
         *,
+        names: Sequence[str],
+        mapped: Mapped | None = None,
         folder: Path | None = None,
-        files: Sequence[MappedFile] = (),
-        names: Sequence[str] | None = None,
-        names_size: int = 0,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
-        bases: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Not for users: `open` and `from_tensors` check what comes here."""
         self.modalities = tuple(modalities)
@@ -87,16 +75,17 @@ class HiddenStateCache:
         self.dtype = states[0].dtype
         self.present = present
         self.folder = folder
-        self.sources, self.bases = dict(sources or {}), dict(bases or {})
+        self.sources, self.bases = dict(sources or {}), dict(mapped.bases if mapped else {})
         self._states = list(states)
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
         self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
-        self._names = ItemNames(self.num_items, names, folder and folder.absolute() / NAMES, names_size)
+        self._names = names if isinstance(names, ItemNames) else ItemNames(self.num_items, names)
         self.catalogue = Catalogue.of(self._names)
-        self._checked = CheckedRows(self.modalities, states, scales, self._names, folder)
+        files, segments = (mapped.files, mapped.segments) if mapped else ((), ())
+        self._checked = CheckedRows(self.modalities, states, scales, self._names, folder, files, segments)
         self._reader: PageReader | None = None
-        if folder is not None:
+        if mapped is not None:
             self._reader = PageReader(files, len(present), self._checked)
             self._placement = Placement(torch.device("cpu"), "mmap", _OPENED)
         else:
@@ -105,40 +94,35 @@ class HiddenStateCache:
             self._loaded[states[0].device] = (self._states, self._scales)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], *, verify: bool = False) -> HiddenStateCache:
-        """Map the cache in `folder`; reads meta.json and bases, so it takes milliseconds at any size.
+    def open(cls, folder: str | os.PathLike[str], *, verify: Verify | bool = "lazy") -> HiddenStateCache:
+        """Map the cache in `folder`; reads its small files alone, so it takes milliseconds at any size.
 
         Args:
-            verify: read every byte and compare checksums first.
+            verify: when bytes are compared with their checksums: small files now and a row's segment (1 to 64
+                MiB) before its first use (`lazy`), everything now (`open`, or True), or nothing but bases
+                ever (`off`, or False). Files that do not fit the memory are read once more by `lazy`.
 
         Raises:
             FileNotFoundError: no such folder.
             IncompleteCacheError: a half-built cache; the message says how to go on.
-            CorruptCacheError: a file is missing or short, or (`verify`) its bytes are not those written.
+            CorruptCacheError: a file is missing or short, or its bytes are not those written.
             CacheError: the folder is no cache, or one of another version.
         """
-        folder = Path(folder)
-        return at_one_moment(folder, lambda meta: cls._mapped(folder, meta, verify))
+        folder, when = Path(folder), checked_verify(verify)
+        return at_one_moment(folder, lambda meta: cls._mapped(folder, meta, when))
 
     @classmethod
-    def _mapped(cls, folder: Path, meta: CacheMeta, verify: bool) -> HiddenStateCache:
-        if verify and (problems := verify_cache(folder)):
-            raise CorruptCacheError(f"folder: {folder} is damaged: " + "; ".join(problems))
-        rows = meta.num_items + 1
-        names = meta.expected_bytes().keys() - {NAMES, DIGESTS}
-        files = {name: MappedFile(folder / meta.file(name), meta.committed(name)) for name in names}
-        states = {m: files[states_file(m)] for m in meta.modalities}
-        scales = {m: files[scales_file(m)] for m in meta.modalities} if is_quantized(meta.dtype) else {}
+    def _mapped(cls, folder: Path, meta: CacheMeta, verify: Verify) -> HiddenStateCache:
+        found = map_folder(folder, meta, verify)
         return cls(
             meta.modalities,
-            [file.bytes.view(meta.dtype).view(rows, m.levels, m.width) for m, file in states.items()],
-            [file.bytes.view(torch.float32).view(rows, m.levels) for m, file in scales.items()] or None,
-            files[PRESENT].bytes.view(torch.bool).view(rows, len(meta.modalities)),
+            found.states,
+            found.scales,
+            found.present,
+            names=found.names,
+            mapped=found,
             folder=folder,
-            files=[*states.values(), *scales.values()],
-            names_size=meta.committed(NAMES),
             sources=meta.sources,
-            bases=read_bases(folder, meta),
         )
 
     @classmethod
@@ -248,7 +232,7 @@ class HiddenStateCache:
 
         Raises:
             RuntimeError: the states are too large for this GPU; `gather` and `prefetch` serve it instead.
-            ValueError, IndexError: NaN or inf in a row; ids out of range.
+            ValueError, IndexError: NaN or inf in a row, or it is not what was written; ids out of range.
         """
         return self._finite_at(device, ids)[0]
 
@@ -323,7 +307,7 @@ class HiddenStateCache:
 
         Raises:
             TypeError: ids of another dtype. IndexError: ids out of range. ValueError: ids of another shape;
-                NaN or inf in a row.
+                NaN or inf in a row, or it is not what was written.
         """
         return self._gather(check_ids(ids, self.num_items), self._target(device), dtype).states
 
@@ -400,13 +384,18 @@ class HiddenStateCache:
         each epoch; what is still in memory is gone through at memory speed. Rows are checked on the way.
 
         Args:
-            wait: return when all is read; ValueError for NaN or inf, which else a row's first use raises.
+            wait: return when all is read; raises for NaN or inf, and for what is not what was written, as
+                else a row's first use does.
 
         Returns:
             Whether they are, or will be, in memory.
+
+        Raises:
+            CorruptCacheError: a file is shorter than when it was opened.
         """
         if self._pages is None:
             return True
+        self._pages.require_whole()
         fits = self._pages.read_all()
         if wait:
             self._pages.wait()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from crossan_fast._checks import nearest
-from crossan_fast.cache.format import CorruptCacheError
+from crossan_fast.cache.contents import names_in, placed, require_segment
+from crossan_fast.cache.format import Segment
 
 _COMPARED = 50_000
 
@@ -19,29 +20,40 @@ class ItemNames(Sequence[str]):
     """Names of rows 1..I, in order.
 
     Args:
-        names: those of rows 1..I; or None,
-        file: where they stand, one a line,
+        source: the names of rows 1..I, or the file where they stand, one a line,
+        segments: with these checksums (None: whatever they are),
         size: in so many bytes.
     """
 
-    def __init__(self, num_items: int, names: Sequence[str] | None, file: Path | None, size: int) -> None:
-        self._num_items, self._file, self._size = num_items, file, size
-        if names is not None:
-            self.by_row = ["", *names]
-        elif file is not None:
-            # Of this file, whatever its path leads to when the names are asked for.
-            self._descriptor = os.open(file, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._descriptor)
+    def __init__(
+        self,
+        num_items: int,
+        source: Sequence[str] | Path,
+        segments: Sequence[Segment] | None = None,
+        size: int = 0,
+    ) -> None:
+        self._num_items, self._segments, self._size = num_items, segments, size
+        if not isinstance(source, Path):
+            self.by_row = ["", *source]
+            return
+        # Of this file, whatever its path leads to when the names are asked for.
+        self._file = source.absolute()
+        self._descriptor = os.open(source, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def require_sound(self) -> None:
+        """Compare the file with its checksums; CorruptCacheError where it is not what was written."""
+        for start, segment in placed(self._segments or ()):
+            require_segment(self._descriptor, start, segment, self._file)
 
     @cached_property
     def by_row(self) -> Sequence[str]:
         """Row -> name, '' for row 0."""
+        self.require_sound()
         with open(self._descriptor, "rb", closefd=False) as file:
             file.seek(0)
-            names = ["", *file.read(self._size).decode().split("\n")[:-1]]
-        if len(names) != self._num_items + 1:
-            raise CorruptCacheError(f"{self._file}: expected {self._num_items} lines, got {len(names) - 1}")
-        return names
+            content = file.read(self._size)
+        return ["", *names_in(content, self._num_items, self._file)]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -61,7 +73,7 @@ class ItemNames(Sequence[str]):
         return row
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ItemNames, (self._num_items, list(self.by_row[1:]), None, 0)
+        return ItemNames, (self._num_items, list(self.by_row[1:]))
 
     def __len__(self) -> int:
         return self._num_items

@@ -96,6 +96,11 @@ class PageReader:
             self._all = whole
         return True
 
+    def require_whole(self) -> None:
+        """Raise CorruptCacheError where a file is shorter than when it was mapped."""
+        for file in self._files:
+            file.require_whole()
+
     def wait(self) -> None:
         """Return when all that was taken on is read; raises what went wrong on the way."""
         self._start_if_forked()
@@ -109,6 +114,7 @@ class PageReader:
 
     def _read(self, ids: Tensor) -> None:
         self.request(ids)
+        self.require_whole()
         for marks, ends in self._marks:
             marks.index_select(0, ids)
             ends.index_select(0, ids)
@@ -120,7 +126,9 @@ def _read_on(to: weakref.ref[PageReader], whole: Future[None], number: int, star
     if reader is None:
         return
     try:
-        raw = reader._files[number].bytes
+        file = reader._files[number]
+        file.require_whole()
+        raw = file.bytes
         stop = min(start + _CHUNK_BYTES, raw.numel())
         raw[start : stop : mmap.PAGESIZE].amax()
         if reader._checked is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import nearest
+from crossan_fast.cache.format import REMEDY, CorruptCacheError
 
 Tier = Literal["resident", "pinned", "mmap"]
 
@@ -108,9 +109,11 @@ class MappedFile:
     Attributes:
         bytes: uint8 `[size]`; may outlive this object.
         descriptor: of the same file, wherever its path leads by now; closed with this object.
+        path, size: as given.
     """
 
     def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
         self.descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
         if hasattr(mmap, "MAP_PRIVATE"):
@@ -126,6 +129,15 @@ class MappedFile:
         else:
             mapping = mmap.mmap(self.descriptor, size, access=mmap.ACCESS_COPY)
         self.bytes = torch.frombuffer(mapping, dtype=torch.uint8, count=size)
+
+    def require_whole(self) -> None:
+        """Raise CorruptCacheError where the file is shorter by now: touching what it lacks is a SIGBUS."""
+        have = os.fstat(self.descriptor).st_size
+        if have < self.size:
+            raise CorruptCacheError(
+                f"{self.path}: expected {self.size} bytes, as when it was opened, got {have}: it was cut "
+                f"while in use; {REMEDY}"
+            )
 
 
 def pick_rows(source: Tensor, rows: Tensor, target: torch.device) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from crossan_fast._digests import hash_range
+from crossan_fast.cache.contents import placed
 from crossan_fast.cache.folders import at_one_moment
 from crossan_fast.cache.format import (
     DIGESTS,
@@ -15,7 +17,6 @@ from crossan_fast.cache.format import (
     RECORD_BYTES,
     CacheMeta,
     Segment,
-    hash_range,
     is_quantized,
     row_bytes,
     scales_file,
@@ -42,17 +43,16 @@ def verify_cache(
 
 def _compare(folder: Path, meta: CacheMeta, progress: Callable[[int], object] | None) -> list[str]:
     row_sizes = _row_sizes(meta)
-    jobs: list[tuple[str, int, Segment]] = []
-    for name, segments in meta.segments.items():
-        start = 0
-        for segment in segments:
-            jobs.append((name, start, segment))
-            start += segment.size
+    jobs = [(name, *place) for name, segments in meta.segments.items() for place in placed(segments)]
 
     def check(job: tuple[str, int, Segment]) -> str | None:
         name, start, segment = job
-        stop = start + segment.size
-        digest = hash_range(folder / meta.file(name), start, stop)
+        path, stop = folder / meta.file(name), start + segment.size
+        try:
+            with open(path, "rb") as file:
+                digest = hash_range(file.fileno(), start, stop, path)
+        except EOFError as error:  # cut since the sizes were compared
+            return str(error)
         if progress is not None:
             progress(segment.size)
         if digest == segment.sha256:

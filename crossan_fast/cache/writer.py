@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossan_fast._files import sync_folder, write_whole
+from crossan_fast._digests import hash_range
+from crossan_fast._files import naming, sync_folder, write_whole
+from crossan_fast.cache.contents import placed, require_segment
 from crossan_fast.cache.folders import whole_folder
 from crossan_fast.cache.format import (
     DIGESTS,
@@ -27,12 +29,10 @@ from crossan_fast.cache.format import (
     RECORD_BYTES,
     CacheError,
     CacheMeta,
-    CorruptCacheError,
     Records,
     Segment,
     basis_file,
     dtype_name,
-    hash_range,
     is_quantized,
     row_bytes,
     scales_file,
@@ -104,6 +104,7 @@ class CacheWriter:
             digests=digests,
             full_widths=base.full_widths if base else {name: b.shape[1] for name, b in bases.items()},
         )
+        self._target.check()
         self._descriptors: dict[str, int] = {}
         created = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ class CacheWriter:
             for modality in modalities:
                 if modality.name in bases:
                     data = bases[modality.name].contiguous().numpy().reshape(-1).view(np.uint8).data
-                    _write_at(self._descriptors[basis_file(modality)], data, 0)
+                    self._put(basis_file(modality), data, 0)
         except BaseException:
             self.close()
             if created:
@@ -152,7 +153,7 @@ class CacheWriter:
             with open(self.folder / self._base.file(name), "rb") as file:
                 for row in rows:
                     data = os.pread(file.fileno(), size, row * size)
-                    _write_at(self._descriptors[name], data, row * size)
+                    self._put(name, data, row * size)
 
     def write_present(self, rows: Sequence[int], present: Tensor) -> None:
         """Flags `[n, M]` of `rows`."""
@@ -160,7 +161,7 @@ class CacheWriter:
 
     def write_digests(self, records: Records) -> None:
         """Records `[I + 1, M, 32]` of all rows."""
-        _write_at(self._descriptors[DIGESTS], np.ascontiguousarray(records).reshape(-1).data, 0)
+        self._put(DIGESTS, np.ascontiguousarray(records).reshape(-1).data, 0)
 
     def read_digests(self) -> Records:
         """As `write_digests` left them."""
@@ -171,8 +172,9 @@ class CacheWriter:
 
     def flush(self) -> None:
         """Return when what was written would survive a power cut."""
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
+        for name, descriptor in self._descriptors.items():
+            with naming(self.folder / self._target.file(name)):
+                os.fsync(descriptor)
 
     def commit(
         self, names: Sequence[str], present: Tensor, sources: Mapping[str, Mapping[str, Any]]
@@ -186,7 +188,7 @@ class CacheWriter:
             )
         text = "".join(f"{name}\n" for name in names).encode()
         names_start = self._base.committed(NAMES) if self._base else 0
-        _write_at(self._descriptors[NAMES], text, names_start)
+        self._put(NAMES, text, names_start)
         self.write_present(range(self.first_new_row, self._target.num_items + 1), present)
         if self._base is None:
             self.write_present([0], torch.zeros(1, len(self._target.modalities)))
@@ -260,15 +262,15 @@ class CacheWriter:
             self._descriptors[name] = os.open(path, os.O_RDWR)
 
     def _copy_old(self, name: str) -> None:
+        """What is written anew gets checksums of its own: damage would look sound from then on."""
         assert self._base is not None
-        left, offset = self._base.committed(name), 0
-        with open(self.folder / self._base.file(name), "rb") as file:
-            while left:
-                block = file.read(min(left, CHUNK_BYTES))
-                if not block:
-                    raise CorruptCacheError(f"{self.folder / self._base.file(name)}: is shorter than it was")
-                _write_at(self._descriptors[name], block, offset)
-                left, offset = left - len(block), offset + len(block)
+        path = self.folder / self._base.file(name)
+        with open(path, "rb") as file:
+            for start, segment in placed(self._base.segments[name]):
+                require_segment(file.fileno(), start, segment, path)
+                for offset in range(start, start + segment.size, CHUNK_BYTES):
+                    size = min(CHUNK_BYTES, start + segment.size - offset)
+                    self._put(name, os.pread(file.fileno(), size, offset), offset)
 
     def _write_rows(self, name: str, rows: Sequence[int], block: Tensor) -> None:
         if not len(rows):
@@ -279,17 +281,24 @@ class CacheWriter:
         size = block[0].numel() * block.element_size()
         data = block.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1).data
         if isinstance(rows, range) and rows.step == 1:
-            _write_at(self._descriptors[name], data, rows.start * size)
+            self._put(name, data, rows.start * size)
             return
         for index, row in enumerate(rows):
-            _write_at(self._descriptors[name], data[index * size : (index + 1) * size], row * size)
+            self._put(name, data[index * size : (index + 1) * size], row * size)
+
+    def _put(self, name: str, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        with naming(self.folder / self._target.file(name)):
+            while view:
+                written = os.pwrite(self._descriptors[name], view, offset)
+                view, offset = view[written:], offset + written
 
     def _segments(self, name: str, size: int) -> tuple[Segment, ...]:
         old = tuple(self._base.segments.get(name, ())) if self._base and name not in self._anew else ()
-        path = self.folder / self._target.file(name)
+        path, descriptor = self.folder / self._target.file(name), self._descriptors[name]
         ranges = list(segment_ranges(sum(s.size for s in old), size))
         with ThreadPoolExecutor() as pool:  # hashing large blocks releases the interpreter's lock
-            digests = list(pool.map(lambda r: hash_range(path, *r), ranges))
+            digests = list(pool.map(lambda r: hash_range(descriptor, r[0], r[1], path), ranges))
         return old + tuple(Segment(stop - start, d) for (start, stop), d in zip(ranges, digests, strict=True))
 
 
@@ -349,13 +358,6 @@ def write_in_chunks(
         stored, scales = to_storage(block, dtype)
         reject_nonfinite(stored, modality.name, names, start, f" (once stored as {dtype_name(dtype)})")
         writer.write(modality, range(start, stop), stored, scales)
-
-
-def _write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _allocate(descriptor: int, size: int) -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model as a YAML file says",
     "evaluate": "rank a run's held-out targets in the full catalogue",
     "recommend": "the next items for a history of item names",
+    "verify": "compare a run's files with their digests, and with each other",
     "doctor": "what is installed, which backend each op uses, and why",
 }
 

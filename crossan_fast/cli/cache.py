@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from crossan_fast._files import passing_folder
 from crossan_fast.cache.basis import ENERGY
 from crossan_fast.cache.build import BuildReport, build_cache
 from crossan_fast.cache.build.changes import ALL
 from crossan_fast.cache.convert import convert_cache, expand_cache
+from crossan_fast.cache.folders import reclaim
 from crossan_fast.cache.format import REPORT, dtype_name
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache
@@ -195,6 +196,7 @@ def _summary(report: BuildReport) -> str:
 
 
 def _info(args: argparse.Namespace) -> int:
+    reclaim(args.folder)
     cache = HiddenStateCache.open(args.folder)
     size = f"{dtype_name(cache.dtype)}, {cache.nbytes / 1e6:.1f} MB of states"
     print(f"{args.folder}: {cache.num_items} items, {size}")
@@ -217,6 +219,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    reclaim(args.folder)
     size = total_bytes(args.folder)
     with tqdm(total=size, unit="B", unit_scale=True, disable=args.no_progress) as bar:
         problems = verify_cache(args.folder, bar.update)
@@ -229,6 +232,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    reclaim(args.folder)
     before = HiddenStateCache.open(args.folder)
     basis, energy = _sizes("basis", args.basis, int), _sizes("energy", args.energy, float)
     chosen = basis or energy or {}
@@ -285,10 +289,10 @@ def _print_cost(run: Path, before: Path, after: Path, new_bases: Collection[str]
     A model as wide as the encoders' states reads what a new basis holds of them, made as wide again: it loses
     what the basis loses.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{after.name}.", dir=after.resolve().parent) as folder:
+    with passing_folder(after.resolve()) as folder:
         if new_bases:
-            expand_cache(after, Path(folder) / "wide", new_bases)
-            after = Path(folder) / "wide"
+            expand_cache(after, folder / "wide", new_bases)
+            after = folder / "wide"
         _print_hits(run, before, after)
     if new_bases:
         print("  (of a model of all dimensions; one trained on the new cache may lose less)")

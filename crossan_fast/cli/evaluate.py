@@ -7,6 +7,8 @@ import dataclasses
 import json
 from typing import Any
 
+VERIFY = "when the cache's bytes are compared with their checksums (default: as the run's config has it)"
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `evaluate`."""
@@ -34,6 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--candidates", choices=("used", "all"), help="rank items of the users file, or all")
     parser.add_argument("--k", type=int, nargs="+", help="cut-offs")
+    parser.add_argument("--verify", choices=("open", "lazy", "off"), help=VERIFY)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder = RunFolder(args.run)
     config = folder.read_config()
-    config = dataclasses.replace(config, **_given(args, "cache", "device"))
+    config = dataclasses.replace(config, **_given(args, "cache", "device", "verify"))
     protocol = dataclasses.replace(config.evaluation, **_given(args, "filter_history", "candidates"))
     model = folder.load_model(args.checkpoint, backend=config.backend)
     held = folder.read_population()

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from crossan_fast.cli.evaluate import VERIFY
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `recommend`."""
@@ -23,6 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--keep-history", action="store_true", help="the history's items may come back")
     parser.add_argument("--cache", help="another cache than the run's, of the same encoders")
     parser.add_argument("--items", help="another items file than the run's, for titles")
+    parser.add_argument("--verify", choices=("open", "lazy", "off"), help=VERIFY)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
 
 
@@ -36,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     config = folder.read_config()
     device = resolve_device(args.device or config.device)
     model = folder.load_model("best", backend=config.backend).to(device)
-    cache = HiddenStateCache.open(args.cache or config.path("cache")).to(device)
+    cache = HiddenStateCache.open(args.cache or config.path("cache"), verify=args.verify or config.verify).to(
+        device
+    )
     held = folder.read_population()
     if held is not None:
         held.require_bases(cache, model.config.modality_names)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from crossan_fast._checks import describe
+from crossan_fast._digests import load_tensors, save_tensors
 from crossan_fast._files import write_whole
 from crossan_fast.config import CrossanConfig
 from crossan_fast.model import CrossanModel
-from crossan_fast.serialization import model_of, refuse_nonfinite
+from crossan_fast.serialization import model_of, refuse_nonfinite, require_run
 from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
@@ -28,11 +29,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     average: WeightAverage | None = None,
+    run: str = "",
 ) -> None:
     """Write everything that continuing bit for bit needs.
 
     Args:
         progress: JSON values, given back by `load_checkpoint`.
+        run: whose state it is, for `load_checkpoint` to compare; empty: nobody's.
 
     Raises:
         OSError: no room. ValueError: NaN or inf in a tensor, named. The old file is as it was.
@@ -45,10 +48,15 @@ def save_checkpoint(
     device = next(model.parameters()).device
     if device.type == "cuda":
         tensors[_RANDOM + "cuda"] = torch.cuda.get_rng_state(device)
-    metadata = {"version": VERSION, "config": model.config.to_json(), "progress": json.dumps(progress)}
+    metadata = {
+        "version": VERSION,
+        "config": model.config.to_json(),
+        "progress": json.dumps(progress),
+        **({"run": run} if run else {}),
+    }
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     refuse_nonfinite(plain)
-    write_whole(path, save(plain, metadata=metadata))
+    write_whole(path, save_tensors(plain, metadata))
 
 
 def load_checkpoint(
@@ -56,17 +64,28 @@ def load_checkpoint(
     model: CrossanModel,
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None = None,
+    run: str = "",
 ) -> dict[str, Any]:
     """Put a checkpoint's state into model, optimizer and generators; gives its `progress`.
 
+    Args:
+        run: whose checkpoint it has to be, where it says; empty: anybody's.
+
     Raises:
-        FileNotFoundError, ValueError: no such file, no checkpoint, or one of another model.
+        FileNotFoundError, ValueError: no such file, no checkpoint, a damaged one, or one of another model
+            or run. Nothing was put anywhere.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_checkpoint(path)
+    require_run(metadata, run, path)
     if json.loads(metadata["config"]) != json.loads(model.config.to_json()):
         raise ValueError(f"checkpoint: {path} holds another model than the config describes")
-    model.load_state_dict(_under(tensors, _MODEL))
+    expected = {_MODEL + name: value for name, value in model.state_dict().items()}
+    if average is not None:
+        expected |= {_AVERAGE + name: value for name, value in average.tensors().items()}
+    expected[_RANDOM + "cpu"] = torch.get_rng_state()
+    _require_like(tensors, expected, path)
     load_optimizer_tensors(optimizer, _under(tensors, _OPTIMIZER))
+    model.load_state_dict(_under(tensors, _MODEL))
     if average is not None:
         average.load_tensors(_under(tensors, _AVERAGE))
     random = _under(tensors, _RANDOM)
@@ -78,26 +97,43 @@ def load_checkpoint(
     return progress
 
 
-def load_weights(path: Path, *, backend: str = "auto") -> CrossanModel:
+def load_weights(path: Path, *, backend: str = "auto", run: str = "") -> CrossanModel:
     """The model of a checkpoint, for evaluation; errors as `load_checkpoint`."""
-    tensors, metadata = _read(path)
+    tensors, metadata = read_checkpoint(path)
+    require_run(metadata, run, path)
     config = CrossanConfig.from_json(metadata["config"])
-    return model_of(CrossanModel, config, _under(tensors, _MODEL), backend)
+    try:
+        return model_of(CrossanModel, config, _under(tensors, _MODEL), backend)
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"checkpoint: {path}: {error}") from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint, `config` and `progress` being JSON objects; errors as
+    `load_checkpoint`."""
+    tensors, metadata = load_tensors(path, "checkpoint")
+    if metadata.get("version") != VERSION:
+        raise ValueError(f"checkpoint: expected version {VERSION} in {path}, got {metadata.get('version')!r}")
+    for entry in ("config", "progress"):
+        try:
+            if not isinstance(json.loads(metadata[entry]), dict):
+                raise ValueError("no JSON object")
+        except (ValueError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"checkpoint: {path}: expected its {entry} as JSON, got {type(error).__name__}: {error}"
+            ) from error
+    refuse_nonfinite(tensors, str(path))
+    return tensors, metadata
+
+
+def _require_like(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError for the first tensor that a checkpoint lacks, or has of another shape or type."""
+    for name, like in expected.items():
+        found = tensors.get(name)
+        if found is None or found.shape != like.shape or found.dtype != like.dtype:
+            got = "none" if found is None else describe(found)
+            raise ValueError(f"checkpoint: {path}: {name}: expected {describe(like)}, got {got}")
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint: {path} cannot be read: {error}") from error
-    if metadata.get("version") != VERSION or "progress" not in metadata:
-        raise ValueError(f"checkpoint: expected version {VERSION} in {path}, got {metadata.get('version')!r}")
-    return tensors, metadata

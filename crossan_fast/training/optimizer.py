@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossan_fast._checks import describe
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.train_config import OptimizerConfig
 
@@ -98,16 +99,30 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     """Put back what `optimizer_tensors` gave.
 
     Raises:
-        ValueError: tensors of parameters that the model lacks.
+        ValueError: tensors of parameters that the model lacks, of other shapes than theirs, or not all that
+            the others have. Nothing was put back.
     """
     parameters = {
         name: parameter
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
     }
+    found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, entry = key.rpartition(":")
         if name not in parameters:
             raise ValueError(f"checkpoint: optimizer state of {name!r}, which the model lacks")
+        if value.dim() and value.shape != parameters[name].shape:
+            raise ValueError(
+                f"checkpoint: optimizer state {key}: expected {describe(parameters[name])}, got "
+                f"{describe(value)}"
+            )
+        found.setdefault(name, {})[entry] = value
+    entries = {entry for own in found.values() for entry in own}
+    for name, own in found.items():
+        if own.keys() != entries:
+            raise ValueError(f"checkpoint: optimizer state of {name!r}: lacks {sorted(entries - own.keys())}")
+    for name, own in found.items():
         parameter = parameters[name]
-        optimizer.state[parameter][entry] = value.to(parameter.device)
+        for entry, value in own.items():
+            optimizer.state[parameter][entry] = value.to(parameter.device)

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from crossan_fast._digests import sealed, unsealed
 from crossan_fast._files import write_whole
+from crossan_fast._untrusted import MAX_BYTES, is_whole, read_json
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.basis import digest
 from crossan_fast.data import Catalogue
@@ -23,6 +25,8 @@ class Population:
     used: how many items these name, the candidates unless the config ranks all.
     sequences: digest of the users' sequences as rows, targets included.
     bases: by name, digests of the bases that modalities of the cache are stored in.
+    run: names the run, the same for runs of one config and population; its files carry it. '' in runs of
+        before they did.
     """
 
     items: int
@@ -31,6 +35,7 @@ class Population:
     used: int
     sequences: str
     bases: Mapping[str, str] = field(default_factory=dict, compare=False)
+    run: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, task: Task) -> Population:
@@ -88,7 +93,7 @@ class Population:
         return f"{self.users:,} users of {self.used:,} of {self.items:,} items"
 
     def write(self, path: Path) -> None:
-        write_whole(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_whole(path, json.dumps(sealed(asdict(self)), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Population | None:
@@ -96,9 +101,19 @@ class Population:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            body = unsealed(read_json(path, "run", MAX_BYTES), "run", path)
+            found = cls(**body)
+            if not all(is_whole(n, 0, 1 << 40) for n in (found.items, found.users, found.used)):
+                raise ValueError(f"expected whole numbers of items and users, got {body}")
+            if not isinstance(found.bases, Mapping) or {type(v) for v in _texts(found)} != {str}:
+                raise ValueError(f"expected digests as text, got {body}")
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"run: {path} cannot be read: {error}") from error
+        return found
+
+
+def _texts(found: Population) -> list[object]:
+    return [found.names, found.sequences, found.run, *found.bases.values()]
 
 
 def _digests(cache: HiddenStateCache) -> dict[str, str]:

@@ -7,12 +7,20 @@ last.safetensors   everything that `--resume` needs, replaced whole after each e
 best/              config.json and model.safetensors of the best epoch, for `CrossanModel.from_pretrained`
 results.json       metrics with their protocols, and versions; written at the end
 tensorboard/       event files, where asked for
+
+Each file but the log, which last.safetensors repeats, carries its own digest (see `crossan_fast._digests`):
+one file of all digests would disagree with the others whenever a run is killed between two writes. All that
+is read says which run it is of.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +28,11 @@ import numpy
 import torch
 import yaml
 
-from crossan_fast._files import write_whole
+from crossan_fast._digests import check_text, sealed, sealed_text
+from crossan_fast._files import locked, remove_abandoned, write_whole
+from crossan_fast._untrusted import read_settings
 from crossan_fast.model import CrossanModel
+from crossan_fast.serialization import CONFIG, WEIGHTS, load_model
 from crossan_fast.training.checkpoint import load_weights
 from crossan_fast.training.population import Population
 from crossan_fast.training.train_config import ComputePrecision, TrainConfig, load_config
@@ -40,14 +51,33 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.tensorboard = self.path / "tensorboard"
 
-    def write_config(self, config: TrainConfig) -> None:
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder alone, and remove what killed trainings left in it.
+
+        Raises:
+            BlockingIOError: another process trains in it.
+        """
+        with locked(self.path, "run"):
+            files = (self.config, self.population, self.log, self.last, self.results)
+            remove_abandoned(self.path, [file.name for file in files])
+            if self.best.is_dir():
+                remove_abandoned(self.best, (CONFIG, WEIGHTS))
+            yield
+
+    def write_config(self, config: TrainConfig, run: str) -> None:
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-        write_whole(self.config, text.encode())
+        write_whole(self.config, sealed_text(text, run))
 
     def read_config(self) -> TrainConfig:
-        """Raises FileNotFoundError where the folder is no run."""
+        """Raises FileNotFoundError where the folder is no run; ValueError for a damaged or foreign file."""
         if not self.config.is_file():
             raise FileNotFoundError(f"run: expected {self.config.name} in {self.path}, found none")
+        found = check_text(read_settings(self.config, "run"), "run", self.config)
+        if found is None:
+            _say_once(self.path)
+        elif (run := self.run()) and found != run:
+            raise ValueError(f"run: {self.config} is of another run ({found}), expected that of {run}")
         return load_config(self.config)
 
     def began_with(self) -> ComputePrecision | None:
@@ -61,24 +91,44 @@ class RunFolder:
         """What the run trains on; None where no epoch has ended yet."""
         return Population.read(self.population) if self.last.exists() else None
 
+    def run(self) -> str:
+        """What names the run; '' where no epoch has ended yet, or its files say none."""
+        population = self.read_population()
+        return "" if population is None else population.run
+
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """The whole log: a resumed run drops lines of an epoch that was cut off."""
-        write_whole(self.log, "".join(json.dumps(entry) + "\n" for entry in history).encode())
+        write_whole(self.log, log_of(history))
 
     def write_results(self, results: dict[str, Any]) -> None:
-        write_whole(self.results, (json.dumps(results, indent=2) + "\n").encode())
+        write_whole(self.results, json.dumps(sealed(results), indent=2) + "\n")
 
     def load_model(self, which: Literal["best", "last"] = "best", *, backend: str = "auto") -> CrossanModel:
         """The run's model, on the CPU.
 
         Raises:
             FileNotFoundError: no epoch has ended yet, or the folder is no run.
+            ValueError: a file is damaged, or of another run.
         """
         if which == "last":
-            return load_weights(self.last, backend=backend)
+            return load_weights(self.last, backend=backend, run=self.run())
         if not self.best.is_dir():
             raise FileNotFoundError(f"run: expected a folder best/ in {self.path}, found none")
-        return CrossanModel.from_pretrained(self.best, backend=backend)
+        return load_model(CrossanModel, self.best, backend, self.run())
+
+
+def log_of(history: Sequence[Mapping[str, Any]]) -> str:
+    """What log.jsonl holds of a run's history."""
+    return "".join(json.dumps(entry) + "\n" for entry in history)
+
+
+@functools.cache
+def _say_once(path: Path) -> None:
+    warnings.warn(
+        f"run: {path} was made before digests were kept, or its config.yaml lost its own: damage of that "
+        "file would not show",
+        stacklevel=3,
+    )
 
 
 def versions(device: torch.device) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def open_task(config: TrainConfig, catalogue: Catalogue | None = None) -> Task:
         FileNotFoundError, ValueError: see `HiddenStateCache.open`, `read_interactions`, `leave_one_out`.
     """
     device = resolve_device(config.device)
-    cache = HiddenStateCache.open(config.path("cache"))
+    cache = HiddenStateCache.open(config.path("cache"), verify=config.verify)
     known = cache.num_items
     if catalogue is not None:
         cache.catalogue.require(

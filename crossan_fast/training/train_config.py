@@ -23,6 +23,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 from crossan_fast._checks import nearest
 from crossan_fast._untrusted import parse_yaml, read_settings
 from crossan_fast.cache import HiddenStateCache
+from crossan_fast.cache.opening import Verify
 from crossan_fast.config import CrossanConfig, Modality
 
 DATA_VARIABLE = "CROSSAN_FAST_DATA"
@@ -117,6 +118,8 @@ class TrainConfig:
         patience: evaluations without a better validation NDCG@10 before training stops; None: never.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
         seed: of weights, batches and dropout.
+        verify: when the cache's bytes are compared with their checksums: before their first use (`lazy`),
+            when it is opened (`open`), or never (`off`); see `HiddenStateCache.open`.
         device: `auto` is CUDA where there is one.
         backend: of every op; see `CrossanModel`.
         precision: `bf16` computes under autocast, `tf32` rounds what fp32 products multiply to TF32 (CUDA
@@ -143,6 +146,7 @@ class TrainConfig:
     patience: int | None = 5
     evaluate_every: int = 1
     seed: int = 0
+    verify: Verify = "lazy"
     device: str = "auto"
     backend: str = "auto"
     precision: Precision = "auto"
@@ -272,6 +276,7 @@ def _fit(hint: Any, value: Any, name: str) -> Any:
             return None
         return _fit(next(a for a in inner if a is not type(None)), value, name)
     if origin is Literal:
+        value = "off" if value is False and "off" in inner else value  # YAML reads a bare `off` so
         _check(value in inner, name, f"one of {list(inner)}", value, nearest(str(value), inner))
         return value
     if origin is tuple:

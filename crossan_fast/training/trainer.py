@@ -6,15 +6,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from crossan_fast._digests import digest_of
 from crossan_fast._sources import ReadAhead
 from crossan_fast.model import CrossanModel
+from crossan_fast.serialization import save_model
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.divergence import diverged, refuse_nothing_learned, warning
@@ -34,7 +36,19 @@ from crossan_fast.training.train_config import TrainConfig, flatten
 MONITOR = "ndcg@10"
 
 # What may differ between a run and its continuation: none of it changes the numbers of an epoch.
-_FREE = ("run", "cache", "users", "items", "data", "device", "backend", "epochs", "patience", "tensorboard")
+_FREE = (
+    "run",
+    "cache",
+    "users",
+    "items",
+    "data",
+    "verify",
+    "device",
+    "backend",
+    "epochs",
+    "patience",
+    "tensorboard",
+)
 
 
 class Trainer:
@@ -124,7 +138,11 @@ class Trainer:
                 `results.json` has as `diverged` (see `crossan_fast.training.divergence`).
         """
         if not self.processes.first:
-            progress, say = False, lambda line: None
+            return self._fit(resume, False, lambda line: None)
+        with self.folder.writing():
+            return self._fit(resume, progress, say)
+
+    def _fit(self, resume: bool, progress: bool, say: Callable[[str], None]) -> dict[str, Any]:
         self._begin(resume, say)
         writer = None
         if self.config.tensorboard and self.processes.first:
@@ -167,9 +185,14 @@ class Trainer:
         if held:
             _refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
             _refuse_others(population, self.task, self.model.config.modality_names)
-            state = load_checkpoint(self.folder.last, self.model, self.optimizer, self.step.average)
-            self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
-            self.step.steps = state["steps"]
+            state = load_checkpoint(
+                self.folder.last,
+                self.model,
+                self.optimizer,
+                self.step.average,
+                population.run if population else "",
+            )
+            self._take_up(state)
             if self.processes.first:
                 self.folder.write_log(self.history)
             say(f"{self.folder.path}: goes on behind epoch {len(self.history)}")
@@ -178,10 +201,27 @@ class Trainer:
                 say(f"{new:,} items of the cache came after the run began and take no part in it")
         # Every process reads the folder before the first one writes to it.
         self.processes.wait()
+        fresh = population is None
+        if population is None:
+            population = Population.of(self.task)
+            population = replace(population, run=_run_of(self._stated(self.config), population))
+        self._run_id = population.run
         if self.processes.first:
-            self.folder.write_config(self.config)
-            if population is None:
-                Population.of(self.task).write(self.folder.population)
+            self.folder.write_config(self.config, self._run_id)
+            if fresh:
+                population.write(self.folder.population)
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """A checkpoint's progress."""
+        kinds = {"history": list, "best": dict, "stale": int, "steps": int}
+        for entry, kind in kinds.items():
+            if not isinstance(state.get(entry), kind):
+                raise ValueError(
+                    f"checkpoint: {self.folder.last}: expected {entry} as a {kind.__name__} in its progress, "
+                    f"got {state.get(entry)!r}"
+                )
+        self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
+        self.step.steps = state["steps"]
 
     def _stated(self, config: TrainConfig) -> TrainConfig:
         """With the modalities that None stands for here, so that stating them is no change."""
@@ -241,7 +281,7 @@ class Trainer:
                 self._stale = 0
                 if self.processes.first:
                     with self.step.averaged():
-                        self.model.save_pretrained(self.folder.best)
+                        save_model(self.model, self.folder.best, self._run_id)
             else:
                 self._stale += 1
         entry["best_epoch"] = self._best["epoch"]
@@ -253,7 +293,9 @@ class Trainer:
             "stale": self._stale,
             "steps": self.step.steps,
         }
-        save_checkpoint(self.folder.last, self.model, self.optimizer, progress, self.step.average)
+        save_checkpoint(
+            self.folder.last, self.model, self.optimizer, progress, self.step.average, self._run_id
+        )
         self.folder.write_log(self.history)
 
     def _finish(self, stopped: str) -> dict[str, Any]:
@@ -327,6 +369,12 @@ def _refuse_others(held: Population | None, task: Task, modalities: Sequence[str
         raise ValueError(
             f"cache, users: expected those of the run to go on with it, got others: {difference}"
         )
+
+
+def _run_of(config: TrainConfig, population: Population) -> str:
+    """Of all that binds a run's numbers, so that equal runs write equal files."""
+    bound = {key: value for key, value in flatten(config.to_dict()) if key not in _FREE}
+    return digest_of([bound, asdict(population)])[:16]
 
 
 def _line(entry: dict[str, Any], epochs: int) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from crossan_fast._digests import unsealed
 from crossan_fast.training import RunFolder, TrainConfig, Trainer, TrainingError, TrainStep, train
 from crossan_fast.training import trainer as trainer_module
 from crossan_fast.training.checkpoint import load_checkpoint
@@ -54,7 +55,7 @@ def test_the_run_folder_holds_everything(values: dict[str, Any]) -> None:
     assert [entry["epoch"] for entry in log] == [1, 2]
     assert len(lines) == 3
     assert f"loss {log[0]['loss']:.4f}" in lines[1]
-    assert json.loads(folder.results.read_text()) == results
+    assert unsealed(json.loads(folder.results.read_text()), "results", folder.results) == results
     assert results["versions"]["torch"] == torch.__version__
     best = max(log, key=lambda entry: entry["validation"]["ndcg@10"])
     assert results["best_epoch"] == best["epoch"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from crossan_fast._files import locked
 from crossan_fast.cache.build.digests import HALF
 from crossan_fast.cache.build.finish import BuildReport, Outcome, commit
 from crossan_fast.cache.build.journal import Journal
@@ -19,8 +20,9 @@ from crossan_fast.cache.build.passes import BasisPass, Items, plan_passes
 from crossan_fast.cache.build.plan import BuildPlan, existing_cache, specs_for
 from crossan_fast.cache.build.runner import Runner, Settings, refuse_missing
 from crossan_fast.cache.build.specs import ModalitySpec
-from crossan_fast.cache.folders import locked, remove_leftovers
-from crossan_fast.cache.format import BUILDING, NAMES, CacheMeta, check_item_names, read_bases
+from crossan_fast.cache.contents import read_bases
+from crossan_fast.cache.folders import remove_leftovers
+from crossan_fast.cache.format import BUILDING, NAMES, CacheMeta, check_item_names
 from crossan_fast.cache.tiers import exact_device
 from crossan_fast.cache.writer import CacheWriter
 
@@ -128,7 +130,7 @@ def _carry_out(folder: Path, plan: BuildPlan, items: Items, settings: Settings, 
         outcome.write_report(folder)
         if found is None and plan.base is not None:
             (folder / BUILDING).unlink(missing_ok=True)
-            remove_leftovers(folder, plan.base_files)
+            remove_leftovers(folder, plan.base)
     return outcome
 
 
@@ -139,10 +141,10 @@ def _encode(
     fresh = plan.base is None and not (folder / NAMES).exists()
     journal = found or Journal.fresh(plan.digest, plan.base_key, plan.changes.todo)
     if found is not None:
-        found.check_plan(plan.digest, folder)
+        found.check_plan(plan.digest, plan.changes.todo, folder)
     else:
         journal.write(folder)
-        remove_leftovers(folder, plan.base_files)
+        remove_leftovers(folder, plan.base)
     try:
         writer = CacheWriter(
             folder,

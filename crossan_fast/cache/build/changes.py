@@ -13,15 +13,8 @@ from crossan_fast._checks import nearest
 from crossan_fast.cache.ahead import read_ahead
 from crossan_fast.cache.build.digests import EMPTY, HALF, UNREADABLE
 from crossan_fast.cache.build.passes import Items, Pass
-from crossan_fast.cache.format import (
-    NAMES,
-    PRESENT,
-    RECORD_BYTES,
-    CacheMeta,
-    Records,
-    read_committed,
-    read_records,
-)
+from crossan_fast.cache.contents import read_names, read_present, read_records
+from crossan_fast.cache.format import RECORD_BYTES, CacheMeta, Records
 from crossan_fast.config import Modality
 
 ALL = "all"
@@ -50,9 +43,7 @@ class Before:
             return cls(
                 {}, np.zeros((1, modalities), np.bool_), np.zeros((1, modalities, RECORD_BYTES), np.uint8)
             )
-        names = read_committed(folder, meta, NAMES).decode().split("\n")[:-1]
-        present = np.frombuffer(read_committed(folder, meta, PRESENT), np.bool_)
-        present = present.reshape(meta.num_items + 1, modalities)
+        names, present = read_names(folder, meta), read_present(folder, meta)
         records = read_records(folder, meta)
         if records is None:
             records = np.zeros((*present.shape, RECORD_BYTES), np.uint8)

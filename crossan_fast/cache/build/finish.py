@@ -154,7 +154,7 @@ def commit(folder: Path, plan: BuildPlan, outcome: Outcome, writer: CacheWriter,
     outcome.write_report(folder)
     writer.write_present(plan.changes.rows[: plan.old], outcome.present[: plan.old])
     meta = writer.commit(outcome.names[plan.old :], outcome.present[plan.old :], plan.records)
-    remove_leftovers(folder, {meta.file(name) for name in meta.segments})
+    remove_leftovers(folder, meta)
     (folder / BUILDING).unlink()
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from crossan_fast._files import write_whole
-from crossan_fast.cache.format import BUILDING, CacheError
+from crossan_fast._untrusted import is_whole
+from crossan_fast.cache.format import BUILDING, CacheError, read_journal
 
 
 @dataclass
@@ -68,22 +69,26 @@ class Journal:
         if not path.is_file():
             return None
         try:
-            body: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                body["plan"],
-                body["base"],
-                [_unpacked(bits, body["items"]) for bits in body["done"]],
-                body["fingerprints"],
-                body["spared"],
-                {name: {int(i): why for i, why in rows.items()} for name, rows in body["broken"].items()},
-            )
+            body: dict[str, Any] = read_journal(folder)
+            items = body["items"]
+            done = [_unpacked(bits, items) for bits in body["done"]]
+            spared, fingerprints = body["spared"], [str(each) for each in body["fingerprints"]]
+            broken = {
+                str(name): {_row(row, items): str(why) for row, why in rows.items()}
+                for name, rows in body["broken"].items()
+            }
+            if len(fingerprints) != len(done) or not is_whole(spared, 0, items * len(done)):
+                raise ValueError(f"{len(done)} passes, {len(fingerprints)} fingerprints, {spared!r} spared")
+            return cls(dict(body["plan"]), str(body["base"]), done, fingerprints, spared, broken)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
                 f"{path}: damaged, or of another version ({type(error).__name__}: {error}); "
                 "begin anew with restart=True (--restart)"
             ) from error
 
-    def check_plan(self, plan: Mapping[str, str], folder: Path) -> None:
+    def check_plan(
+        self, plan: Mapping[str, str], todo: Sequence[npt.NDArray[np.bool_]], folder: Path
+    ) -> None:
         """Raise where the build that was stopped is not the one that is to go on."""
         for what, digest in plan.items():
             if self.plan.get(what) == digest:
@@ -92,8 +97,21 @@ class Journal:
                 f"folder: the build that was stopped in {folder} had other {what}; go on "
                 "with the same, or begin anew with restart=True (--restart)"
             )
+        if [len(done) for done in self.done] != [len(needed) for needed in todo]:
+            raise CacheError(
+                f"{folder / BUILDING}: expected {len(todo)} passes over {len(todo[0])} items, got "
+                f"{[len(done) for done in self.done]}; begin anew with restart=True (--restart)"
+            )
 
 
 def _unpacked(bits: str, count: int) -> npt.NDArray[np.bool_]:
     packed = np.frombuffer(base64.b64decode(bits), np.uint8)
+    if not is_whole(count, 8 * len(packed) - 7, 8 * len(packed)):
+        raise ValueError(f"items: expected as many as {len(packed)} bytes have bits for, got {count!r}")
     return np.unpackbits(packed, count=count).astype(np.bool_)
+
+
+def _row(text: str, items: int) -> int:
+    if not is_whole(row := int(text), 0, items - 1):
+        raise ValueError(f"broken: expected an item of {items}, got {text!r}")
+    return row

@@ -76,11 +76,6 @@ class BuildPlan:
         return self.base_items + len(self.indices) - self.old
 
     @property
-    def base_files(self) -> set[str]:
-        """Names on disk of the data files of `base`."""
-        return {self.base.file(name) for name in self.base.segments} if self.base else set()
-
-    @property
     def base_key(self) -> str:
         """Of this very state of `base`, '' for none."""
         return _sha256(self.base.to_json()) if self.base else ""

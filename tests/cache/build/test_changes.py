@@ -17,11 +17,11 @@ from cache_building import build, count_encodings, specs_of, subset
 from PIL import Image
 from torch import Tensor
 
+from crossan_fast._digests import digest_of
 from crossan_fast.cache import BrokenItemError, CacheError, HiddenStateCache, convert_cache
 from crossan_fast.cache.build import digests
 from crossan_fast.cache.build.encoders import FrozenEncoder
 from crossan_fast.cache.build.runner import Runner
-from crossan_fast.cache.format import _digest
 from crossan_fast.data.items import ItemTable
 
 
@@ -162,7 +162,7 @@ def forget_digests(folder: Path) -> None:
     body = json.loads((folder / "meta.json").read_text())
     del body["sha256"], body["files"]["digests.bin"], body["versions"]
     body["version"] = 1
-    body["sha256"] = _digest(body)
+    body["sha256"] = digest_of(body)
     (folder / "meta.json").write_text(json.dumps(body))
     (folder / "digests.bin").unlink()
 
