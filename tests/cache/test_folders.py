@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cache_states import make_states
 
-from crossan_fast.cache import HiddenStateCache, convert_cache, folders, write_cache
-from crossan_fast.cache.folders import locked, whole_folder
+from crossan_fast._files import locked
+from crossan_fast.cache import HiddenStateCache, build_cache, convert_cache, folders, write_cache
+from crossan_fast.cache.folders import whole_folder
+from crossan_fast.cli import main
+from crossan_fast.data.items import ItemTable
 
 
 def names_in(folder: Path) -> list[str]:
@@ -56,7 +62,7 @@ def test_nobody_replaces_what_another_process_writes(tmp_path: Path) -> None:
         (fresh / "kept").touch()
         with pytest.raises(BlockingIOError, match=r"another process is writing to .*/d$"):
             write_cache(tmp_path / "d", make_states())
-        folders.remove_leftovers(tmp_path / "c", [])
+        folders.remove_leftovers(tmp_path / "c", None)
         assert names_in(fresh) == ["kept"]
     assert names_in(tmp_path / "d") == ["kept"]
 
@@ -97,3 +103,87 @@ def test_opening_while_a_cache_is_replaced_gives_one_of_the_two(
     cache = HiddenStateCache.open(tmp_path / "c")
     assert cache.num_items == 20 and cache.item_names[1] == "1"
     assert torch.equal(cache.gather(torch.arange(21))["text"], new["text"])
+
+
+def build(where: Path, count: int) -> None:
+    """A cache of `count` items; more of them are an append."""
+    np.save(where / "a.npy", np.ones((count, 2, 500), np.float32))
+    items = ItemTable([f"i{k}" for k in range(count)], {}, where)
+    build_cache(items, [f"a={where / 'a.npy'}:precomputed"], where / "c", dtype="fp32", progress=False)
+
+
+def kill_append(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before anything of it is journalled, and its journal lost: its room stays taken."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("crossan_fast.cache.build.runner.Runner.run", stop)
+        build(where, 50)
+    (where / "c" / "building.json").unlink()
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_room_that_a_killed_append_took_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path, 9)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    commands = (
+        lambda: build(tmp_path, 9),
+        lambda: main(["cache", "info", str(tmp_path / "c")]),
+        lambda: main(["cache", "verify", str(tmp_path / "c"), "--no-progress"]),
+    )
+    for command in commands:
+        kill_append(tmp_path, monkeypatch)
+        states = tmp_path / "c" / "a.states.bin"
+        assert states.stat().st_size > len(before["a.states.bin"])
+        with locked(tmp_path / "c"):  # by this process, for another open file of it
+            main(["cache", "info", str(tmp_path / "c")])
+            assert states.stat().st_size > len(before["a.states.bin"])
+        command()
+        assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from crossan_fast._files import passing_folder
+from crossan_fast.cache.folders import whole_folder
+with whole_folder(sys.argv[1], True) as fresh, passing_folder(Path(sys.argv[1])) as beside:
+    (fresh / "half").touch(), (beside / "half").touch()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_convert_left_goes_with_the_next_command_and_not_while_it_lives(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cache(tmp_path / "c", make_states())
+    info = ["cache", "info", str(tmp_path / "c")]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "c")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert main(info) == 0
+        assert len(names_in(tmp_path)) == 3, "its writer lives"
+    finally:
+        holder.kill()
+        holder.wait()
+    assert len(names_in(tmp_path)) == 3
+    assert main(info) == 0
+    assert names_in(tmp_path) == ["c"]
+
+
+def test_a_stopped_build_is_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path, 9)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("crossan_fast.cache.build.finish.Outcome.write_report", stop)
+        build(tmp_path, 50)
+    before = names_in(tmp_path / "c")
+    assert main(["cache", "info", str(tmp_path / "c")]) == 0
+    assert names_in(tmp_path / "c") == before and "building.json" in before
+    build(tmp_path, 50)
+    assert HiddenStateCache.open(tmp_path / "c", verify=True).num_items == 50

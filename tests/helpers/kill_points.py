@@ -3,14 +3,16 @@
     python kill_points.py COMMAND FOLDER
 
 For each n a child process carries COMMAND out and ends, with no cleaning up, just before its n-th such call.
-What it leaves must be the old cache or the new one, and the command must then succeed and leave nothing else
-behind. Prints how many places it was killed at. A program of its own, since a child that is forked beside
-other threads may hang.
+What it leaves must be the old cache or the new one, or a run after any of its epochs, and the command must
+then succeed and leave nothing else behind. Prints how many places it was killed at. A program of its own,
+since a child that is forked beside other threads may hang.
 """
 
 from __future__ import annotations
 
 import builtins
+import io
+import json
 import os
 import shutil
 import sys
@@ -22,8 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from crossan_fast._digests import load_tensors
 from crossan_fast.cache import CacheError, HiddenStateCache, build_cache, convert_cache, folders
 from crossan_fast.data.items import ItemTable
+from crossan_fast.training import TrainConfig, Trainer
+from crossan_fast.training.verify import verify_run
 
 CALLS = ("pwrite", "replace", "rename", "unlink", "ftruncate", "posix_fallocate", "fsync", "mkdir", "rmdir")
 KILLED = 9
@@ -99,6 +104,40 @@ def two_caches(where: Path) -> None:
     convert_cache(where / "c", where / "out", "fp16")
 
 
+def one_run(where: Path) -> None:
+    """A cache, and users to train on it."""
+    build(where, states(0, 12), states(1, 12))
+    (where / "users.tsv").write_text(
+        "".join(f"u{k}\ti{k} i{k + 4} i{k + 8} i{(k + 1) % 4}\n" for k in range(4))
+    )
+
+
+def train(where: Path) -> None:
+    config = {
+        "cache": str(where / "c"),
+        "users": str(where / "users.tsv"),
+        "run": str(where / "run"),
+        "model": {"embedding_dim": 4, "bottleneck": 2, "window": 3, "blocks": 1, "dropout": 0.5},
+        "evaluation": {"candidates": "all", "k": [10]},
+        "min_items": 4,
+        "batch_size": 4,
+        "epochs": 2,
+        "backend": "eager",
+    }
+    Trainer(TrainConfig.from_dict(config)).fit(resume=True, progress=False, say=lambda line: None)
+
+
+def run_of(folder: Path) -> State:
+    """What a trained run holds, None before its first epoch."""
+    if not (folder / "last.safetensors").exists():
+        return None
+    report = verify_run(folder)
+    assert not report.problems and not report.unchecked, report
+    tensors, metadata = load_tensors(folder / "last.safetensors", "run")
+    epochs = [str(entry["epoch"]) for entry in json.loads(metadata["progress"])["history"]]
+    return epochs, [tensors[name].numpy().tobytes() for name in sorted(tensors)], b""
+
+
 COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = {
     "first": (no_cache, old_build, "c"),
     "change": (old_build, new_build, "c"),
@@ -106,6 +145,7 @@ COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] 
     "basis": (two_caches, basis, "out"),
     "overwrite": (two_caches, convert, "out"),
     "overwrite-without-swapping": (two_caches, convert_without_swapping, "out"),
+    "train": (one_run, train, "run"),
 }
 
 
@@ -146,6 +186,7 @@ def kill_at(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
     os.open = counted(os.open, lambda path, flags, *_: bool(flags & os.O_CREAT))
     builtins.open = counted(open, lambda path, mode="r", *_: "w" in mode)
+    io.open = counted(io.open, lambda path, mode="r", *_: "w" in mode)
     folders._swapped = counted(folders._swapped)
 
 
@@ -155,9 +196,10 @@ def main(command: str, root: Path) -> None:
     for part in ("old", "new"):
         (root / part).mkdir()
         prepare(root / part)
-    old = state_of(root / "old" / name)
+    look = run_of if command == "train" else state_of
+    old = look(root / "old" / name)
     run(root / "new")
-    new, files = state_of(root / "new" / name), listing(root / "new")
+    new, files = look(root / "new" / name), listing(root / "new")
     assert new is not None and new != old
     for number in range(1000):
         place = root / f"kill{number}"
@@ -173,14 +215,14 @@ def main(command: str, root: Path) -> None:
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, KILLED), (number, status)
-        left = state_of(place / name)
-        assert left in (old, new), (number, listing(place))
+        left = look(place / name)
+        assert left in (old, new) or command == "train", (number, listing(place))
         if status == 0:
             assert left == new
             print(number)
             return
         run(place)
-        assert state_of(place / name) == new, number
+        assert look(place / name) == new, number
         assert listing(place) == files, (number, listing(place), files)
         shutil.rmtree(place)
 

@@ -133,8 +133,8 @@ def test_runs_of_before_digests_go_on_and_say_so_once(
     expected = read_all(run)
     for path in (run.last, run.best / "model.safetensors"):
         tensors, metadata = load_tensors(path, "x")
-        save_file(tensors, path, {k: v for k, v in metadata.items() if k in ("version", "progress", "format")}
-                  | ({"config": metadata["config"]} if path == run.last else {}))  # fmt: skip
+        known = ("version", "progress", "format") + (("config",) if path == run.last else ())
+        save_file(tensors, path, {key: metadata[key] for key in known if key in metadata})
     run.config.write_text("".join(run.config.read_text().splitlines(keepends=True)[:-1]))
     for path in (run.population, run.results):
         body = json.loads(path.read_text())
