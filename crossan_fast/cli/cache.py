@@ -24,6 +24,7 @@ from crossan_fast.cache.folders import reclaim
 from crossan_fast.cache.format import REPORT, dtype_name
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache
+from crossan_fast.cli._forms import ITEMS, ITEMS_COLUMNS, add_column_options, columns_of
 from crossan_fast.data.items import ItemTable, read_items
 
 Number = TypeVar("Number", int, float)
@@ -77,12 +78,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "build",
         help="run encoders over items, or go on with a stopped build, or append new items",
         description=_BUILD,
-        epilog=_EXAMPLE,
+        epilog=f"{ITEMS}\n{_EXAMPLE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    build.add_argument(
-        "--items", required=True, type=Path, help="item<TAB>title lines, or a TSV or CSV with a header"
-    )
+    build.add_argument("--items", required=True, type=Path, help="items file; its forms stand below")
+    add_column_options(build, ITEMS_COLUMNS)
     build.add_argument("--out", required=True, type=Path, help="folder of the cache")
     build.add_argument(
         "--modality",
@@ -144,7 +144,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    items = read_items(args.items, strict=args.strict)
+    items = read_items(args.items, strict=args.strict, columns=columns_of(args, ITEMS_COLUMNS))
+    print(items.taken_for)
     try:
         return _build_from(items, args)
     except KeyboardInterrupt:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"note: {difference}", file=sys.stderr)
     titles: dict[str, str] = {}
     if args.items or config.items:
-        titles = item_titles(Path(args.items) if args.items else config.path("items"))
+        titles = item_titles(Path(args.items) if args.items else config.path("items"), config.item_columns)
     (found,) = model.recommend([args.history], cache, k=args.k, filter_history=not args.keep_history)
     for name in args.history:
         print(f"history  {name}  {titles.get(name, '')}".rstrip())

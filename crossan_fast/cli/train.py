@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+
+from crossan_fast.cli._forms import ITEMS, USERS, USERS_COLUMNS, add_column_options, columns_of
 
 _DESCRIPTION = """\
 Train a model as a YAML file says; any field of it can be overridden, nested ones with dots. The run's
@@ -34,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "train",
         help="train a model as a YAML file says",
         description=_DESCRIPTION,
-        epilog=_EXAMPLE + _STATUS + _fields(),
+        epilog=f"{_EXAMPLE}\nfiles that the config names:\n{USERS}{ITEMS}{_STATUS}{_fields()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file")
@@ -57,6 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="instead of training: where the time of so many steps goes (default 20), and a Chrome trace in "
         "the run's folder",
     )
+    add_column_options(parser, USERS_COLUMNS)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -78,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
     from crossan_fast.training.divergence import EXIT_STATUS
     from crossan_fast.training.trainer import open_trainer
 
-    with open_trainer(load_config(args.config, args.overrides)) as trainer:
+    named = [f"columns.{role}={json.dumps(name)}" for role, name in columns_of(args, USERS_COLUMNS).items()]
+    with open_trainer(load_config(args.config, [*args.overrides, *named])) as trainer:
         first = trainer.processes.first
         if first:
             print(trainer.task.describe())

@@ -1,7 +1,13 @@
 """Readers of users' files, splits, and the synthetic shop."""
 
 from crossan_fast.data.catalogue import Catalogue
-from crossan_fast.data.interactions import Dropped, Interactions, build_interactions, read_interactions
+from crossan_fast.data.interactions import (
+    Dropped,
+    Interactions,
+    build_interactions,
+    read_interactions,
+    split_files,
+)
 from crossan_fast.data.items import ItemTable, read_items
 from crossan_fast.data.shop import Shop, make_shop
 from crossan_fast.data.splits import Split, leave_one_out
@@ -18,4 +24,5 @@ __all__ = [
     "make_shop",
     "read_interactions",
     "read_items",
+    "split_files",
 ]

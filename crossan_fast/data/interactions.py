@@ -1,38 +1,47 @@
 r"""Users files: who took what, in which order.
 
-Two layouts are told apart by their first line. IISAN's, tab-separated, items in time order, no header:
+A source is a file, which may be gzipped, or a frame of pandas or polars, a `datasets.Dataset` or a pyarrow
+table; what it holds is told by its first bytes and its header. IISAN's layout (MicroLens' pairs),
+tab-separated, items in time order, no header:
 
     A0096681Y127OL1H8W3U<TAB>B0098MLBAO B0098MLBAO B00E8JOCOE B00S730YWG B0098MLBAO
 
-MicroLens', one line an interaction in any order, with a header (tabs or commas; times are numbers of any
-unit):
+Any table with an interaction a row, in any order (MicroLens, Amazon Reviews 2023, MMRec's and RecBole's
+`.inter`, …): tabs, commas or semicolons with a header, JSON lines, Parquet, a frame. Times are numbers of any
+unit or ISO 8601; without a column of times rows are in the file's order:
 
-    user,item,timestamp
-    36121,9580,1584904502112
+    user,item,timestamp              user_id:token<TAB>item_id:token<TAB>timestamp:float
+    36121,9580,1584904502112         36121<TAB>9580<TAB>1584904502
+
+Any table with a user's sequence a row: a column of lists, or of names with spaces between them; RecBole's
+rows of a history and the item behind it (`item_id_list:token_seq`, `item_id:token`), of which a user's
+longest counts.
+
+A split that comes with the data is read from its column (`x_label`, `split`: 0, 1, 2 or train, validation,
+test), or from files or frames of its own, `{"train": …, "validation": …, "test": …}`.
 
 What comes out are `Interactions`: catalogue rows (row 0 is padding) in time order, with the names both ways.
 """
 
 from __future__ import annotations
 
-import math
-import os
+import re
 import warnings
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from crossan_fast.data._tables import Table
+from crossan_fast._checks import nearest
+from crossan_fast.data._open import Source, open_table
+from crossan_fast.data._raw import Raw, RawBuilder
+from crossan_fast.data._values import LABELS, Numbers, TimeUnit
 from crossan_fast.data.catalogue import Catalogue
-from crossan_fast.data.items import ITEM_COLUMNS
-
-USER_COLUMNS = ("user", "user_id", "userid")
-TIME_COLUMNS = ("timestamp", "time")
+from crossan_fast.data.columns import USERS_ROLES, Columns
 
 
 @dataclass(frozen=True)
@@ -49,9 +58,12 @@ class Dropped:
     """Interactions before a kept user's last `max_items`."""
     unused_items: int = 0
     """Items of the items file without a catalogue row."""
+    low_ratings: int = 0
+    """Interactions rated below `min_rating`."""
 
     def __str__(self) -> str:
-        return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in vars(self).items())
+        counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in vars(self).items() if count]
+        return ", ".join(counts) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,9 @@ class Interactions:
     """Sequences of catalogue rows: user u took `ids[offsets[u]:offsets[u + 1]]` (int64), oldest first.
 
     `item_names[i]` is the name of row i; row 0 is padding and its name is the empty string. `max_items` is
-    what the reader was asked to keep of each user, None for everything.
+    what the reader was asked to keep of each user, None for everything. `times` (in `time_unit`, Unix) and
+    `labels` (a given split: 0 training, 1 validation, 2 testing, which come in this order) go with `ids`
+    where the source has them. `taken_for` says what it was, and which columns were read.
     """
 
     user_names: list[str]
@@ -68,6 +82,10 @@ class Interactions:
     offsets: npt.NDArray[np.int64]
     dropped: Dropped = field(default_factory=Dropped)
     max_items: int | None = None
+    times: Numbers | None = None
+    time_unit: TimeUnit | None = None
+    labels: npt.NDArray[np.int8] | None = None
+    taken_for: str = ""
     _rows: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -135,15 +153,17 @@ class Interactions:
 
 
 def read_interactions(
-    path: str | os.PathLike[str],
+    source: Source | Mapping[str, Source],
     items: Sequence[str] | None,
     *,
     min_items: int = 5,
     max_items: int | None = None,
     catalogue: Literal["all", "used"] = "all",
     strict: bool = False,
+    columns: Mapping[str, str | int] | None = None,
+    min_rating: float | None = None,
 ) -> Interactions:
-    """Read a users file in either layout above.
+    """Read users' interactions from a file or a frame in any layout above.
 
     Users with fewer than `min_items` items are left out and of the others the last `max_items` items kept;
     with None everything is kept here, and `leave_one_out` keeps what its window asks for (IISAN keeps 13, a
@@ -154,28 +174,57 @@ def read_interactions(
     items that occur in what is kept get rows 1, 2, ... in the order of `items`: rows of a catalogue of their
     own, which no cache of all `items` has.
 
+    `columns` says which column is which where the names are none of the usual ones
+    (`crossan_fast.data.columns`): of `user`, `item`, `items` (sequences), `time`, `rating` and `label` (a
+    given split); numbers are places, from 1, in a file without a header. Interactions rated below
+    `min_rating` are left out.
+
     Interactions with unknown items are dropped with a counted warning before `min_items` is applied, or are
     an error with `strict`. Users keep the order in which they first appear in the file; equal timestamps keep
     file order.
 
-    Raises FileNotFoundError; ValueError naming the line for bytes that are not UTF-8, a wrong number of
-    columns, a user on two lines of an IISAN file, an empty name and a time that is no finite number;
-    ValueError for an empty file, repeated names in `items`, and when no user is left.
+    Raises FileNotFoundError; ImportError for Parquet and frames without pyarrow; TypeError for a source of
+    another kind; ValueError naming the line for bytes that are not UTF-8, a wrong number of columns, a user
+    on two lines of an IISAN file, an empty name and a time or rating that cannot be read; ValueError for an
+    empty file, a column that is not there, repeated names in `items`, and when no user is left.
     """
-    table = Table(path, "users", USER_COLUMNS)
-    if table.header is not None and table.column(TIME_COLUMNS) is not None:
-        raw = _read_events(table)
-    elif table.delimiter == "\t" and table.width == 2:
-        raw = _read_sequences(table)
-    else:
-        raise ValueError(
-            f"users: {table.path}: expected `user<TAB>item item item ...` or a header with the columns "
-            f"user, item, timestamp; got {table.width} {table.separator}-separated columns "
-            + (f"named {', '.join(table.header)}" if table.header else "without a header")
-        )
-    return _assemble(
-        raw, items, f"users: {table.path}", min_items, max_items, catalogue, strict, stacklevel=3
-    )
+    builder = RawBuilder(wishes := Columns(columns, USERS_ROLES), min_rating)
+    parts = _labelled(source) if isinstance(source, Mapping) else [(None, source)]
+    for label, part in parts:
+        table = open_table(part, "users", wishes.keys("user"))
+        builder.add(table, label)
+    raw = builder.finish()
+    where = raw.taken_for.partition(": taken for")[0] if len(parts) == 1 else "its files"
+    return _assemble(raw, items, f"users: {where}", min_items, max_items, catalogue, strict, stacklevel=3)
+
+
+def split_files(path: Path) -> dict[str, Path] | None:
+    """The parts of a split that stand beside `path`, as RecBole's benchmarks and Amazon's have them.
+
+    `X.train.inter` goes with `X.valid.inter` and `X.test.inter`, whatever the suffix. None where `path` is
+    not named so, or one of the others is not there.
+    """
+    found = {}
+    for part, names in (
+        ("train", ("train",)),
+        ("validation", ("valid", "validation", "val")),
+        ("test", ("test",)),
+    ):
+        others = (path.with_name(re.sub(r"\btrain\b", name, path.name)) for name in names)
+        there = next((other for other in others if other.is_file()), None)
+        if there is None or not re.search(r"\btrain\b", path.name):
+            return None
+        found[part] = there
+    return found
+
+
+def _labelled(parts: Mapping[str, Source]) -> list[tuple[int | None, Source]]:
+    for part in parts:
+        if part not in LABELS:
+            raise ValueError(
+                f"users: expected parts named train, validation and test, got {part!r}{nearest(part, LABELS)}"
+            )
+    return [(LABELS[part], source) for part, source in parts.items()]
 
 
 def build_interactions(
@@ -188,99 +237,15 @@ def build_interactions(
     strict: bool = False,
 ) -> Interactions:
     """`read_interactions` for sequences at hand: `{user: item names, oldest first}`, otherwise the same."""
-    encoder = _Encoder()
-    for user, names in sequences.items():
-        encoder.add(user, names)
+    builder = RawBuilder(Columns(None, USERS_ROLES), None)
+    builder.add_sequences(sequences)
     return _assemble(
-        encoder.finish(), items, "sequences", min_items, max_items, catalogue, strict, stacklevel=3
+        builder.finish(), items, "sequences", min_items, max_items, catalogue, strict, stacklevel=3
     )
 
 
-class _Raw(NamedTuple):
-    """Sequences as a file has them: user u's items are `vocabulary[codes[offsets[u]:offsets[u + 1]]]`."""
-
-    user_names: list[str]
-    vocabulary: list[str]
-    codes: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
-
-
-class _Encoder:
-    """Names to codes as they come, so that a file of millions of interactions costs 8 bytes each."""
-
-    def __init__(self) -> None:
-        self.user_names: list[str] = []
-        self.codes = array("q")
-        self.vocabulary: dict[str, int] = {}
-        self.ends = array("q", [0])
-
-    def code(self, name: str) -> int:
-        return self.vocabulary.setdefault(name, len(self.vocabulary))
-
-    def add(self, user: str, names: Sequence[str]) -> None:
-        self.user_names.append(user)
-        self.codes.extend(map(self.code, names))
-        self.ends.append(len(self.codes))
-
-    def finish(self) -> _Raw:
-        codes, offsets = np.asarray(self.codes, dtype=np.int64), np.asarray(self.ends, dtype=np.int64)
-        return _Raw(self.user_names, list(self.vocabulary), codes, offsets)
-
-
-def _read_sequences(table: Table) -> _Raw:
-    encoder = _Encoder()
-    first_line: dict[str, int] = {}
-    user_column = table.column(USER_COLUMNS) or 0
-    for line, cells in table.rows():
-        user = cells[user_column].strip()
-        if not user:
-            raise table.error(line, "the user's name is empty")
-        if first_line.setdefault(user, line) != line:
-            raise table.error(line, f"user {user!r} is already on line {first_line[user]}")
-        encoder.add(user, [name for name in cells[1 - user_column].split(" ") if name])
-    return encoder.finish()
-
-
-def _read_events(table: Table) -> _Raw:
-    user_column, item_column = table.column(USER_COLUMNS), table.column(ITEM_COLUMNS)
-    time_column = table.column(TIME_COLUMNS)
-    if user_column is None or item_column is None or time_column is None:
-        raise ValueError(
-            f"users: {table.path}: expected a header with the columns user, item, timestamp; "
-            f"got {', '.join(table.header or ())}"
-        )
-    encoder, users, user_codes = _Encoder(), dict[str, int](), array("q")
-    times: list[float] = []  # int where the file has integers: nanoseconds do not fit a float
-    for line, cells in table.rows():
-        user, item = cells[user_column].strip(), cells[item_column].strip()
-        if not user or not item:
-            raise table.error(line, f"the {'item' if user else 'user'}'s name is empty")
-        times.append(_time(table, line, cells[time_column]))
-        user_codes.append(users.setdefault(user, len(users)))
-        encoder.codes.append(encoder.code(item))
-    owner = np.asarray(user_codes, dtype=np.int64)
-    order = np.lexsort((np.array(times), owner))  # stable: equal times keep file order
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(users)))]).astype(np.int64)
-    codes = np.asarray(encoder.codes, dtype=np.int64)[order]
-    return _Raw(list(users), list(encoder.vocabulary), codes, offsets)
-
-
-def _time(table: Table, line: int, cell: str) -> float:
-    try:
-        return int(cell)
-    except ValueError:
-        pass
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise table.error(line, f"expected a finite number as timestamp, got {cell!r}")
-    return value
-
-
 def _find(
-    raw: _Raw, names: list[str], source: str, strict: bool, stacklevel: int
+    raw: Raw, names: list[str], source: str, strict: bool, stacklevel: int
 ) -> tuple[npt.NDArray[np.int64], Dropped]:
     """The place of each interaction's item among `names`, −1 where it is unknown; and how many are."""
     index = {name: i for i, name in enumerate(names)}
@@ -305,7 +270,7 @@ def _find(
 
 
 def _assemble(
-    raw: _Raw,
+    raw: Raw,
     items: Sequence[str] | None,
     source: str,
     min_items: int,
@@ -320,7 +285,7 @@ def _assemble(
         raise ValueError(f"catalogue: expected 'all' or 'used', got {catalogue!r}")
     names = list(raw.vocabulary if items is None else items[1:] if items and items[0] == "" else items)
     picked, unknown = _find(raw, names, source, strict, stacklevel + 1)
-    known = picked >= 0
+    known = np.flatnonzero(picked >= 0)
     owner = np.repeat(np.arange(len(raw.user_names)), np.diff(raw.offsets))[known]
     picked = picked[known]
     lengths = np.bincount(owner, minlength=len(raw.user_names))
@@ -333,7 +298,7 @@ def _assemble(
     most = lengths.max() if max_items is None else max_items
     from_end = np.cumsum(lengths)[owner] - np.arange(len(owner))  # 1 at a user's newest item
     kept = of_kept_user & (from_end <= most)
-    kept_items = picked[kept]
+    kept_items, kept_places = picked[kept], known[kept]
 
     used = np.ones(len(names), dtype=bool)
     if catalogue == "used":
@@ -351,6 +316,11 @@ def _assemble(
             short_users=int((~long_enough).sum()),
             old_interactions=int(of_kept_user.sum() - kept.sum()),
             unused_items=int((~used).sum()),
+            low_ratings=raw.low_ratings,
         ),
         max_items=max_items,
+        times=None if raw.times is None else raw.times[kept_places],
+        time_unit=raw.unit,
+        labels=None if raw.labels is None else raw.labels[kept_places],
+        taken_for=raw.taken_for,
     )

@@ -1,6 +1,8 @@
 r"""Items files: one line an item, its name first, then what encoders read.
 
-Four layouts are told apart by their first line. IISAN's, tab-separated with no header and no quoting:
+A source is a file, which may be gzipped, or a frame of pandas or polars, a `datasets.Dataset` or a pyarrow
+table; what it holds is told by its first bytes and its first line. IISAN's, tab-separated with no header and
+no quoting:
 
     B005FU5HFI<TAB>Manometer 11 Unit of Pressure - Meters &amp; Gauges
     B000QZ1LZM<TAB>MDF Acoustica Deluxe Lightweight Dual Head Stethoscope
@@ -10,26 +12,32 @@ MicroLens', comma-separated (RFC 4180 quoting) with a header, or the same withou
     id,title
     1,"Snow, at last"
 
-Any table with a header that names the item's column (`item`, `item_id` or `id`), tab- or comma-separated.
-Columns may come in any order and be any number; paths are relative to the items file's own folder:
+Any table that names the item's column (`item`, `item_id`, `parent_asin`, `id`, …): tabs or commas with a
+header, RecBole's `.item`, JSON lines (Amazon Reviews 2023's metadata), Parquet, a frame. Columns may come in
+any order and be any number; paths are relative to the items file's own folder:
 
     item<TAB>title<TAB>image_path<TAB>video_path<TAB>audio_path
     lamp<TAB>A brass lamp<TAB>images/lamp.png<TAB>clips/lamp.npy<TAB>
 
-An empty cell means that the item lacks this modality. Titles are HTML-unescaped (`&amp;` becomes `&`).
+An empty cell means that the item lacks this modality. Titles are HTML-unescaped (`&amp;` becomes `&`), lists
+of texts joined by spaces.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from crossan_fast.data._tables import Table
-
-ITEM_COLUMNS = ("item", "item_id", "id", "itemid")
+from crossan_fast.data._open import Source, open_table
+from crossan_fast.data._table import Table
+from crossan_fast.data._values import as_list, name_of
+from crossan_fast.data.columns import ITEMS_ROLES, Columns
 
 
 @dataclass
@@ -37,12 +45,14 @@ class ItemTable:
     """Items in file order: `names[i]` has `columns[c][i]`, None where the cell is empty.
 
     `folder` is what relative paths in the cells start from. Note that `i` counts from 0 here: a catalogue row
-    of `Interactions` or of a cache counts from 1 and may leave items out; names connect the two.
+    of `Interactions` or of a cache counts from 1 and may leave items out; names connect the two. `taken_for`
+    says what the source was.
     """
 
     names: list[str]
     columns: dict[str, list[str | None]]
     folder: Path = field(default_factory=Path)
+    taken_for: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         self._index = {name: i for i, name in enumerate(self.names)}
@@ -77,49 +87,86 @@ class ItemTable:
         return [None if cell is None else self.folder / cell for cell in self.columns[column]]
 
 
-def read_items(path: str | os.PathLike[str], *, strict: bool = False) -> ItemTable:
-    """Read an items file in any of the layouts above.
+def read_items(
+    source: Source, *, strict: bool = False, columns: Mapping[str, str | int] | None = None
+) -> ItemTable:
+    """Read an items file or frame in any of the layouts above.
 
     A line that repeats an earlier one whole is dropped with a counted warning, or is an error with `strict`.
-    The same item with other contents is always an error, since either line could be the right one.
+    The same item with other contents is always an error, since either line could be the right one. `columns`
+    says which column is the `item` and which the `title` where their names are none of the usual ones.
 
-    Raises FileNotFoundError; ValueError naming the line for bytes that are not UTF-8, a wrong number of
-    columns, an empty item name and a repeated item; ValueError for a file with no items and for a header
-    without an item column.
+    Raises FileNotFoundError; ImportError for Parquet and frames without pyarrow; ValueError naming the line
+    for bytes that are not UTF-8, a wrong number of columns, an empty item name and a repeated item;
+    ValueError for a file with no items and for a header without an item column.
     """
-    table = Table(path, "items", ITEM_COLUMNS)
-    if table.header is None:
-        if table.width != 2:
-            raise ValueError(
-                f"items: {table.path}: without a header expected 2 columns (item, title), got {table.width}; "
-                f"with more, the first line names them and one of them is {ITEM_COLUMNS[0]!r}"
-            )
-        header, key = ["item", "title"], 0
-    else:
-        header, key = table.header, table.column(ITEM_COLUMNS) or 0
-
+    wishes = Columns(columns, ITEMS_ROLES)
+    table = open_table(source, "items", wishes.keys("item"))
+    header, key = _header(table, wishes)
     rows: dict[str, list[str | None]] = {}
     first_line: dict[str, int] = {}
     repeated = 0
-    for line, raw in table.rows():
-        cells = [_clean(column, cell) for column, cell in zip(header, raw, strict=True)]
-        name = cells[key]
-        if name is None:
-            raise table.error(line, "the item's name is empty")
-        if name not in rows:
-            rows[name], first_line[name] = cells, line
-        elif strict or rows[name] != cells:
-            raise table.error(line, f"item {name!r} is already on line {first_line[name]}")
-        else:
-            repeated += 1
+    for chunk in table.chunks(range(table.width)):
+        for line, *raw in zip(chunk.lines, *map(as_list, chunk.cells), strict=True):
+            cells = [_clean(column, cell) for column, cell in zip(header, raw, strict=True)]
+            name = cells[key]
+            if name is None:
+                raise table.error(line, "the item's name is empty")
+            if name not in rows:
+                rows[name], first_line[name] = cells, line
+            elif strict or rows[name] != cells:
+                raise table.error(line, f"item {name!r} is already on line {first_line[name]}")
+            else:
+                repeated += 1
     if not rows:
-        raise ValueError(f"items: {table.path} has a header but no items")
+        raise ValueError(f"{table.where} has a header but no items")
     if repeated:
-        warnings.warn(f"items: {table.path}: {repeated} repeated lines dropped", stacklevel=2)
-    columns = {c: [cells[j] for cells in rows.values()] for j, c in enumerate(header) if c and j != key}
-    return ItemTable(names=list(rows), columns=columns, folder=table.path.parent)
+        warnings.warn(f"{table.where}: {repeated} repeated lines dropped", stacklevel=2)
+    kept = {c: [cells[j] for cells in rows.values()] for j, c in enumerate(header) if c and j != key}
+    folder = Path(source).parent if isinstance(source, (str, os.PathLike)) else Path()
+    read = f"item {header[key]!r}, " if table.header else ""
+    taken_for = f"{table.source}: taken for {table.kind} ({read}others {', '.join(kept)})"
+    return ItemTable(list(rows), kept, folder, taken_for)
 
 
-def _clean(column: str, cell: str) -> str | None:
+def _header(table: Table, columns: Columns) -> tuple[list[str], int]:
+    """Names of the columns, `title` by that name whatever it is called, and the place of the items' names."""
+    if table.header is None:
+        if columns.by_place:
+            header = [f"column_{place}" for place in range(1, table.width + 1)]
+            key, title = (columns.place(role, table.width, table.where) for role in ITEMS_ROLES)
+        elif table.width == 2:
+            header, key, title = ["item", "title"], 0, None
+        else:
+            raise ValueError(
+                f"{table.where}: without a header expected 2 columns (item, title), got {table.width}; "
+                "with more, the first line names them and one of them is 'item'"
+            )
+    else:
+        header = list(table.header)
+        key, title = (columns.find(header, role, table.where) for role in ITEMS_ROLES)
+    if key is None:
+        raise ValueError(
+            f"{table.where}: expected a column of items' names, got {', '.join(header)} "
+            "(columns={'item': ...} says which it is)"
+        )
+    if title is not None and title != key:
+        others = ["other_title" if name == "title" else name for name in header]
+        header = [*others[:title], "title", *others[title + 1 :]]
+    return header, key
+
+
+def _clean(column: str, cell: Any) -> str | None:
+    if not isinstance(cell, str):
+        cell = _text(cell)
     text = cell.strip()
     return (html.unescape(text).strip() if column == "title" else text) or None
+
+
+def _text(cell: Any) -> str:
+    """What JSON and frames hold, as text."""
+    if isinstance(cell, (list, tuple)) and all(isinstance(part, str) for part in cell):
+        return " ".join(cell)
+    if isinstance(cell, (list, tuple, dict)):
+        return json.dumps(cell, ensure_ascii=False, default=str) if cell else ""
+    return name_of(cell)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from crossan_fast.cache import HiddenStateCache
-from crossan_fast.data import Catalogue, Dropped, Split, leave_one_out, read_interactions
+from crossan_fast.data import Catalogue, Dropped, Split, leave_one_out, read_interactions, read_items
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.evaluation import Part, Result, evaluate
 from crossan_fast.training.processes import Processes
@@ -25,12 +26,14 @@ class Task:
     split: leave-one-out, on `device`.
     used: int64 `[C]`, ascending: the rows that some user's kept interactions name.
     dropped: what the reader left out.
+    taken_for: what the users file was, and which of its columns were read.
     """
 
     cache: HiddenStateCache
     split: Split
     used: Tensor
     dropped: Dropped
+    taken_for: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +78,7 @@ class Task:
         known = self.split.num_items
         grown = "" if known == self.cache.num_items else f" (of the run's own {known:,})"
         return (
+            f"{self.taken_for}\n"
             f"{self.split.num_users:,} users, {self.used.numel():,} items of the cache's "
             f"{self.cache.num_items:,}{grown}; left out: {self.dropped}; "
             f"cache {self.cache.tier} on {self.device} ({self.cache.tier_reason})"
@@ -108,11 +112,13 @@ def open_task(config: TrainConfig, catalogue: Catalogue | None = None) -> Task:
         # The last training row holds window + 1 items, and two more are held out.
         max_items=config.max_items if config.max_items is not None else window + 3,
         strict=config.strict,
+        columns=config.columns,
+        min_rating=config.min_rating,
     )
     split = leave_one_out(interactions, window)
     used = torch.from_numpy(np.unique(interactions.ids))
     cache.to(device)
-    return Task(cache, split.to(device), used.to(device), interactions.dropped)
+    return Task(cache, split.to(device), used.to(device), interactions.dropped, interactions.taken_for)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -125,10 +131,8 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def item_titles(path: Path) -> dict[str, str]:
-    """Titles by item name; items without one are left out."""
-    from crossan_fast.data import read_items
-
-    table = read_items(path)
+def item_titles(path: Path, columns: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Titles by item name; items without one are left out. `columns` as `read_items` takes them."""
+    table = read_items(path, columns=columns)
     titles = table.columns.get("title", [None] * len(table))
     return {name: title for name, title in zip(table.names, titles, strict=True) if title}

@@ -25,6 +25,7 @@ from crossan_fast._untrusted import parse_yaml, read_settings
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.opening import Verify
 from crossan_fast.config import CrossanConfig, Modality
+from crossan_fast.data.columns import ITEMS_ROLES, USERS_ROLES, Columns
 
 DATA_VARIABLE = "CROSSAN_FAST_DATA"
 
@@ -111,6 +112,10 @@ class TrainConfig:
         model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults. What
             is left out is filled in, so that two configs of one model are equal.
         optimizer, evaluation: see there.
+        columns: of the users file, by role (`user`, `item`, `items`, `time`, `rating`, `label`), where their
+            names are none of the usual ones; see `crossan_fast.data.read_interactions`.
+        item_columns: of the items file: `item` and `title`.
+        min_rating: interactions rated lower are left out; None: none is.
         min_items, max_items, strict: of `read_interactions`; max_items None: the window, the item that the
             last prefix of the window predicts in training counted in it, and both held-out targets.
         batch_size: users a step.
@@ -138,6 +143,9 @@ class TrainConfig:
     model: Mapping[str, Any] = field(default_factory=dict)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    item_columns: Mapping[str, Any] = field(default_factory=dict)
+    min_rating: float | None = None
     min_items: int = 5
     max_items: int | None = None
     strict: bool = False
@@ -154,6 +162,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", {**CrossanConfig.defaults(self.model), **self.model})
+        Columns(self.columns, USERS_ROLES)
+        Columns(self.item_columns, ITEMS_ROLES)
         for name in ("batch_size", "epochs", "evaluate_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)

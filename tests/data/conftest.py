@@ -21,12 +21,22 @@ def write(tmp_path: Path) -> Write:
     return write_file
 
 
+def _real(name: str) -> Path:
+    """A folder of $CROSSAN_FAST_DATA, or of ../shared/data beside the repository."""
+    repository = Path(__file__).resolve().parents[2]
+    folder = Path(os.environ.get("CROSSAN_FAST_DATA", repository.parent / "shared" / "data")) / name
+    if not folder.is_dir():
+        pytest.skip(f"no {name} data at {folder}; CROSSAN_FAST_DATA names the folder above")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def scientific() -> Path:
-    """The Scientific data: $CROSSAN_FAST_DATA/scientific, or under ../shared/data beside the repository."""
-    repository = Path(__file__).resolve().parents[2]
-    root = Path(os.environ.get("CROSSAN_FAST_DATA", repository.parent / "shared" / "data"))
-    folder = root / "scientific"
-    if not folder.is_dir():
-        pytest.skip(f"no Scientific data at {folder}; CROSSAN_FAST_DATA names the folder above")
-    return folder
+    """Amazon Scientific, in IISAN's layout."""
+    return _real("scientific")
+
+
+@pytest.fixture(scope="session")
+def microlens() -> Path:
+    """MicroLens-50k's users with five views or more."""
+    return _real("microlens50k")

@@ -178,7 +178,10 @@ def test_both_layouts_of_the_same_users_agree(write: Write) -> None:
             r"expected `user<TAB>item item item \.\.\.` or a header .* got 3 comma-separated columns without",
         ),
         ("user,item,when\n1,2,3\n", r"columns user, item, timestamp; got 3 .* named user, item, when"),
-        ("user,thing,timestamp\n1,2,3\n", r"columns user, item, timestamp; got user, thing, timestamp"),
+        (
+            "user,thing,timestamp\n1,2,3\n",
+            r"columns user, item, timestamp; got .* named user, thing, timestamp",
+        ),
         ("user,item,timestamp\n1,2,soon\n", r"line 2: expected a finite number as timestamp, got 'soon'"),
         (
             "user,item,timestamp\n1,2,3\n1,2,nan\n",

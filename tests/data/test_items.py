@@ -55,9 +55,9 @@ def test_a_header_is_one_whatever_its_other_cells_hold(write: Write, header: str
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b"PAR1\x15\x04\x15\xff", "a Parquet file; expected .*read_parquet"),
+        (b"ARROW1\x15\x04", "an Arrow file; expected .*to_parquet"),
         (b"PK\x03\x04\x14\x00\x06", "a zip archive or a spreadsheet; .*CSV UTF-8"),
-        (b"\x1f\x8b\x08\x00", "a gzip file; .*unpack it first"),
+        (b"\x28\xb5\x2f\xfd\x00", "a zstd file; .*unpack it first"),
         ("a\tx\n".encode("utf-16"), "in UTF-16; .*iconv -f UTF-16 -t UTF-8"),
     ],
 )

@@ -1,0 +1,94 @@
+"""Delimited text files, read as rows with line numbers so that every complaint can name its line."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
+
+from crossan_fast.data._table import CHUNK, Chunk, Table
+from crossan_fast.data.columns import normal, untyped
+
+_SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon"}
+
+
+class Delimited(Table):
+    """One delimited text: a `header` where its first line is one, and `rows()` with their line numbers.
+
+    Tab-separated where the first line holds a tab; else comma-separated, or by semicolons where it holds more
+    of them than of commas. Tabs separate plainly, with no quoting (titles hold inches: `1/4" NPT`) but for a
+    cell that a CSV writer quoted for the quotes in it (`"1/4"" NPT"`); the others follow RFC 4180. The first
+    line is a header if one of its cells is in `key_names`, or all are typed as RecBole's. Blank lines are
+    passed over.
+
+    Raises ValueError for two columns of one name and for a row of another width than the first, each naming
+    the argument, the path and the line.
+    """
+
+    def __init__(self, text: str, argument: str, source: str, key_names: Collection[str]) -> None:
+        self._text = text
+        first_line = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
+        self.delimiter = "\t"
+        if "\t" not in first_line:
+            self.delimiter = ";" if first_line.count(";") > first_line.count(",") else ","
+        self.argument, self.source = argument, source
+        line, cells = next(self._cells())
+        typed = untyped(cells)
+        names = [normal(cell) for cell in (typed[0] if typed else cells)]
+        is_header = typed is not None or any(name in key_names for name in names)
+        if is_header and (twice := next((name for name in names if name and names.count(name) > 1), None)):
+            raise self.error(line, f"expected different column names, got {twice!r} twice")
+        self.header = names if is_header else None
+        self.types = typed[1] if typed else None
+        self._header_line = line if is_header else 0
+        self.width = len(cells)
+        self.kind = "a RecBole atomic file" if typed else f"{self.separator}-separated text"
+
+    @property
+    def separator(self) -> str:
+        return _SEPARATORS[self.delimiter]
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Each row after the header as `(line number from 1, cells)`."""
+        for line, cells in self._cells():
+            if line == self._header_line:
+                continue
+            if len(cells) != self.width:
+                raise self.error(
+                    line, f"expected {self.width} {self.separator}-separated columns, got {len(cells)}"
+                )
+            yield line, cells
+
+    def chunks(self, wanted: Sequence[int]) -> Iterator[Chunk]:
+        rows = self.rows()
+        while batch := list(islice(rows, CHUNK)):
+            yield Chunk([line for line, _ in batch], [[cells[j] for _, cells in batch] for j in wanted])
+
+    def _cells(self) -> Iterator[tuple[int, list[str]]]:
+        if self.delimiter == "\t":
+            # Only "\n" ends a line: a title may hold the other characters that str.splitlines breaks at.
+            for number, text in enumerate(io.StringIO(self._text, newline="\n"), start=1):
+                if text.strip():
+                    cells = text.rstrip("\r\n").split("\t")
+                    yield number, [_unquoted(cell) for cell in cells] if '""' in text else cells
+            return
+        reader = csv.reader(io.StringIO(self._text, newline=""), delimiter=self.delimiter, strict=True)
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise self.error(reader.line_num, f"not valid CSV ({error})") from error
+            if any(cell.strip() for cell in cells):
+                yield reader.line_num, cells
+
+
+def _unquoted(cell: str) -> str:
+    """What a CSV writer quoted for its quotes: `"1/4"" NPT"`. A cell in quotes of its own stays."""
+    inner = cell[1:-1]
+    plain = inner.replace('""', "")
+    if cell[:1] == cell[-1:] == '"' and len(plain) < len(inner) and '"' not in plain:
+        return inner.replace('""', '"')
+    return cell

@@ -1,0 +1,272 @@
+"""Tables of users to sequences of codes in time order, before anything is left out for being short or old."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from crossan_fast.data._delimited import Delimited
+from crossan_fast.data._table import Chunk, Table
+from crossan_fast.data._values import (
+    Complain,
+    Names,
+    Numbers,
+    TimeUnit,
+    as_list,
+    parse_labels,
+    parse_numbers,
+    parse_sequence,
+    parse_times,
+    unit_of,
+)
+from crossan_fast.data.columns import NAMES, Columns
+
+Ints = npt.NDArray[np.int64]
+
+_KNOWN = {name for names in NAMES.values() for name in names}
+_FORMS = "expected `user<TAB>item item item ...` or a header with the columns user, item, timestamp"
+
+
+@dataclass
+class Raw:
+    """Sequences as a source has them: user u's items are `vocabulary[codes[offsets[u]:offsets[u + 1]]]`.
+
+    `times` and `labels` (0 training, 1 validation, 2 testing) go with `codes`; None where there are none.
+    """
+
+    user_names: list[str]
+    vocabulary: list[str]
+    codes: Ints
+    offsets: Ints
+    times: Numbers | None = None
+    unit: TimeUnit | None = None
+    labels: npt.NDArray[np.int8] | None = None
+    low_ratings: int = 0
+    taken_for: str = ""
+
+
+@dataclass
+class _Part:
+    """What one table adds."""
+
+    owner: list[Ints] = field(default_factory=list)
+    codes: list[Ints] = field(default_factory=list)
+    times: list[Numbers] = field(default_factory=list)
+    labels: list[npt.NDArray[np.int8]] = field(default_factory=list)
+
+
+class RawBuilder:
+    """Gathers the tables of one population: one, or one for each part of a split that somebody else made.
+
+    Args:
+        columns: the caller's wishes.
+        min_rating: interactions rated lower are left out and counted.
+    """
+
+    def __init__(self, columns: Columns, min_rating: float | None) -> None:
+        self._columns, self._min_rating = columns, min_rating
+        self._users, self._items = Names(), Names()
+        self._part = _Part()
+        self._units: set[TimeUnit | None] = set()
+        self._low = 0
+        self._said: list[str] = []
+
+    def add_sequences(self, sequences: Mapping[str, Sequence[str]]) -> None:
+        """Sequences at hand, oldest first."""
+        users, items = self._users.vocabulary, self._items.vocabulary
+        rows = [[items.setdefault(name, len(items)) for name in names] for names in sequences.values()]
+        self._extend([users.setdefault(user, len(users)) for user in sequences], rows, None)
+
+    def add(self, table: Table, label: int | None = None) -> None:
+        """A table in any of the layouts of `crossan_fast.data.interactions`, as part `label` of a split."""
+        roles = self._roles(table)
+        if self._min_rating is not None and "rating" not in (roles or {}):
+            raise ValueError(f"min_rating: expected a column of ratings in {table.source}, found none")
+        if roles is not None and self._min_rating is None:
+            roles.pop("rating", None)
+        if roles is None:
+            self._add_lines(table, 0, 1, label)
+            said = f"{table.kind}, a user and their items a line"
+        elif "item" not in roles:
+            self._add_lines(table, roles["user"], roles["items"], label)
+            said = f"{table.kind}, a user and their items a row ({self._named(table, roles)})"
+        elif "items" in roles and "time" not in roles:
+            self._add_prefixes(table, roles, label)
+            said = f"{table.kind}, histories with their next item ({self._named(table, roles)})"
+        else:
+            roles.pop("items", None)
+            self._add_events(table, roles, label)
+            order = "" if "time" in roles else ", in file order"
+            said = f"{table.kind}, an interaction a row ({self._named(table, roles)}){order}"
+        self._said.append(f"{table.source}: taken for {said}")
+
+    def finish(self) -> Raw:
+        """Everything by user, in time order; equal times keep file order.
+
+        Raises:
+            ValueError: some tables have times or labels and others have not, or times of different kinds.
+        """
+        part = self._part
+        owner, codes = _joined(part.owner), _joined(part.codes)
+        times = self._checked(part.times, "times", owner.size)
+        labels = self._checked(part.labels, "splits", owner.size)
+        if len(self._units) > 1:
+            raise ValueError("users: expected times as numbers or as dates, got both")
+        keys = [key for key in (times, labels, owner) if key is not None]
+        if times is not None or labels is not None or (np.diff(owner) < 0).any():
+            order = np.lexsort(keys)  # stable
+            owner, codes = owner[order], codes[order]
+            times = None if times is None else times[order]
+            labels = None if labels is None else labels[order]
+        lengths = np.bincount(owner, minlength=len(self._users.vocabulary))
+        unit = None if times is None else next(iter(self._units)) or unit_of(times)
+        return Raw(
+            list(self._users.vocabulary),
+            list(self._items.vocabulary),
+            codes,
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            times,
+            unit,
+            labels,
+            self._low,
+            "; ".join(self._said) + (f"; times in {unit}" if unit else ""),
+        )
+
+    def _roles(self, table: Table) -> dict[str, int] | None:
+        """The place of each role's column; None for IISAN's layout, which has no header."""
+        columns = self._columns
+        if table.header is None:
+            if columns.by_place:
+                places = {r: columns.place(r, table.width, table.where) for r in NAMES}
+                return self._complete(table, {r: p for r, p in places.items() if p is not None})
+            if _is_tabbed(table) and table.width == 2:
+                return None
+            text = table.kind.removesuffix(" text")
+            raise ValueError(
+                f"{table.where}: {_FORMS}; got {table.width} {text} columns without a header that names one "
+                f"of {', '.join(sorted(columns.keys('user')))} (columns= says which column is which: by name "
+                "or, without a header, by number from 1)"
+            )
+        found = {role: columns.find(table.header, role, table.where) for role in NAMES if role != "title"}
+        return self._complete(table, {r: p for r, p in found.items() if p is not None})
+
+    def _complete(self, table: Table, roles: dict[str, int]) -> dict[str, int]:
+        header = table.header or [f"column {place}" for place in range(1, table.width + 1)]
+        if "user" in roles and table.width == 2 and "items" not in roles:
+            other = 1 - roles["user"]
+            if ("item" not in roles and _is_tabbed(table)) or _holds_sequences(table, other):
+                return {"user": roles["user"], "items": other}
+        got = f"got {table.width} columns named {', '.join(header)}"
+        if "user" not in roles or not roles.keys() & {"item", "items"}:
+            raise ValueError(f"{table.where}: {_FORMS}; {got} (columns= says which column is which)")
+        ordered = roles.keys() & {"time", "items"} or table.header is None or _KNOWN.issuperset(header)
+        if not ordered:
+            raise ValueError(
+                f"{table.where}: {_FORMS}; {got}: none of them is known for times; name it by "
+                "columns={'time': ...} (--time-column), or leave the others out where rows are in order"
+            )
+        return roles
+
+    def _named(self, table: Table, roles: Mapping[str, int]) -> str:
+        header = table.header
+        shown = {r: f"column {p + 1}" if header is None else repr(header[p]) for r, p in roles.items()}
+        return ", ".join(f"{role} {name}" for role, name in shown.items())
+
+    def _add_events(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
+        names = [role for role in ("user", "item", "time", "rating", "label") if role in roles]
+        for chunk in table.chunks([roles[role] for role in names]):
+            cells, complain = dict(zip(names, chunk.cells, strict=True)), _complain(table, chunk)
+            user = self._users.codes(cells["user"], complain, "user")
+            item = self._items.codes(cells["item"], complain, "item")
+            kept = np.ones(len(user), dtype=bool)
+            if self._min_rating is not None:
+                kept = parse_numbers(cells["rating"], complain, "rating") >= self._min_rating
+                self._low += int((~kept).sum())
+            if "time" in roles:
+                times, unit = parse_times(cells["time"], complain)
+                self._part.times.append(times[kept])
+                self._units.add(unit)
+            if label is not None or "label" in roles:
+                given = parse_labels(cells["label"], complain) if label is None else np.full(len(user), label)
+                self._part.labels.append(given[kept].astype(np.int8))
+            self._part.owner.append(user[kept])
+            self._part.codes.append(item[kept])
+
+    def _add_lines(self, table: Table, user: int, items: int, label: int | None) -> None:
+        """A user's whole sequence in one row."""
+        first_line: dict[int, int] = {}
+        for chunk in table.chunks([user, items]):
+            complain = _complain(table, chunk)
+            owners = self._users.codes(chunk.cells[0], complain, "user").tolist()
+            for line, owner in zip(chunk.lines, owners, strict=True):
+                if first_line.setdefault(owner, line) != line:
+                    name = list(self._users.vocabulary)[owner]
+                    raise table.error(
+                        line,
+                        f"user {name!r} is already on line {first_line[owner]} (where each line is one "
+                        "interaction, say which column is which with columns=)",
+                    )
+            self._extend(owners, [self._row(cell) for cell in as_list(chunk.cells[1])], label)
+
+    def _add_prefixes(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
+        """RecBole's rows of a history and the item behind it: a user's longest row is their sequence.
+
+        Of a validation or test file only the items behind count: their histories are the other files'.
+        """
+        longest: dict[int, list[int]] = {}
+        for chunk in table.chunks([roles["user"], roles["items"], roles["item"]]):
+            complain = _complain(table, chunk)
+            owners = self._users.codes(chunk.cells[0], complain, "user").tolist()
+            targets = self._items.codes(chunk.cells[2], complain, "item").tolist()
+            if label:
+                self._extend(owners, [[target] for target in targets], label)
+                continue
+            for owner, cell, target in zip(owners, as_list(chunk.cells[1]), targets, strict=True):
+                row = self._row(cell)
+                if len(row) >= len(longest.get(owner, ())):
+                    longest[owner] = [*row, target]
+        self._extend(list(longest), list(longest.values()), label)
+
+    def _row(self, cell: Any) -> list[int]:
+        return [code for code in map(self._items.code, parse_sequence(cell)) if code >= 0]
+
+    def _extend(self, owners: Sequence[int], rows: Sequence[Sequence[int]], label: int | None) -> None:
+        """`rows[i]` for `owners[i]`."""
+        codes = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+        self._part.owner.append(np.repeat(np.array(owners, dtype=np.int64), [len(row) for row in rows]))
+        self._part.codes.append(codes)
+        if label is not None:
+            self._part.labels.append(np.full(len(codes), label, dtype=np.int8))
+
+    @staticmethod
+    def _checked(arrays: Sequence[npt.NDArray[Any]], what: str, size: int) -> npt.NDArray[Any] | None:
+        joined = np.concatenate(arrays) if arrays else None
+        if joined is not None and joined.size != size:
+            raise ValueError(
+                f"users: expected {what} in every file or in none, {size - joined.size} rows lack them"
+            )
+        return joined
+
+
+def _joined(arrays: Sequence[Ints]) -> Ints:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+
+
+def _complain(table: Table, chunk: Chunk) -> Complain:
+    return lambda place, what: table.error(chunk.lines[place], what)
+
+
+def _is_tabbed(table: Table) -> bool:
+    return isinstance(table, Delimited) and table.delimiter == "\t"
+
+
+def _holds_sequences(table: Table, place: int) -> bool:
+    """Whether a column's first cell is a sequence: a list, or in tab-separated text several names."""
+    first = next(iter(table.chunks([place])), None)
+    cell = as_list(first.cells[0])[0] if first is not None and len(first.lines) else None
+    return " " in cell.strip() if _is_tabbed(table) and isinstance(cell, str) else isinstance(cell, list)

@@ -1,0 +1,183 @@
+"""Cells to numbers: names to codes, times, ratings and labels; whatever the table is kept in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from datetime import date, datetime, timezone
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[Any]
+TimeUnit = Literal["s", "ms", "us", "ns"]
+
+_PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+LABELS = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
+
+Complain = Callable[[int, str], ValueError]
+"""Gives the error of the cell at a place of a chunk."""
+
+
+class Names:
+    """Codes 0, 1, … for names, in order of first appearance."""
+
+    def __init__(self) -> None:
+        self.vocabulary: dict[str, int] = {}
+        self._codes: dict[Any, int] = {}  # by cell: text not yet stripped, numbers
+
+    def code(self, cell: Any) -> int:
+        """The code of one cell, −1 for an empty one."""
+        code = self._codes.get(cell)
+        if code is None:
+            name = name_of(cell)
+            code = self.vocabulary.setdefault(name, len(self.vocabulary)) if name else -1
+            self._codes[cell] = code
+        return code
+
+    def codes(self, cells: Any, complain: Complain, what: str) -> npt.NDArray[np.int64]:
+        """Codes of a chunk's cells; the error of `complain` for an empty cell and for what is no name."""
+        if isinstance(cells, list):
+            try:
+                codes = np.fromiter(map(self.code, cells), np.int64, len(cells))
+            except TypeError:
+                place = next(i for i, cell in enumerate(cells) if isinstance(cell, (list, dict)))
+                raise complain(place, f"expected one {what}'s name, got {cells[place]!r:.60}") from None
+        else:
+            if str(cells.type).startswith(("list", "large_list", "struct", "map")):
+                raise complain(0, f"expected one {what}'s name, got a {cells.type}")
+            encoded = cells.dictionary_encode()
+            table = np.array([*map(self.code, encoded.dictionary.to_pylist()), -1], dtype=np.int64)
+            codes = table[encoded.indices.fill_null(len(table) - 1).to_numpy(zero_copy_only=False)]
+        if codes.size and codes.min() < 0:
+            raise complain(int(codes.argmin()), f"the {what}'s name is empty")
+        return codes
+
+
+def name_of(cell: Any) -> str:
+    """A name as text: what tables hold as numbers are names too; '' for an empty cell."""
+    if isinstance(cell, str):
+        return cell.strip()
+    if cell is None or cell != cell:  # None and NaN
+        return ""
+    if isinstance(cell, float) and cell.is_integer():  # pandas' integers in a column with gaps
+        return str(int(cell))
+    return str(cell)
+
+
+def as_list(cells: Any) -> list[Any]:
+    """A chunk's cells as Python values."""
+    return cells if isinstance(cells, list) else list(cells.to_pylist())
+
+
+def parse_numbers(cells: Any, complain: Complain, what: str) -> Numbers:
+    """Finite numbers, int64 where all are integers that fit, else float64."""
+    values = as_list(cells)
+    try:
+        numbers = [int(value) if isinstance(value, (str, int)) else _finite(value) for value in values]
+        return np.array(numbers, dtype=np.int64 if all(isinstance(n, int) for n in numbers) else np.float64)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    floats = np.empty(len(values))
+    for place, value in enumerate(values):
+        try:
+            floats[place] = _finite(float(value))
+        except (TypeError, ValueError, OverflowError):
+            raise complain(place, f"expected a finite number as {what}, got {value!r}") from None
+    return floats
+
+
+def parse_times(cells: Any, complain: Complain) -> tuple[Numbers, TimeUnit | None]:
+    """Times in order; nanoseconds since 1970 of what is written as a date, numbers as they are.
+
+    Dates are ISO 8601; one without a zone is UTC.
+
+    Returns:
+        int64 or float64 `[n]`, and `ns` for dates; None for numbers.
+    """
+    if not isinstance(cells, list) and str(cells.type).startswith(("timestamp", "date")):
+        cells = cells.to_numpy(zero_copy_only=False)
+        bad = np.flatnonzero(np.isnat(cells))
+        if bad.size:
+            raise complain(int(bad[0]), "the time is empty")
+        return cells.astype("datetime64[ns]").astype(np.int64), "ns"
+    values = as_list(cells)
+    if not any(isinstance(value, (date, str)) and not _is_number(value) for value in values[:1]):
+        return parse_numbers(values, complain, "timestamp"), None
+    found = np.empty(len(values), dtype=np.int64)
+    for place, value in enumerate(values):
+        moment = parse_moment(value)
+        if moment is None:
+            raise complain(
+                place,
+                f"expected a finite number as timestamp, got {value!r}, which is no ISO 8601 time either",
+            )
+        found[place] = moment
+    return found, "ns"
+
+
+def parse_moment(value: Any) -> int | None:
+    """Nanoseconds since 1970 of an ISO 8601 date or time (UTC where it names no zone); None for no such."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            # Python 3.10 knows no Z, and fractions of 3 or 6 digits alone.
+            value = datetime.fromisoformat(f"{text[:-1]}+00:00" if text[-1:] in ("Z", "z") else text)
+        except ValueError:
+            return None
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if not isinstance(value, datetime):
+        return None
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=timezone.utc)
+    passed = value - datetime(1970, 1, 1, tzinfo=timezone.utc)
+    return ((passed.days * 86_400 + passed.seconds) * 10**6 + passed.microseconds) * 1000
+
+
+def unit_of(times: Numbers) -> TimeUnit:
+    """The unit of Unix times, by their size: seconds up to the year 5138, and so on by thousands."""
+    largest = float(np.abs(times).max(initial=0))
+    units: tuple[TimeUnit, ...] = ("s", "ms", "us")
+    return next((unit for unit in units if largest < 1e11 * _PER_SECOND[unit]), "ns")
+
+
+def cut_in(unit: TimeUnit, moment: int) -> float | int:
+    """A moment in nanoseconds as a time of another unit; exact where it is whole."""
+    step = _PER_SECOND["ns"] // _PER_SECOND[unit]
+    return moment // step if moment % step == 0 else moment / step
+
+
+def parse_labels(cells: Any, complain: Complain) -> npt.NDArray[np.int8]:
+    """0 for training, 1 for validation, 2 for testing, from numbers or words."""
+    values = as_list(cells)
+    found = np.empty(len(values), dtype=np.int8)
+    for place, value in enumerate(values):
+        text = str(value).strip().lower()
+        label = LABELS.get(text, {"0": 0, "1": 1, "2": 2}.get(text.removesuffix(".0")))
+        if label is None:
+            raise complain(place, f"expected a split 0, 1, 2 or train, validation, test, got {value!r}")
+        found[place] = label
+    return found
+
+
+def parse_sequence(cell: Any) -> Sequence[Any]:
+    """The names in one cell: a list, or text with spaces between them."""
+    if isinstance(cell, str):
+        return [name for name in cell.split(" ") if name]
+    return [] if cell is None else list(cell) if isinstance(cell, (list, tuple)) else [cell]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError("not finite")
+    return float(value)

@@ -1,0 +1,106 @@
+"""What columns of people's tables are called, and which of them mean what.
+
+A role (`user`, `item`, `time`, …) is taken by the first of its names that the table's header has, or by the
+column that the caller names. Names are compared in lower case, with `_` for spaces and hyphens, and without
+RecBole's types (`user_id:token`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+from crossan_fast._checks import nearest
+
+# In order of preference: Amazon's metadata are by `parent_asin`; `id` may be a row's own number.
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "user": (
+        *("user", "user_id", "userid", "uid", "reviewer_id", "reviewerid", "customer_id", "visitor_id"),
+        *("visitorid", "session_id", "sessionid"),
+    ),
+    "item": (
+        *("item", "item_id", "itemid", "parent_asin", "asin", "iid", "movie_id", "movieid", "video_id"),
+        *("product_id", "productid", "article_id", "id"),
+    ),
+    "items": ("items", "item_ids", "item_id_list", "item_list", "history", "sequence"),
+    "time": ("timestamp", "time", "unixreviewtime", "unix_time", "datetime", "date", "event_time", "ts"),
+    "rating": ("rating", "overall", "stars", "score"),
+    "label": ("x_label", "split"),
+    "title": ("title", "item_title", "movie_title", "product_title", "name"),
+}
+
+USERS_ROLES = ("user", "item", "items", "time", "rating", "label")
+ITEMS_ROLES = ("item", "title")
+
+_TYPED = re.compile(r"(.+):(token|token_seq|float|float_seq)")
+
+
+def normal(cell: str) -> str:
+    """A header cell as it is compared: `Image path` is `image_path`."""
+    return "_".join(cell.lower().replace("-", " ").split())
+
+
+def untyped(cells: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """Names and types of RecBole's header (`user_id:token`), None where a cell has no such type."""
+    matches = [_TYPED.fullmatch(cell.strip()) for cell in cells]
+    found = [match for match in matches if match is not None]
+    if len(found) < len(cells):
+        return None
+    return [match[1] for match in found], [match[2] for match in found]
+
+
+class Columns:
+    """Which column takes which role: the caller's wishes, for one table.
+
+    Args:
+        wishes: column names by role; a number stands for the column at that place, from 1, of a table
+            without a header.
+        roles: those that may be wished for.
+
+    Raises:
+        ValueError: an unknown role, with the nearest known one.
+    """
+
+    def __init__(self, wishes: Mapping[str, str | int] | None, roles: Collection[str]) -> None:
+        self._wishes = {role: str(name) for role, name in (wishes or {}).items() if name not in (None, "")}
+        for role in self._wishes:
+            if role not in roles:
+                raise ValueError(
+                    f"columns: expected some of {', '.join(roles)}, got {role!r}{nearest(role, roles)}"
+                )
+
+    @property
+    def by_place(self) -> bool:
+        """Whether every wish is a number."""
+        return bool(self._wishes) and all(name.isdecimal() for name in self._wishes.values())
+
+    def keys(self, role: str) -> set[str]:
+        """The names that make a first line a header where `role` has to be there."""
+        if self.by_place:
+            return set()
+        return {normal(self._wishes[role])} if role in self._wishes else set(NAMES[role])
+
+    def find(self, header: Sequence[str], role: str, where: str) -> int | None:
+        """The place of the column that takes `role`, None where there is none.
+
+        Raises:
+            ValueError: the caller named one that `header` lacks; with the nearest that it has.
+        """
+        wish = self._wishes.get(role)
+        if wish is None:
+            return next((header.index(name) for name in NAMES[role] if name in header), None)
+        if normal(wish) not in header:
+            raise ValueError(
+                f"{where}: expected a column {wish!r} for {role}s, got {', '.join(header)}"
+                f"{nearest(normal(wish), header)}"
+            )
+        return header.index(normal(wish))
+
+    def place(self, role: str, width: int, where: str) -> int | None:
+        """As `find`, in a table without a header."""
+        wish = self._wishes.get(role)
+        if wish is None:
+            return None
+        if not 1 <= int(wish) <= width:
+            raise ValueError(f"{where}: expected a column from 1 to {width} for {role}s, got {wish}")
+        return int(wish) - 1
