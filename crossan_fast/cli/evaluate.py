@@ -7,7 +7,15 @@ import dataclasses
 import json
 from typing import Any
 
+from crossan_fast.cli._forms import USERS, USERS_COLUMNS, add_column_options, columns_of
+
 VERIFY = "when the cache's bytes are compared with their checksums (default: as the run's config has it)"
+
+_DESCRIPTION = """\
+Rank a run's held-out targets in the full catalogue; prints HR, NDCG and MRR with the protocol. What is not
+given is as the run's config has it. Items that were appended to the cache after training take no part unless
+asked for: the numbers stay those of the run.
+"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,11 +23,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "evaluate",
         help="rank a run's held-out targets in the full catalogue",
-        description="Rank a run's held-out targets in the full catalogue; prints HR, NDCG and MRR with the "
-        "protocol. What is not given is as the run's config has it. Items that were appended to the cache "
-        "after training take no part unless asked for: the numbers stay those of the run.",
+        description=_DESCRIPTION,
+        epilog=f"the run's users file, and --users:\n{USERS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--run", required=True, help="folder of a run")
+    parser.add_argument(
+        "--users",
+        help="another users file, for evaluation alone: each user's last item tests, the one before "
+        "validates; users whom the run trained on are left out",
+    )
+    add_column_options(parser, USERS_COLUMNS)
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
     parser.add_argument("--cache", help="folder of another cache of the same items, such as a converted one")
     parser.add_argument(
@@ -45,10 +59,16 @@ def run(args: argparse.Namespace) -> int:
     """Print the metrics."""
     from crossan_fast.training import RunFolder, open_task
     from crossan_fast.training.population import Population
+    from crossan_fast.training.train_config import SplitConfig
 
     folder = RunFolder(args.run)
     config = folder.read_config()
     config = dataclasses.replace(config, **_given(args, "cache", "device", "verify"))
+    if columns := columns_of(args, USERS_COLUMNS):
+        config = dataclasses.replace(config, columns=columns)
+    if args.users:
+        alone = dataclasses.replace(config.evaluation, users=args.users)
+        config = dataclasses.replace(config, split=SplitConfig(), evaluation=alone)
     protocol = dataclasses.replace(config.evaluation, **_given(args, "filter_history", "candidates"))
     model = folder.load_model(args.checkpoint, backend=config.backend)
     held = folder.read_population()
@@ -59,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if held is not None and (difference := held.difference(Population.of(task))):
         note = f"not what the run was evaluated on: {difference}"
         result = dataclasses.replace(result, note="; ".join(filter(None, (result.note, note))))
-    print(json.dumps(result.to_dict(), indent=2) if args.json else result)
+    print(json.dumps(result.to_dict(), indent=2) if args.json else f"{task.describe()}\n{result}")
     return 0
 
 

@@ -10,7 +10,7 @@ from crossan_fast.data.interactions import (
 )
 from crossan_fast.data.items import ItemTable, read_items
 from crossan_fast.data.shop import Shop, make_shop
-from crossan_fast.data.splits import Split, leave_one_out
+from crossan_fast.data.splits import Split, as_given, by_ratio, by_time, hold_out_users, leave_one_out
 
 __all__ = [
     "Catalogue",
@@ -19,7 +19,11 @@ __all__ = [
     "ItemTable",
     "Shop",
     "Split",
+    "as_given",
     "build_interactions",
+    "by_ratio",
+    "by_time",
+    "hold_out_users",
     "leave_one_out",
     "make_shop",
     "read_interactions",

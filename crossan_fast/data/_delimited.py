@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
@@ -10,6 +11,8 @@ from itertools import islice
 from crossan_fast.data._table import CHUNK, Chunk, Table
 from crossan_fast.data.columns import normal, untyped
 
+# From so many characters on pyarrow is asked; and what it splits at once.
+_WORTH_IT, _BLOCK = 1 << 20, 4 << 20
 _SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon"}
 
 
@@ -61,9 +64,51 @@ class Delimited(Table):
             yield line, cells
 
     def chunks(self, wanted: Sequence[int]) -> Iterator[Chunk]:
+        if self._is_plain():
+            yield from self._plain_chunks(wanted)
+            return
         rows = self.rows()
         while batch := list(islice(rows, CHUNK)):
             yield Chunk([line for line, _ in batch], [[cells[j] for _, cells in batch] for j in wanted])
+
+    def _is_plain(self) -> bool:
+        """Whether pyarrow, where it is installed, splits the text as `rows` does; five times faster.
+
+        Without quotes and blank lines there is one way to read it. What has two columns is mostly users'
+        sequences, which are split again here.
+        """
+        text = self._text
+        if len(text) < _WORTH_IT or self.width < 3 or '"' in text or "\r\r" in text:
+            return False
+        if any(blank in text for blank in ("\n\n", "\n\r\n", "\n ")) or not text[:1].strip():
+            return False
+        return importlib.util.find_spec("pyarrow") is not None
+
+    def _plain_chunks(self, wanted: Sequence[int]) -> Iterator[Chunk]:
+        import pyarrow
+        from pyarrow import csv as arrow_csv
+
+        names = [str(place) for place in range(self.width)]
+        chosen = [names[place] for place in wanted]
+        done = self._header_line
+        try:
+            reader = arrow_csv.open_csv(
+                pyarrow.BufferReader(self._text.encode()),
+                read_options=arrow_csv.ReadOptions(
+                    column_names=names, skip_rows=self._header_line, block_size=_BLOCK
+                ),
+                parse_options=arrow_csv.ParseOptions(delimiter=self.delimiter, quote_char=False),
+                convert_options=arrow_csv.ConvertOptions(
+                    column_types=dict.fromkeys(chosen, pyarrow.string()), include_columns=chosen
+                ),
+            )
+            for batch in reader:
+                yield Chunk(range(done + 1, done + 1 + batch.num_rows), list(batch.columns))
+                done += batch.num_rows
+        except pyarrow.ArrowInvalid as error:
+            for _ in self.rows():  # a row of another width: said with its line
+                pass
+            raise ValueError(f"{self.where}: {error}") from error
 
     def _cells(self) -> Iterator[tuple[int, list[str]]]:
         if self.delimiter == "\t":

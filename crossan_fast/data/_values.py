@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, timezone
@@ -25,16 +26,8 @@ class Names:
 
     def __init__(self) -> None:
         self.vocabulary: dict[str, int] = {}
-        self._codes: dict[Any, int] = {}  # by cell: text not yet stripped, numbers
-
-    def code(self, cell: Any) -> int:
+        self.code: Callable[[Any], int] = _Codes(self.vocabulary).__getitem__
         """The code of one cell, −1 for an empty one."""
-        code = self._codes.get(cell)
-        if code is None:
-            name = name_of(cell)
-            code = self.vocabulary.setdefault(name, len(self.vocabulary)) if name else -1
-            self._codes[cell] = code
-        return code
 
     def codes(self, cells: Any, complain: Complain, what: str) -> npt.NDArray[np.int64]:
         """Codes of a chunk's cells; the error of `complain` for an empty cell and for what is no name."""
@@ -55,6 +48,19 @@ class Names:
         return codes
 
 
+class _Codes(dict[Any, int]):
+    """Codes by cell, text not yet stripped or numbers; a dict, since every cell of a table is looked up."""
+
+    def __init__(self, vocabulary: dict[str, int]) -> None:
+        self._vocabulary = vocabulary
+
+    def __missing__(self, cell: Any) -> int:
+        name = name_of(cell)
+        code = self._vocabulary.setdefault(name, len(self._vocabulary)) if name else -1
+        self[cell] = code
+        return code
+
+
 def name_of(cell: Any) -> str:
     """A name as text: what tables hold as numbers are names too; '' for an empty cell."""
     if isinstance(cell, str):
@@ -73,12 +79,13 @@ def as_list(cells: Any) -> list[Any]:
 
 def parse_numbers(cells: Any, complain: Complain, what: str) -> Numbers:
     """Finite numbers, int64 where all are integers that fit, else float64."""
+    if not isinstance(cells, list) and not cells.null_count and str(cells.type) in ("int64", "string"):
+        with contextlib.suppress(ValueError):  # of pyarrow's own, where a text is no integer
+            return np.asarray(cells.cast("int64"))
     values = as_list(cells)
-    try:
-        numbers = [int(value) if isinstance(value, (str, int)) else _finite(value) for value in values]
-        return np.array(numbers, dtype=np.int64 if all(isinstance(n, int) for n in numbers) else np.float64)
-    except (TypeError, ValueError, OverflowError):
-        pass
+    if set(map(type, values)) <= {str, int}:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return np.array([int(value) for value in values], dtype=np.int64)
     floats = np.empty(len(values))
     for place, value in enumerate(values):
         try:
@@ -102,9 +109,9 @@ def parse_times(cells: Any, complain: Complain) -> tuple[Numbers, TimeUnit | Non
         if bad.size:
             raise complain(int(bad[0]), "the time is empty")
         return cells.astype("datetime64[ns]").astype(np.int64), "ns"
+    if not any(isinstance(value, (date, str)) and not _is_number(value) for value in as_list(cells[:1])):
+        return parse_numbers(cells, complain, "timestamp"), None
     values = as_list(cells)
-    if not any(isinstance(value, (date, str)) and not _is_number(value) for value in values[:1]):
-        return parse_numbers(values, complain, "timestamp"), None
     found = np.empty(len(values), dtype=np.int64)
     for place, value in enumerate(values):
         moment = parse_moment(value)

@@ -35,9 +35,10 @@ class Result:
         metrics: `hr@k`, `ndcg@k` for each k, and `mrr`; shares, not percent.
         split: which target was held out.
         filter_history: which items of a user's own history were no candidates.
-        users: how many were ranked.
+        users: how many targets were ranked; one a user with leave-one-out.
         candidates: how many items each target was ranked among, itself included.
         note: what else to know, such as items of the cache that took no part; empty where there is nothing.
+        held_out: how targets were held out, in words.
     """
 
     metrics: dict[str, float]
@@ -46,12 +47,16 @@ class Result:
     users: int
     candidates: int
     note: str = ""
+    held_out: str = "leave-one-out"
 
     @property
     def protocol(self) -> str:
         """The protocol in words; goes wherever the numbers go."""
+        targets = f"{self.split} targets of {self.users:,} users"
+        if self.held_out != "leave-one-out":
+            targets = f"{self.users:,} {self.split} targets ({self.held_out})"
         return (
-            f"{self.split} targets of {self.users:,} users, full ranking of {self.candidates:,} items, "
+            f"{targets}, full ranking of {self.candidates:,} items, "
             f"filter_history={self.filter_history}, ties against the target"
             + (f"; {self.note}" if self.note else "")
         )
@@ -127,7 +132,7 @@ def evaluate(
     note = ""
     if split.num_items < cache.num_items:
         note = f"the split knows {split.num_items:,} of the cache's {cache.num_items:,} items"
-    return Result(metrics_of(ranks, k), part, filter_history, ranks.numel(), total, note)
+    return Result(metrics_of(ranks, k), part, filter_history, ranks.numel(), total, note, split.kind)
 
 
 @torch.no_grad()

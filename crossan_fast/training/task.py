@@ -12,18 +12,31 @@ import torch
 from torch import Tensor
 
 from crossan_fast.cache import HiddenStateCache
-from crossan_fast.data import Catalogue, Dropped, Split, leave_one_out, read_interactions, read_items
+from crossan_fast.data import (
+    Catalogue,
+    Dropped,
+    Interactions,
+    Split,
+    as_given,
+    by_ratio,
+    by_time,
+    hold_out_users,
+    leave_one_out,
+    read_interactions,
+    read_items,
+    split_files,
+)
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.evaluation import Part, Result, evaluate
 from crossan_fast.training.processes import Processes
-from crossan_fast.training.train_config import EvaluationConfig, TrainConfig
+from crossan_fast.training.train_config import EvaluationConfig, SplitConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class Task:
     """Attributes:
     cache: holds the items; its first rows are the catalogue of the split.
-    split: leave-one-out, on `device`.
+    split: as the config says, on `device`.
     used: int64 `[C]`, ascending: the rows that some user's kept interactions name.
     dropped: what the reader left out.
     taken_for: what the users file was, and which of its columns were read.
@@ -78,7 +91,7 @@ class Task:
         known = self.split.num_items
         grown = "" if known == self.cache.num_items else f" (of the run's own {known:,})"
         return (
-            f"{self.taken_for}\n"
+            f"{self.taken_for}\n{self.split}\n"
             f"{self.split.num_users:,} users, {self.used.numel():,} items of the cache's "
             f"{self.cache.num_items:,}{grown}; left out: {self.dropped}; "
             f"cache {self.cache.tier} on {self.device} ({self.cache.tier_reason})"
@@ -104,21 +117,58 @@ def open_task(config: TrainConfig, catalogue: Catalogue | None = None) -> Task:
             catalogue, "run", "; expected its own cache, or one grown or converted from it"
         )
         known = catalogue.num_items
-    window = config.crossan_config(cache).window
-    interactions = read_interactions(
-        config.path("users"),
-        cache.item_names[: known + 1],
-        min_items=config.min_items,
+    names, window = cache.item_names[: known + 1], config.crossan_config(cache).window
+    found = _read(config, config.path("users"), names, None if config.evaluation.users else window)
+    used, said = [found.ids], [found.taken_for]
+    if config.evaluation.users is not None:
+        file = config.resolve("evaluation.users", config.evaluation.users)
+        evaluated = _read(config, file, names, window)
+        used, said = [*used, evaluated.ids], [*said, f"{evaluated.taken_for}; left out: {evaluated.dropped}"]
+        split = hold_out_users(found, evaluated, window, stride=config.split.stride)
+    else:
+        split = _split(config.split, found, window)
+    cache.to(device)
+    rows = torch.from_numpy(np.unique(np.concatenate(used))).to(device)
+    return Task(cache, split.to(device), rows, found.dropped, "\n".join(filter(None, said)))
+
+
+def _read(config: TrainConfig, path: Path, names: Sequence[str], window: int | None) -> Interactions:
+    """A users file under a config's settings, or its parts where the split comes in files.
+
+    Args:
+        window: of the model, where no user counts for more than it needs; None: whole histories.
+    """
+    source: Path | dict[str, Path] = path
+    split, most = config.split, config.max_items
+    if split.by == "given" and isinstance(split.validation, str) and isinstance(split.test, str):
+        parts = {"validation": split.validation, "test": split.test}
+        source = {"train": path} | {
+            part: config.resolve(f"split.{part}", name) for part, name in parts.items()
+        }
+    elif split.by == "given":
+        source = split_files(path) or path
+    elif window is not None and split.by == "leave_one_out" and split.stride is None and most is None:
         # The last training row holds window + 1 items, and two more are held out.
-        max_items=config.max_items if config.max_items is not None else window + 3,
+        most = window + 3
+    return read_interactions(
+        source,
+        names,
+        min_items=config.min_items,
+        max_items=most,
         strict=config.strict,
         columns=config.columns,
         min_rating=config.min_rating,
     )
-    split = leave_one_out(interactions, window)
-    used = torch.from_numpy(np.unique(interactions.ids))
-    cache.to(device)
-    return Task(cache, split.to(device), used.to(device), interactions.dropped, interactions.taken_for)
+
+
+def _split(config: SplitConfig, found: Interactions, window: int) -> Split:
+    if config.by == "given":
+        return as_given(found, window, stride=config.stride)
+    if config.by == "leave_one_out" or config.validation is None or config.test is None:
+        return leave_one_out(found, window, stride=config.stride)
+    if config.by == "time":
+        return by_time(found, window, config.validation, config.test, stride=config.stride)
+    return by_ratio(found, window, float(config.validation), float(config.test), stride=config.stride)
 
 
 def resolve_device(name: str) -> torch.device:

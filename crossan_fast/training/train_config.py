@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import types
 import typing
@@ -33,6 +34,7 @@ FilterHistory = Literal["all", "all_except_target", "none"]
 Candidates = Literal["used", "all"]
 ComputePrecision = Literal["fp32", "tf32", "bf16"]
 Precision = Literal["auto", ComputePrecision]
+SplitKind = Literal["leave_one_out", "time", "ratio", "given"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,43 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """How users' interactions become training, validation and test; see `crossan_fast.data.splits`.
+
+    Attributes:
+        by: `leave_one_out`; `time`, at two moments for all users; `ratio`, shares of each user's items; or
+            `given`, a split that comes with the data: a column of labels, or files.
+        validation, test: of `time` the moments from which on interactions validate and test, ISO 8601 or
+            numbers as the file's; of `ratio` shares, 0.1 each where they are left out; of `given` the files,
+            where they are not the users file's own siblings (X.train.inter, X.valid.inter, X.test.inter).
+        stride: 1 to the window: train on a window every so many items of a history, whose `max_items` None
+            then keeps whole; None: on each user's last window.
+    """
+
+    by: SplitKind = "leave_one_out"
+    validation: float | str | None = None
+    test: float | str | None = None
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.validation, self.test) if value is not None]
+        if self.by == "ratio":
+            object.__setattr__(self, "validation", 0.1 if self.validation is None else self.validation)
+            object.__setattr__(self, "test", 0.1 if self.test is None else self.test)
+            for name in ("validation", "test"):
+                value = getattr(self, name)
+                _check(not isinstance(value, str), f"split.{name}", "a share, with split.by ratio", value)
+        elif self.by == "time":
+            _check(len(given) == 2, "split.validation, split.test", "two moments, with split.by time", given)
+        elif self.by == "given":
+            names = [value for value in given if isinstance(value, str)]
+            _check(len(names) in (0, 2), "split.validation, split.test", "two files, or none", given)
+        else:
+            _check(not given, "split.validation, split.test", "neither, with split.by leave_one_out", given)
+        _check(self.stride is None or self.stride >= 1, "split.stride", "at least 1 or null", self.stride)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Full ranking; see `crossan_fast.training.evaluation`.
 
@@ -85,12 +124,15 @@ class EvaluationConfig:
         candidates: rank the items that the users file names (`used`, as IISAN does), or `all` that the cache
             held when the run began.
         batch_size: users ranked at once.
+        users: a users file for evaluation alone: its users' last item tests and the one before validates,
+            and those of `TrainConfig.users` train whole. Users who are in both are left out and counted.
     """
 
     k: tuple[int, ...] = (5, 10, 20)
     filter_history: FilterHistory = "all_except_target"
     candidates: Candidates = "used"
     batch_size: int = 1024
+    users: str | None = None
 
     def __post_init__(self) -> None:
         _check(len(self.k) > 0 and min(self.k) >= 1, "evaluation.k", "integers of at least 1", self.k)
@@ -107,11 +149,11 @@ class TrainConfig:
         users: users file, see `crossan_fast.data.read_interactions`.
         run: the run's folder.
         items: items file for titles in recommendations; None: names alone.
-        data: what `${data}` in `cache`, `users` and `items` stands for; None: CROSSAN_FAST_DATA.
+        data: what `${data}` in `cache`, `users`, `items` and other files stands for; None: CROSSAN_FAST_DATA.
         modalities: names of the cache's modalities to use, in this order; None: all.
         model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults. What
             is left out is filled in, so that two configs of one model are equal.
-        optimizer, evaluation: see there.
+        split, optimizer, evaluation: see there.
         columns: of the users file, by role (`user`, `item`, `items`, `time`, `rating`, `label`), where their
             names are none of the usual ones; see `crossan_fast.data.read_interactions`.
         item_columns: of the items file: `item` and `title`.
@@ -141,6 +183,7 @@ class TrainConfig:
     data: str | None = None
     modalities: tuple[str, ...] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
+    split: SplitConfig = field(default_factory=SplitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -166,7 +209,11 @@ class TrainConfig:
         Columns(self.item_columns, ITEMS_ROLES)
         for name in ("batch_size", "epochs", "evaluate_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)
+        if self.split.by == "leave_one_out" and self.evaluation.users is None:
+            _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)
+        if self.evaluation.users is not None:
+            kind = self.split.by
+            _check(kind == "leave_one_out", "split.by", "leave_one_out, with evaluation.users", kind)
         _check(self.patience is None or self.patience >= 1, "patience", "at least 1 or null", self.patience)
         _check(0 <= self.seed < 2**31, "seed", "0 to 2^31 - 1", self.seed)
 
@@ -184,6 +231,10 @@ class TrainConfig:
         value = getattr(self, name)
         if value is None:
             raise ValueError(f"{name}: expected a path, the config has none")
+        return self.resolve(name, value)
+
+    def resolve(self, name: str, value: str) -> Path:
+        """A path that setting `name` holds, with `${data}` filled in; ValueError where it can't be."""
         if "${data}" in value:
             data = self.data or os.environ.get(DATA_VARIABLE)
             if not data:
@@ -259,7 +310,7 @@ def _build(cls: type, values: object, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     known = {f.name: hints[f.name] for f in fields(cls) if f.init}
     _refuse_unknown(values, known, prefix)
-    required = [f.name for f in fields(cls) if f.init and f.name in ("cache", "users", "run")]
+    required = ("cache", "users", "run") if cls is TrainConfig else ()
     if missing := [name for name in required if values.get(name) is None]:
         raise ValueError(f"config: expected {', '.join(missing)} to be set")
     built = {key: _fit(known[key], value, f"{prefix}{key}") for key, value in values.items()}
@@ -284,7 +335,10 @@ def _fit(hint: Any, value: Any, name: str) -> Any:
     if origin in (types.UnionType, Union):
         if value is None and type(None) in inner:
             return None
-        return _fit(next(a for a in inner if a is not type(None)), value, name)
+        first, *others = (a for a in inner if a is not type(None))
+        if others:  # a number, or text
+            return value if isinstance(value, (int, float)) else _fit(str, value, name)
+        return _fit(first, value, name)
     if origin is Literal:
         value = "off" if value is False and "off" in inner else value  # YAML reads a bare `off` so
         _check(value in inner, name, f"one of {list(inner)}", value, nearest(str(value), inner))
@@ -302,6 +356,8 @@ def _fit(hint: Any, value: Any, name: str) -> Any:
             return float(value)
         except (TypeError, ValueError, OverflowError):
             raise TypeError(f"{name}: expected a number, got {value!r}") from None
+    if hint is str and isinstance(value, datetime.date):  # as YAML reads 2020-01-31
+        return value.isoformat()
     expected = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     if hint in expected:
         right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

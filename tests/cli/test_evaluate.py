@@ -53,3 +53,17 @@ def test_another_cache_is_ranked_with(run_folder: Path, capsys: pytest.CaptureFi
         own, abs=0.05
     )
     assert evaluate(capsys, run, "--cache", str(noisy))["metrics"]["hr@10"] < own - 0.2
+
+
+def test_users_that_the_run_never_saw(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = tmp_path / "others.csv"
+    rows = [f"{user},b{(3 + step):02},{step}\n" for user in ("new", "u1") for step in range(6)]
+    others.write_text("client,item,timestamp\n" + "".join(rows))
+    arguments = ("--users", str(others), "--user-column", "client")
+    found = evaluate(capsys, run_folder / "run", *arguments)
+    assert found["users"] == 1 and "users held out" in found["protocol"], "u1 was trained on"
+    assert main(["evaluate", "--run", str(run_folder / "run"), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "user 'client'" in printed and "1 users of the evaluation file who are trained on" in printed

@@ -323,3 +323,29 @@ def test_times_stay_exact_in_every_form(write: Write) -> None:
     assert named(read_interactions(write(text, "a.csv"), None, min_items=1)) == {"u": ["a", "b"]}
     frame = pandas_frame()[:2].assign(user="u", item=["b", "a"], timestamp=np.array([late, late - 1]))
     assert named(read_interactions(frame, None, min_items=1)) == {"u": ["a", "b"]}
+
+
+def test_what_pyarrow_splits_is_as_it_would_be_without(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long plain log: the same sequences, and the same complaint about the same line."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow, of the extra `formats`")
+    rng = random.Random(2)
+    rows = [
+        f"u{rng.randrange(400)}, i{rng.randrange(900):030} ,{rng.randrange(99)}\r\n" for _ in range(30_000)
+    ]
+    text = "user,item,timestamp\r\n" + "".join(rows)
+    wrong = {
+        "late": text + "u1,i1\r\n",
+        "time": text.replace(",7\r\n", ",7x\r\n", 1),
+        "name": text.replace(rows[20_000], ",a,1\r\n", 1),
+    }
+    found, said = [], []
+    for threshold in (1 << 20, 1 << 40):
+        monkeypatch.setattr("crossan_fast.data._delimited._WORTH_IT", threshold)
+        found.append(read_interactions(write(text, "log.csv"), None, min_items=1))
+        for content in wrong.values():
+            with pytest.raises(ValueError) as error:
+                read_interactions(write(content, "log.csv"), None)
+            said.append(str(error.value))
+    assert named(found[0]) == named(found[1]) and found[0].item_names == found[1].item_names
+    assert np.array_equal(found[0].times, found[1].times)
+    assert said[:3] == said[3:] and all("line" in message for message in said), said
