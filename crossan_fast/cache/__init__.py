@@ -1,7 +1,14 @@
 """Frozen encoders' hidden states on disk: format, reading by id, writing; `build/`: from raw items."""
 
 from crossan_fast.cache.basis import project
-from crossan_fast.cache.build import BrokenItemError, BuildReport, ModalitySpec, build_cache
+from crossan_fast.cache.build import (
+    BrokenItemError,
+    BuildReport,
+    ImportReport,
+    ModalitySpec,
+    build_cache,
+    import_features,
+)
 from crossan_fast.cache.convert import convert_cache
 from crossan_fast.cache.format import CacheError, CorruptCacheError, IncompleteCacheError
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
@@ -15,11 +22,13 @@ __all__ = [
     "CacheError",
     "CorruptCacheError",
     "HiddenStateCache",
+    "ImportReport",
     "IncompleteCacheError",
     "ModalitySpec",
     "build_cache",
     "convert_cache",
     "evenly",
+    "import_features",
     "project",
     "verify_cache",
     "write_cache",

@@ -13,7 +13,7 @@ from typing import Any
 # Modules are imported only for the command that was asked for: `doctor` must work where others can't.
 COMMANDS = {
     "demo": "a synthetic shop end to end: encoders, cache, training, and what each modality adds",
-    "cache": "build, describe, verify or convert a cache of hidden states",
+    "cache": "build, import, describe, verify or convert a cache of hidden states",
     "train": "train a model as a YAML file says",
     "evaluate": "rank a run's held-out targets in the full catalogue",
     "recommend": "the next items for a history of item names",

@@ -1,4 +1,4 @@
-"""`crossan-fast cache build|info|verify|convert`: hidden-state caches from the command line."""
+"""`crossan-fast cache build|import|info|verify|convert`: hidden-state caches from the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from crossan_fast._files import passing_folder
 from crossan_fast.cache.basis import ENERGY
-from crossan_fast.cache.build import BuildReport, build_cache
+from crossan_fast.cache.build import BuildReport, build_cache, import_features
 from crossan_fast.cache.build.changes import ALL
 from crossan_fast.cache.convert import convert_cache, expand_cache
 from crossan_fast.cache.folders import reclaim
@@ -42,12 +42,24 @@ image, video or audio encoder. Options:
   column=NAME              column of the items file (default title, image_path, video_path or audio_path)
   kind=text|image|...      which half of a model that reads two kinds (CLIP)
   max_length=N, lowercase  of texts, instead of --max-length and --lowercase
-  precomputed              SOURCE is a .npy of states [items, L, D], in the order of the items file
+  precomputed              SOURCE holds states [L, D] or [D] an item, in the order of the items file or by
+                           name: see `crossan-fast cache import --help`
+  ids=FILE                 with precomputed: which item each row of SOURCE is
 
 Modalities that read the same column with the same encoder share one pass. A build that is stopped goes on
 where it was when the same command is given again; with more items in the items file, the new ones are
 appended, and items whose text or file is another by now are encoded again (their rows change all at once,
 when all is done).
+"""
+
+_IMPORT = """\
+Make a cache of states that exist already. Each SOURCE is a .npy, .safetensors or .pt of floats [I, D] or
+[I, L, D], or holds a tensor [D] or [L, D] an item by its name (.safetensors, .pt, or a folder of .pt or .npy
+files, one an item); .pt files are read as tensors alone. Run again with more items, it appends.
+
+ids: which item each row is: MMRec's i_id_mapping.csv (a column of names, one of row numbers), an items file
+  in the order of the rows, or a name a line; without --ids rows are in the order of --items
+  without --items the cache gets all items that are named, or rows called 0, 1, ... as in MMRec's .inter
 """
 
 _CONVERT = """\
@@ -70,7 +82,7 @@ example:
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `cache` and its commands."""
     parser = subparsers.add_parser(
-        "cache", help="build, describe, verify or convert a cache of hidden states"
+        "cache", help="build, import, describe, verify or convert a cache of hidden states"
     )
     commands = parser.add_subparsers(dest="cache_command", required=True, metavar="COMMAND")
 
@@ -107,6 +119,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     build.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
+    _add_import(commands)
     info = commands.add_parser("info", help="say what a cache holds")
     info.add_argument("folder", type=Path)
 
@@ -115,6 +128,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
     _add_convert(commands)
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="make a cache of states that were computed elsewhere",
+        description=_IMPORT,
+        epilog=ITEMS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", metavar="NAME=SOURCE", help="a modality and its states")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the cache")
+    parser.add_argument("--ids", type=Path, help="file that says which item each row is")
+    parser.add_argument("--items", type=Path, help="items file: whose states to keep, in which order")
+    add_column_options(parser, ITEMS_COLUMNS)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="storage (default bf16; in appending the cache's own)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop where an item has no row, or a row no item"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -139,7 +174,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out a parsed `cache` command; 0, 1 where `verify` found damage, 130 stopped. Bad input raises."""
-    commands = {"build": _build, "info": _info, "verify": _verify, "convert": _convert}
+    commands = {"build": _build, "import": _import, "info": _info, "verify": _verify, "convert": _convert}
     return commands[args.cache_command](args)
 
 
@@ -179,6 +214,28 @@ def _build_from(items: ItemTable, args: argparse.Namespace) -> int:
             f"of {report.unknown} items it is not known what their rows were made from: changes of their "
             "inputs do not show; to encode them again, add --re-encode NAME... or --re-encode all"
         )
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    pairs = [source.partition("=") for source in args.sources]
+    sources = {name: path for name, equals, path in pairs if name and equals and path}
+    if len(sources) < len(pairs):
+        raise ValueError(f"sources: expected NAME=SOURCE once for each name, got {' '.join(args.sources)}")
+    items = None
+    if args.items is not None:
+        items = read_items(args.items, strict=args.strict, columns=columns_of(args, ITEMS_COLUMNS))
+        print(items.taken_for)
+    report = import_features(
+        sources,
+        args.out,
+        items=items,
+        ids=args.ids,
+        dtype=args.dtype,
+        strict=args.strict,
+        progress=not args.no_progress,
+    )
+    print(f"{report}\n{_summary(report.built)}")
     return 0
 
 

@@ -14,11 +14,20 @@ bit for bit, at the same batch size.
     changes -> plan     which rows are to be encoded, and to which cache they are appended
     runner, journal     batches of inputs through the encoders, and what of it is done
     finish              the commit, the report
+    features, imports   states that were computed elsewhere, and a cache of them alone
 """
 
 from crossan_fast.cache.build.build import build_cache
 from crossan_fast.cache.build.finish import BuildReport
+from crossan_fast.cache.build.imports import ImportReport, import_features
 from crossan_fast.cache.build.runner import BrokenItemError
 from crossan_fast.cache.build.specs import ModalitySpec
 
-__all__ = ["BrokenItemError", "BuildReport", "ModalitySpec", "build_cache"]
+__all__ = [
+    "BrokenItemError",
+    "BuildReport",
+    "ImportReport",
+    "ModalitySpec",
+    "build_cache",
+    "import_features",
+]

@@ -14,6 +14,7 @@ from torch import Tensor
 from crossan_fast._checks import nearest
 from crossan_fast.cache.basis import ENERGY, project
 from crossan_fast.cache.build import digests
+from crossan_fast.cache.build.features import Array, match, open_features
 from crossan_fast.cache.build.inputs import BrokenInput
 from crossan_fast.cache.build.specs import DEFAULT_COLUMNS, ModalitySpec
 from crossan_fast.cache.format import CacheError
@@ -176,37 +177,34 @@ class EncoderPass:
 
 
 class ArrayPass:
-    """A modality whose states were computed elsewhere: rows of a `.npy`, in the order of the items file."""
+    """A modality whose states were computed elsewhere: see `crossan_fast.cache.build.features`."""
 
     threads, mixes_sizes, fingerprint = 1, True, ""
 
     def __init__(self, spec: ModalitySpec, items: Items) -> None:
         where = f"modality {spec.name!r}: source"
-        path = Path(spec.source)
-        if not path.is_file():
-            raise FileNotFoundError(f"{where}: no such file: {path}")
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{where}: expected a .npy of floats, got {path}: {error}") from error
-        if array.ndim == 2:
-            array = array[:, None, :]
-        if array.ndim != 3 or not np.issubdtype(array.dtype, np.floating) or len(array) != len(items.names):
-            raise ValueError(
-                f"{where}: expected floats [{len(items.names)}, L, D], a row for each item of the items "
-                f"file, got {array.dtype} {list(array.shape)} in {path}"
-            )
-        self._array = array
-        levels = spec.levels if spec.levels is not None else array.shape[1]
-        self._levels = choose_levels(levels, array.shape[1] - 1)
-        self.modalities = (Modality(spec.name, array.shape[2], len(self._levels)),)
-        self.records = {spec.name: {"precomputed": str(path.resolve()), "layers": list(self._levels)}}
+        ids = None if spec.ids is None else Path(spec.ids)
+        self._features = open_features(Path(spec.source), ids, where)
+        self._rows = match(self._features, items.names, where).rows
+        count, width = self._features.shape
+        self._levels = list(choose_levels(spec.levels if spec.levels is not None else count, count - 1))
+        self.modalities = (Modality(spec.name, width, len(self._levels)),)
+        path = str(Path(spec.source).resolve())
+        self.records = {spec.name: {"precomputed": path, "layers": self._levels}}
 
     def missing(self, index: int) -> str | None:
-        return None
+        return None if self._rows[index] >= 0 else f"no row in {self._features.source.name}"
 
     def record(self, index: int, before: bytes) -> bytes:
-        return digests.of_bytes("states", self._array[index, list(self._levels)].tobytes())
+        if self.missing(index) is not None:
+            return digests.EMPTY
+        try:
+            return digests.of_bytes("states", self._states(index).tobytes())
+        except BrokenInput:
+            return digests.UNREADABLE
+
+    def _states(self, index: int) -> Array:
+        return self._features.read(int(self._rows[index]))[self._levels]
 
     def sizes(self, indices: Sequence[int]) -> list[int]:
         return [0] * len(indices)
@@ -218,7 +216,7 @@ class ArrayPass:
         """Nothing to let go of."""
 
     def read(self, index: int) -> Tensor:
-        states = torch.from_numpy(np.array(self._array[index, list(self._levels)], dtype=np.float32))
+        states = torch.from_numpy(np.array(self._states(index), dtype=np.float32))
         if not states.isfinite().all():
             raise BrokenInput("NaN or inf in the precomputed states")
         return states

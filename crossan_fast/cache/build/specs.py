@@ -10,7 +10,7 @@ from crossan_fast.cache.levels import Pooling
 
 DEFAULT_COLUMNS = {"text": "title", "image": "image_path", "video": "video_path", "audio": "audio_path"}
 
-_OPTIONS = ("pool", "levels", "column", "kind", "max_length", "lowercase", "precomputed")
+_OPTIONS = ("pool", "levels", "column", "kind", "max_length", "lowercase", "precomputed", "ids")
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,16 @@ class ModalitySpec:
 
     Attributes:
         name: of the modality in the cache and in models.
-        source: an encoder (a folder, or a name on the hub); with `precomputed` a `.npy` of states.
+        source: an encoder (a folder, or a name on the hub); with `precomputed` a file or a folder
+            of states, see `crossan_fast.cache.build.features`.
         pool: `mean` (default) or `cls`, see `crossan_fast.cache.levels.pool`.
         levels: how many evenly spaced states to keep (default 7), or which ones; of precomputed states, all.
         column: of the items file; default `title`, `image_path`, `video_path` or `audio_path`, by what the
             encoder reads.
         kind: `text`, `image`, `video` or `audio`, where the encoder leaves it open (CLIP).
         max_length, lowercase: of texts; default: `build_cache`'s.
-        precomputed: `source` is an array of floats `[items, L, D]` or `[items, D]` in the items file's order.
+        precomputed: `source` holds floats `[L, D]` or `[D]` an item: by name, or in the items file's order.
+        ids: with `precomputed`, a file that says which item each row of `source` is.
     """
 
     name: str
@@ -38,8 +40,13 @@ class ModalitySpec:
     max_length: int | None = None
     lowercase: bool | None = None
     precomputed: bool = False
+    ids: str | None = None
 
     def __post_init__(self) -> None:
+        if self.ids is not None and not self.precomputed:
+            raise ValueError(
+                f"modality {self.name!r}: ids: expected with precomputed alone, got {self.ids!r}"
+            )
         if self.pool not in get_args(Pooling):
             raise ValueError(
                 f"modality {self.name!r}: pool: expected one of {get_args(Pooling)}, got {self.pool!r}"
@@ -54,7 +61,7 @@ class ModalitySpec:
         """Read `NAME=SOURCE[:option=value]…`; `levels=7` are seven evenly spaced states, `levels=0,2,4`
         these.
 
-        Options: pool, levels, column, kind, max_length, and the flags lowercase and precomputed.
+        Options: pool, levels, column, kind, max_length, ids, and the flags lowercase and precomputed.
 
         Raises:
             ValueError: naming the modality, and the nearest option to an unknown one.
@@ -80,7 +87,7 @@ class ModalitySpec:
 
 
 def _value(name: str, key: str, value: str | None) -> Any:
-    if key in ("lowercase", "precomputed"):
+    if key in ("lowercase", "precomputed", "ids"):
         if value not in (None, "true", "false"):
             raise ValueError(f"modality {name!r}: {key}: expected true or false, got {value!r}")
         return value != "false"
