@@ -45,7 +45,45 @@ def _shape(shape: Sequence[int | str | None]) -> str:
     return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'text'?`, or nothing where no known name is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+# What other libraries call our fields and options, where no letters would tell.
+_HABITS = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "l2": "weight_decay",
+    "max_grad_norm": "clip_norm",
+    "gradient_clip_val": "clip_norm",
+    "ema": "average",
+    "hidden_size": "embedding_dim",
+    "hidden_dim": "embedding_dim",
+    "hidden_units": "embedding_dim",
+    "embedding_size": "embedding_dim",
+    "num_layers": "blocks",
+    "n_layers": "blocks",
+    "num_blocks": "blocks",
+    "num_heads": "attention_heads",
+    "n_heads": "attention_heads",
+    "max_len": "window",
+    "max_seq_length": "window",
+    "max_seq_len": "window",
+    "session_max_len": "window",
+    "num_train_epochs": "epochs",
+    "train_batch_size": "batch_size",
+    "early_stopping": "patience",
+    "stopping_step": "patience",
+    "amp": "precision",
+    "output_dir": "run",
+    "topk": "k",
+    "top_k": "k",
+}
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """`; did you mean 'text'?`, or nothing where no known name is near.
+
+    Args:
+        cutoff: how near, 1 for equal; names that are habit elsewhere are near whatever it is.
+    """
+    known = list(known)
+    habit = _HABITS.get(name.lower())
+    matches = [habit] if habit in known else difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from crossan_fast._checks import nearest
+from crossan_fast._suggest import suggesting
 from crossan_fast._untrusted import parse_json
 
 Architecture = Literal["crossan", "iisan"]
@@ -40,6 +41,7 @@ _Class = TypeVar("_Class")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
+@suggesting
 @dataclass(frozen=True)
 class Modality:
     """One frozen encoder as the cache holds it.
@@ -91,6 +93,7 @@ def _with_foreign_attributes(cls: type[_Class]) -> type[_Class]:
 
 
 @_with_foreign_attributes
+@suggesting
 @dataclass(frozen=True)
 class CrossanConfig:
     """A validated, immutable description of a `CrossanModel`; round-trips through JSON.

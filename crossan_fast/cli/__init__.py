@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from crossan_fast.cli._suggesting import SuggestingParser
+
 # Modules are imported only for the command that was asked for: `doctor` must work where others can't.
 COMMANDS = {
     "demo": "a synthetic shop end to end: encoders, cache, training, and what each modality adds",
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-class _CommandParser(argparse.ArgumentParser):
+class _CommandParser(SuggestingParser):
     """A command with the positional `overrides` takes `key=value` wherever it stands.
 
     argparse by itself fills a positional from one place only: what follows a flag would be left over, or be
@@ -73,7 +75,7 @@ class _CommandParser(argparse.ArgumentParser):
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     from crossan_fast import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="crossan-fast",
         description="Sequential recommendation from frozen multimodal foundation models: CROSSAN and IISAN.",
     )

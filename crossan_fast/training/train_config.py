@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from crossan_fast._checks import nearest
+from crossan_fast._suggest import nearest_of_all, suggesting
 from crossan_fast._untrusted import parse_yaml, read_settings
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.opening import Verify
@@ -37,6 +38,7 @@ Precision = Literal["auto", ComputePrecision]
 SplitKind = Literal["leave_one_out", "time", "ratio", "given"]
 
 
+@suggesting
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101) in three parameter groups.
@@ -77,6 +79,7 @@ class OptimizerConfig:
             _check(0 < self.average < 1, "optimizer.average", "a number in (0, 1) or null", self.average)
 
 
+@suggesting
 @dataclass(frozen=True)
 class SplitConfig:
     """How users' interactions become training, validation and test; see `crossan_fast.data.splits`.
@@ -114,6 +117,7 @@ class SplitConfig:
         _check(self.stride is None or self.stride >= 1, "split.stride", "at least 1 or null", self.stride)
 
 
+@suggesting
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Full ranking; see `crossan_fast.training.evaluation`.
@@ -140,6 +144,7 @@ class EvaluationConfig:
         _check(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
 
 
+@suggesting
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run, resolved and checked; made by `load_config` or `TrainConfig.from_dict`.
@@ -325,8 +330,23 @@ def _build(cls: type, values: object, prefix: str) -> Any:
 def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> None:
     for key in values:
         if key not in known:
-            hint = nearest(str(key), known).replace("mean '", f"mean '{prefix}")
+            hint = nearest_of_all(str(key), prefix.removesuffix("."), _sections())
             raise ValueError(f"unknown config key '{prefix}{key}'{hint}")
+
+
+def _sections() -> dict[str, list[str]]:
+    """Every key that a config has, by section; '' is the top."""
+    classes = {
+        "": TrainConfig,
+        "model": CrossanConfig,
+        "optimizer": OptimizerConfig,
+        "split": SplitConfig,
+        "evaluation": EvaluationConfig,
+    }
+    return {
+        name: [f.name for f in fields(cls) if f.init and f.name != "modalities"]
+        for name, cls in classes.items()
+    }
 
 
 def _fit(hint: Any, value: Any, name: str) -> Any:

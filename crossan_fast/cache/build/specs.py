@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from crossan_fast._checks import nearest
+from crossan_fast._suggest import suggesting
 from crossan_fast.cache.levels import Pooling
 
 DEFAULT_COLUMNS = {"text": "title", "image": "image_path", "video": "video_path", "audio": "audio_path"}
@@ -13,6 +14,7 @@ DEFAULT_COLUMNS = {"text": "title", "image": "image_path", "video": "video_path"
 _OPTIONS = ("pool", "levels", "column", "kind", "max_length", "lowercase", "precomputed", "ids")
 
 
+@suggesting
 @dataclass(frozen=True)
 class ModalitySpec:
     """One modality to build.
