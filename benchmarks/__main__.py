@@ -1,14 +1,15 @@
-"""`python -m benchmarks list | run | report | compare`; each takes `--help`."""
+"""`python -m benchmarks list | run | check | report | compare | choose`; each takes `--help`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import compare, measure, registry, report, results
+from benchmarks import choose, compare, measure, registry, report, results
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,14 +28,19 @@ def _parser() -> argparse.ArgumentParser:
 
     running = commands.add_parser("run", help="check, time and weigh cases; append rows to the results")
     _selection(running)
-    running.add_argument("--only", help="implementations, e.g. eager,cpp")
-    running.add_argument("--dtypes", help="e.g. fp32,bf16")
+    _implementations(running)
     running.add_argument("--seconds", type=float, help="of timing each (default 2 on a CPU, 0.3 on a GPU)")
     running.add_argument("--minimum", type=int, default=20, help="samples each has at least (default 20)")
     running.add_argument("--budget", type=float, help="seconds after which no further case begins")
     running.add_argument("--missing", action="store_true", help="only what has no row of this commit yet")
     running.add_argument("--output", type=Path, help="CSV file (default benchmarks/results/<device>.csv)")
     running.set_defaults(run=_run)
+
+    checking = commands.add_parser("check", help="compare cases with the float64 reference; no times")
+    _selection(checking)
+    _implementations(checking)
+    checking.add_argument("--calls", type=int, default=0, help="further calls, for a profiler (default 0)")
+    checking.set_defaults(run=_check)
 
     reporting = commands.add_parser("report", help="draw plots and README's tables from the results")
     reporting.add_argument("--short", type=Path, metavar="CSV", help="only print one file's table")
@@ -44,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("old", help="a CSV file, or a commit with rows in benchmarks/results/")
     comparing.add_argument("new", help="likewise")
     comparing.set_defaults(run=_compare)
+
+    choosing = commands.add_parser(
+        "choose", help="let measured rows say which backend runs each pass on a GPU"
+    )
+    choosing.add_argument("files", nargs="*", type=Path, help="CSV files (default all of benchmarks/results)")
+    choosing.set_defaults(run=_choose)
     return parser
 
 
@@ -51,6 +63,11 @@ def _selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pattern", nargs="?", help="part of a case's name, or a glob")
     parser.add_argument("--tag", action="append", default=[], help="only cases with this tag; repeatable")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+
+
+def _implementations(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", help="implementations, e.g. eager,cpp")
+    parser.add_argument("--dtypes", help="e.g. fp32,bf16")
 
 
 def _device(options: argparse.Namespace) -> torch.device:
@@ -66,25 +83,60 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    cases, counted = _selected(options), _count(options)
     device = _device(options)
-    cases = registry.select(options.pattern, options.tag, device.type)
-    if not cases:
-        print(f"no case fits {options.pattern!r} and tags {options.tag} on {device.type}", file=sys.stderr)
-        return 2
     outcome = measure.run(
         cases,
-        measure.Options(
-            device=device,
+        replace(
+            _chosen(options),
             path=options.output or results.default_path(device),
-            only=_names(options.only, registry.IMPLEMENTATIONS, "--only"),
-            dtypes=_names(options.dtypes, tuple(registry.DTYPES), "--dtypes"),
             seconds=options.seconds or (0.3 if device.type == "cuda" else 2.0),
             minimum=options.minimum,
             budget=options.budget,
             missing=options.missing,
-            say=lambda text: print(text, flush=True),
         ),
     )
+    return _told(outcome, counted)
+
+
+def _check(options: argparse.Namespace) -> int:
+    cases, counted = _selected(options), _count(options)
+    return _told(measure.check(cases, _chosen(options), options.calls), counted)
+
+
+def _count(options: argparse.Namespace) -> object:
+    """Triton's compilations on a GPU, told at the end: minutes, where they were not carried there."""
+    if _device(options).type != "cuda":
+        return None
+    from benchmarks import triton_cache
+
+    return triton_cache.count()
+
+
+def _selected(options: argparse.Namespace) -> list[registry.Case]:
+    """The cases asked for; ends the command where none fits."""
+    device = _device(options)
+    cases = registry.select(options.pattern, options.tag, device.type)
+    if not cases:
+        print(f"no case fits {options.pattern!r} and tags {options.tag} on {device.type}", file=sys.stderr)
+        raise SystemExit(2)
+    return cases
+
+
+def _chosen(options: argparse.Namespace) -> measure.Options:
+    device = _device(options)
+    return measure.Options(
+        device=device,
+        path=results.default_path(device),
+        only=_names(options.only, registry.IMPLEMENTATIONS, "--only"),
+        dtypes=_names(options.dtypes, tuple(registry.DTYPES), "--dtypes"),
+        say=lambda text: print(text, flush=True),
+    )
+
+
+def _told(outcome: measure.Outcome, counted: object) -> int:
+    if counted is not None:
+        print(counted)
     for failure in outcome.failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if outcome.failures else 0
@@ -112,6 +164,16 @@ def _compare(options: argparse.Namespace) -> int:
         print("nothing to compare: no pass is in both", file=sys.stderr)
         return 2
     return 1 if worse else 0
+
+
+def _choose(options: argparse.Namespace) -> int:
+    try:
+        said = choose.write(options.files or results.files(results.FOLDER))
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    print("\n".join(said))
+    return 0
 
 
 def _names(text: str | None, known: tuple[str, ...], option: str) -> tuple[str, ...] | None:

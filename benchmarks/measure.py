@@ -1,4 +1,4 @@
-"""Runs cases: build, check, time, weigh; a row on disk as soon as a case is done."""
+"""Runs cases: build, check, time, weigh; a row on disk as soon as a case is done. Or checks them alone."""
 
 from __future__ import annotations
 
@@ -71,23 +71,57 @@ def run(cases: Iterable[Case], options: Options) -> Outcome:
         memory.settle()
     say(f"{results.device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     known = _measured(options) if options.missing else set()
-    for case in cases:
-        for dtype in case.dtypes:
-            if options.dtypes is not None and dtype not in options.dtypes:
-                continue
-            label = f"{case.name} {dtype}"
-            if options.budget is not None and time.monotonic() - started > options.budget:
-                _skip(outcome, say, label, f"the budget of {options.budget:g} s is used up")
-                continue
-            say(f"\n{label}")
-            _run_case(case, dtype, options, outcome, known)
-            # Compiled code and CUDA graphs' pools of this case would weigh on the next one.
-            torch._dynamo.reset()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    for case, dtype in _typed(cases, options):
+        label = f"{case.name} {dtype}"
+        if options.budget is not None and time.monotonic() - started > options.budget:
+            _skip(outcome, say, label, f"the budget of {options.budget:g} s is used up")
+            continue
+        say(f"\n{label}")
+        _run_case(case, dtype, options, outcome, known)
+        _forget(device)
     say(f"\n{len(outcome.rows)} rows, {len(outcome.failures)} failures, {len(outcome.skipped)} skipped")
     return outcome
+
+
+def check(cases: Iterable[Case], options: Options, calls: int = 0) -> Outcome:
+    """Compare every case's implementations with its reference, then call each `calls` times more."""
+    outcome, say = Outcome(), options.say
+    for case, dtype in _typed(cases, options):
+        label = f"{case.name} {dtype}"
+        say(f"\n{label}")
+        try:
+            workload = case.build(Setting(options.device, DTYPES[dtype]))
+        except Unavailable as reason:
+            _skip(outcome, say, label, str(reason))
+            continue
+        for name in (name for name in workload.implementations if _asked(case, name, options)):
+            runnable = _made(workload, name, f"{label} {name}", options, outcome)
+            if runnable is None:
+                continue
+            say(f"  {name}: as the reference")
+            for index in range(calls):
+                outputs = runnable.forward(index % workload.sets)
+                if runnable.backward is not None:
+                    runnable.backward(index % workload.sets, outputs)
+        _forget(options.device)
+    say(f"\n{len(outcome.failures)} failures, {len(outcome.skipped)} skipped")
+    return outcome
+
+
+def _typed(cases: Iterable[Case], options: Options) -> Iterator[tuple[Case, str]]:
+    """Every case in each of its types that is asked for."""
+    for case in cases:
+        for dtype in case.dtypes:
+            if options.dtypes is None or dtype in options.dtypes:
+                yield case, dtype
+
+
+def _forget(device: torch.device) -> None:
+    """Compiled code and CUDA graphs' pools of one case would weigh on the next one."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _run_case(

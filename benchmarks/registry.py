@@ -14,10 +14,11 @@ from torch import Tensor
 
 # eager: the plain reference in the case's type. autocast: the same with fp32 weights under autocast.
 # compiled: torch.compile(eager, mode="max-autotune"). The rest are this project's backends (`-graph`:
-# captured in a CUDA graph, as training runs them), what it does with files (`host`), and peers'
-# implementations.
+# captured in a CUDA graph, as training runs them; `auto-graph`: each pass by the backend that the
+# dispatcher picks), what it does with files (`host`), and peers' implementations.
 REFERENCES = ("eager", "autocast", "compiled")
-KERNELS = ("cpp", "triton", "triton-graph", "cuda")
+BACKENDS = ("cpp", "triton", "cuda")
+KERNELS = (*BACKENDS, "triton-graph", "cuda-graph", "auto-graph")
 OURS = (*KERNELS, "host")
 IMPLEMENTATIONS = (*REFERENCES, *OURS, "liger", "cce")
 

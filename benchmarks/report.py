@@ -81,7 +81,9 @@ def block(rows: Rows, plots: Sequence[Path], root: Path) -> str:
 
 def _headline() -> set[str]:
     """The cases that README shows; the files hold the rest."""
-    return {case.name for case in registry.all_cases() if case.tags & {"paper", "recipe", "catalogue"}}
+    return {
+        case.name for case in registry.all_cases() if case.tags & {"paper", "recipe", "catalogue", "epoch"}
+    }
 
 
 def _targets(rows: Rows) -> list[str]:

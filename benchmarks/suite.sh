@@ -3,10 +3,10 @@
 #
 #   CROSSAN_FAST_SUITE_SECONDS=N       for all of it
 #   CROSSAN_FAST_SUITE_PYTHON=python3  the interpreter that has torch
-#   CROSSAN_FAST_SUITE_OUTPUT=FOLDER   rows and logs (default benchmarks/results)
+#   CROSSAN_FAST_SUITE_OUTPUT=FOLDER   rows and logs (default $OUT, or benchmarks/results)
 python="${CROSSAN_FAST_SUITE_PYTHON:-python3}"
 total="${CROSSAN_FAST_SUITE_SECONDS:-$total}"
-output="${CROSSAN_FAST_SUITE_OUTPUT:-benchmarks/results}"
+output="${CROSSAN_FAST_SUITE_OUTPUT:-${OUT:-benchmarks/results}}"
 failed=0
 quick=()
 mkdir -p "$output"

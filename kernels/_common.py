@@ -210,6 +210,8 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 def refuses_device(device_type: str) -> str | None:
     """Why no Triton kernel can run on tensors of this device type, or None."""
+    if _recorder is not None:
+        return None  # nothing runs
     if INTERPRETED:
         return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs Triton kernels on CPU tensors only"
     return None if device_type == "cuda" else f"Triton needs CUDA tensors, got {device_type}"

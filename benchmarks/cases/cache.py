@@ -16,8 +16,18 @@ from torch import Tensor
 
 from benchmarks.cases.losses import random_sequences
 from benchmarks.cases.side_network import Shape
-from benchmarks.cases.step import BACKENDS, RECIPE, StepBench
-from benchmarks.registry import Case, CheckFailed, Floor, Runnable, Setting, Unavailable, Workload, register
+from benchmarks.cases.step import RECIPE, StepBench
+from benchmarks.registry import (
+    BACKENDS,
+    Case,
+    CheckFailed,
+    Floor,
+    Runnable,
+    Setting,
+    Unavailable,
+    Workload,
+    register,
+)
 from crossan_fast import HiddenStateCache
 from crossan_fast.cache.writer import CacheWriter, write_cache
 

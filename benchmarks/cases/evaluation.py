@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.cases.losses import WINDOW, random_sequences
 from benchmarks.cases.ranking import USERS
 from benchmarks.cases.side_network import CATALOGUE, Shape
-from benchmarks.cases.step import BACKENDS, RECIPE, random_cache
-from benchmarks.registry import Case, CheckFailed, Floor, Runnable, Setting, Workload, register
+from benchmarks.cases.step import RECIPE, random_cache
+from benchmarks.registry import BACKENDS, Case, CheckFailed, Floor, Runnable, Setting, Workload, register
 from crossan_fast import CrossanModel
 from crossan_fast.training.evaluation import rank_targets
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -99,9 +100,11 @@ def random_states(
     ]
 
 
-def side_weights(shape: Shape, setting: Setting) -> tuple[list[Tensor], SideNetworkStructure]:
+def side_weights(
+    shape: Shape, setting: Setting, config: CrossanConfig | None = None
+) -> tuple[list[Tensor], SideNetworkStructure]:
     """Weights as training leaves them: gates open, biases not zero."""
-    model = CrossanModel(shape.config())
+    model = CrossanModel(config or shape.config())
     generator = torch.Generator().manual_seed(1)
     weights = []
     for tensor in model.towers.weights(model.heads).flatten():
@@ -143,6 +146,36 @@ def build_side_network(shape: Shape, setting: Setting) -> Workload:
         ],
         cotangents=[_cotangent(shape, setting, generator)],
         floors=shape.side_floors(element),
+        split=rows_in_parts,
+    ).workload()
+
+
+def build_missing(shape: Shape, architecture: Literal["crossan", "iisan"], setting: Setting) -> Workload:
+    """Items that lack modalities, a few of them all, in CROSSAN's towers or IISAN's with its pairs'."""
+    config = shape.config()
+    if architecture == "iisan":
+        config = CrossanConfig.iisan(config.modalities, bottleneck=shape.rank, embedding_dim=shape.embedding)
+    weights, structure = side_weights(shape, setting, config)
+    generator = setting.generator(f"side_network_missing/{shape}/{architecture}")
+
+    def one_set() -> list[Tensor]:
+        size = (shape.items, shape.modalities)
+        present = torch.rand(size, device=setting.device, generator=generator) < 0.7
+        return [*random_states(shape, setting, generator), present]
+
+    def call(w: Sequence[Tensor], inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+        *states, present = inputs
+        towers = structure.unflatten(w)
+        return [side_network(states, towers, structure, present=present, backend=backend)]
+
+    size = (shape.items, len(structure.sources), shape.embedding)
+    return Operator(
+        setting=setting,
+        weights=weights,
+        sets=[one_set() for _ in range(2)],
+        call=call,
+        cotangents=[torch.randn(size, device=setting.device, generator=generator)],
+        floors={},
         split=rows_in_parts,
     ).workload()
 
@@ -230,6 +263,16 @@ for count in (1, 2, 8):
 for width in (384, 1_024, 4_096):
     _register(Shape(PAPER_ITEMS, width=width), 42, "width")
 _register(Shape(PAPER_ITEMS, modalities=2, width=384), 20, "recipe", compiled=True)
+_ARCHITECTURES: tuple[Literal["crossan", "iisan"], ...] = ("crossan", "iisan")
+for architecture in _ARCHITECTURES:
+    register(
+        Case(
+            name=f"side_network_missing/{Shape(PAPER_ITEMS, modalities=2)},architecture={architecture}",
+            build=partial(build_missing, Shape(PAPER_ITEMS, modalities=2), architecture),
+            tags=frozenset({"missing"}),
+            importance=36,
+        )
+    )
 for stored in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
     label = str(stored).removeprefix("torch.")
     register(

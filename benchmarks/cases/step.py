@@ -6,11 +6,9 @@ implementation runs under autocast with fp32 weights, as training does.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -19,16 +17,40 @@ from torch import Tensor
 from benchmarks import accuracy
 from benchmarks.cases.losses import WINDOW, random_sequences
 from benchmarks.cases.side_network import CATALOGUE, Shape
-from benchmarks.registry import Case, Floor, Runnable, Setting, Unavailable, Workload, register
+from benchmarks.registry import (
+    KERNELS,
+    Case,
+    CheckFailed,
+    Floor,
+    Runnable,
+    Setting,
+    Unavailable,
+    Workload,
+    register,
+)
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache
-from crossan_fast.data import leave_one_out, read_interactions, read_items
-from crossan_fast.training import Batches, OptimizerConfig, TrainStep, make_optimizer
+from crossan_fast._sources import ReadAhead
+from crossan_fast.training import OptimizerConfig, TrainStep, make_optimizer
+from crossan_fast.training.feed import bucket
+from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.train_config import ComputePrecision
 
 CHECKED_USERS, CHECKED_ITEMS = 16, 512
-BACKENDS = ("cpp", "triton", "cuda")
+WARMUP = 3  # eager steps before a capture
 RECIPE = Shape(items=0, modalities=2, width=384)
 PAPER = Shape(items=0)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step and, where it is captured, what replays it."""
+
+    step: TrainStep
+    graphed: GraphedStep | None = None
+
+    @property
+    def call(self) -> Callable[[Tensor, ReadAhead], Tensor]:
+        return self.step if self.graphed is None else self.graphed
 
 
 @dataclass(frozen=True)
@@ -47,19 +69,41 @@ class StepBench:
     counts: Tensor
 
     def workload(self, floors: dict[str, Floor] | None = None) -> Workload:
-        made: dict[str, TrainStep] = {}
+        made: dict[str, Made] = {}
 
-        def make(name: str, step: Callable[[], TrainStep]) -> Runnable:
-            made[name] = step()
-            return Runnable(lambda index: [made[name](self.batches[index])])
+        def make(name: str) -> Runnable:
+            made[name] = self.made(name)
+            return Runnable(
+                lambda index: [made[name].call(self.batches[index], self.ahead)],
+                memory=not name.endswith("-graph"),
+            )
 
-        implementations = {"eager": partial(make, "eager", self.reference)}
-        implementations["compiled"] = partial(make, "compiled", partial(self.reference, compiled=True))
-        for name in BACKENDS:
-            implementations[name] = partial(make, name, partial(self.step, name))
+        names = ("eager", "compiled", *KERNELS)
         return Workload(
-            len(self.batches), implementations, lambda name, _: self.check(name, made[name]), floors or {}
+            len(self.batches),
+            {name: partial(make, name) for name in names},
+            lambda name, _: self.check(name, made[name]),
+            floors or {},
         )
+
+    @cached_property
+    def ahead(self) -> ReadAhead:
+        """The slots that every batch gets on a GPU, as training's feed counts them."""
+        if self.setting.device.type == "cpu":
+            return ReadAhead()
+        most = max(batch.unique().numel() for batch in self.batches) + 1
+        return ReadAhead(capacity=bucket(most, self.batches[0].numel() + 1))
+
+    def made(self, name: str) -> Made:
+        """An implementation by its name; `Unavailable` where it can't be captured."""
+        if name in ("eager", "compiled"):
+            return Made(self.reference(compiled=name == "compiled"))
+        step = self.step(name.removesuffix("-graph"))
+        if not name.endswith("-graph"):
+            return Made(step)
+        if reason := refusal(step):
+            raise Unavailable(reason)
+        return Made(step, GraphedStep(step, warmup=WARMUP))
 
     def model(self, backend: str, deduplicate: bool, dropout: float | None = None) -> CrossanModel:
         config = replace(self.config, deduplicate=deduplicate)
@@ -88,8 +132,12 @@ class StepBench:
             )  # in place: the step calls this very module
         return step
 
-    def check(self, name: str, step: TrainStep) -> None:
-        """Loss and gradients of some users, dropout off, before the first update, against float64."""
+    def check(self, name: str, made: Made) -> None:
+        """Loss and gradients of some users, dropout off, before the first update, against float64.
+
+        Then what is to be captured is, so that no call that is timed does it.
+        """
+        step = made.step
         plain = self._gradients(self.step("eager", deduplicate=False))
         found = self._gradients(step)
         own = [accuracy.error(p, t) for p, t in zip(plain, self._truth, strict=True)]
@@ -98,6 +146,11 @@ class StepBench:
         places = ids.numel() if self.config.loss == "in_batch" else cache.num_items
         terms = places * sum(modality.width for modality in self.config.modalities)
         accuracy.compare(name, names, found, self._truth, own, self.setting.dtype, terms)
+        if made.graphed is not None:
+            for _ in range(WARMUP + 2):
+                loss = made.graphed(self.batches[0], self.ahead)
+            if made.graphed.reason is not None or not bool(loss.isfinite()):
+                raise CheckFailed(f"{name}: {made.graphed.reason or f'loss {float(loss)} when replayed'}")
 
     @cached_property
     def _checked(self) -> tuple[HiddenStateCache, Tensor]:
@@ -173,32 +226,6 @@ def build_iisan(setting: Setting) -> Workload:
     return random_bench(shape, CrossanConfig.iisan(shape.config().modalities), 64, setting).workload()
 
 
-def build_epoch(setting: Setting) -> Workload:
-    """An epoch over the real sequences of the Scientific data, with random states at the recipe's size."""
-    folder = Path(os.environ.get("CROSSAN_FAST_DATA", "")) / "scientific"
-    if not (folder / "users.tsv").is_file():
-        raise Unavailable("CROSSAN_FAST_DATA names no folder with scientific/users.tsv")
-    items = read_items(folder / "items.tsv")
-    split = leave_one_out(read_interactions(folder / "users.tsv", items.names), WINDOW)
-    batches = Batches(split.train.to(setting.device), 64, seed=0)
-    cache = random_cache(RECIPE, len(items.names), setting, torch.bfloat16)
-    bench = StepBench(setting, RECIPE.config(), cache, list(batches.epoch(1)), split.train_counts)
-    made: dict[str, TrainStep] = {}
-
-    def make(name: str) -> Runnable:
-        made[name] = bench.reference() if name == "eager" else bench.step(name)
-
-        def epoch(_: int) -> list[Tensor]:
-            return [torch.stack([made[name](ids) for ids in batches.epoch(1)])]
-
-        return Runnable(epoch, once=True)
-
-    names = ("eager", *BACKENDS)
-    return Workload(
-        1, {name: partial(make, name) for name in names}, lambda name, _: bench.check(name, made[name])
-    )
-
-
 for shape, users, loss, importance, tag in (
     (PAPER, 64, "in_batch", 3, "paper"),
     (PAPER, 1_024, "in_batch", 3, "paper"),
@@ -231,13 +258,5 @@ register(
         tags=frozenset({"step", "paper"}),
         importance=12,
         reference_bytes=1.5 * replace(PAPER, modalities=2, items=64 * (WINDOW + 1)).reference_bytes(4),
-    )
-)
-register(
-    Case(
-        name=f"epoch/data=scientific,B=64,M={RECIPE.modalities},D={RECIPE.width}",
-        build=build_epoch,
-        tags=frozenset({"epoch", "recipe"}),
-        importance=13,
     )
 )

@@ -13,7 +13,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from crossan_fast import _build
 from crossan_fast._checks import nearest
+from crossan_fast.ops import _passes
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 # Every file or folder of ops/ whose name is no private one is an op.
@@ -150,14 +151,21 @@ class Implementation:
 @dataclass(frozen=True)
 class Choice:
     """Attributes:
-    backend: the pick.
+    backend: the pick, of the forward where the passes have one each.
     reason: why it, in words.
     rejected: the backends tried before it, each with its reason.
+    backward: the backward's, where it is another than the forward's.
     """
 
     backend: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
+    backward: str | None = None
+
+    @property
+    def passes(self) -> str:
+        """What a registered op takes as its backend."""
+        return _passes.joined(self.backend, self.backward or self.backend)
 
 
 def implementation(op: str, backend: str) -> Implementation:
@@ -247,9 +255,14 @@ def _choose(request: Request, wanted: str) -> Choice:
         return Choice(wanted, "asked for by name")
     if by_design := EAGER_BY_DESIGN.get((request.op, request.device)):
         return Choice("eager", by_design)
+    passes = _passes.preferred(request.op) if request.device == "cuda" else None
+    order = _ORDER.get(request.device, {})
+    if passes is not None and passes.forward in order:
+        order = {passes.forward: order[passes.forward], **order}
     rejected: list[tuple[str, str]] = []
-    for backend, reason_for in _ORDER.get(request.device, {}).items():
-        if reason := _passed_over(request, backend) or refusal(request, backend):
+    for backend, reason_for in order.items():
+        passed_over = None if passes and backend == passes.forward else _passed_over(request, backend)
+        if reason := passed_over or refusal(request, backend):
             rejected.append((backend, reason))
             continue
         if rejected and backend == "eager":
@@ -260,8 +273,20 @@ def _choose(request: Request, wanted: str) -> Choice:
                 stacklevel=2,
             )
         why = reason_for if isinstance(reason_for, str) else reason_for()
-        return Choice(backend, why, tuple(rejected))
+        choice = Choice(backend, why, tuple(rejected))
+        return choice if passes is None else _with_backward(request, choice, passes)
     return Choice("eager", f"the only backend for {request.device}", tuple(rejected))
+
+
+def _with_backward(request: Request, choice: Choice, passes: _passes.Passes) -> Choice:
+    """The choice with the backend that its backward is better run by, where there is one that can."""
+    forward = choice.backend
+    if forward not in _passes.SHARED[request.op] or forward == passes.backward:
+        return choice
+    if reason := refusal(request, passes.backward):
+        return replace(choice, rejected=(*choice.rejected, (f"{passes.backward} backward", reason)))
+    reason = f"{choice.reason}; its backward by {passes.backward}: {passes.reason}"
+    return replace(choice, reason=reason, backward=passes.backward)
 
 
 def compute_dtype(device: str, default: torch.dtype) -> torch.dtype:

@@ -224,7 +224,7 @@ def side_network(
         weights.flatten(),
         *structure.static,
         dtype,
-        choice.backend,
+        choice.passes,
     )[0]
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import cache, cache_build, evaluation, losses, ranking, side_network, step
+from benchmarks.cases import cache, cache_build, epoch, evaluation, losses, ranking, side_network, step
 from benchmarks.registry import CheckFailed, Setting, Unavailable
+from crossan_fast.training import Batches, graph
 
 CPU = torch.device("cpu")
 SMALL = side_network.Shape(items=9, modalities=2, width=16, levels=3, rank=4, embedding=8)
@@ -90,12 +92,61 @@ def test_a_wrong_step_is_seen(monkeypatch):
     ids = losses.random_sequences(6, 300, CPU, setting.generator("ids"))
     states = step.random_cache(SMALL, 300, setting, torch.bfloat16)
     bench = step.StepBench(setting, SMALL.config(), states, [ids], torch.ones(301))
-    right, wrong = bench.step("eager"), bench.step("eager")
+    right, wrong = bench.made("eager"), bench.made("eager")
     bench.check("right", right)
-    model = wrong.model
-    wrong.forward_backward = lambda ids: 1.001 * model(ids, cache=wrong.cache).loss
+    step_of, model = wrong.step, wrong.step.model
+    step_of.forward_backward = lambda ids: 1.001 * model(ids, cache=step_of.cache).loss
     with pytest.raises(CheckFailed, match="wrong: loss errs by"):
         bench.check("wrong", wrong)
+
+
+class Recorder:
+    """Stands for a device's graphs: captures record what to run."""
+
+    def __init__(self, device):
+        self.captured = 0
+
+    def warm(self, body):
+        return body()
+
+    def capture(self, body):
+        self.captured += 1
+        loss = torch.zeros(())
+        return lambda: loss.copy_(body()), loss
+
+
+def test_a_captured_step_is_checked_and_captured_before_it_is_timed(monkeypatch):
+    recorders = []
+
+    def graphs(device):
+        recorders.append(Recorder(device))
+        return recorders[-1]
+
+    monkeypatch.setattr(graph, "CudaGraphs", graphs)
+    monkeypatch.setattr(step, "refusal", lambda _: None)
+    workload = step.build(SMALL, 6, "in_batch", Setting(CPU, torch.float32))
+    monkeypatch.setattr(step.StepBench, "step", functools.partialmethod(eager_step, step.StepBench.step))
+    runnable = workload.implementations["triton-graph"]()
+    assert not runnable.memory
+    workload.check("triton-graph", runnable)
+    assert recorders[0].captured == 1
+    first, later = (float(runnable.forward(0)[0]) for _ in range(2))
+    assert recorders[0].captured == 1 and first != later
+
+    def refuse(self, body):
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(Recorder, "capture", refuse)
+    with (
+        pytest.warns(UserWarning, match="one kernel at a time"),
+        pytest.raises(CheckFailed, match="triton-graph: capture failed: not permitted"),
+    ):
+        workload.check("triton-graph", workload.implementations["triton-graph"]())
+
+
+def eager_step(self, make, backend, deduplicate=True):
+    assert backend in ("triton", "eager")
+    return make(self, "eager", deduplicate)
 
 
 def test_wrong_ranks_are_seen():
@@ -124,7 +175,33 @@ def test_a_cache_larger_than_the_disk_is_not_tried(monkeypatch):
 def test_the_epoch_needs_the_data(monkeypatch, tmp_path):
     monkeypatch.setenv("CROSSAN_FAST_DATA", str(tmp_path))
     with pytest.raises(Unavailable, match="CROSSAN_FAST_DATA"):
-        step.build_epoch(Setting(CPU, torch.float32))
+        epoch.build_scientific(SMALL, Setting(CPU, torch.float32))
+
+
+def test_a_synthetic_epoch_has_the_shape_of_the_data(data_folder, monkeypatch):
+    """Users, lengths and items are the data's; distinct items, which a step's cost depends on, follow."""
+    monkeypatch.setenv("CROSSAN_FAST_DATA", str(data_folder))
+    setting = Setting(CPU, torch.float32)
+    (real, counts), made = epoch.scientific_sequences(setting), epoch.synthetic_sequences(setting)
+    lengths, own = ((rows != 0).sum(1).sort().values for rows in (real, made))
+    assert torch.equal(lengths, own) and made.shape == real.shape
+    assert len(counts) > made.max() > 0.9 * len(counts)
+    assert not ((made[:, :-1] != 0) & (made[:, 1:] == 0)).any()
+    batches = (Batches(rows, 64, seed=0) for rows in (real, made))
+    distinct = [sum(counted.distinct(1)) / len(counted) for counted in batches]
+    assert distinct[1] == pytest.approx(distinct[0], rel=0.02)
+
+
+def test_a_synthetic_epoch_trains(monkeypatch):
+    monkeypatch.setattr(epoch, "CATALOGUE", 300)
+    monkeypatch.setattr(epoch, "POPULARITY", {1: 40, 11: 6, 300: 1})
+    monkeypatch.setattr(epoch, "LENGTHS", {3: 60, 11: 10})
+    workload = epoch.build_synthetic(SMALL, Setting(CPU, torch.float32))
+    runnable = workload.implementations["eager"]()
+    workload.check("eager", runnable)
+    assert runnable.forward(0)[0].shape == (2,)
+    with pytest.raises(Unavailable, match="graphs need a CUDA device, got cpu"):
+        workload.implementations["auto-graph"]()
 
 
 def test_an_epoch_is_called_a_few_times_whatever_the_minimum(monkeypatch, tmp_path):
@@ -135,7 +212,7 @@ def test_an_epoch_is_called_a_few_times_whatever_the_minimum(monkeypatch, tmp_pa
         "".join(f"u{n}\t{' '.join(f'i{1 + (n + k) % 30}' for k in range(6))}\n" for n in range(70))
     )
     monkeypatch.setenv("CROSSAN_FAST_DATA", str(tmp_path))
-    workload = step.build_epoch(Setting(CPU, torch.float32))
+    workload = epoch.build_scientific(SMALL, Setting(CPU, torch.float32))
     runnable = workload.implementations["eager"]()
     workload.check("eager", runnable)
     samples = timing.interleaved({"eager": runnable}, CPU, 1, 1.0, 20)["eager"]

@@ -101,6 +101,17 @@ def test_a_backend_that_refuses_is_skipped(tmp_path):
     assert "'cuda' was asked for on cpu" in outcome.skipped[0]
 
 
+def test_a_check_alone_measures_nothing(tmp_path):
+    called: list[str] = []
+    workload = Workload(
+        2, {"eager": lambda: Runnable(lambda index: called.append(f"set {index}") or [])}, lambda *_: None
+    )
+    case = Case("counted/n=1", lambda setting: workload, ("fp32",))
+    outcome = measure.check([case, add_case(eager=1, cpp=2)], options(tmp_path), calls=3)
+    assert outcome.failures == ["add/n=4 fp32 cpp: wrong sum"] and not outcome.rows
+    assert called == ["set 0", "set 1", "set 0"] and not (tmp_path / "r.csv").exists()
+
+
 def test_no_case_begins_past_the_budget(tmp_path):
     outcome = measure.run([add_case(eager=1)], options(tmp_path, budget=0.0))
     assert not outcome.rows and "the budget of 0 s" in outcome.skipped[0]
@@ -165,6 +176,8 @@ def test_the_check_sees_one_wrong_element(monkeypatch, place):
         partial(fusion.build, SMALL, None),
         partial(losses.build_in_batch, 5),
         partial(losses.build_full, 2),
+        partial(side_network.build_missing, SMALL, "crossan"),
+        partial(side_network.build_missing, SMALL, "iisan"),
         partial(side_network.build_gather, SMALL, torch.int8),
         partial(side_network.build_gather, SMALL, torch.float8_e4m3fn),
         partial(side_network.build_gather, SMALL, torch.bfloat16),
@@ -312,6 +325,7 @@ def test_command_line(tmp_path, capsys):
     arguments = ["deduplicate/users=64", "--device", "cpu", "--seconds", "0.01", "--output", str(path)]
     assert main(["run", *arguments, "--only", "eager"]) == 0
     assert math.isfinite(results.read(path)[0].p50_ms)
-    assert main(["run", "no such case", "--device", "cpu"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "no such case", "--device", "cpu"])
     with pytest.raises(SystemExit, match="unknown"):
         main(["run", "--only", "eagre"])

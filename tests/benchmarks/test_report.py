@@ -118,6 +118,39 @@ def test_the_readme_block_is_drawn_from_the_files(tmp_path):
     assert readme.read_text() == text
 
 
+def gpu_rows() -> list[Row]:
+    """Of every number that the GPU's targets read: a 30th of eager's time and of its memory."""
+    rows = []
+    for target in (t for t in TARGETS if t.device == "cuda"):
+        passes = "both" if "encoder" in target.case or "loss/" in target.case else "run"
+        gpu = replace(ROW, device="NVIDIA Some GPU", case=target.case, dtype="bf16", passes=passes)
+        graph = replace(gpu, backend="auto-graph", p50_ms=1.0, peak_bytes=None, floor_share=0.6)
+        rows += [graph, replace(graph, backend="triton", p50_ms=2.0, peak_bytes=1 << 20)]
+        for backend in ("eager", "compiled"):
+            rows.append(replace(gpu, backend=backend, p50_ms=30.0, peak_bytes=30 << 20))
+    return rows
+
+
+def test_the_readme_has_the_gpus_targets_met_or_missed(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    rows = gpu_rows()
+    results.append(tmp_path / "results" / "nvidia.csv", rows)
+    report.write(tmp_path / "results", readme)
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
+    targets = lines[: next(i for i, line in enumerate(lines) if line.startswith("| case "))][2:]
+    asked = [t for t in TARGETS if t.device == "cuda"]
+    assert len(targets) == len(asked) and all(line.endswith("| met |") for line in targets)
+    assert "| training step, B = 64, against eager | ≥ 20× | 30.0× (auto-graph) | met |" in targets
+    assert "| memory of a step, B = 1,024 | ≤ 1/15 | 1/30.0 (triton) | met |" in targets
+    assert any("epoch of the Scientific data's shape" in line for line in targets)
+    results.append(tmp_path / "results" / "nvidia.csv", [replace(row, p50_ms=300.0) for row in rows])
+    report.write(tmp_path / "results", readme)
+    assert readme.read_text().count("**missed**") == sum(t.quantity in ("time", "seconds") for t in asked)
+    table = [line for line in readme.read_text().splitlines() if "epoch/data=synthetic,B=64,M=4" in line]
+    assert len(table) == 2
+
+
 def test_a_readme_without_marks_is_left_alone(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing\n")

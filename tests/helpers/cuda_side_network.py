@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from judging import judge_all, together
 from torch import Tensor
 
 from crossan_fast.cache.quantize import quantize
+from crossan_fast.ops._passes import joined
 from crossan_fast.ops.side_network import (
     SideNetworkStructure,
     SideNetworkWeights,
@@ -159,6 +161,20 @@ class Case:
             ]
             for embeddings, grads in results
         )
+
+
+def by_passes(forward: str, backward: str) -> SimpleNamespace:
+    """What `Case.run` takes as `ops`: the registered op, with a backend for each pass."""
+    registered, name = torch.ops.crossan_fast, joined(forward, backward)
+
+    def run_forward(*arguments):
+        e, saved, _ = registered.side_network(*arguments[:-2], name)
+        return e, saved, e.new_zeros(saved.shape[0], 0)  # what is kept of weights is the CPU's affair
+
+    def run_backward(*arguments):
+        return registered.side_network_backward(*arguments[:-2], name)
+
+    return SimpleNamespace(side_network=run_forward, side_network_backward=run_backward)
 
 
 def error(got: Tensor, exact: Tensor) -> float:

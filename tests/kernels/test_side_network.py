@@ -322,10 +322,10 @@ def test_scratch_of_a_split_batch_is_read_only_where_written(device: torch.devic
     check(Case(BACKBONE, items=20), device)
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(device: torch.device) -> None:
     from crossan_fast.ops._dispatch import Request, refusal
 
-    wanted = Request("side_network", "cpu", torch.float32, ("states_grad",))
+    wanted = Request("side_network", device.type, torch.float32, ("states_grad",))
     assert "frozen" in (refusal(wanted, "triton") or "")
     assert refusal(replace(wanted, features=()), "triton") is None
     assert "float64" in (refusal(replace(wanted, features=(), dtype=torch.float64), "triton") or "")

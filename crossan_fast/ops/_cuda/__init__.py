@@ -2,8 +2,9 @@
 
 What an op adds stands in a module of its name here: `refuses(request)` where the kernels have limits of their
 own, `forward` and `backward` where they are put together with torch's products. Without it the library's op
-is called as it stands. `auto` passes the kernels over (`_UNMEASURED`) until a GPU's measurement shows where
-they beat Triton; ask for them with `backend="cuda"` or `CROSSAN_FAST_BACKEND=cuda`.
+is called as it stands. `auto` passes the kernels over (`_UNMEASURED`), but for passes that `_passes` gives
+them, until a GPU's measurement shows where they beat Triton; ask for them with `backend="cuda"` or
+`CROSSAN_FAST_BACKEND=cuda`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_side_network import DRAWS, HOPPER, MMA, Case, error
+from cuda_side_network import DRAWS, HOPPER, MMA, Case, by_passes, error
 
 from crossan_fast import _build
 from crossan_fast.ops import _cuda
@@ -59,6 +59,13 @@ def _case(gpu, count, width, levels, modalities, **changes):
 def test_side_network(gpu, ops, path, dtype, count, width, levels, modalities, embedding, absent):
     case = _case(gpu, count, width, levels, modalities, embedding=embedding, stored=dtype, dtype=dtype)
     replace(case, presence=absent).check(ops, path, draws=DRAWS if count < 100 else 1)
+
+
+@pytest.mark.parametrize("passes", [("triton", "cuda"), ("cuda", "triton")], ids="-".join)
+@pytest.mark.parametrize("count, absent", [(33, True), (704, False)])
+def test_a_backend_for_each_pass(gpu, ops, passes, count, absent):
+    case = _case(gpu, count, 768, 7, 4, presence=absent)
+    case.check(by_passes(*passes), 0, draws=DRAWS if count < 100 else 1)
 
 
 @pytest.mark.parametrize("gates", [(30, -30, 3, 30, -3), (-30, 30, -3, 3, 30)])
