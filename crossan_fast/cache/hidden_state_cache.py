@@ -232,7 +232,8 @@ class HiddenStateCache:
 
         Raises:
             RuntimeError: the states are too large for this GPU; `gather` and `prefetch` serve it instead.
-            ValueError, IndexError: NaN or inf in a row, or it is not what was written; ids out of range.
+            ValueError, IndexError: NaN or inf in a row, or it is not what was written; ids out of range. On the
+                CPU alone.
         """
         return self._finite_at(device, ids)[0]
 
@@ -269,7 +270,9 @@ class HiddenStateCache:
         self, device: str | torch.device, ids: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         found = self._at(exact_device(device))
-        if found[0] is self._states and not torch.compiler.is_compiling():
+        # A GPU would have to be waited for at every step; what was made of tensors has been looked at.
+        on_host = found[0] is self._states and found[0][0].device.type == "cpu"
+        if on_host and not torch.compiler.is_compiling():
             self._checked.look(ids if ids is None else check_ids(ids, self.num_items))
         return found
 
