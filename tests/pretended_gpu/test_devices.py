@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from pretended_gpu import GPU, OnGpu, PretendedGpu
 
+from benchmarks.pretended_gpu import GPU, OnGpu, PretendedGpu
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
 from crossan_fast.cli.demo import popularity_metrics
 from crossan_fast.data import Split, build_interactions, leave_one_out

@@ -1,0 +1,70 @@
+"""Triton's own launcher gets a whole step's launches right, and what would go wrong on a device is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import crossan_fast.model
+from benchmarks import launches
+from benchmarks.pretended_gpu import GPU, PretendedGpu
+from benchmarks.pretended_gpu.driver import Launch, pretended_driver
+from crossan_fast import CrossanConfig, Modality
+from crossan_fast.kernels._common import launch
+from crossan_fast.kernels._streaming_softmax import mean_kernel
+
+MODALITIES = (Modality("text", 32, 2), Modality("image", 32, 2))
+SMALL = launches.Case(
+    "small", CrossanConfig(MODALITIES, bottleneck=16, embedding_dim=16, window=4), users=4, items=20
+)
+
+
+def test_a_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`count` checks each launch, and that the host never waits; a wait that is planted is found."""
+    counts = {(row.part, row.passes): row for row in launches.count(SMALL)}
+    for part in ("side_network", "fusion", "loss"):
+        assert all(counts[part, passes].triton_launches for passes in ("forward", "backward"))
+    assert counts["optimizer", "update"].torch_ops
+    monkeypatch.setattr(crossan_fast.model, "_rows", lambda table, index: table[index] * table.sum().item())
+    with pytest.raises(
+        AssertionError, match=r"small: the host waits for the device at .*_local_scalar_dense"
+    ):
+        launches.count(SMALL)
+
+
+@pytest.fixture
+def launched() -> Iterator[list[Launch]]:
+    found: list[Launch] = []
+    with pretended_driver(found.append), PretendedGpu():
+        yield found
+
+
+def mean(*grid: int, loss_on: torch.device = GPU, programs: int = 5) -> None:
+    launch(
+        mean_kernel, grid, torch.zeros(5, 2, device=GPU), torch.zeros((), device=loss_on), programs, BLOCK=16
+    )
+
+
+def test_a_launch_is_recorded(launched: list[Launch]) -> None:
+    mean(3, 2)
+    assert launched == [Launch("mean_kernel", (3, 2, 1), 4, launched[0].shared)]
+
+
+def test_faults_of_a_launch_are_found(launched: list[Launch]) -> None:
+    with pytest.raises(ValueError, match="cpu tensor"):
+        mean(1, loss_on=torch.device("cpu"))
+    with pytest.raises(AssertionError, match=r"mean_kernel: nothing was launched on grid \(0,\)"):
+        mean(0)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        mean(1, 70_000)
+    assert launched == []
+
+
+def test_a_count_that_changed_is_reported() -> None:
+    row = launches.Row("2.13", "3.9.0", "case", "bf16", "loss", "forward", 3, 1)
+    other = launches.Row("2.13", "3.9.0", "case", "bf16", "loss", "forward", 4, 1)
+    elsewhere = launches.Row("2.13", "3.10.0", "case", "bf16", "loss", "forward", 4, 1)
+    assert launches.differences([row], [row]) == launches.differences([row], [elsewhere]) == []
+    assert len(launches.differences([row], [other])) == len(launches.differences([row], [])) == 1
