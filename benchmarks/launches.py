@@ -1,12 +1,13 @@
 """Count what a training step launches on a GPU, and check every launch of Triton's, without a GPU.
 
-    python -m benchmarks.launches [--only iisan] [--check]
+    python -m benchmarks.launches [--only iisan] [--check] [--count]
 
 A whole step (forward, backward, clipping, AdamW) runs on tensors that lie on cuda:0 for torch: its ops
 compute on the CPU, Triton's kernels compile for sm_90 and are launched into a driver that keeps launches and
 has them checked (`benchmarks/pretended_gpu`). The second step counts, as a captured one would. An op of
 torch's that writes something is at least one kernel on a device; a sort or a scan is several. Counts go to
 benchmarks/results/launches.csv; `--check` writes nothing and fails where they are not what is recorded.
+`--count` compiles and checks nothing, which takes seconds.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from crossan_fast.training.train_config import Precision
 
 RESULTS = Path(__file__).parent / "results" / "launches.csv"
 WINDOW, USERS, CATALOGUE = 10, 64, 20_314
+SOME = 2_000  # items of a catalogue that no step encodes whole
 # Allocations, and new names for memory there is.
 _NO_KERNEL = {
     "empty",
@@ -66,7 +68,7 @@ class Case:
     config: CrossanConfig
     precision: Precision = "bf16"
     users: int = USERS
-    items: int = CATALOGUE
+    items: int = SOME
     missing: bool = False
 
 
@@ -98,7 +100,7 @@ CASES = (
     Case("M=4,D=768,L=7,loss=in_batch", paper()),
     Case("M=4,D=768,L=7,loss=in_batch", paper(), "fp32"),
     Case("M=4,D=768,L=7,loss=in_batch,missing", paper(modality_dropout=0.2), missing=True),
-    Case("M=4,D=768,L=7,loss=full", paper(loss="full")),
+    Case("M=4,D=768,L=7,loss=full", paper(loss="full"), items=CATALOGUE),
     Case("M=2,D=768,L=7,architecture=iisan,loss=in_batch", paper(2)),
 )
 
@@ -166,11 +168,15 @@ class Parts:
         return self._current, "update" if self._current == "optimizer" else "forward"
 
 
-def count(case: Case) -> list[Row]:
-    """One row for each part and pass of a step; AssertionError for a launch that is wrong, or a wait."""
+def count(case: Case, compiling: bool = True) -> list[Row]:
+    """One row for each part and pass of a step; AssertionError for a launch that is wrong, or a wait.
+
+    Args:
+        compiling: off, launches are counted and no more.
+    """
     parts = Parts()
     with ExitStack() as stack:
-        stack.enter_context(pretended_driver(parts.launched))
+        stack.enter_context(pretended_driver(parts.launched, compiling=compiling))
         stack.enter_context(PretendedGpu())
         for module in (crossan_fast.model, crossan_fast.training.step):
             stack.enter_context(mock.patch.object(module, "span", parts.span))
@@ -228,13 +234,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="parts of cases' names and precisions")
     parser.add_argument("--check", action="store_true", help="fail on another count; write nothing")
+    parser.add_argument("--count", action="store_true", help="launches are counted, not compiled and checked")
     options = parser.parse_args(arguments)
     cases = [c for c in CASES if any(only in f"{c.name} {c.precision}" for only in options.only)]
     if not cases:
         parser.error(f"--only: no case among {[f'{c.name} {c.precision}' for c in CASES]}")
     rows = []
     for case in cases:
-        rows += (found := count(case))
+        rows += (found := count(case, not options.count))
         print(table(found), flush=True)
     if not options.check:
         _write(rows)

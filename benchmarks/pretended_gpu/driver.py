@@ -66,8 +66,11 @@ class _Record(ctypes.Structure):
 
 
 @contextmanager
-def pretended_driver(launched: Callable[[Launch], object]) -> Iterator[None]:
-    """Within the block Triton compiles and launches for an sm_90; `launched` is told of each.
+def pretended_driver(launched: Callable[[Launch], object], *, compiling: bool = True) -> Iterator[None]:
+    """Within the block Triton compiles and launches for an sm_90; `launched` is told of each launch.
+
+    Args:
+        compiling: off, launches are told of, and neither compiled nor checked.
 
     Raises, at a launch: what the driver refuses, as Triton raises it; AssertionError, naming the kernel and
     the argument, where the device would not be handed what the call says.
@@ -78,6 +81,9 @@ def pretended_driver(launched: Callable[[Launch], object]) -> Iterator[None]:
 
     @functools.wraps(run)
     def checked(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
+        if not compiling:
+            launched(Launch(self.__name__, (*grid, 1, 1)[:3], kwargs.get("num_warps", 4), 0))
+            return None
         before = record.number
         compiled = run(self, *args, grid=grid, warmup=warmup, **kwargs)
         if not warmup:
