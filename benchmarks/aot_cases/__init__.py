@@ -15,6 +15,8 @@ import torch
 from crossan_fast.ops._dispatch import OPS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What an op is compiled in once: fp16, and fp32 whose products are TF32's.
+OTHER_DTYPES = {"fp16": torch.float16, "tf32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class Case:
 
     Attributes:
         name: op and sizes.
-        dtype: what it computes in.
+        dtype: what it computes in; `tf32` is fp32 under torch's switch.
         run: calls the host functions.
         hot: kernels that must not spill.
         matrix: kernels whose products must be matrix instructions.
         wide: those of them whose tiles have the 64 rows of sm_90's own instruction, and so must use it.
+        short: whether every change compiles it (.ci/triton).
     """
 
     name: str
@@ -36,6 +39,7 @@ class Case:
     hot: frozenset[str] = frozenset()
     matrix: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
+    short: bool = False
 
 
 def new(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -45,7 +49,7 @@ def new(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def products(kernels: frozenset[str], dtype: str) -> frozenset[str]:
     """The kernels that must use matrix units: a product of fp32 does so only by torch's own switch."""
-    return kernels if dtype == "bf16" else frozenset()
+    return kernels if dtype != "fp32" else frozenset()
 
 
 def of_all_ops() -> tuple[Case, ...]:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.aot_cases import DTYPES, Case, new, products
+from benchmarks.aot_cases import DTYPES, OTHER_DTYPES, Case, new, products
 from crossan_fast.kernels import full_loss
 
 _HOT = frozenset({"forward_kernel", "backward_rows_kernel", "backward_columns_kernel"})
@@ -15,7 +15,7 @@ _HOT = frozenset({"forward_kernel", "backward_rows_kernel", "backward_columns_ke
 
 def cases() -> Iterator[Case]:
     """See `benchmarks.aot_cases`."""
-    for dtype, kind in DTYPES.items():
+    for dtype, kind in {**DTYPES, **OTHER_DTYPES}.items():
         matrix = products(_HOT, dtype)
         name = "full_loss rows=640 columns=20315 d=64"
         yield Case(name, dtype, partial(call, 640, kind), _HOT, matrix, matrix)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.aot_cases import DTYPES, Case, new, products
+from benchmarks.aot_cases import DTYPES, OTHER_DTYPES, Case, new, products
 from crossan_fast.kernels import in_batch_loss
 
 _HOT = frozenset({"forward_kernel", "backward_rows_kernel", "backward_columns_kernel"})
@@ -20,6 +20,10 @@ def cases() -> Iterator[Case]:
         for sequences, columns in ((64, 704), (1_024, 11_264)):
             name = f"in_batch_loss rows={sequences * 10} columns={columns} d=64"
             yield Case(name, dtype, partial(call, sequences, columns, kind), _HOT, matrix, matrix)
+    for dtype, kind in OTHER_DTYPES.items():
+        matrix = products(_HOT, dtype)
+        name = "in_batch_loss rows=640 columns=704 d=64"
+        yield Case(name, dtype, partial(call, 64, 704, kind), _HOT, matrix, matrix)
 
 
 def call(sequences: int, columns: int, dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.aot_cases import DTYPES, Case, new, products
+from benchmarks.aot_cases import DTYPES, OTHER_DTYPES, Case, new, products
 from crossan_fast.kernels import rank_of_target
 
 _HOT = frozenset({"rank_kernel"})
@@ -15,9 +15,9 @@ _HOT = frozenset({"rank_kernel"})
 
 def cases() -> Iterator[Case]:
     """See `benchmarks.aot_cases`."""
-    for dtype, kind in DTYPES.items():
+    for dtype, kind in {**DTYPES, **OTHER_DTYPES}.items():
         matrix = products(_HOT, dtype)
-        yield Case("rank_of_target d=64", dtype, partial(call, kind), _HOT, matrix, matrix)
+        yield Case("rank_of_target d=64", dtype, partial(call, kind), _HOT, matrix, matrix, dtype == "tf32")
 
 
 def call(dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.aot_cases import DTYPES, Case, new, products
+from benchmarks.aot_cases import DTYPES, OTHER_DTYPES, Case, new, products
 from crossan_fast.kernels import topk_scores
 
 _HOT = frozenset({"topk_kernel"})
@@ -15,8 +15,8 @@ _HOT = frozenset({"topk_kernel"})
 
 def cases() -> Iterator[Case]:
     """See `benchmarks.aot_cases`."""
-    for dtype, kind in DTYPES.items():
-        for k in (10, 100, 200):
+    for dtype, kind in {**DTYPES, **OTHER_DTYPES}.items():
+        for k in (10, 100, 200) if dtype in DTYPES else (10,):
             run = partial(call, k, kind)
             yield Case(f"topk_scores k={k} d=64", dtype, run, _HOT, products(_HOT, dtype))
 
