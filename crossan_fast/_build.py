@@ -259,7 +259,7 @@ PARTS: dict[str, Part] = {
         missing=_no_cuda,
         toolkit=cuda_home,
         tools=cuda_tools,
-        work=600.0,
+        work=200.0,
     ),
 }
 
