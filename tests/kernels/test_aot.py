@@ -2,7 +2,7 @@
 
 Really compiled for sm_80 and sm_90, in processes of their own (this one's kernels are the interpreter's): the
 hot kernels of every op, with the configs that the host functions choose for the paper's size and for wider
-towers (D = 1,024 and 4,096), in bf16, and some in fp32 under torch's switch for TF32. The full table (sm_89,
+towers (D = 1,024 and 4,096), in bf16, and one in fp32 under torch's switch for TF32. The full table (sm_89,
 8-bit caches, fp32, more items, other kinds of network, kernels that are not hot) is made by
 `benchmarks/aot.sh`, and its rows are what the figures here are compared with. Where it has none by the
 installed Triton, limits alone are checked. `.ci/triton` compiles networks of kinds that the paper's is not.
@@ -34,8 +34,6 @@ CASES = (
     "topk_scores k=10 d=64 bf16",
     "rank_of_target d=64 bf16",
     "rank_of_target d=64 tf32",
-    "in_batch_loss rows=640 columns=704 d=64 tf32",
-    "side_network n=704 D=768 r=64 tf32",
 )
 SMALL = ("down_kernel", "walk_kernel")
 GRADIENTS = ("grad_walk_kernel", "mixing_gradient_kernel", "down_gradient_kernel")
