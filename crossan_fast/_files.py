@@ -30,9 +30,16 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
     Returns when it would survive a power cut. Folders on the way are made.
     """
+    with whole_file(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to fill, which becomes `path` if the block ends without an error; see `write_whole`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), _draft_of(path, lambda draft: draft.touch(exist_ok=False)) as draft:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield draft
         put_in_place(draft, path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
 from crossan_fast.ops.in_batch_loss import refuse_without_negatives
 from crossan_fast.output import CrossanOutput
-from crossan_fast.recommend import Recommendation, recommend
+from crossan_fast.recommend import Recommendations, Unknown, recommend
 
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
@@ -298,9 +298,21 @@ class CrossanModel(Popularity):
         *,
         k: int = 10,
         filter_history: bool = True,
-    ) -> list[list[Recommendation]]:
+        allow: Collection[str | int] | None = None,
+        deny: Collection[str | int] | None = None,
+        unknown: Unknown = "error",
+    ) -> Recommendations:
         """The k best items for each history; see `crossan_fast.recommend`."""
-        return recommend(self, histories, cache, k=k, filter_history=filter_history)
+        return recommend(
+            self,
+            histories,
+            cache,
+            k=k,
+            filter_history=filter_history,
+            allow=allow,
+            deny=deny,
+            unknown=unknown,
+        )
 
     # -- inside ----------------------------------------------------------------------------------------
 

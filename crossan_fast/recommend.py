@@ -1,20 +1,32 @@
-"""From a history of items to the next ones."""
+"""From histories of items to the next ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 
 from crossan_fast import ops
+from crossan_fast._checks import nearest
 from crossan_fast._modes import evaluating
+from crossan_fast.data.splits import last_items
+from crossan_fast.ops.topk_scores import TopK
 
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
     from crossan_fast.model import CrossanModel
+
+Ints = npt.NDArray[np.int64]
+Unknown = Literal["skip", "error"]
+# Users at once: their histories, and k items each, are all that is held beside the catalogue.
+BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,149 @@ class Recommendation:
     score: float
 
 
-@torch.no_grad()
+class Recommendations(list[list[Recommendation]]):
+    """The items of each history, best first."""
+
+    def to_frame(self) -> Any:
+        """A pandas frame with a row an item: history (its number from 0), rank from 1, item, score.
+
+        Raises:
+            ImportError: no pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(f"to_frame: expected pandas, which cannot be imported ({error})") from error
+        rows = [
+            (number, rank, best.name, best.score)
+            for number, items in enumerate(self)
+            for rank, best in enumerate(items, start=1)
+        ]
+        return pandas.DataFrame(rows, columns=["history", "rank", "item", "score"])
+
+
+class Recommender:
+    """Ranks a cache's items for batches of histories; the catalogue is encoded once, here.
+
+    Args:
+        model: put in evaluation mode for each call.
+        cache: every item of it is a candidate, those appended after training too.
+        k: how many; at most the number of candidates. Fewer come back where the history leaves fewer.
+        filter_history: leave out the history's own items.
+        allow, deny: the only candidates, and those that are none: names or rows of the cache. Histories may
+            hold any item.
+        unknown: what to do about a name that the cache lacks, in a history or in `allow` and `deny`: raise,
+            or `skip` it and count it in `skipped`.
+        items: `[I + 1, d]` where the cache's items are encoded already (`model.encode_catalogue`).
+
+    Attributes:
+        skipped: names that were passed over so far.
+
+    Raises:
+        ValueError: k below 1 or above the number of candidates, no candidates, a wrong row.
+        KeyError: an unknown name, with the nearest known one.
+    """
+
+    def __init__(
+        self,
+        model: CrossanModel,
+        cache: HiddenStateCache,
+        *,
+        k: int = 10,
+        filter_history: bool = True,
+        allow: Collection[str | int] | None = None,
+        deny: Collection[str | int] | None = None,
+        unknown: Unknown = "error",
+        items: Tensor | None = None,
+    ) -> None:
+        if unknown not in (known := get_args(Unknown)):
+            raise ValueError(
+                f"unknown: expected one of {known}, got {unknown!r}{nearest(str(unknown), known)}"
+            )
+        self.model, self.cache, self.k = model, cache, k
+        self.skipped = 0
+        self._filter, self._unknown = filter_history, unknown
+        self._candidates = self._chosen(allow, deny)
+        total = cache.num_items if self._candidates is None else len(self._candidates)
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= total:
+            raise ValueError(f"k: expected 1 to {total}, the number of candidates, got {k!r}")
+        self._given = items
+
+    @cached_property
+    def items(self) -> Tensor:
+        """`[I + 1, d]`, encoded when first needed."""
+        return self.model.encode_catalogue(self.cache) if self._given is None else self._given
+
+    @cached_property
+    def _ranked(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Candidates `[C + 1, d]`; and where they are not all items, each one's row and each row's place."""
+        if self._candidates is None:
+            return self.items, None, None
+        rows = torch.from_numpy(np.concatenate([[0], self._candidates])).to(self.items.device)
+        place = torch.zeros(len(self.items), dtype=torch.int64, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        return self.items[rows], rows, place
+
+    def row(self, item: str | int) -> int:
+        """The cache's row of an item, 0 for an unknown one that is skipped."""
+        if not isinstance(item, str):
+            if not 1 <= item <= self.cache.num_items:
+                raise ValueError(f"expected rows 1 to {self.cache.num_items}, got {item}")
+            return int(item)
+        if self._unknown == "error":
+            return self.cache.row_of(item)
+        row = self._row_of.get(item, 0)
+        self.skipped += row == 0
+        return row
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.cache.item_names) if row}
+
+    @torch.no_grad()
+    def rank(self, ids: Ints, offsets: Ints) -> TopK:
+        """The k best for each history `ids[offsets[b]:offsets[b + 1]]` of rows, oldest first, none empty.
+
+        Returns:
+            scores `[B, k]`, descending, and rows of the cache `[B, k]`; −inf and 0 where fewer are left.
+        """
+        starts, ends = offsets[:-1], offsets[1:]
+        ranked, rows, place = self._ranked
+        device = ranked.device
+        recent = torch.from_numpy(last_items(ids, starts, ends, self.model.config.window)).to(device)
+        with evaluating(self.model):
+            users = self.model.encode_users(self.items[recent], recent != 0)[:, -1].contiguous()
+        exclude = None
+        if self._filter:
+            longest = int((ends - starts).max())
+            exclude = torch.from_numpy(last_items(ids, starts, ends, longest)).to(device)
+            exclude = exclude if place is None else place[exclude]
+        backend = self.model.backend_for("topk_scores")
+        top = ops.topk_scores(users, ranked, self.k, exclude, backend=backend)
+        return top if rows is None else TopK(top.scores, rows[top.ids])
+
+    def batches(self, ids: Ints, offsets: Ints, batch_size: int = BATCH) -> Iterator[tuple[Ints, TopK]]:
+        """`rank` for any number of histories, some at once, with their numbers; empty ones are left out."""
+        full = np.flatnonzero(np.diff(offsets))
+        for start in range(0, len(full), batch_size):
+            users = full[start : start + batch_size]
+            first, last = offsets[users], offsets[users + 1]
+            parts = [ids[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+            yield users, self.rank(np.concatenate(parts), np.concatenate([[0], np.cumsum(last - first)]))
+
+    def _chosen(self, allow: Collection[str | int] | None, deny: Collection[str | int] | None) -> Ints | None:
+        if allow is None and deny is None:
+            return None
+        kept = np.zeros(self.cache.num_items + 1, dtype=bool)
+        kept[1:] = allow is None
+        for items, value in ((allow or (), True), (deny or (), False)):
+            kept[[self.row(item) for item in items]] = value
+        kept[0] = False
+        if not kept.any():
+            raise ValueError("allow, deny: expected a candidate, got none")
+        return np.flatnonzero(kept)
+
+
 def recommend(
     model: CrossanModel,
     histories: Sequence[Sequence[str | int]],
@@ -38,52 +192,45 @@ def recommend(
     *,
     k: int = 10,
     filter_history: bool = True,
-) -> list[list[Recommendation]]:
+    allow: Collection[str | int] | None = None,
+    deny: Collection[str | int] | None = None,
+    unknown: Unknown = "error",
+) -> Recommendations:
     """The k best items for each history; users and items need not have been seen in training.
 
     Args:
         model: put in evaluation mode for the call.
         histories: item names, or rows of the cache (1 … I), oldest first; the last `window` count.
-        cache: every item of it is a candidate, those appended after training too.
-        k: how many; fewer come back where the catalogue ends.
-        filter_history: leave out the history's own items.
+        cache, k, filter_history, allow, deny: see `Recommender`.
+        unknown: raise for a name that the cache lacks, or `skip` it; a history of nothing else gets no items.
+
+    Returns:
+        A list for each history; `.to_frame()` makes one pandas frame of them.
 
     Raises:
-        ValueError: an empty history, an unknown item, k below 1.
+        ValueError: an empty history, k below 1 or above the number of candidates.
+        KeyError: an unknown item.
     """
-    rows = [_rows(history, index, cache) for index, history in enumerate(histories)]
-    if not rows:
-        return []
-    window, device = model.config.window, model.item_popularity.device
-    recent = torch.zeros(len(rows), window, dtype=torch.int64, device=device)
-    for b, history in enumerate(rows):
-        last = torch.tensor(history[-window:], device=device)
-        recent[b, window - len(last) :] = last
-    exclude = None
-    if filter_history:
-        padded = pad_sequence([torch.tensor(history) for history in rows], batch_first=True)
-        exclude = padded.to(device)
-    items = model.encode_catalogue(cache)
-    with evaluating(model):
-        users = model.encode_users(items[recent], recent != 0)[:, -1]
-    backend = model.backend_for("topk_scores")
-    top = ops.topk_scores(users.contiguous(), items, k, exclude, backend=backend)
+    found = Recommendations([] for _ in histories)
+    recommender = Recommender(
+        model, cache, k=k, filter_history=filter_history, allow=allow, deny=deny, unknown=unknown
+    )
+    rows = [_rows(history, index, recommender) for index, history in enumerate(histories)]
+    ids = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     names = cache.item_names
-    return [
-        [
-            Recommendation(item, names[item], score)
-            for item, score in zip(ids, scores, strict=True)
-            if item  # 0 fills up where fewer than k are left
-        ]
-        for ids, scores in zip(top.ids.tolist(), top.scores.tolist(), strict=True)
-    ]
+    for numbers, top in recommender.batches(ids, offsets):
+        for number, items, scores in zip(numbers, top.ids.tolist(), top.scores.tolist(), strict=True):
+            # 0 fills up where fewer than k are left.
+            pairs = ((item, score) for item, score in zip(items, scores, strict=True) if item)
+            found[number] = [Recommendation(item, names[item], score) for item, score in pairs]
+    return found
 
 
-def _rows(history: Sequence[str | int], index: int, cache: HiddenStateCache) -> list[int]:
+def _rows(history: Sequence[str | int], index: int, recommender: Recommender) -> list[int]:
     if isinstance(history, str) or not len(history):
         raise ValueError(f"histories[{index}]: expected at least one item name or row, got {history!r}")
-    rows = [cache.row_of(item) if isinstance(item, str) else item for item in history]
-    for row in rows:
-        if not 1 <= row <= cache.num_items:
-            raise ValueError(f"histories[{index}]: expected rows 1 to {cache.num_items}, got {row}")
-    return rows
+    try:
+        return [row for item in history if (row := recommender.row(item))]
+    except ValueError as error:
+        raise ValueError(f"histories[{index}]: {error}") from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
+from crossan_fast.recommend import Recommender
 
 ITEMS = 9
 
@@ -37,12 +39,12 @@ def test_scores_are_inner_products_in_order_and_leave_out_the_history():
 
 def test_names_and_rows_agree_and_long_histories_keep_their_end():
     model, cache = setup()
-    by_name, by_row = model.recommend([["n1", "n2", "n3", "n4"], [1, 2, 3, 4]], cache, k=20)
+    by_name, by_row = model.recommend([["n1", "n2", "n3", "n4"], [1, 2, 3, 4]], cache, k=ITEMS)
     assert by_name == by_row
-    assert len(by_name) == ITEMS - 4  # the catalogue ends before k
-    (unfiltered,) = model.recommend([["n1"]], cache, k=20, filter_history=False)
+    assert len(by_name) == ITEMS - 4  # the history leaves fewer than k
+    (unfiltered,) = model.recommend([["n1"]], cache, k=ITEMS, filter_history=False)
     assert len(unfiltered) == ITEMS
-    assert model.recommend([], cache) == []
+    assert model.recommend([], cache, k=1) == []
 
 
 @pytest.mark.parametrize(
@@ -57,4 +59,67 @@ def test_names_and_rows_agree_and_long_histories_keep_their_end():
 def test_bad_histories_are_named(histories, message):
     model, cache = setup()
     with pytest.raises((ValueError, KeyError), match=message):
-        model.recommend(histories, cache)
+        model.recommend(histories, cache, k=3)
+
+
+def test_allow_deny_and_what_is_left():
+    model, cache = setup()
+    everything = model.recommend([["n2"], ["n5", "n1"]], cache, k=ITEMS, filter_history=False)
+    for allow, deny in ((["n1", 4, "n7"], None), (None, ["n1", 4]), (["n1", "n4", "n9"], ["n4"])):
+        kept = {r.name for r in everything[0] if allow is None or r.name in allow or r.item in allow}
+        kept -= {r.name for r in everything[0] if deny is not None and (r.name in deny or r.item in deny)}
+        found = model.recommend(
+            [["n2"], ["n5", "n1"]], cache, k=2, allow=allow, deny=deny, filter_history=False
+        )
+        for mine, whole in zip(found, everything, strict=True):
+            expected = [r for r in whole if r.name in kept][:2]
+            assert [(r.name, r.item) for r in mine] == [(r.name, r.item) for r in expected]
+            assert [r.score for r in mine] == pytest.approx([r.score for r in expected])
+    (found,) = model.recommend([["n1", "n2"]], cache, k=3, allow=["n1", "n2", "n3"])
+    assert [r.name for r in found] == ["n3"], "the history leaves one of the three candidates"
+
+
+def test_unknown_names_are_an_error_or_skipped():
+    model, cache = setup()
+    with pytest.raises(KeyError, match="n99"):
+        model.recommend([["n1", "n99"]], cache, k=2)
+    found = model.recommend([["n1", "n99"], ["nobody"], ["n1"]], cache, k=2, unknown="skip")
+    assert found[0] == found[2] and found[1] == []
+    recommender = Recommender(model, cache, unknown="skip", k=2, deny=["n5", "n98"])
+    assert recommender.skipped == 1 and recommender.row("n99") == 0 and recommender.skipped == 2
+
+
+def test_batches_are_as_one_by_one_and_frames_hold_the_same():
+    pandas = pytest.importorskip("pandas", reason="needs pandas, of the extra `test`")
+    model, cache = setup()
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, ITEMS + 1, size=size) for size in rng.integers(0, 6, size=40)]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    recommender = Recommender(model, cache, k=4)
+    seen = []
+    for users, top in recommender.batches(np.concatenate(rows), offsets, batch_size=7):
+        for user, items in zip(users.tolist(), top.ids.tolist(), strict=True):
+            (alone,) = model.recommend([rows[user].tolist()], cache, k=4)
+            assert [item for item in items if item] == [r.item for r in alone]
+            seen.append(user)
+    assert seen == [u for u, row in enumerate(rows) if len(row)]
+    frame = model.recommend([["n1"], ["n2"]], cache, k=3).to_frame()
+    assert isinstance(frame, pandas.DataFrame) and frame["rank"].tolist() == [1, 2, 3, 1, 2, 3]
+    assert frame["item"][3] == model.recommend([["n2"]], cache, k=1)[0][0].name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, r"k: expected 1 to 9, the number of candidates, got 0"),
+        ({"k": 10}, r"k: expected 1 to 9, the number of candidates, got 10"),
+        ({"k": 3, "allow": ["n1", "n2"]}, r"k: expected 1 to 2, the number of candidates, got 3"),
+        ({"allow": ["n1"], "deny": ["n1"]}, r"allow, deny: expected a candidate, got none"),
+        ({"deny": [10]}, r"expected rows 1 to 9, got 10"),
+        ({"unknown": "skp"}, r"unknown: expected one of .* got 'skp'; did you mean 'skip'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    model, cache = setup()
+    with pytest.raises(ValueError, match=message):
+        model.recommend([["n1"]], cache, **options)

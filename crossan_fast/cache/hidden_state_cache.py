@@ -232,8 +232,8 @@ class HiddenStateCache:
 
         Raises:
             RuntimeError: the states are too large for this GPU; `gather` and `prefetch` serve it instead.
-            ValueError, IndexError: NaN or inf in a row, or it is not what was written; ids out of range. On the
-                CPU alone.
+            ValueError, IndexError: on the CPU alone, NaN or inf in a row, or it is not what was written; ids
+                out of range.
         """
         return self._finite_at(device, ids)[0]
 

@@ -1,37 +1,74 @@
-"""`crossan-fast recommend --run RUN --history A B C`."""
+"""`crossan-fast recommend --run RUN --history A B C`, or `--histories FILE --out FILE`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from crossan_fast.cli._forms import ITEMS, USERS, USERS_COLUMNS, add_column_options, columns_of
 from crossan_fast.cli.evaluate import VERIFY
+
+if TYPE_CHECKING:
+    from crossan_fast.recommend import Recommender
+
+_DESCRIPTION = """\
+Rank every item of the cache, those appended after training too, for the history of a user who need not have
+been seen: item names, oldest first; or for each user of a file, into CSV, JSON lines or Parquet.
+"""
+
+_EXAMPLE = """
+example:
+  crossan-fast recommend --run runs/a --history B005FU5HFI B000QZ1LZM --k 5
+  crossan-fast recommend --run runs/a --histories users.tsv --unknown skip --deny sold.txt --out best.csv
+"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `recommend`."""
     parser = subparsers.add_parser(
         "recommend",
-        help="the next items for a history of item names",
-        description="Rank every item of the cache, those appended after training too, for a history of item "
-        "names (oldest first) of a user who need not have been seen.",
+        help="the next items for histories of item names",
+        description=_DESCRIPTION,
+        epilog=f"--histories, as\n{USERS}--items, as\n{ITEMS}{_EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--run", required=True, help="folder of a run")
+    histories = parser.add_mutually_exclusive_group(required=True)
+    histories.add_argument("--history", nargs="+", metavar="ITEM", help="item names, oldest first")
+    histories.add_argument("--histories", type=Path, help="users file: a history for each of its users")
+    add_column_options(parser, USERS_COLUMNS)
     parser.add_argument(
-        "--history", required=True, nargs="+", metavar="ITEM", help="item names, oldest first"
+        "--out", type=Path, help=".csv, .tsv, .json, .jsonl or .parquet; without it a table, or CSV to stdout"
     )
-    parser.add_argument("--k", type=int, default=10, help="how many items (default 10)")
+    parser.add_argument("--k", type=int, default=10, help="how many items, up to all candidates (default 10)")
     parser.add_argument("--keep-history", action="store_true", help="the history's items may come back")
+    parser.add_argument("--allow", type=Path, help="file with an item's name a line: the only candidates")
+    parser.add_argument("--deny", type=Path, help="file with an item's name a line: no candidates")
+    parser.add_argument(
+        "--unknown",
+        choices=("error", "skip"),
+        default="error",
+        help="items that the cache lacks, in histories, --allow or --deny: stop, or pass over and count them",
+    )
     parser.add_argument("--cache", help="another cache than the run's, of the same encoders")
-    parser.add_argument("--items", help="another items file than the run's, for titles")
+    parser.add_argument(
+        "--items",
+        nargs="+",
+        type=Path,
+        help="items files with more titles than the run's, such as of new items",
+    )
+    parser.add_argument("--batch-size", type=int, default=1024, help="users at once (default 1024)")
     parser.add_argument("--verify", choices=("open", "lazy", "off"), help=VERIFY)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table: rank, name, score, title."""
+    """Print a table of rank, name, score and title; or write those of a file's users."""
     from crossan_fast.cache import HiddenStateCache
+    from crossan_fast.recommend import Recommender
     from crossan_fast.training import RunFolder
     from crossan_fast.training.task import item_titles, resolve_device
 
@@ -48,13 +85,101 @@ def run(args: argparse.Namespace) -> int:
         if difference := held.appended(cache.catalogue):
             print(f"note: {difference}", file=sys.stderr)
     titles: dict[str, str] = {}
-    if args.items or config.items:
-        titles = item_titles(Path(args.items) if args.items else config.path("items"), config.item_columns)
-    (found,) = model.recommend([args.history], cache, k=args.k, filter_history=not args.keep_history)
+    for file in [*([config.path("items")] if config.items else []), *(args.items or [])]:
+        titles |= item_titles(file, config.item_columns)
+    if titles and (bare := sum(name not in titles for name in cache.item_names[1:])):
+        print(f"note: {bare:,} of the cache's items have no title; --items adds some", file=sys.stderr)
+    recommender = Recommender(
+        model,
+        cache,
+        k=args.k,
+        filter_history=not args.keep_history,
+        allow=None if args.allow is None else _names(args.allow),
+        deny=None if args.deny is None else _names(args.deny),
+        unknown=args.unknown,
+    )
+    if recommender.skipped:
+        print(f"note: {recommender.skipped:,} names of --allow and --deny are unknown", file=sys.stderr)
+    if args.history is not None:
+        return _one(args, recommender, titles)
+    return _many(args, recommender, titles)
+
+
+def _one(args: argparse.Namespace, recommender: Recommender, titles: dict[str, str]) -> int:
+    import numpy as np
+
+    from crossan_fast.cli._recommended import Row, open_writer
+
+    names = recommender.cache.item_names
+    known = [row for name in args.history if (row := recommender.row(name))]
+    if not known:
+        raise ValueError(f"--history: none of {len(args.history)} items is in the cache")
+    if len(known) < len(args.history):
+        print(f"note: {len(args.history) - len(known)} unknown items skipped", file=sys.stderr)
+    top = recommender.rank(np.array(known), np.array([0, len(known)]))
+    found = [
+        Row("", rank, names[item], score, titles.get(names[item], ""))
+        for rank, (item, score) in enumerate(
+            zip(top.ids[0].tolist(), top.scores[0].tolist(), strict=True), start=1
+        )
+        if item
+    ]
+    if args.out is not None:
+        with open_writer(args.out) as write:
+            write(found)
+        return 0
     for name in args.history:
         print(f"history  {name}  {titles.get(name, '')}".rstrip())
-    width = max((len(best.name) for best in found), default=0)
-    for rank, best in enumerate(found, start=1):
-        line = f"{rank:>3}  {best.name:<{width}}  {best.score:8.4f}  {titles.get(best.name, '')}"
-        print(line.rstrip())
+    width = max((len(row.item) for row in found), default=0)
+    for best in found:
+        print(f"{best.rank:>3}  {best.item:<{width}}  {best.score:8.4f}  {best.title}".rstrip())
     return 0
+
+
+def _many(args: argparse.Namespace, recommender: Recommender, titles: dict[str, str]) -> int:
+    import numpy as np
+
+    from crossan_fast.cli._recommended import Row, open_writer
+    from crossan_fast.data import read_interactions
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    columns = columns_of(args, USERS_COLUMNS)
+    read = read_interactions(args.histories, None, min_items=1, columns=columns)
+    rows = np.array([0, *map(recommender.row, read.item_names[1:])])
+    ids = rows[read.ids]
+    known = ids > 0
+    offsets = np.concatenate([[0], np.cumsum(known)])[read.offsets]
+    names, begun = recommender.cache.item_names, time.perf_counter()
+    with open_writer(args.out) as write:
+        for users, top in recommender.batches(ids[known], offsets, args.batch_size):
+            best = zip(users.tolist(), top.ids.tolist(), top.scores.tolist(), strict=True)
+            write(
+                [
+                    Row(read.user_names[user], rank, names[item], score, titles.get(names[item], ""))
+                    for user, items, scores in best
+                    for rank, (item, score) in enumerate(zip(items, scores, strict=True), start=1)
+                    if item
+                ]
+            )
+    seconds, served = time.perf_counter() - begun, int((np.diff(offsets) > 0).sum())
+    print(read.taken_for, file=sys.stderr)
+    print(
+        f"{served:,} users in {seconds:.1f} s ({served / max(seconds, 1e-9):,.0f} a second); left out: "
+        f"{read.num_users - served + read.dropped.short_users:,} users without a known item, "
+        f"{int((~known).sum()):,} interactions with {int((rows[1:] == 0).sum()):,} unknown items",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _names(path: Path) -> list[str]:
+    """A name a line; of a table with a header, its column of items."""
+    from crossan_fast.data._open import open_table
+    from crossan_fast.data._values import as_list, name_of
+    from crossan_fast.data.columns import NAMES, Columns
+
+    table = open_table(path, "names", set(NAMES["item"]))
+    place = Columns(None, ()).find(table.header, "item", table.where) if table.header else 0
+    chunks = table.chunks([place or 0])
+    return [name for chunk in chunks for cell in as_list(chunk.cells[0]) if (name := name_of(cell))]

@@ -287,7 +287,7 @@ def _split(
     alone = {"users with a single item to train on": int((cuts.trained - cuts.start == 1).sum())}
     return Split(
         window=window,
-        train=torch.from_numpy(_last(ids, first, last, window + 1)),
+        train=torch.from_numpy(last_items(ids, first, last, window + 1)),
         validation_input=held_out["validation"].inputs,
         validation_target=held_out["validation"].targets,
         test_input=held_out["test"].inputs,
@@ -319,9 +319,9 @@ def _held_out(ids: Ints, starts: Ints, first: Ints, end: Ints, window: int) -> _
     begun, places = begun[kept], places[kept]
     longest = int((places - begun).max(initial=0))
     return _HeldOut(
-        torch.from_numpy(_last(ids, begun, places, window)),
+        torch.from_numpy(last_items(ids, begun, places, window)),
         torch.from_numpy(ids[places]),
-        torch.from_numpy(_last(ids, begun, places, longest)),
+        torch.from_numpy(last_items(ids, begun, places, longest)),
         int((~kept).sum()),
     )
 
@@ -336,7 +336,7 @@ def _windows(starts: Ints, ends: Ints, window: int, stride: int | None) -> tuple
     return np.repeat(starts, counts), np.repeat(ends, counts) - stride * back
 
 
-def _last(ids: Ints, starts: Ints, ends: Ints, width: int) -> Ints:
+def last_items(ids: Ints, starts: Ints, ends: Ints, width: int) -> Ints:
     """[U, width]: the last `width` of each `ids[start:end]`, left-padded with 0."""
     places = ends[:, None] - width + np.arange(width)  # [U, width]
     return np.where(places >= starts[:, None], ids[np.maximum(places, 0)], 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -61,3 +63,89 @@ def test_a_run_without_an_items_file_prints_names(
     config.write_text("\n".join(lines))
     rows = recommend(capsys, run, "--history", "b03", "--k", "2")
     assert [len(row) for row in rows] == [3, 3]
+
+
+HISTORIES = "who,item,timestamp\nx,b03,1\nx,b04,2\nx,gone,3\ny,b10,5\ny,b09,4\nz,gone,1\n"
+
+
+def read_back(path: Path) -> list[tuple[str, int, str, str]]:
+    if path.suffix == ".parquet":
+        rows = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow").read_table(path).to_pylist()
+    elif path.suffix in (".json", ".jsonl"):
+        rows = [
+            {"user": entry["user"], "rank": rank, **item}
+            for entry in map(json.loads, path.read_text().splitlines())
+            for rank, item in enumerate(entry["items"], start=1)
+        ]
+    else:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+    return [(row["user"], int(row["rank"]), row["item"], row.get("title") or "") for row in rows]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_histories_from_a_file(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    (tmp_path / "users.csv").write_text(HISTORIES)
+    (tmp_path / "deny.txt").write_text("b05\n")
+    out = tmp_path / f"out{suffix}"
+    arguments = ["recommend", "--run", str(run_folder / "run"), "--histories", str(tmp_path / "users.csv")]
+    arguments += ["--user-column", "who", "--k", "3", "--deny", str(tmp_path / "deny.txt"), "--out", str(out)]
+    assert main(arguments) == 2
+    assert "gone" in capsys.readouterr().err and not out.exists(), "unknown items are an error unless skipped"
+    assert main([*arguments, "--unknown", "skip", "--batch-size", "1"]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "2 users in" in said and "1 users without a known item, 2 interactions with 1 unknown items" in said
+    )
+    found = read_back(out)
+    assert [row[:2] for row in found] == [(user, rank) for user in "xy" for rank in (1, 2, 3)]
+    alone = recommend(
+        capsys,
+        run_folder / "run",
+        "--history",
+        "b09",
+        "b10",
+        "--k",
+        "3",
+        "--deny",
+        str(tmp_path / "deny.txt"),
+    )
+    assert [row[2] for row in found[3:]] == [row[1] for row in alone]
+    assert all(row[3] == f"Title {row[2]}" for row in found)
+    assert "b05" not in {row[2] for row in found}
+
+
+def test_titles_of_items_added_later_and_csv_to_stdout(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = HiddenStateCache.open(run_folder / "cache")
+    (states,) = old.states("cpu")
+    grown, more = tmp_path / "grown", tmp_path / "more.tsv"
+    write_cache(grown, {"text": torch.cat([states, states[3:4]])}, item_names=[*old.item_names[1:], "new"])
+    more.write_text("new\tA newcomer\n")
+    (tmp_path / "users.tsv").write_text("x\tb00 b01\n")
+    (tmp_path / "allow.txt").write_text("new\nb09\n")
+    arguments = ["recommend", "--run", str(run_folder / "run"), "--histories", str(tmp_path / "users.tsv")]
+    arguments += ["--cache", str(grown), "--allow", str(tmp_path / "allow.txt"), "--k", "2"]
+    assert main(arguments) == 0
+    assert "1 of the cache's items have no title; --items adds some" in capsys.readouterr().err
+    assert main([*arguments, "--items", str(more)]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert {row["item"]: row["title"] for row in rows} == {"new": "A newcomer", "b09": "Title b09"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "99"], "k: expected 1 to 24, the number of candidates, got 99"),
+        (["--out", "best.xlsx"], "--out: expected a name that ends with .csv"),
+        (["--deny", "nowhere"], "no such file: nowhere"),
+    ],
+)
+def test_bad_arguments_are_named(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["recommend", "--run", str(run_folder / "run"), "--history", "b01", *arguments]) == 2
+    assert message in capsys.readouterr().err
