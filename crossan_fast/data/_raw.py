@@ -211,7 +211,10 @@ class RawBuilder:
                         f"user {name!r} is already on line {first_line[owner]} (where each line is one "
                         "interaction, say which column is which with columns=)",
                     )
-            self._extend(owners, [self._row(cell) for cell in as_list(chunk.cells[1])], label)
+            rows = [parse_sequence(cell) for cell in as_list(chunk.cells[1])]
+            codes = np.fromiter(map(self._items.code, chain.from_iterable(rows)), dtype=np.int64)
+            owner = np.repeat(np.array(owners, dtype=np.int64), [len(row) for row in rows])
+            self._append(owner[codes >= 0], codes[codes >= 0], label)
 
     def _add_prefixes(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
         """RecBole's rows of a history and the item behind it: a user's longest row is their sequence.
@@ -237,8 +240,11 @@ class RawBuilder:
 
     def _extend(self, owners: Sequence[int], rows: Sequence[Sequence[int]], label: int | None) -> None:
         """`rows[i]` for `owners[i]`."""
-        codes = np.fromiter(chain.from_iterable(rows), dtype=np.int64)
-        self._part.owner.append(np.repeat(np.array(owners, dtype=np.int64), [len(row) for row in rows]))
+        owner = np.repeat(np.array(owners, dtype=np.int64), [len(row) for row in rows])
+        self._append(owner, np.fromiter(chain.from_iterable(rows), dtype=np.int64), label)
+
+    def _append(self, owner: Ints, codes: Ints, label: int | None) -> None:
+        self._part.owner.append(owner)
         self._part.codes.append(codes)
         if label is not None:
             self._part.labels.append(np.full(len(codes), label, dtype=np.int8))

@@ -170,9 +170,9 @@ def parse_labels(cells: Any, complain: Complain) -> npt.NDArray[np.int8]:
 
 
 def parse_sequence(cell: Any) -> Sequence[Any]:
-    """The names in one cell: a list, or text with spaces between them."""
+    """The names in one cell: a list, or text with spaces between them; some may be empty."""
     if isinstance(cell, str):
-        return [name for name in cell.split(" ") if name]
+        return cell.split(" ")
     return [] if cell is None else list(cell) if isinstance(cell, (list, tuple)) else [cell]
 
 
