@@ -20,4 +20,4 @@ class _Beside:
         return importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(place)])
 
 
-sys.meta_path.append(_Beside)  # type: ignore[arg-type]
+sys.meta_path.append(_Beside)
