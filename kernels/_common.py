@@ -232,4 +232,8 @@ def uniform(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list
     if dtype is None:
         kinds = {t.dtype for t in tensors}
         dtype = kinds.pop() if len(kinds) == 1 else torch.float32
-    return [t.detach().to(dtype).contiguous() for t in tensors]
+    if all(t.dtype == dtype for t in tensors):
+        return [t.detach().contiguous() for t in tensors]
+    made = [torch.empty(t.shape, dtype=dtype, device=t.device) for t in tensors]
+    torch._foreach_copy_(made, [t.detach() for t in tensors])  # on a GPU one launch for all
+    return made

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from crossan_fast._checks import describe
 from crossan_fast.ops._dispatch import choose
@@ -45,8 +46,8 @@ def deduplicate_reference(item_ids: Tensor, capacity: int | None = None) -> Dedu
     if capacity is not None:
         if ids.numel() > capacity:
             raise ValueError(f"capacity: {ids.numel()} slots needed (padding included), got {capacity}")
-        ids = torch.nn.functional.pad(ids, (0, capacity - ids.numel()))
-        counts = torch.nn.functional.pad(counts, (0, capacity - counts.numel()))
+        ids = pad(ids, (0, capacity - ids.numel()))
+        counts = pad(counts, (0, capacity - counts.numel()))
     return Deduplicated(ids, inverse[1:].reshape(item_ids.shape), counts)
 
 
@@ -64,14 +65,13 @@ def deduplicate_without_waiting(item_ids: Tensor, capacity: int) -> Deduplicated
     More distinct ids than `capacity` − 1 cannot raise here; places of those beyond become padding.
     """
     flat = item_ids.reshape(-1).to(torch.int64)
-    ordered, order = torch.sort(torch.cat([flat.new_zeros(1), flat]))
-    slot = torch.cat([flat.new_zeros(1), (ordered[1:] != ordered[:-1]).to(torch.int64)]).cumsum(0)
+    ordered, order = torch.sort(pad(flat, (1, 0)))
     # One slot more than there are takes the writes of ids that do not fit.
-    kept = slot.clamp_max(capacity)
-    ids = flat.new_zeros(capacity + 1).scatter_(0, kept, ordered)
-    counts = flat.new_zeros(capacity + 1).scatter_add_(0, kept, torch.ones_like(kept))
-    slots = torch.zeros_like(slot).scatter_(0, order, torch.where(slot < capacity, slot, 0))
+    slot = pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0)).clamp_max(capacity)
+    ids = flat.new_zeros(capacity + 1).scatter_(0, slot, ordered)
+    counts = flat.new_zeros(capacity + 1).scatter_(0, slot, 1, reduce="add")
     counts[0].zero_()
+    slots = torch.empty_like(slot).scatter_(0, order, slot % capacity)  # `order` names every place
     return Deduplicated(ids[:capacity], slots[1:].reshape(item_ids.shape), counts[:capacity])
 
 

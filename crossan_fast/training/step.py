@@ -151,4 +151,5 @@ class TrainStep:
             if not bool(norm.isfinite()):
                 raise NotFinite("gradient", float(norm), self.steps + 1)
         else:
-            self.unsound += (self.unsound > 0) | ~norm.isfinite()
+            bad = norm - norm != 0  # as ~isfinite, in two kernels for five
+            self.unsound += (self.unsound + bad) > 0

@@ -24,9 +24,11 @@ class Parameters:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        self.down_weight = uniform(self.weights.down_weight, self.dtype)
-        self.up_weight = uniform(self.weights.up_weight, self.dtype)
-        self.head_weight = uniform(self.weights.head_weight, self.dtype)
+        w, towers = self.weights, len(self.weights.gate)
+        operands = uniform([*w.down_weight, *w.up_weight, *w.head_weight], self.dtype)
+        self.down_weight, self.up_weight, self.head_weight = (
+            operands[first : first + towers] for first in range(0, 3 * towers, towers)
+        )
         self.down_bias = uniform(self.weights.down_bias)
         self.up_bias = uniform(self.weights.up_bias)
         self.head_bias = uniform(self.weights.head_bias)
