@@ -62,6 +62,11 @@ def test_faults_of_a_launch_are_found(launched: list[Launch]) -> None:
     assert launched == []
 
 
+def test_a_step_of_the_paper_s_size_launches_what_is_recorded() -> None:
+    """Only counted, which compiles nothing; with the versions that recorded it, else nothing is compared."""
+    assert launches.differences(launches.count(launches.CASES[0], compiling=False), launches.recorded()) == []
+
+
 def test_a_count_that_changed_is_reported() -> None:
     row = launches.Row("2.13", "3.9.0", "case", "bf16", "loss", "forward", 3, 1)
     other = launches.Row("2.13", "3.9.0", "case", "bf16", "loss", "forward", 4, 1)
