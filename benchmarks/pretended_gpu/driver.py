@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ _MEMORY = 80 << 30
 _MOST_SHARED = 227 * 1024
 # Bytes of an argument by its type in a kernel's signature; pointers have 8.
 _SIZES = {"i1": 4, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
-_SIZES |= {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+_FLOATS = {"fp32": "<f", "fp64": "<d"}
+_SIZES |= {"fp32": 4, "fp64": 8}
 _POINTERS = {
     torch.bool: "*i1",
     torch.uint8: "*u8",
@@ -173,14 +175,7 @@ def _check_argument(where: str, value: Any, kind: str, size: int, got: int) -> N
     expected = 8 if kind.startswith("*") else _SIZES[kind]
     assert size == expected, f"{where}: expected {expected} bytes for {kind}, the kernel reads {size}"
     if not kind.startswith("*"):
-        if kind.startswith(("i", "u")):
-            low = value & ((1 << 8 * size) - 1)
-            assert got == low, f"{where}: expected {value}, got {got}"
-            least, most = (
-                (0 if kind[0] == "u" else -(1 << (8 * size - 1))),
-                1 << (8 * size - (kind[0] == "i")),
-            )
-            assert least <= value < most, f"{where}: {value} does not fit {kind}"
+        _check_number(where, value, kind, size, got)
         return
     assert isinstance(value, OnGpu), f"{where}: expected a tensor on {GPU}, got {_describe(value)}"
     assert kind == _POINTERS[value.dtype], f"{where}: expected {kind}, got {_describe(value)}"
@@ -190,6 +185,16 @@ def _check_argument(where: str, value: Any, kind: str, size: int, got: int) -> N
         last = sum((n - 1) * step for n, step in zip(held.shape, held.stride(), strict=True)) + 1
         stop = (got ^ DEVICE_BIT) + last * held.element_size()
         assert stop <= storage.data_ptr() + storage.nbytes(), f"{where}: {_describe(value)} passes its memory"
+
+
+def _check_number(where: str, value: Any, kind: str, size: int, got: int) -> None:
+    if kind in _FLOATS:
+        expected = int.from_bytes(struct.pack(_FLOATS[kind], value), "little")
+    else:
+        least = 0 if kind.startswith("u") else -(1 << (8 * size - 1))
+        assert least <= value < least + (1 << 8 * size), f"{where}: {value} does not fit {kind}"
+        expected = value & ((1 << 8 * size) - 1)
+    assert got == expected, f"{where}: expected {value}, as {kind} {expected:#x}, got {got:#x}"
 
 
 def _check_divisor(where: str, value: Any, attributes: Sequence[Sequence[Any]]) -> None:

@@ -31,6 +31,8 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::DeviceIndex deviceCount() const override { return 1; }
 };
 
+static_assert(sizeof(Hooks) == sizeof(at::CUDAHooksInterface));
+
 // Torch made its hooks when it was loaded; none of them has any data.
 [[maybe_unused]] const auto* placed = new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks;
 
