@@ -283,7 +283,13 @@ class CrossanModel(Popularity):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, backend: str = "auto") -> CrossanModel:
-        """Read what `save_pretrained` wrote."""
+        """Read what `save_pretrained` wrote, or another program as a config and plain safetensors.
+
+        Raises:
+            FileNotFoundError: one of the two files is not there.
+            ValueError, RuntimeError: a file is damaged, a weight is not finite, by name, or the two files do
+                not fit each other.
+        """
         return serialization.load_model(cls, Path(folder), backend)
 
     @classmethod

@@ -69,7 +69,7 @@ _SEGMENTS = 1024
 # What no cache comes near to. A model of hundreds of levels would be one with width and levels swapped.
 MAX_ITEMS, MAX_WIDTH, MAX_LEVELS, MAX_MODALITIES = 1 << 40, 1 << 20, 256, 1024
 MAX_META_BYTES = 64 << 20
-_MAX_JOURNAL_BYTES = 1 << 30
+_MAX_JOURNAL_BYTES = 256 << 20
 
 _DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,

@@ -99,6 +99,20 @@ def test_files_that_are_missing_are_verified(run: RunFolder) -> None:
     assert "population.json: expected it beside last.safetensors, found none" in problem
 
 
+def test_a_damaged_cache_is_not_trained_on(values: dict[str, Any], world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "cache", tmp_path / "cache")
+    values["cache"] = str(tmp_path / "cache")
+    run = fit(values, epochs=1)
+    damage(tmp_path / "cache" / "image.states.bin", 900, 0)
+    for verify, message in (("lazy", "its bytes differ"), ("open", "is damaged: image")):
+        with pytest.raises(ValueError, match=rf"{message}.*"):
+            fit(values, epochs=2, resume=True, verify=verify)
+        assert main(["evaluate", "--run", str(run.path), "--verify", verify]) == 2
+    assert main(["evaluate", "--run", str(run.path), "--verify", "off"]) == 0
+    assert main(["evaluate", "--run", str(run.path)]) == 2
+    fit(values, epochs=2, resume=True, verify="off")
+
+
 # -- files of other runs ------------------------------------------------------------------------------------
 
 

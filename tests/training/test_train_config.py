@@ -165,3 +165,14 @@ def test_configs_of_one_model_are_equal(values: dict[str, Any]) -> None:
     iisan = TrainConfig.from_dict({**values, "model": {"architecture": "iisan"}})
     assert iisan == TrainConfig.from_dict({**values, "model": {"architecture": "iisan", "head": "two"}})
     assert iisan != TrainConfig.from_dict({**values, "model": {"architecture": "iisan", "head": "one"}})
+
+
+@pytest.mark.parametrize(("text", "expected"), [("off", "off"), ("open", "open"), ("'lazy'", "lazy")])
+def test_when_to_compare_checksums(values: dict[str, Any], tmp_path: Path, text: str, expected: str) -> None:
+    """A bare `off` is false to YAML."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values) + f"verify: {text}\n")
+    assert load_config(file).verify == load_config(file, [f"verify={text}"]).verify == expected
+    assert TrainConfig.from_dict(values).verify == "lazy"
+    with pytest.raises(ValueError, match=r"verify: expected one of .* got True"):
+        load_config(file, ["verify=on"])
