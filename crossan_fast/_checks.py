@@ -8,6 +8,9 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 from torch import Tensor
 
+# What ops compute with; fp8 and int8 are storage alone.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def describe(tensor: object) -> str:
     """`bf16 [704, 7, 768] on cuda:0`, or the type of what is no tensor."""
@@ -27,6 +30,8 @@ def check_tensor(
     """Raise unless `tensor` has `shape` (a string or None: any size), one of `dtypes`, and `device`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor {_shape(shape)}, got {describe(tensor)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout} {describe(tensor)}")
     fits = tensor.dim() == len(shape) and all(
         want is None or isinstance(want, str) or have == want
         for have, want in zip(tensor.shape, shape, strict=True)
@@ -39,6 +44,54 @@ def check_tensor(
     if device is not None and tensor.device != device:
         raise ValueError(f"{name}: expected device {device}, got {describe(tensor)}")
     return tensor
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise unless `value` is an integer from `low` to `high` (None: no bound)."""
+    range_ = f"of at least {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer {range_}, got {describe(value)}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: expected an integer {range_}, got {value}")
+
+
+def check_tensors(name: str, tensors: object, count: int) -> None:
+    """Raise unless `tensors` is a list or tuple of `count` tensors."""
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(f"{name}: expected a list of {count} tensors, got {describe(tensors)}")
+    if len(tensors) != count:
+        raise ValueError(f"{name}: expected {count} tensors, got {len(tensors)}")
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{index}]: expected a tensor, got {describe(tensor)}")
+
+
+def check_weights(weights: object, kind: type) -> None:
+    """Raise unless an op's `weights` are of their NamedTuple."""
+    if not isinstance(weights, kind):
+        raise TypeError(f"weights: expected {kind.__name__}, got {describe(weights)}")
+
+
+def check_range(name: str, numbers: Tensor, low: int, high: int | None = None) -> None:
+    """Raise unless all of an integer tensor on the CPU lie from `low` to `high` (None: no bound).
+
+    A GPU would have to be waited for, and a tracer knows no values: nothing is checked there.
+    """
+    if numbers.device.type != "cpu" or torch.compiler.is_compiling() or not numbers.numel():
+        return
+    least, most = (int(bound) for bound in numbers.aminmax())
+    if least < low or (high is not None and most > high):
+        range_ = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}: expected integers {range_}, got {least if least < low else most}")
+
+
+def refuse_gradient(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor that a gradient is wanted of and that no backend gives one."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor that needs no gradient, for it gets none (detach it), got "
+            f"{describe(tensor)} with requires_grad"
+        )
 
 
 def _shape(shape: Sequence[int | str | None]) -> str:

@@ -86,10 +86,10 @@ class BuildInfo:
 def read_stamp(folder: Path) -> BuildInfo | None:
     """The folder's stamp, whether or not its library is whole; None without one."""
     try:
-        info = BuildInfo(**json.loads((folder / "stamp.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        info = BuildInfo(**json.loads((folder / "stamp.json").read_text(encoding="utf-8")))
+        return replace(info, library=str(folder / Path(info.library).name))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return replace(info, library=str(folder / Path(info.library).name))
 
 
 def damage(info: BuildInfo) -> str | None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crossan_fast import _sources, distributed, iisan, ops, serialization
 from crossan_fast._checks import check_tensor, describe
+from crossan_fast._finite import first_nonfinite
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
@@ -254,6 +255,38 @@ class CrossanModel(Popularity):
         with span("loss"):
             loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
+
+    def check_finite(self, output: CrossanOutput | None = None) -> None:
+        """Raise for the first tensor that holds NaN or inf: for a training loop of one's own.
+
+        Between `loss.backward()` and the optimizer's step it keeps a bad batch out of the weights:
+
+            output = model(item_ids, cache=cache)
+            output.loss.backward()
+            model.check_finite(output)
+
+        Parameters and buffers come first, then what `output` holds, then gradients: what is named is the
+        cause of what follows it. Every tensor is read, and a GPU is waited for.
+
+        Args:
+            output: what the model gave for the batch; None: nothing of it is looked at.
+
+        Raises:
+            ValueError: naming the tensor, its first bad entry and how many there are.
+        """
+        results = {} if output is None else dict(output)
+        named = [
+            *self.named_parameters(),
+            *self.named_buffers(),
+            *(
+                (f"output.{name}", results[name])
+                for name in ("item_embeddings", "user_embeddings", "loss")
+                if results
+            ),
+            *((f"gradient of {name}", parameter.grad) for name, parameter in self.named_parameters()),
+        ]
+        if found := first_nonfinite(named):
+            raise ValueError(found)
 
     # -- backends --------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,9 +129,11 @@ class Recommender:
     def row(self, item: str | int) -> int:
         """The cache's row of an item, 0 for an unknown one that is skipped."""
         if not isinstance(item, str):
-            if not 1 <= item <= self.cache.num_items:
+            if isinstance(item, bool) or not hasattr(item, "__index__"):
+                raise TypeError(f"expected an item's name or row, got {item!r}")
+            if not 1 <= (row := operator.index(item)) <= self.cache.num_items:
                 raise ValueError(f"expected rows 1 to {self.cache.num_items}, got {item}")
-            return int(item)
+            return row
         if self._unknown == "error":
             return self.cache.row_of(item)
         row = self._row_of.get(item, 0)
@@ -228,9 +231,14 @@ def recommend(
 
 
 def _rows(history: Sequence[str | int], index: int, recommender: Recommender) -> list[int]:
-    if isinstance(history, str) or not len(history):
+    if isinstance(history, str) or not hasattr(history, "__len__") or not len(history):
         raise ValueError(f"histories[{index}]: expected at least one item name or row, got {history!r}")
-    try:
-        return [row for item in history if (row := recommender.row(item))]
-    except ValueError as error:
-        raise ValueError(f"histories[{index}]: {error}") from None
+    rows = []
+    for place, item in enumerate(history):
+        try:
+            rows.append(recommender.row(item))
+        except TypeError as error:
+            raise TypeError(f"histories[{index}][{place}]: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"histories[{index}]: {error}") from None
+    return [row for row in rows if row]

@@ -97,10 +97,9 @@ def _read() -> dict[str, int]:
     if not path().exists():
         return {}
     try:
-        found = json.loads(path().read_text())
-    except json.JSONDecodeError as error:
+        return {str(k): int(v) for k, v in json.loads(path().read_text(encoding="utf-8")).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path()}: not the JSON that autotuning writes ({error}); remove it") from error
-    return {str(k): int(v) for k, v in found.items()}
 
 
 def _write(results: dict[str, int]) -> None:

@@ -31,6 +31,15 @@ def test_iisan_is_one_class_with_other_values():
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
+        *(
+            (
+                {"modalities": [TEXT], name: value},
+                ValueError,
+                rf"{name}: expected a finite number, got {value}",
+            )
+            for name in ("load_balance", "gate_temperature", "adapter_std", "dropout", "modality_dropout")
+            for value in (float("inf"), float("nan"))
+        ),
         ({"modalities": []}, ValueError, r"modalities: expected at least one"),
         ({"modalities": "text"}, TypeError, r"modalities: expected a sequence of Modality, got str"),
         ({"modalities": [TEXT, TEXT]}, ValueError, r"names must be distinct, \['text'\]"),

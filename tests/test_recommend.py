@@ -54,11 +54,15 @@ def test_names_and_rows_agree_and_long_histories_keep_their_end():
         (["n1"], r"histories\[0\]: expected at least one item name or row, got 'n1'"),
         ([[1], [10]], r"histories\[1\]: expected rows 1 to 9, got 10"),
         ([["n10"]], r"n10"),
+        ([["n1", None]], r"histories\[0\]\[1\]: expected an item's name or row, got None"),
+        ([[1], [2, 2.5]], r"histories\[1\]\[1\]: expected an item's name or row, got 2\.5"),
+        ([[True]], r"histories\[0\]\[0\]: expected an item's name or row, got True"),
+        ([None], r"histories\[0\]: expected at least one item name or row, got None"),
     ],
 )
 def test_bad_histories_are_named(histories, message):
     model, cache = setup()
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises((ValueError, KeyError, TypeError), match=message):
         model.recommend(histories, cache, k=3)
 
 

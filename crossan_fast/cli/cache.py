@@ -19,6 +19,7 @@ from crossan_fast._files import passing_folder
 from crossan_fast.cache.basis import ENERGY
 from crossan_fast.cache.build import BuildReport, build_cache, import_features
 from crossan_fast.cache.build.changes import ALL
+from crossan_fast.cache.build.plan import existing_cache, specs_for
 from crossan_fast.cache.convert import convert_cache, expand_cache
 from crossan_fast.cache.folders import reclaim
 from crossan_fast.cache.format import REPORT, dtype_name
@@ -173,7 +174,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed `cache` command; 0, 1 where `verify` found damage, 130 stopped. Bad input raises."""
+    """Carry out a parsed `cache` command; 0, or 1 where `verify` found damage. Bad input raises."""
     commands = {"build": _build, "import": _import, "info": _info, "verify": _verify, "convert": _convert}
     return commands[args.cache_command](args)
 
@@ -185,10 +186,17 @@ def _build(args: argparse.Namespace) -> int:
         return _build_from(items, args)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with {args.out} where it was", file=sys.stderr)
-        return 130
+        raise
 
 
 def _build_from(items: ItemTable, args: argparse.Namespace) -> int:
+    for spec in specs_for(args.modality, existing_cache(args.out)):
+        if not spec.precomputed and not Path(spec.source).expanduser().exists():
+            print(
+                f"encoder {spec.source!r} is no folder here: transformers loads it by that name, from its "
+                "own cache or from the Hugging Face hub (HF_HUB_OFFLINE=1 keeps it to the first)",
+                file=sys.stderr,
+            )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         report = build_cache(

@@ -28,6 +28,8 @@ exit status:
   3  trained to its end and written, but diverged: the mean loss of the last epoch is more than 1.25 times
      that of a model that knows nothing (the first step's, or the logarithm of the number of items that a
      target is told from, whichever is larger); results.json then has "diverged": true
+  70 an error that nobody foresaw
+  130, 143  stopped by SIGINT or SIGTERM: the last whole epoch is kept, --resume goes on behind it
 """
 
 
@@ -103,7 +105,10 @@ def run(args: argparse.Namespace) -> int:
     if not first:
         return status
     names = {field.name for field in dataclasses.fields(Result)}
-    print(f"best epoch {results['best_epoch']} of {results['epochs']}, by validation NDCG@10")
+    best = f"best epoch {results['best_epoch']} of {results['epochs']}"
+    print(f"{best}, by validation {trainer.monitor.upper()}")
+    if results["skipped_steps"]:
+        print(f"steps left out, their loss or gradient being not finite: {results['skipped_steps']}")
     print(Result(**{name: value for name, value in results["test"].items() if name in names}))
     print(f"run: {trainer.folder.path}")
     return status

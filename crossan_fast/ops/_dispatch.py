@@ -240,7 +240,9 @@ def _wanted(backend: str) -> str:
         name, source = os.environ.get("CROSSAN_FAST_BACKEND") or "auto", "CROSSAN_FAST_BACKEND"
     if name not in ("auto", *BACKENDS):
         options = ("auto", *BACKENDS)
-        raise ValueError(f"{source}: expected one of {list(options)}, got {name!r}{nearest(name, options)}")
+        raise ValueError(
+            f"{source}: expected one of {list(options)}, got {name!r}{nearest(str(name), options)}"
+        )
     return name
 
 

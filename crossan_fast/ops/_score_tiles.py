@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
+from crossan_fast._checks import FLOATS, check_tensor, describe
 
 TILE = 4096
 # Scores formed at a time on a CPU: as many as stay in a core's cache while the features pass.
@@ -56,7 +56,9 @@ def score_tiles(users: Tensor, items: Tensor, exclude: Tensor | None) -> Iterato
 
 def check_ranking(users: Tensor, items: Tensor, exclude: Tensor | None) -> None:
     """Raise unless the arguments that the ranking ops share fit each other."""
-    check_tensor("users", users, (None, None))
+    check_tensor("users", users, (None, None), dtypes=FLOATS)
+    if users.shape[1] < 1:
+        raise ValueError(f"users: expected [B, d] with d of at least 1, got {describe(users)}")
     check_tensor("items", items, (None, users.shape[1]), dtypes=(users.dtype,))
     if items.shape[0] < 2:
         raise ValueError(f"items: expected a padding row and at least one item, got {describe(items)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from crossan_fast._checks import describe
+from crossan_fast._checks import check_integer, check_range, check_tensor, describe
 from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define, on_one_device
 
@@ -85,13 +85,17 @@ def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str =
     backend.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, named.
+        TypeError, ValueError: arguments that do not fit, named; on the CPU also negative ids.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
-    if item_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"item_ids: expected int64 or int32, got {describe(item_ids)}")
-    if capacity is not None and capacity < 1:
-        raise ValueError(f"capacity: expected at least 1, got {capacity}")
+    if not isinstance(item_ids, Tensor) or item_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"item_ids: expected a tensor of int64 or int32, got {describe(item_ids)}")
+    check_tensor("item_ids", item_ids, item_ids.shape)
+    check_range("item_ids", item_ids, 0)
+    if capacity is None and item_ids.is_meta:
+        raise ValueError(f"item_ids: expected ids with values, or a capacity, got {describe(item_ids)}")
+    if capacity is not None:
+        check_integer("capacity", capacity, 1, 2**31 - 1)
     on_cpu = item_ids.device.type == "cpu"
     choice = choose("deduplicate", item_ids.device.type, torch.int64, (), backend)
     if choice.backend == "eager":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
+from crossan_fast._checks import FLOATS, check_range, check_tensor, describe
 from crossan_fast.ops._dispatch import choose, compute_dtype
 from crossan_fast.ops._registration import define, differentiate, on_one_device
 
@@ -37,14 +37,21 @@ def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "
     (float64 for float64 inputs) on every backend, and so is the result.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named; on the CPU also targets out
+            of range.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
+    if not isinstance(users, Tensor) or users.dim() < 1 or users.shape[-1] < 1:
+        raise TypeError(f"users: expected a tensor [..., d] with d of at least 1, got {describe(users)}")
+    check_tensor("users", users, users.shape, dtypes=FLOATS)
     device = users.device
-    check_tensor("items", items, (None, users.shape[-1]))
+    check_tensor("items", items, (None, users.shape[-1]), dtypes=FLOATS)
+    if items.shape[0] < 2:
+        raise ValueError(f"items: expected a padding row and at least one item, got {describe(items)}")
     check_tensor("targets", targets, (None,) * (users.dim() - 1), dtypes=(torch.int64,))
     if targets.shape != users.shape[:-1]:
         raise ValueError(f"targets: expected the shape of users without d, got {describe(targets)}")
+    check_range("targets", targets, 0, items.shape[0] - 1)
     dtype = compute_dtype(device.type, torch.promote_types(users.dtype, items.dtype))
     users, items = users.to(dtype).reshape(-1, users.shape[-1]), items.to(dtype)
     choice = choose("full_loss", device.type, dtype, (), backend)

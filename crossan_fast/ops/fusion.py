@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
+from crossan_fast._checks import FLOATS, check_integer, check_range, check_tensor, check_weights, describe
 from crossan_fast.ops._contracts import FusionWeights
 from crossan_fast.ops._dispatch import choose, compute_dtype
 from crossan_fast.ops._registration import define, differentiate, on_one_device
@@ -27,7 +27,8 @@ class FusionOutput(NamedTuple):
     items: `[N, d]`.
     balance: the load-balance loss without its weight, a scalar ≥ 1 at a uniform router (Switch
         Transformers, arXiv 2101.03961, eq. 4–6, over assignments where k > 1): M · Σ_m f_m · P_m with f_m
-        the share of assignments that expert m gets (no gradient) and P_m the mean router probability.
+        the share of assignments that expert m gets (no gradient) and P_m the mean router probability. In fp32
+        (float64 for float64) whatever type the items have: a half type can't count items.
     """
 
     items: Tensor
@@ -68,7 +69,8 @@ def fusion_reference(
         inner = F.gelu(F.linear(e[:, m], weights.w1[m].to(dtype), weights.b1[m].to(dtype)))
         expert = e[:, m] + F.linear(inner, weights.w2[m].to(dtype), weights.b2[m].to(dtype))
         items = items + torch.where(chosen[:, m, None], share[:, m, None] * expert, 0)
-    return FusionOutput(items, _balance(probability, exists, 1 if top_k is None else top_k, counts))
+    wide = probability.to(torch.promote_types(dtype, torch.float32))
+    return FusionOutput(items, _balance(wide, exists, 1 if top_k is None else top_k, counts))
 
 
 def _softmax(logits: Tensor, keep: Tensor) -> Tensor:
@@ -113,7 +115,8 @@ def fusion(
     Under autocast the op computes in, and `items` has, autocast's type.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named; on the CPU also negative
+            counts.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
     _check(embeddings, weights, present, top_k, counts)
@@ -126,7 +129,9 @@ def fusion(
         output = fusion_reference(
             embeddings, weights, present=present, top_k=top_k, counts=counts, dtype=default
         )
-        return FusionOutput(output.items.to(dtype), output.balance)
+        return FusionOutput(
+            output.items.to(dtype), output.balance.to(torch.promote_types(dtype, torch.float32))
+        )
     items, assigned, probability, *_ = _fusion(
         embeddings, list(weights), present, top_k, counts, dtype, choice.backend
     )
@@ -140,16 +145,20 @@ def _check(
     top_k: int | None,
     counts: Tensor | None,
 ) -> None:
+    check_weights(weights, FusionWeights)
+    check_tensor("w1", weights.w1, (None, None, None), dtypes=FLOATS)
     modalities, expansion, width = weights.w1.shape
-    check_tensor("embeddings", embeddings, (None, modalities, width))
+    if not (modalities and expansion and width):
+        raise ValueError(f"w1: expected [M, f, d] with no side of 0, got {describe(weights.w1)}")
+    check_tensor("embeddings", embeddings, (None, modalities, width), dtypes=FLOATS)
     count = embeddings.shape[0]
-    check_tensor("router_weight", weights.router_weight, (modalities, modalities * width))
-    check_tensor("router_bias", weights.router_bias, (modalities,))
-    check_tensor("b1", weights.b1, (modalities, expansion))
-    check_tensor("w2", weights.w2, (modalities, width, expansion))
-    check_tensor("b2", weights.b2, (modalities, width))
-    if top_k is not None and not 1 <= top_k <= modalities:
-        raise ValueError(f"top_k: expected 1 to {modalities}, got {top_k}")
+    check_tensor("router_weight", weights.router_weight, (modalities, modalities * width), dtypes=FLOATS)
+    check_tensor("router_bias", weights.router_bias, (modalities,), dtypes=FLOATS)
+    check_tensor("b1", weights.b1, (modalities, expansion), dtypes=FLOATS)
+    check_tensor("w2", weights.w2, (modalities, width, expansion), dtypes=FLOATS)
+    check_tensor("b2", weights.b2, (modalities, width), dtypes=FLOATS)
+    if top_k is not None:
+        check_integer("top_k", top_k, 1, modalities)
     for name, rows, shape, dtype in (
         ("present", present, (None, modalities), torch.bool),
         ("counts", counts, (None,), torch.int64),
@@ -158,6 +167,8 @@ def _check(
             check_tensor(name, rows, shape, dtypes=(dtype,))
             if rows.shape[0] != count:
                 raise ValueError(f"{name}: expected {count} rows as in embeddings, got {describe(rows)}")
+    if counts is not None:
+        check_range("counts", counts, 0)
 
 
 def _fake(embeddings, weights, present, top_k, counts, dtype):

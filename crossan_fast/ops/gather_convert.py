@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
+from crossan_fast._checks import FLOATS, check_range, check_tensor, describe
 from crossan_fast.cache import staging
 from crossan_fast.cache.quantize import dequantize
 from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define
+from crossan_fast.ops.side_network import STATE_DTYPES
 
 
 def gather_convert_reference(
@@ -34,8 +35,9 @@ def gather_convert_reference(
         `[N, L, D]`.
     """
     if ids is not None:
-        # As bytes: the CPU gathers no one-byte floats.
-        states = states.view(torch.uint8)[ids].view(states.dtype)
+        # The CPU gathers no one-byte floats, but bytes.
+        stored = states.view(torch.uint8) if states.element_size() == 1 else states
+        states = stored[ids].view(states.dtype)
         scales = None if scales is None else scales[ids]
     return states.to(dtype) if scales is None else dequantize(states, scales, dtype)
 
@@ -53,16 +55,20 @@ def gather_convert(
     With `backend="cuda"` the table may also lie in page-locked host memory.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, named.
+        TypeError, ValueError: arguments that do not fit, named; on the CPU also ids out of range.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
-    check_tensor("states", states, (None, None, None))
+    check_tensor("states", states, (None, None, None), dtypes=STATE_DTYPES)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: expected one of {FLOATS}, got {describe(dtype)}")
     if scales is not None:
         check_tensor("scales", scales, states.shape[:2], dtypes=(torch.float32,), device=states.device)
     if ids is not None:
         check_tensor("ids", ids, (None,), dtypes=(torch.int64, torch.int32))
+        check_range("ids", ids, 0, states.shape[0] - 1)
     where = states.device if ids is None else ids.device
     choice = _choose(where, backend)
+    scales = None if scales is None else scales.detach()
     if choice != "eager":
         return _gather_convert(states.detach(), scales, ids, dtype, choice)
     if states.device != where:

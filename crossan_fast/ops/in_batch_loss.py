@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
+from crossan_fast._checks import FLOATS, check_range, check_tensor, describe, refuse_gradient
 from crossan_fast.ops._dispatch import choose, compute_dtype
 from crossan_fast.ops._registration import define, differentiate, on_one_device
 from crossan_fast.ops.deduplicate import Deduplicated
@@ -102,24 +102,30 @@ def in_batch_loss(
 ) -> Tensor:
     """The debiased in-batch softmax over distinct ids; arguments as `in_batch_loss_reference`.
 
-    Differentiable in `users` and `items`. Under autocast both are read in autocast's type; sums are fp32
-    (float64 for float64 inputs) on every backend, and so is the result.
+    Differentiable in `users` and `items`; `log_popularity` gets no gradient. Under autocast the two are read
+    in autocast's type; sums are fp32 (float64 for float64 inputs) on every backend, and so is the result.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named; a `log_popularity` that needs
+            a gradient; on the CPU also slots out of range and negative counts.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
-    check_tensor("users", users, (None, None, None))
+    check_tensor("users", users, (None, None, None), dtypes=FLOATS)
+    if users.shape[2] < 1:
+        raise ValueError(f"users: expected [B, S, d] with d of at least 1, got {describe(users)}")
     device = users.device
-    check_tensor("items", items, (None, users.shape[2]))
+    check_tensor("items", items, (None, users.shape[2]), dtypes=FLOATS)
     check_tensor("slots", slots, (None, None), dtypes=(torch.int64,))
     if slots.shape[0] != users.shape[0] or slots.shape[1] != users.shape[1] + 1:
         raise ValueError(f"slots: expected [B, S + 1] to users' [B, S, d], got {describe(slots)}")
     check_tensor("counts", counts, (None,), dtypes=(torch.int64,))
-    check_tensor("log_popularity", log_popularity, (None,))
+    check_tensor("log_popularity", log_popularity, (None,), dtypes=FLOATS)
+    refuse_gradient("log_popularity", log_popularity)
     for name, column in (("counts", counts), ("log_popularity", log_popularity)):
         if column.shape[0] != items.shape[0]:
             raise ValueError(f"{name}: expected an entry for each row of items, got {describe(column)}")
+    check_range("slots", slots, 0, items.shape[0] - 1)
+    check_range("counts", counts, 0)
     dtype = compute_dtype(device.type, torch.promote_types(users.dtype, items.dtype))
     users, items = users.to(dtype), items.to(dtype)
     choice = choose("in_batch_loss", device.type, dtype, (), backend)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
+from crossan_fast._checks import check_range, check_tensor, describe
 from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define, on_one_device
 from crossan_fast.ops._score_tiles import check_ranking, dot_products, score_tiles
@@ -51,13 +51,14 @@ def rank_of_target(
     """Full-catalogue ranks; arguments as `rank_of_target_reference`. No gradient.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit, named.
+        TypeError, ValueError: arguments that do not fit, named; on the CPU also targets out of range.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
     check_ranking(users, items, exclude)
     check_tensor("targets", targets, (None,), dtypes=(torch.int64,))
     if targets.shape[0] != users.shape[0]:
         raise ValueError(f"targets: expected an id for each row of users, got {describe(targets)}")
+    check_range("targets", targets, 1, items.shape[0] - 1)
     users, items = users.detach(), items.detach()
     choice = choose("rank_of_target", users.device.type, users.dtype, (), backend)
     if choice.backend == "eager":

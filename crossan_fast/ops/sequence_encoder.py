@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
-from crossan_fast.ops._contracts import SequenceEncoderWeights
+from crossan_fast._checks import FLOATS, check_integer, check_tensor, check_weights, describe
+from crossan_fast.ops._contracts import SequenceEncoderBlock, SequenceEncoderWeights
 from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define, differentiate, on_one_device
 
@@ -148,10 +148,9 @@ def sequence_encoder(
     dtype = torch.promote_types(items.dtype, weights.position.dtype)
     choice = choose("sequence_encoder", items.device.type, dtype, (), backend)
     if choice.backend == "eager":
+        own = SequenceEncoderWeights.unflatten([weight.to(dtype) for weight in weights.flatten()])
         with torch.autocast(items.device.type, enabled=False):
-            return sequence_encoder_reference(
-                items.to(dtype), mask, weights, heads, dropout=dropout, seed=seed
-            )
+            return sequence_encoder_reference(items.to(dtype), mask, own, heads, dropout=dropout, seed=seed)
     if dropout and seed is None:
         # From torch's own generator: a run repeats under torch.manual_seed, and no two steps drop the same.
         seed = torch.randint(2**63 - 1, (), device=items.device)
@@ -168,29 +167,38 @@ def _check(
     dropout: float,
     seed: Tensor | None,
 ) -> None:
+    check_weights(weights, SequenceEncoderWeights)
+    check_tensor("gain", weights.gain, (None,), dtypes=FLOATS)
     width = weights.gain.shape[0]
-    check_tensor("items", items, (None, None, width))
+    check_tensor("items", items, (None, None, width), dtypes=FLOATS)
     check_tensor("mask", mask, (None, None), dtypes=(torch.bool,))
     if mask.shape != items.shape[:2]:
         raise ValueError(f"mask: expected {list(items.shape[:2])} as in items, got {describe(mask)}")
-    check_tensor("position", weights.position, (None, width))
+    check_tensor("position", weights.position, (None, width), dtypes=FLOATS)
     if items.shape[1] > weights.position.shape[0]:
         raise ValueError(
             f"items: expected at most {weights.position.shape[0]} places, the rows of position, "
             f"got {describe(items)}"
         )
-    check_tensor("bias", weights.bias, (width,))
+    check_tensor("bias", weights.bias, (width,), dtypes=FLOATS)
+    if not isinstance(weights.blocks, (list, tuple)):
+        raise TypeError(f"blocks: expected a list of SequenceEncoderBlock, got {describe(weights.blocks)}")
     for index, block in enumerate(weights.blocks):
+        if not isinstance(block, SequenceEncoderBlock):
+            raise TypeError(f"blocks[{index}]: expected SequenceEncoderBlock, got {describe(block)}")
+        if not isinstance(block.widen, Tensor) or block.widen.dim() != 2:
+            check_tensor(f"blocks[{index}].widen", block.widen, (None, width))
         inner = block.widen.shape[0]
         shapes = [(width, width)] * 4 + [(width,)] * 2 + [(inner, width), (inner,), (width, inner)]
         shapes += [(width,)] * 3
         for name, tensor, shape in zip(block._fields, block, shapes, strict=True):
             # The names are put together only for a complaint: this runs at every step.
-            if tensor.shape != shape:
-                check_tensor(f"blocks[{index}].{name}", tensor, shape)
-    if heads < 1 or width % heads:
+            if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype not in FLOATS:
+                check_tensor(f"blocks[{index}].{name}", tensor, shape, dtypes=FLOATS)
+    check_integer("heads", heads, 1)
+    if width < 1 or width % heads:
         raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
     if seed is not None:
         check_tensor("seed", seed, (), dtypes=(torch.int64,))

@@ -28,7 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor, describe
+from crossan_fast._checks import (
+    FLOATS,
+    check_range,
+    check_tensor,
+    check_tensors,
+    check_weights,
+    describe,
+    refuse_gradient,
+)
 from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
 from crossan_fast.ops._dispatch import choose, compute_dtype
 from crossan_fast.ops._registration import define, differentiate, on_one_device
@@ -195,13 +203,14 @@ def side_network(
 
     Under autocast the op computes in, and returns, autocast's type. The fused backends keep only the
     bottlenecks' pre-activations for the backward and give the states no gradient: states that require one
-    run eager.
+    run eager. Scales get no gradient.
 
     Returns:
         e `[N, T, d]`, zeros where a tower has no present source.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, named; scales that need a gradient;
+            on the CPU also ids out of range.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
     _check(states, weights, structure, ids, scales, present)
@@ -248,18 +257,13 @@ def _check(
     scales: Sequence[Tensor] | None,
     present: Tensor | None,
 ) -> None:
-    if len(states) != len(structure.widths):
-        raise ValueError(f"states: expected {len(structure.widths)} tensors, got {len(states)}")
-    if len(weights.head_weight) != len(structure.sources) or len(weights.head_bias) != len(structure.sources):
-        raise ValueError(
-            f"head_weight, head_bias: expected {len(structure.sources)} tensors each, got "
-            f"{len(weights.head_weight)} and {len(weights.head_bias)}"
-        )
-    embedding = weights.head_bias[0].shape[0]
-    for t, width in enumerate(structure.tower_widths):
-        check_tensor(f"head_weight[{t}]", weights.head_weight[t], (embedding, width))
-        check_tensor(f"head_bias[{t}]", weights.head_bias[t], (embedding,))
-    rows, levels = states[0].shape[0], weights.gate[0].shape[0]
+    check_weights(weights, SideNetworkWeights)
+    if not isinstance(structure, SideNetworkStructure):
+        raise TypeError(f"structure: expected SideNetworkStructure, got {describe(structure)}")
+    check_tensors("states", states, len(structure.widths))
+    _check_weights(weights, structure)
+    levels = weights.gate[0].shape[0]
+    rows = check_tensor("states[0]", states[0], (None, levels, structure.widths[0])).shape[0]
     for m, (state, width) in enumerate(zip(states, structure.widths, strict=True)):
         check_tensor(f"states[{m}]", state, (None, levels, width), dtypes=STATE_DTYPES)
         if state.shape[0] != rows:
@@ -267,19 +271,73 @@ def _check(
         if scales is None and state.dtype in SCALED_DTYPES:
             raise ValueError(f"scales: {describe(state)} in states[{m}] needs a scale per row and level")
     if scales is not None:
-        if len(scales) != len(states):
-            raise ValueError(f"scales: expected {len(states)} tensors, got {len(scales)}")
+        check_tensors("scales", scales, len(states))
         for m, scale in enumerate(scales):
             check_tensor(f"scales[{m}]", scale, (None, levels), dtypes=(torch.float32,))
+            refuse_gradient(f"scales[{m}]", scale)
             if scale.shape[0] != rows:
                 raise ValueError(f"scales[{m}]: expected {rows} rows as in states, got {describe(scale)}")
     if ids is not None:
         check_tensor("ids", ids, (None,), dtypes=(torch.int64, torch.int32))
+        check_range("ids", ids, 0, rows - 1)
     if present is not None:
         check_tensor("present", present, (None, len(states)), dtypes=(torch.bool,))
         count = rows if ids is None else ids.shape[0]
         if present.shape[0] != count:
             raise ValueError(f"present: expected a row for each of {count} items, got {describe(present)}")
+
+
+def _check_weights(weights: SideNetworkWeights, structure: SideNetworkStructure) -> None:
+    """Every tensor against the shape that the structure, and the first tower's sizes, give it."""
+    towers = len(structure.sources)
+    groups = (
+        *((name, towers) for name in weights._fields[:7]),
+        ("cross_gate", len(structure.cross_pairs)),
+        ("cross_down", len(structure.projected_pairs)),
+        ("cross_up", len(structure.projected_pairs)),
+        ("pair_weight", len(structure.narrowed_towers)),
+        ("pair_bias", len(structure.narrowed_towers)),
+    )
+    for name, count in groups:
+        check_tensors(name, getattr(weights, name), count)
+    first = check_tensor("down_bias[0]", weights.down_bias[0], (None, None), dtypes=FLOATS)
+    levels, rank = first.shape
+    head = check_tensor("head_bias[0]", weights.head_bias[0], (None,), dtypes=FLOATS)
+    if not (levels and rank and head.shape[0]):
+        raise ValueError(
+            f"down_bias[0], head_bias[0]: expected [L, r] and [d] with no side of 0, got {describe(first)} "
+            f"and {describe(head)}"
+        )
+    for name, index, shape in _shapes(structure, levels, rank, head.shape[0]):
+        tensor = getattr(weights, name)[index]
+        # Names are put together only for a complaint: this runs at every step.
+        if tensor.shape != shape or tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
+            check_tensor(f"{name}[{index}]", tensor, shape, dtypes=FLOATS)
+
+
+def _shapes(
+    structure: SideNetworkStructure, levels: int, rank: int, embedding: int
+) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Field, place and shape of each tensor of `SideNetworkWeights`."""
+    widths = structure.widths
+    shapes: list[tuple[str, int, tuple[int, ...]]] = []
+    for t, width in enumerate(structure.tower_widths):
+        shapes += [
+            ("down_weight", t, (levels, rank, width)),
+            ("down_bias", t, (levels, rank)),
+            ("up_weight", t, (levels, width, rank)),
+            ("up_bias", t, (levels, width)),
+            ("gate", t, (levels,)),
+            ("head_weight", t, (embedding, width)),
+            ("head_bias", t, (embedding,)),
+        ]
+    shapes += [("cross_gate", p, (levels,)) for p in range(len(structure.cross_pairs))]
+    for p, (m, n) in enumerate(structure.projected_pairs):
+        shapes += [("cross_down", p, (rank, widths[n])), ("cross_up", p, (widths[m], rank))]
+    for p, t in enumerate(structure.narrowed_towers):
+        narrow, wide = sorted(widths[m] for m in structure.sources[t])
+        shapes += [("pair_weight", p, (levels, narrow, wide)), ("pair_bias", p, (levels, narrow))]
+    return shapes
 
 
 def _fake(states, scales, ids, present, weights, *static):

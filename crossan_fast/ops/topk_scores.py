@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from crossan_fast._checks import check_integer
 from crossan_fast.ops._dispatch import choose
 from crossan_fast.ops._registration import define, on_one_device
 from crossan_fast.ops._score_tiles import check_ranking, score_tiles
@@ -14,8 +15,8 @@ from crossan_fast.ops._score_tiles import check_ranking, score_tiles
 
 class TopK(NamedTuple):
     """Attributes:
-    scores: `[B, k]`, descending; −inf where fewer than k candidates are left.
-    ids: int64 `[B, k]`; of equal scores the lower id comes first; 0 where the score is −inf.
+    scores: `[B, min(k, I)]`, descending; −inf where fewer candidates are left.
+    ids: int64, likewise; of equal scores the lower id comes first; 0 where the score is −inf.
     """
 
     scores: Tensor
@@ -28,7 +29,7 @@ def topk_scores_reference(users: Tensor, items: Tensor, k: int, exclude: Tensor 
     Args:
         users: `[B, d]`.
         items: `[I + 1, d]`; row 0 is padding and no candidate.
-        k: at least 1.
+        k: at least 1; what is more than the catalogue's I gives I.
         exclude: int64 `[B, H]`, ids that are no candidates for the row; 0 stands for none.
     """
     batch = users.shape[0]
@@ -42,9 +43,6 @@ def topk_scores_reference(users: Tensor, items: Tensor, k: int, exclude: Tensor 
         # Earlier tiles come first and the sort is stable, so equal scores stay in the order of ids.
         scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
         scores, ids = scores[:, :k], ids.gather(1, order[:, :k])
-    missing = k - scores.shape[1]
-    scores = torch.nn.functional.pad(scores, (0, missing), value=float("-inf"))
-    ids = torch.nn.functional.pad(ids, (0, missing))
     return TopK(scores, ids.masked_fill(scores == float("-inf"), 0))
 
 
@@ -58,9 +56,9 @@ def topk_scores(
         TypeError, ValueError: arguments that do not fit, named.
         BackendUnavailable: `backend` was asked for by name and can't serve.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an integer of at least 1, got {k!r}")
+    check_integer("k", k, 1)
     check_ranking(users, items, exclude)
+    k = min(k, items.shape[0] - 1)
     users, items = users.detach(), items.detach()
     choice = choose("topk_scores", users.device.type, users.dtype, (), backend)
     if choice.backend == "eager":

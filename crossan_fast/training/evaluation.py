@@ -250,6 +250,11 @@ def metrics_of(ranks: Tensor, k: Sequence[int]) -> dict[str, float]:
     return metrics
 
 
+def fitting_cutoffs(k: Sequence[int], candidates: int) -> tuple[int, ...]:
+    """A config's cut-offs where there are so many candidates: the largest below stands for all above."""
+    return tuple(sorted({min(cutoff, candidates - 1) for cutoff in k}))
+
+
 def check_cutoffs(k: Sequence[int], candidates: int) -> None:
     """Raise ValueError unless each of `k` is below the number of candidates."""
     for cutoff in k:

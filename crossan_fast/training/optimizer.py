@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,8 +79,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: float | None) -> Te
     """Scale all gradients together to at most `norm` (None: as they are); gives the norm they had, `[]`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     total: Tensor = nn.utils.get_total_norm(gradients, foreach=True)
-    # A GPU would have to be waited for; on a CPU gradients within the bound need not be written again.
-    if norm is None or (total.device.type == "cpu" and bool(total <= norm)):
+    # A GPU would have to be waited for; on a CPU gradients within the bound need not be written again, and
+    # what is not finite stays where it is, to be named.
+    if norm is None or (total.device.type == "cpu" and not norm < float(total) < math.inf):
         return total
     torch._foreach_mul_(gradients, (norm / (total + 1e-6)).clamp(max=1.0))
     return total

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from crossan_fast._checks import check_integer
 from crossan_fast._digests import sealed, unsealed
 from crossan_fast._files import write_whole
-from crossan_fast._untrusted import MAX_BYTES, is_whole, read_json
+from crossan_fast._untrusted import MAX_BYTES, read_json
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.basis import digest
 from crossan_fast.data import Catalogue
 from crossan_fast.training.task import Task
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -101,19 +105,23 @@ class Population:
         if not path.is_file():
             return None
         try:
-            body = unsealed(read_json(path, "run", MAX_BYTES), "run", path)
-            found = cls(**body)
-            if not all(is_whole(n, 0, 1 << 40) for n in (found.items, found.users, found.used)):
-                raise ValueError(f"expected whole numbers of items and users, got {body}")
-            if not isinstance(found.bases, Mapping) or {type(v) for v in _texts(found)} != {str}:
-                raise ValueError(f"expected digests as text, got {body}")
+            held = cls(**unsealed(read_json(path, "run", MAX_BYTES), "run", path))
+            held._check()
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"run: {path} cannot be read: {error}") from error
-        return found
+        return held
 
-
-def _texts(found: Population) -> list[object]:
-    return [found.names, found.sequences, found.run, *found.bases.values()]
+    def _check(self) -> None:
+        """Raise unless the fields are what `write` writes: a file may be damaged, or another's."""
+        for name in ("items", "users", "used"):
+            check_integer(name, getattr(self, name), 0)
+        if not isinstance(self.bases, Mapping):
+            raise TypeError(f"bases: expected digests by name, got {self.bases!r}")
+        for name, value in (("names", self.names), ("sequences", self.sequences), *self.bases.items()):
+            if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+                raise ValueError(f"{name}: expected 64 hexadecimal digits, got {value!r}")
+        if not isinstance(self.run, str):
+            raise TypeError(f"run: expected text, got {self.run!r}")
 
 
 def _digests(cache: HiddenStateCache) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from crossan_fast._finite import first_nonfinite
 from crossan_fast._profiling import span
 from crossan_fast._sources import ReadAhead
 from crossan_fast.cache import HiddenStateCache
@@ -32,11 +33,12 @@ class NotFinite(TrainingError):
     Attributes:
         what: `loss`, or `gradient` for the norm of all gradients together.
         value: what it is.
+        first: the first tensor that is not finite, in words; empty where none is by itself.
     """
 
-    def __init__(self, what: str, value: float, step: int) -> None:
-        super().__init__(f"{what}: {value} at step {step}; {REMEDY}")
-        self.what, self.value = what, value
+    def __init__(self, what: str, value: float, step: int, first: str = "") -> None:
+        super().__init__(f"{what}: {value} at step {step}{f' ({first})' if first else ''}; {REMEDY}")
+        self.what, self.value, self.first = what, value, first
 
 
 class TrainStep:
@@ -51,11 +53,14 @@ class TrainStep:
         group: of several processes, each with a part of the batch: losses are then parts of the joined
             batch's (their mean is its loss), and every process has its gradients.
 
-    On the CPU a loss or gradient that is not finite raises `NotFinite`; the weights stay those of the step
-    before. A GPU is not waited for: `unsound` counts there, and the weights are lost.
+    On the CPU a loss or gradient that is not finite raises `NotFinite`, which names the first tensor that is
+    not; the weights stay those of the step before. A GPU is not waited for: `unsound` counts there, and the
+    weights are lost. With `config.skip_nonfinite` such a step leaves weights and optimizer as they are, on
+    either device, and counts as skipped; on the CPU one more than that many raises.
 
     Attributes:
         unsound: int64 `[]` on the device: steps from the first on whose gradient was not finite; 0: none.
+        skipped: int64 `[]` on the device: steps that were left out.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class TrainStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = next(model.parameters()).device
         self.unsound = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __call__(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
         """One step, with what `crossan_fast.training.feed` read ahead of it."""
@@ -113,10 +119,7 @@ class TrainStep:
     def compute(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
         """All of a step that happens on the device and can be captured."""
         loss = self.forward_backward(item_ids, ahead)
-        # Of several processes one alone must not leave; its gradient is everyone's, and not finite either.
-        if self.group is None and loss.device.type == "cpu" and not bool(loss.isfinite()):
-            raise NotFinite("loss", float(loss), self.steps + 1)
-        self.update()
+        self.update(loss)
         return loss
 
     def forward_backward(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
@@ -138,18 +141,40 @@ class TrainStep:
                 loss.backward()
         return loss.detach()
 
-    def update(self) -> None:
-        """Clip what `forward_backward` left and apply it."""
+    def update(self, loss: Tensor) -> None:
+        """Clip what `forward_backward` left of a batch with this loss and apply it."""
         with span("optimizer"):
             norm = clip_gradients(self._parameters, self._config.clip_norm)
-            self._judge(norm)
-            self.optimizer.step()
+            if self._judge(loss, norm):
+                self.optimizer.step()
 
-    def _judge(self, norm: Tensor) -> None:
-        """Before an update with gradients of this norm."""
+    def _judge(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether to update with gradients of this norm."""
         if self.device.type == "cpu":
-            if not bool(norm.isfinite()):
-                raise NotFinite("gradient", float(norm), self.steps + 1)
+            # Of several processes one alone must not leave; its gradient is everyone's, and as bad.
+            if self.group is None and not bool(loss.isfinite()):
+                return self._skip("loss", loss)
+            return bool(norm.isfinite()) or self._skip("gradient", norm)
+        bad = norm - norm != 0  # as ~isfinite, in two kernels for five
+        if self._config.skip_nonfinite:
+            if self.group is None:
+                bad |= ~loss.isfinite()
+            # AdamW's own switch: where it is 1, its kernels change nothing.
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.skipped += bad
         else:
-            bad = norm - norm != 0  # as ~isfinite, in two kernels for five
             self.unsound += (self.unsound + bad) > 0
+        return True
+
+    def _skip(self, what: str, value: Tensor) -> bool:
+        """Count a step on the CPU as left out, or raise where no more may be."""
+        if int(self.skipped) >= self._config.skip_nonfinite:
+            raise NotFinite(what, float(value), self.steps + 1, self._first_bad())
+        self.skipped += 1
+        return False
+
+    def _first_bad(self) -> str:
+        gradients = ((f"gradient of {name}", p.grad) for name, p in self.model.named_parameters())
+        return (
+            first_nonfinite((*self.model.named_parameters(), *self.model.named_buffers(), *gradients)) or ""
+        )

@@ -27,7 +27,7 @@ from crossan_fast.data import (
     split_files,
 )
 from crossan_fast.model import CrossanModel
-from crossan_fast.training.evaluation import Part, Result, evaluate
+from crossan_fast.training.evaluation import Part, Result, evaluate, fitting_cutoffs
 from crossan_fast.training.processes import Processes
 from crossan_fast.training.train_config import EvaluationConfig, SplitConfig, TrainConfig
 
@@ -56,6 +56,10 @@ class Task:
         """What a target is ranked among, for `crossan_fast.training.evaluate`."""
         return self.used if protocol.candidates == "used" else None
 
+    def num_candidates(self, protocol: EvaluationConfig) -> int:
+        """How many items a target is ranked among, itself included."""
+        return self.used.numel() if protocol.candidates == "used" else self.split.num_items
+
     def evaluate(
         self,
         model: CrossanModel,
@@ -71,15 +75,17 @@ class Task:
             model: on `device`.
             part: `validation` or `test`.
             protocol: of the run's config.
-            k: cut-offs in place of the protocol's.
+            k: cut-offs in place of the protocol's, which are fitted to the number of candidates.
             processes: of a run with several; every process calls.
         """
+        if k is None:
+            k = fitting_cutoffs(protocol.k, self.num_candidates(protocol))
         return evaluate(
             model,
             self.cache,
             self.split,
             part,
-            k=protocol.k if k is None else k,
+            k=k,
             filter_history=protocol.filter_history,
             candidates=self.candidates(protocol),
             batch_size=protocol.batch_size,

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import types
 import typing
@@ -53,6 +54,9 @@ class OptimizerConfig:
         clip_norm: bound on the norm of all gradients together; None: no bound.
         average: decay of an exponential moving average of the weights, which is what is evaluated and kept
             as the best; None: the weights themselves. See `crossan_fast.training.averaging`.
+        skip_nonfinite: how many steps of a run may be left out, weights and optimizer as they were, because
+            their loss or gradient is NaN or inf; one more stops the run. 0: the first one does. The log and
+            `results.json` count them.
     """
 
     learning_rate: float = 1e-3
@@ -65,16 +69,27 @@ class OptimizerConfig:
     warmup_steps: int = 0
     clip_norm: float | None = 5.0
     average: float | None = None
+    skip_nonfinite: int = 0
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
-            _check(getattr(self, name) > 0, f"optimizer.{name}", "a positive number", getattr(self, name))
-        for name in ("side_network", "fusion", "sequence_encoder", "weight_decay", "warmup_steps"):
-            _check(getattr(self, name) >= 0, f"optimizer.{name}", "at least 0", getattr(self, name))
+            value = getattr(self, name)
+            _check(0 < value < math.inf, f"optimizer.{name}", "a positive number", value)
+        for name in (
+            "side_network",
+            "fusion",
+            "sequence_encoder",
+            "weight_decay",
+            "warmup_steps",
+            "skip_nonfinite",
+        ):
+            value = getattr(self, name)
+            _check(0 <= value < math.inf, f"optimizer.{name}", "at least 0 and finite", value)
         for beta in self.betas:
             _check(0 <= beta < 1, "optimizer.betas", "two numbers in [0, 1)", self.betas)
         if self.clip_norm is not None:
-            _check(self.clip_norm > 0, "optimizer.clip_norm", "a positive number or null", self.clip_norm)
+            right = 0 < self.clip_norm < math.inf
+            _check(right, "optimizer.clip_norm", "a positive number or null", self.clip_norm)
         if self.average is not None:
             _check(0 < self.average < 1, "optimizer.average", "a number in (0, 1) or null", self.average)
 
@@ -123,7 +138,8 @@ class EvaluationConfig:
     """Full ranking; see `crossan_fast.training.evaluation`.
 
     Attributes:
-        k: cut-offs of HR and NDCG; 10 is added where it is missing, since NDCG@10 picks the best epoch.
+        k: cut-offs of HR and NDCG; 10 is added where it is missing, since NDCG@10 picks the best epoch. What
+            is not below the number of candidates becomes the largest that is, with a warning.
         filter_history: `all` (IISAN's protocol), `all_except_target` or `none`.
         candidates: rank the items that the users file names (`used`, as IISAN does), or `all` that the cache
             held when the run began.
@@ -248,6 +264,13 @@ class TrainConfig:
                     f"{DATA_VARIABLE}, got neither"
                 )
             value = value.replace("${data}", data)
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: {value!r} cannot be named in this process's encoding {error.encoding}, expected "
+                "UTF-8 (PYTHONUTF8=1, or a locale such as C.UTF-8)"
+            ) from error
         return Path(value).expanduser()
 
     def crossan_config(self, cache: HiddenStateCache) -> CrossanConfig:
@@ -383,6 +406,8 @@ def _fit(hint: Any, value: Any, name: str) -> Any:
         right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
         if not right:
             raise TypeError(f"{name}: expected {expected[hint]}, got {value!r}")
+        if hint is int:
+            _check(-(2**63) <= value < 2**63, name, "an integer of 64 bits", value)
         return value
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected fields, got {value!r}")

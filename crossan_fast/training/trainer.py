@@ -20,7 +20,7 @@ from crossan_fast.serialization import save_model
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.divergence import diverged, refuse_nothing_learned, warning
-from crossan_fast.training.evaluation import Part, Result, check_cutoffs
+from crossan_fast.training.evaluation import Part, Result, check_cutoffs, fitting_cutoffs
 from crossan_fast.training.feed import feed
 from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.malloc import keep_freed_memory
@@ -32,8 +32,6 @@ from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import REMEDY, NotFinite, TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
 from crossan_fast.training.train_config import TrainConfig, flatten
-
-MONITOR = "ndcg@10"
 
 # What may differ between a run and its continuation: none of it changes the numbers of an epoch.
 _FREE = (
@@ -66,6 +64,8 @@ class Trainer:
         history: one entry an epoch, as in `log.jsonl`.
         config: with the precision that `auto` stands for here.
         precision: what is computed in, and why.
+        monitor: the validation metric that picks the best epoch: `ndcg@10`, or of a tiny catalogue the NDCG
+            at its largest cut-off.
         eager_because: why the step is not captured in CUDA graphs; None: it is.
     """
 
@@ -82,9 +82,7 @@ class Trainer:
         began = self.folder.began_with()
         self.precision = choose_precision(config.precision, self.device, began)
         self.config = config = replace(config, precision=self.precision.name)
-        candidates = self.task.candidates(config.evaluation)
-        total = self.task.split.num_items if candidates is None else candidates.numel()
-        check_cutoffs(config.evaluation.k, total)  # now, not after the first epoch
+        self.monitor = f"ndcg@{self._cutoff()}"
         torch.manual_seed(config.seed)
         model = CrossanModel(config.crossan_config(self.task.cache), backend=config.backend)
         self.model = model.to(self.device)
@@ -115,7 +113,7 @@ class Trainer:
         self.eager_because = refusal(self.step)
         self._run = self.step if self.eager_because else GraphedStep(self.step)
         self.history: list[dict[str, Any]] = []
-        self._best: dict[str, Any] = {"epoch": 0, MONITOR: -1.0}
+        self._best: dict[str, Any] = {"epoch": 0, self.monitor: -1.0}
         self._stale = 0
 
     def fit(
@@ -157,7 +155,7 @@ class Trainer:
             self._keep(entry)
             if writer is not None:
                 _write_events(writer, entry, losses)
-            say(_line(entry, self.config.epochs))
+            say(_line(entry, self.config.epochs, self.monitor))
             if diverged(self.history, self.columns):
                 say(f"warning: {warning(self.history, self.columns)}")
         if writer is not None:
@@ -167,6 +165,19 @@ class Trainer:
     def evaluate(self, part: Part) -> Result:
         """Rank the held-out targets with the model as it is, under the config's protocol."""
         return self.task.evaluate(self.model, part, self.config.evaluation, processes=self.processes)
+
+    def _cutoff(self) -> int:
+        """The largest of 1 to 10 that cuts the candidates; with a warning where the config's reach beyond."""
+        total = self.task.num_candidates(self.config.evaluation)
+        fitted = fitting_cutoffs(self.config.evaluation.k, total)
+        check_cutoffs(fitted, total)  # now, not after the first epoch
+        if beyond := [k for k in self.config.evaluation.k if k not in fitted]:
+            warnings.warn(
+                f"evaluation.k: expected cut-offs below the {total} candidates, got {beyond}; "
+                f"{total - 1} stands for them",
+                stacklevel=3,
+            )
+        return min(10, total - 1)
 
     def feed(self, epoch: int) -> Iterator[tuple[torch.Tensor, ReadAhead]]:
         """The batches of an epoch, 1, 2, …; see `crossan_fast.training.feed`."""
@@ -222,6 +233,7 @@ class Trainer:
                 )
         self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
         self.step.steps = state["steps"]
+        self.step.skipped.fill_(self._skipped())
 
     def _stated(self, config: TrainConfig) -> TrainConfig:
         """With the modalities that None stands for here, so that stating them is no change."""
@@ -245,39 +257,59 @@ class Trainer:
             for index, (item_ids, ahead) in enumerate(bar):
                 losses[index] = self._run(item_ids, ahead)
         except NotFinite as error:
-            raise self._stop(error.what, error.value, index + 1, epoch) from None
+            raise self._stop(error.what, error.value, index + 1, epoch, error.first) from None
         read = (self.processes.sum(losses) / self.processes.size).cpu()
         trained = time.perf_counter()
-        bad = (~torch.isfinite(read)).nonzero().flatten().tolist()
-        unsound = int(self.step.unsound)
-        # A step's gradient spoils the losses behind it.
-        if unsound and not (bad and bad[0] <= len(read) - unsound):
-            raise self._stop("gradient", float("nan"), len(read) + 1 - unsound, epoch)
-        if bad:
-            raise self._stop("loss", float(read[bad[0]]), bad[0] + 1, epoch)
-        refuse_nothing_learned(read, epoch)
+        skipped = int(self.step.skipped) - self._skipped()
+        counted = self._counted(read, skipped, epoch)
+        refuse_nothing_learned(counted, epoch)
         entry: dict[str, Any] = {
             "epoch": epoch,
-            "loss": float(read.double().mean()),
+            "loss": float(counted.double().mean()),
             "train_seconds": trained - started,
         }
+        if skipped:
+            entry["skipped"] = skipped
         if epoch == 1:
-            entry["first_loss"] = float(read[0])
+            entry["first_loss"] = float(counted[0])
         if epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs:
             with self.step.averaged():
                 entry["validation"] = self.evaluate("validation").metrics
             entry["evaluation_seconds"] = time.perf_counter() - trained
         return entry, read
 
-    def _stop(self, what: str, value: float, step: int, epoch: int) -> TrainingError:
+    def _counted(self, losses: torch.Tensor, skipped: int, epoch: int) -> torch.Tensor:
+        """An epoch's losses but those of steps left out, which are not finite; others stop the run."""
+        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        unsound, most, before = int(self.step.unsound), self.config.optimizer.skip_nonfinite, self._skipped()
+        if before + skipped > most or (skipped and len(bad) == len(losses)):
+            raise TrainingError(
+                f"loss, gradient: not finite at {skipped} of the {len(losses)} steps of epoch {epoch} and "
+                f"{before} before it; optimizer.skip_nonfinite={most} may be, not all of an epoch; {REMEDY}"
+            )
+        # A step's gradient spoils the losses behind it.
+        if unsound and not (bad and bad[0] <= len(losses) - unsound):
+            raise self._stop("gradient", float("nan"), len(losses) + 1 - unsound, epoch)
+        if len(bad) > skipped:
+            raise self._stop("loss", float(losses[bad[0]]), bad[0] + 1, epoch)
+        return losses[losses.isfinite()]
+
+    def _skipped(self) -> int:
+        """Steps of the epochs so far that were left out."""
+        return sum(entry.get("skipped", 0) for entry in self.history)
+
+    def _stop(self, what: str, value: float, step: int, epoch: int, first: str = "") -> TrainingError:
         kept = f"; {self.folder.last} is of the epoch before" if self.history else ""
-        return TrainingError(f"{what}: {value} at step {step} of epoch {epoch}; {REMEDY}{kept}")
+        if skipped := int(self.step.skipped):
+            kept += f"; {skipped} such steps were left out, at most optimizer.skip_nonfinite may be"
+        bad = f" ({first})" if first else ""
+        return TrainingError(f"{what}: {value} at step {step} of epoch {epoch}{bad}; {REMEDY}{kept}")
 
     def _keep(self, entry: dict[str, Any]) -> None:
         """Write the best epoch first: a run cut off between the two files repeats the epoch and agrees."""
         if metrics := entry.get("validation"):
-            if metrics[MONITOR] > self._best[MONITOR]:
-                self._best = {"epoch": entry["epoch"], MONITOR: metrics[MONITOR]}
+            if metrics[self.monitor] > self._best[self.monitor]:
+                self._best = {"epoch": entry["epoch"], self.monitor: metrics[self.monitor]}
                 self._stale = 0
                 if self.processes.first:
                     with self.step.averaged():
@@ -307,6 +339,7 @@ class Trainer:
             "epochs": len(self.history),
             "stopped_by": stopped,
             "diverged": diverged(self.history, self.columns),
+            "skipped_steps": self._skipped(),
             "train_seconds": sum(entry["train_seconds"] for entry in self.history),
             "precision": {"name": self.precision.name, "reason": self.precision.reason},
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -377,13 +410,15 @@ def _run_of(config: TrainConfig, population: Population) -> str:
     return digest_of([bound, asdict(population)])[:16]
 
 
-def _line(entry: dict[str, Any], epochs: int) -> str:
+def _line(entry: dict[str, Any], epochs: int, monitor: str) -> str:
     text = f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.4f}, {entry['train_seconds']:.1f} s"
+    if skipped := entry.get("skipped"):
+        text += f", {skipped} steps left out (not finite)"
     if metrics := entry.get("validation"):
         best = " (best)" if entry["best_epoch"] == entry["epoch"] else ""
-        text += (
-            f", validation HR@10 {100 * metrics['hr@10']:.2f} % NDCG@10 {100 * metrics[MONITOR]:.2f} %{best}"
-        )
+        hits = monitor.replace("ndcg", "hr")
+        text += f", validation {hits.upper()} {100 * metrics[hits]:.2f} %"
+        text += f" {monitor.upper()} {100 * metrics[monitor]:.2f} %{best}"
     return text
 
 

@@ -202,8 +202,10 @@ void softmax_loss_backward(const SoftmaxLoss<T>& loss, T grad, const T* lse, T* 
   if (blocks == 0) std::fill_n(grad_items, loss.columns * loss.width, T(0));
   const T scale = grad / static_cast<T>(std::max<size_t>(1, loss.rows.size()));
   run_tasks(workers, blocks, [&](int64_t w, int64_t b) {
-    own[static_cast<size_t>(w)].start(b);
-    own[static_cast<size_t>(w)].backward(b, scale, lse, turns, grad_users, grad_items);
+    turns.guard([&] {
+      own[static_cast<size_t>(w)].start(b);
+      own[static_cast<size_t>(w)].backward(b, scale, lse, turns, grad_users, grad_items);
+    });
   });
 }
 

@@ -134,7 +134,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     monkeypatch.setattr(TrainStep, "forward_backward", poisoned)
     saved = RunFolder(values["run"]).last.read_bytes()
     trainer = Trainer(TrainConfig.from_dict({**values, "epochs": 2}))
-    with pytest.raises(TrainingError, match=r"^gradient: inf at step 3 of epoch 2; a smaller opt"):
+    # Of the parameters in the model's order, which is not the optimizer's, the first that is bad.
+    named = r"\(gradient of [\w.]+: expected finite values, got inf at \[.*0\], in \d+ of \d+ places\)"
+    with pytest.raises(TrainingError, match=rf"^gradient: inf at step 3 of epoch 2 {named}; a smaller opt"):
         trainer.fit(resume=True, progress=False, say=lambda line: None)
     assert all(torch.equal(*pair) for pair in zip(before, trainer.step._parameters, strict=True))
     assert RunFolder(values["run"]).last.read_bytes() == saved
@@ -153,7 +155,7 @@ def test_on_a_gpu_the_first_bad_gradient_is_counted_without_waiting(
     norms = [1.0, 2.0, math.nan, 1.0, math.inf]
     counts = []
     for norm in norms:
-        step._judge(torch.tensor(norm))
+        assert step._judge(torch.tensor(1.0), torch.tensor(norm))
         counts.append(int(step.unsound))
     assert counts == [0, 0, 1, 2, 3]
 
@@ -177,6 +179,108 @@ def test_what_was_counted_stops_at_the_end_of_the_epoch(
     with pytest.raises(TrainingError, match=message + " of epoch 1"):
         trainer.fit(progress=False, say=lambda line: None)
     assert not RunFolder(values["run"]).last.exists()
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: str) -> None:
+    """Make the loss or a gradient of these steps, counted from 1, NaN."""
+    whole, seen = TrainStep.forward_backward, []
+
+    def poisoned(self: TrainStep, item_ids: Tensor, *ahead: Any) -> Tensor:
+        loss = whole(self, item_ids, *ahead)
+        seen.append(item_ids)
+        if len(seen) not in steps:
+            return loss
+        if what == "gradient":
+            self._parameters[0].grad[..., 0] = math.nan
+            return loss
+        return loss * math.nan
+
+    monkeypatch.setattr(TrainStep, "forward_backward", poisoned)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_bad_steps_are_left_out_where_asked_and_counted(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    values["optimizer"]["skip_nonfinite"] = 3
+    poison(monkeypatch, {2, 7}, what)  # in the epochs of 5 steps
+    results = fit(values, epochs=2)
+    assert results["skipped_steps"] == 2
+    log = [json.loads(line) for line in RunFolder(values["run"]).log.read_text().splitlines()]
+    assert [entry["skipped"] for entry in log] == [1, 1]
+    assert all(math.isfinite(entry["loss"]) for entry in log)
+    assert "1 steps left out (not finite)" in results["lines"][0]
+
+
+def test_a_step_that_is_left_out_changes_nothing(
+    model: CrossanModel, cache: HiddenStateCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = OptimizerConfig(skip_nonfinite=1)
+    step = TrainStep(model, cache, make_optimizer(model, settings), settings)
+    batch = torch.tensor(IN_COMPANY[0])
+    step(batch)
+    before = [t.clone() for t in (*step._parameters, *step.optimizer.state[step._parameters[0]].values())]
+    poison(monkeypatch, {1, 2}, "gradient")
+    step(batch)
+    after = [*step._parameters, *step.optimizer.state[step._parameters[0]].values()]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert int(step.skipped) == 1
+    with pytest.raises(TrainingError, match=r"gradient: nan at step 3 \(gradient of .* got nan at"):
+        step(batch)
+
+
+def test_adamw_s_switch_leaves_a_step_out_on_a_gpu(model: CrossanModel, cache: HiddenStateCache) -> None:
+    """The same kernels on the CPU: what `_judge` sets where the device is not waited for."""
+    settings = OptimizerConfig(skip_nonfinite=1)
+    step = TrainStep(model, cache, make_optimizer(model, settings), settings)
+    step(torch.tensor(IN_COMPANY[0]))
+    before = [p.detach().clone() for p in step._parameters]
+    step.device = Elsewhere()  # type: ignore[assignment]
+    for norm, moved in ((math.nan, False), (1.0, True)):
+        assert step._judge(torch.tensor(1.0), torch.tensor(norm))
+        step.optimizer.step()
+        same = all(torch.equal(*pair) for pair in zip(before, step._parameters, strict=True))
+        assert same is not moved
+    assert int(step.skipped) == 1 and int(step.unsound) == 0
+
+
+def test_more_bad_steps_than_asked_for_stop_the_run(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["optimizer"]["skip_nonfinite"] = 2
+    poison(monkeypatch, {2, 3, 7}, "loss")
+    with pytest.raises(
+        TrainingError, match=r"^loss: nan at step 2 of epoch 2; .* 2 such steps were left out"
+    ):
+        fit(values, epochs=2)
+
+
+def test_the_bound_holds_over_a_resume(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    values["optimizer"]["skip_nonfinite"] = 1
+    with monkeypatch.context() as patch:
+        poison(patch, {2}, "loss")
+        fit(values, epochs=1)
+    poison(monkeypatch, {1}, "loss")
+    trainer = Trainer(TrainConfig.from_dict({**values, "epochs": 2}))
+    with pytest.raises(TrainingError, match=r"^loss: nan at step 1 of epoch 2"):
+        trainer.fit(resume=True, progress=False, say=lambda line: None)
+
+
+@pytest.mark.parametrize("skipped", [2, 5])
+def test_what_a_gpu_left_out_is_bounded_at_the_end_of_the_epoch(values: dict[str, Any], skipped: int) -> None:
+    values["optimizer"]["skip_nonfinite"] = 1 if skipped == 2 else 9
+    trainer = Trainer(TrainConfig.from_dict(values))
+
+    def run(item_ids: Tensor, *ahead: Any) -> Tensor:
+        bad = int(trainer.step.skipped) < skipped
+        trainer.step.skipped += bad
+        return torch.tensor(math.nan if bad else 1.0)
+
+    trainer._run = run  # type: ignore[assignment]
+    with pytest.raises(
+        TrainingError, match=f"^loss, gradient: not finite at {skipped} of the 5 steps of epoch 1"
+    ):
+        trainer.fit(progress=False, say=lambda line: None)
 
 
 # -- losses that are finite, and worse than nothing --------------------------------------------------------

@@ -188,10 +188,31 @@ def test_a_step_reads_nothing_back(config: TrainConfig) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
-def test_cut_offs_are_checked_before_training(values: dict[str, Any], sizes: Any) -> None:
-    with pytest.raises(ValueError, match=f"k: expected 1 to {sizes.items - 1}, .* got {sizes.items}"):
-        Trainer(with_values(values, evaluation={"k": [sizes.items]}))
-    assert not RunFolder(values["run"]).path.exists()
+def test_cut_offs_beyond_the_catalogue_give_way_to_the_largest_within(
+    values: dict[str, Any], sizes: Any
+) -> None:
+    with pytest.warns(
+        UserWarning, match=rf"evaluation\.k: expected cut-offs below .* got \[{sizes.items}\]; "
+    ):
+        trainer = Trainer(with_values(values, evaluation={"k": [5, sizes.items]}, epochs=1))
+    metrics = trainer.fit(progress=False, say=lambda line: None)["test"]["metrics"]
+    assert [name for name in metrics if "hr" in name] == ["hr@5", "hr@10", f"hr@{sizes.items - 1}"]
+
+
+def test_a_catalogue_of_six_items_trains_by_the_cut_off_it_has(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    users = tmp_path / "six.tsv"
+    rows = [" ".join(f"item{1 + (user + j) % 6}" for j in range(5)) for user in range(6)]
+    users.write_text("".join(f"u{user}\t{row}\n" for user, row in enumerate(rows)))
+    lines: list[str] = []
+    with pytest.warns(
+        UserWarning, match=r"evaluation\.k: .* below the 6 candidates, got \[10, 20\]; 5 stands"
+    ):
+        trainer = Trainer(with_values(values, users=str(users), epochs=2, batch_size=6))
+    results = trainer.fit(progress=False, say=lines.append)
+    assert trainer.monitor == "ndcg@5" and set(results["test"]["metrics"]) == {"hr@5", "ndcg@5", "mrr"}
+    assert "validation HR@5" in lines[0] and "NDCG@5" in lines[0]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(

@@ -275,7 +275,8 @@ class FrozenEncoder:
 
     def _pretrained(self, loader: Any, **options: Any) -> Any:
         try:
-            return loader.from_pretrained(self.source, **options)
+            # Off, not the default: that asks on a terminal whether a repository's own code may run.
+            return loader.from_pretrained(self.source, trust_remote_code=False, **options)
         except (OSError, ValueError, KeyError) as error:
             first = " ".join(str(error).split(". ")[0].split())
             raise ValueError(f"encoder {self.source!r}: {loader.__name__} cannot load it: {first}") from error

@@ -304,9 +304,11 @@ void backward(const Sizes& s, const Inputs& inputs, const Weights<const T*>& wei
   for (int64_t i = 0; i < s.items; ++i) total += weight_of(inputs, s.modalities, i);
   Turns turns(count);
   run_tasks(workers, count, [&](int64_t w, int64_t b) {
-    blocks[static_cast<size_t>(w)].backward(b, b * kBlock, std::min(kBlock, s.items - b * kBlock), type, grad_items,
-                                            grad_probability, atleast_tiny(total), logits, grad_embeddings, grads,
-                                            turns);
+    turns.guard([&] {
+      blocks[static_cast<size_t>(w)].backward(b, b * kBlock, std::min(kBlock, s.items - b * kBlock), type, grad_items,
+                                              grad_probability, atleast_tiny(total), logits, grad_embeddings, grads,
+                                              turns);
+    });
   });
 }
 

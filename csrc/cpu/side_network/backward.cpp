@@ -236,7 +236,7 @@ void backward(const Structure& structure, const Inputs& inputs, const Weights<co
     for (int64_t w = 0; w < workers; ++w)
       walks.push_back(std::make_unique<BackwardWalk<T>>(plan, weighed, sums, turns, blocks.size));
     run_tasks(workers, blocks.count, [&](int64_t w, int64_t b) {
-      walks[static_cast<size_t>(w)]->run(b, blocks.first(b), blocks.length(b), in);
+      turns.guard([&] { walks[static_cast<size_t>(w)]->run(b, blocks.first(b), blocks.length(b), in); });
     });
   }  // the walks' memory is given back before W_up's gradients take theirs
   finish_weights(plan, sums);

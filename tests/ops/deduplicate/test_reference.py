@@ -39,8 +39,16 @@ def test_without_waiting_it_gives_the_same(rows, capacity):
     ("call", "error", "message"),
     [
         (lambda: deduplicate(torch.tensor([1, 2]), 2), ValueError, r"capacity: 3 slots needed"),
-        (lambda: deduplicate(torch.tensor([1, 2]), 0), ValueError, r"capacity: expected at least 1"),
-        (lambda: deduplicate(torch.tensor([1.0])), TypeError, r"item_ids: expected int64 or int32"),
+        (
+            lambda: deduplicate(torch.tensor([1, 2]), 0),
+            ValueError,
+            r"capacity: expected an integer from 1 to 2147483647, got 0",
+        ),
+        (
+            lambda: deduplicate(torch.tensor([1.0])),
+            TypeError,
+            r"item_ids: expected a tensor of int64 or int32",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

@@ -120,7 +120,7 @@ def test_reference_gradients(top_k):
             r"embeddings: expected shape \[\?, 3, 4\], got float32 \[7, 4\]",
         ),
         ({"embeddings": torch.ones(N, 2, D)}, ValueError, r"embeddings: expected shape \[\?, 3, 4\]"),
-        ({"top_k": 4}, ValueError, r"top_k: expected 1 to 3, got 4"),
+        ({"top_k": 4}, ValueError, r"top_k: expected an integer from 1 to 3, got 4"),
         ({"present": torch.ones(N, 2).bool()}, ValueError, r"present: expected shape \[\?, 3\]"),
         ({"counts": torch.ones(2, dtype=torch.int64)}, ValueError, r"counts: expected 7 rows"),
         ({"counts": torch.ones(N)}, TypeError, r"counts: expected dtype int64, got float32"),

@@ -1,0 +1,23 @@
+"""Where NaN and inf are: the first bad one of some named tensors, in words. It waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def first_nonfinite(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """Which of the tensors (None is passed over) is the first with NaN or inf, and where; None: none is."""
+    for name, tensor in named:
+        if tensor is None or not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+            continue
+        bad = (~tensor.isfinite()).nonzero()
+        where = bad[0].tolist()
+        return (
+            f"{name}: expected finite values, got {float(tensor[tuple(where)])} at {where}, in {len(bad)} of "
+            f"{tensor.numel()} places"
+        )
+    return None
