@@ -1,6 +1,6 @@
 """CROSSAN and IISAN: sequential recommendation from frozen multimodal foundation models.
 
-The names here are the public API; see README.md for the formulas and `crossan-fast --help` for the commands.
+The names here are the public API; docs/mathematics.md has the formulas, `crossan-fast --help` the commands.
 """
 
 from crossan_fast.cache import HiddenStateCache

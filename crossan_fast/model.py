@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
 from crossan_fast._sources import Gathered, ReadAhead, Source
 from crossan_fast.config import CrossanConfig
+from crossan_fast.explain import explain
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
@@ -352,6 +353,10 @@ class CrossanModel(Popularity):
             deny=deny,
             unknown=unknown,
         )
+
+    def explain(self, items: Sequence[str | int] | None, cache: HiddenStateCache) -> dict[str, Any]:
+        """Gates of the levels, and expert weights of the items; see `crossan_fast.explain`."""
+        return explain(self, items, cache)
 
     # -- inside ----------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "rank a run's held-out targets in the full catalogue",
     "recommend": "the next items for a history of item names",
     "verify": "compare a run's files with their digests, and with each other",
+    "plot": "pictures of a run, and a report in one HTML file",
     "doctor": "what is installed, which backend each op uses, and why",
 }
 

@@ -287,7 +287,7 @@ def _info(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     reclaim(args.folder)
     size = total_bytes(args.folder)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=args.no_progress) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, disable=args.no_progress or None) as bar:
         problems = verify_cache(args.folder, bar.update)
     for problem in problems:
         print(f"{args.folder}{os.sep}{problem}", file=sys.stderr)
@@ -305,7 +305,7 @@ def _convert(args: argparse.Namespace) -> int:
     passes = len(before.modalities) + 2 * (
         len(chosen) if isinstance(chosen, dict) else len(before.modalities)
     )
-    with tqdm(total=(before.num_items + 1) * passes, unit="row", disable=args.no_progress) as bar:
+    with tqdm(total=(before.num_items + 1) * passes, unit="row", disable=args.no_progress or None) as bar:
         errors = convert_cache(
             args.folder,
             args.out,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crossan_fast.cache import HiddenStateCache, build_cache
 from crossan_fast.cli._tiny_encoders import save_tiny_encoders
+from crossan_fast.cli.plot import plot as draw_run
 from crossan_fast.data import Split, read_items
 from crossan_fast.data.shop import MODALITIES, make_shop
 from crossan_fast.ops import rank_of_target
@@ -29,7 +30,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "demo",
         help="a synthetic shop end to end: raw items, encoders, cache, training, a table and a plot",
         description="Makes a shop with titles, pictures, clips and sounds, encodes them with four tiny real "
-        "architectures, trains with one to four modalities, and prints what each adds.",
+        "architectures, trains with one to four modalities, prints what each adds, and draws what the model "
+        "looks at.",
     )
     parser.add_argument("--out", type=Path, default=Path("crossan-fast-demo"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the shop, the encoders and the training")
@@ -41,7 +43,11 @@ def run(args: argparse.Namespace) -> int:
     rows = demo(args.out, seed=args.seed, epochs=args.epochs)
     plot = args.out / "demo.png"
     _plot(rows, plot)
-    print(f"\n{plot}: the same as a picture. {time.monotonic() - started:.0f} s in all.")
+    print(f"\n{plot}: the same as a picture")
+    report = draw_run(args.out / "runs" / "+".join(MODALITIES))[-1]
+    print(
+        f"{report}: what the last model looks at, for a browser. {time.monotonic() - started:.0f} s in all."
+    )
     return 0
 
 

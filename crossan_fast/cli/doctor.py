@@ -10,18 +10,19 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from crossan_fast import _build, _library
+from crossan_fast.cli._output import add_json, show
 from crossan_fast.ops import _dispatch
 
 _EXTRAS = {
     "transformers": "building caches: pip install 'crossan-fast[encoders]'",
     "pillow": "image encoders: pip install 'crossan-fast[encoders]'",
-    "matplotlib": "plots: pip install 'crossan-fast[demo]'",
+    "matplotlib": "plots: pip install 'crossan-fast[plot]'",
     "tensorboard": "tensorboard=true: pip install 'crossan-fast[tensorboard]'",
     "xformers": "model.attention=xformers: pip install 'crossan-fast[xformers]'",
 }
@@ -40,6 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="build what the picked backends need and is not built yet, as their first use would (minutes)",
     )
+    add_json(parser)
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="compute type (default fp32)"
     )
@@ -47,32 +49,37 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
+    sections = {title: list(rows) for title, rows in _sections(args.dtype, args.build)}
+    forced = os.environ.get("CROSSAN_FAST_BACKEND")
+    lines = []
+    for title, rows in sections.items():
+        lines += ["", title, *(f"  {name:<16} {text}" for name, text in rows)]
+    said = f"CROSSAN_FAST_BACKEND={forced} takes the place of `auto`" if forced else "No backend is forced."
+    show(args, {**sections, "forced backend": forced}, "\n".join([*lines, "", said]))
+    return 0
+
+
+def _sections(dtype: str, build: bool) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
+    """Titles with their rows, names beside what is to say of them."""
+    yield "versions", _versions()
+    yield "this machine", _machine()
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+    # First, since with --build choosing builds, and the extension's rows tell what there is.
+    choices = {device: list(_choices(device, types[dtype], build)) for device in ("cpu", "cuda")}
+    yield "compiled kernels", _extension()
+    for device, rows in choices.items():
+        yield f"ops on {device} in {dtype}", rows
+
+
+def _versions() -> Iterator[tuple[str, str]]:
     from crossan_fast import __version__
 
-    _title("versions")
-    _row("crossan-fast", __version__)
-    _row("python", platform.python_version())
+    yield "crossan-fast", __version__
+    yield "python", platform.python_version()
     for package in ("torch", "triton", "numpy", "safetensors"):
-        _row(package, _version(package) or "not installed")
+        yield package, _version(package) or "not installed"
     for package, use in _EXTRAS.items():
-        _row(package, _version(package) or f"not installed; needed for {use}")
-    _title("this machine")
-    for name, text in _machine():
-        _row(name, text)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[args.dtype]
-    # First, since with --build choosing builds, and the extension's rows tell what there is.
-    choices = {device: list(_choices(device, dtype, args.build)) for device in ("cpu", "cuda")}
-    _title("compiled kernels")
-    for name, text in _extension():
-        _row(name, text)
-    for device, rows in choices.items():
-        _title(f"ops on {device} in {args.dtype}")
-        for name, text in rows:
-            _row(name, text)
-    forced = os.environ.get("CROSSAN_FAST_BACKEND")
-    print()
-    print(f"CROSSAN_FAST_BACKEND={forced} takes the place of `auto`" if forced else "No backend is forced.")
-    return 0
+        yield package, _version(package) or f"not installed; needed for {use}"
 
 
 def _machine() -> Iterator[tuple[str, str]]:
@@ -172,11 +179,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _title(text: str) -> None:
-    print(f"\n{text}")
-
-
-def _row(name: str, text: str) -> None:
-    print(f"  {name:<16} {text}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from typing import Any
 
 from crossan_fast.cli._forms import USERS, USERS_COLUMNS, add_column_options, columns_of
+from crossan_fast.cli._output import add_json, show
 
 VERIFY = "when the cache's bytes are compared with their checksums (default: as the run's config has it)"
 
@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--k", type=int, nargs="+", help="cut-offs")
     parser.add_argument("--verify", choices=("open", "lazy", "off"), help=VERIFY)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if held is not None and (difference := held.difference(Population.of(task))):
         note = f"not what the run was evaluated on: {difference}"
         result = dataclasses.replace(result, note="; ".join(filter(None, (result.note, note))))
-    print(json.dumps(result.to_dict(), indent=2) if args.json else f"{task.describe()}\n{result}")
+    show(args, result.to_dict(), f"{task.describe()}\n{result}")
     return 0
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crossan_fast.cli._forms import ITEMS, USERS, USERS_COLUMNS, add_column_options, columns_of
+from crossan_fast.cli._output import add_json, show
 from crossan_fast.cli.evaluate import VERIFY
 
 if TYPE_CHECKING:
+    from crossan_fast.cli._recommended import Row
     from crossan_fast.recommend import Recommender
 
 _DESCRIPTION = """\
@@ -63,10 +66,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--batch-size", type=int, default=1024, help="users at once (default 1024)")
     parser.add_argument("--verify", choices=("open", "lazy", "off"), help=VERIFY)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table of rank, name, score and title; or write those of a file's users."""
+    """Print a table, or JSON: rank, name, score and title; or write those of a file's users."""
     from crossan_fast.cache import HiddenStateCache
     from crossan_fast.recommend import Recommender
     from crossan_fast.training import RunFolder
@@ -102,6 +106,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"note: {recommender.skipped:,} names of --allow and --deny are unknown", file=sys.stderr)
     if args.history is not None:
         return _one(args, recommender, titles)
+    if args.json:
+        raise ValueError(
+            "--json: expected --history beside it, got --histories; --out FILE.jsonl is for these"
+        )
     return _many(args, recommender, titles)
 
 
@@ -128,12 +136,23 @@ def _one(args: argparse.Namespace, recommender: Recommender, titles: dict[str, s
         with open_writer(args.out) as write:
             write(found)
         return 0
-    for name in args.history:
-        print(f"history  {name}  {titles.get(name, '')}".rstrip())
-    width = max((len(row.item) for row in found), default=0)
-    for best in found:
-        print(f"{best.rank:>3}  {best.item:<{width}}  {best.score:8.4f}  {best.title}".rstrip())
+    history = [(name, titles.get(name, "")) for name in args.history]
+    printed = {
+        "history": [{"item": name, "title": title or None} for name, title in history],
+        "items": [
+            {"rank": row.rank, "item": row.item, "score": row.score, "title": row.title or None}
+            for row in found
+        ],
+    }
+    show(args, printed, _table(history, found))
     return 0
+
+
+def _table(history: Sequence[tuple[str, str]], found: Sequence[Row]) -> str:
+    lines = [f"history  {name}  {title}" for name, title in history]
+    width = max((len(row.item) for row in found), default=0)
+    lines += [f"{row.rank:>3}  {row.item:<{width}}  {row.score:8.4f}  {row.title}" for row in found]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _many(args: argparse.Namespace, recommender: Recommender, titles: dict[str, str]) -> int:

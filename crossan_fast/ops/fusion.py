@@ -59,11 +59,9 @@ def fusion_reference(
     e = embeddings.to(dtype)
     if present is not None:
         e = torch.where(present[:, :, None], e, 0)
-    logits = F.linear(e.flatten(1), weights.router_weight.to(dtype), weights.router_bias.to(dtype))
-    exists = present if present is not None else torch.ones_like(logits, dtype=torch.bool)
-    probability = _softmax(logits, exists)
-    chosen = exists if top_k is None else _top(probability, exists, top_k)
-    share = probability if top_k is None else _softmax(logits, chosen)
+    exists, probability, chosen, share = _route(
+        e, weights.router_weight.to(dtype), weights.router_bias.to(dtype), present, top_k
+    )
     items = torch.zeros_like(e[:, 0])
     for m in range(e.shape[1]):
         inner = F.gelu(F.linear(e[:, m], weights.w1[m].to(dtype), weights.b1[m].to(dtype)))
@@ -71,6 +69,37 @@ def fusion_reference(
         items = items + torch.where(chosen[:, m, None], share[:, m, None] * expert, 0)
     wide = probability.to(torch.promote_types(dtype, torch.float32))
     return FusionOutput(items, _balance(wide, exists, 1 if top_k is None else top_k, counts))
+
+
+def expert_weights(
+    embeddings: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    *,
+    present: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """The weight of each expert in each item, `[N, M]`; arguments as `fusion_reference`.
+
+    Rows sum to 1; what is absent or not among the `top_k` has 0.
+    """
+    e = embeddings.to(router_weight.dtype)
+    if present is not None:
+        e = torch.where(present[:, :, None], e, 0)
+    return _route(e, router_weight, router_bias, present, top_k)[3]
+
+
+def _route(
+    e: Tensor, weight: Tensor, bias: Tensor, present: Tensor | None, top_k: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which experts exist, their probabilities, which are chosen and the weights of these; each `[N, M]`."""
+    logits = F.linear(e.flatten(1), weight, bias)
+    exists = present if present is not None else torch.ones_like(logits, dtype=torch.bool)
+    probability = _softmax(logits, exists)
+    if top_k is None:
+        return exists, probability, exists, probability
+    chosen = _top(probability, exists, top_k)
+    return exists, probability, chosen, _softmax(logits, chosen)
 
 
 def _softmax(logits: Tensor, keep: Tensor) -> Tensor:

@@ -100,6 +100,12 @@ class RunFolder:
         """The whole log: a resumed run drops lines of an epoch that was cut off."""
         write_whole(self.log, log_of(history))
 
+    def read_log(self) -> list[dict[str, Any]]:
+        """An entry an epoch; none where no epoch has ended yet."""
+        if not self.log.is_file():
+            return []
+        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
+
     def write_results(self, results: dict[str, Any]) -> None:
         write_whole(self.results, json.dumps(sealed(results), indent=2) + "\n")
 

@@ -70,6 +70,14 @@ def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"c++ compiler", "nvcc", "ninja"} <= machine.keys()
 
 
+def test_json_has_every_section(backends: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["forced backend"] is None
+    assert dict(printed["versions"])["torch"] == torch.__version__
+    assert dict(printed["ops on cpu in fp32"])["fusion"].startswith("triton")
+
+
 def test_calls_that_run_the_reference_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out

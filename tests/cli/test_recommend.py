@@ -149,3 +149,12 @@ def test_bad_arguments_are_named(
 ) -> None:
     assert main(["recommend", "--run", str(run_folder / "run"), "--history", "b01", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_json_says_what_the_table_says(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder / "run"
+    rows = recommend(capsys, run, "--history", "b03", "b04", "--k", "3")
+    assert main(["recommend", "--run", str(run), "--history", "b03", "b04", "--k", "3", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["history"][1] == {"item": "b04", "title": "Title b04"}
+    assert [[str(i["rank"]), i["item"], f"{i['score']:.4f}", i["title"]] for i in printed["items"]] == rows

@@ -65,7 +65,7 @@ def build_cache(
         restart: forget what a stopped build did.
         re_encode: names of items to encode again though nothing shows that their inputs changed, or `all`:
             for caches that do not say what their rows were made from.
-        progress: show a bar with rate and time left.
+        progress: show a bar with rate and time left, where the output is a terminal.
         journal_every: seconds of work that a kill may cost.
 
     Raises:
@@ -192,4 +192,9 @@ def _bar(plan: BuildPlan, journal: Journal, progress: bool) -> tqdm[Any]:
         total += len(chosen)
         missing += sum(work.missing(index) is not None for index in chosen)
     done = int(sum(done.sum() for done in journal.done)) - journal.spared
-    return tqdm(total=total - missing, initial=min(done, total - missing), unit="item", disable=not progress)
+    return tqdm(
+        total=total - missing,
+        initial=min(done, total - missing),
+        unit="item",
+        disable=None if progress else True,
+    )
