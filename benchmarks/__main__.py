@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import choose, compare, measure, registry, report, results
+from benchmarks import choose, compare, measure, pages, registry, report, results
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--calls", type=int, default=0, help="further calls, for a profiler (default 0)")
     checking.set_defaults(run=_check)
 
-    reporting = commands.add_parser("report", help="draw plots and README's tables from the results")
+    reporting = commands.add_parser("report", help="draw plots, and README's and the site's tables")
     reporting.add_argument("--short", type=Path, metavar="CSV", help="only print one file's table")
     reporting.set_defaults(run=_report)
 
@@ -149,7 +149,7 @@ def _report(options: argparse.Namespace) -> int:
             return 2
         print(report.summary(results.read(options.short)))
         return 0
-    for path in report.write():
+    for path in pages.write():
         print(path)
     return 0
 

@@ -1,8 +1,9 @@
-"""`report`: plots and README's tables, drawn from the recorded rows alone."""
+"""Plots and tables of a device, drawn from the recorded rows alone; `benchmarks.pages` says where they go."""
 
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,8 +13,6 @@ from benchmarks.registry import IMPLEMENTATIONS, OURS
 from benchmarks.results import Row
 from benchmarks.targets import TARGETS, Rows, kinds
 from crossan_fast._files import write_whole
-
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 # File name, title, which cases (a pattern that finds the number on the x axis), and what stands on that axis.
 CURVES = (
@@ -37,26 +36,8 @@ CURVES = (
 _STYLE = {"eager": "#888888", "autocast": "#bbbbbb", "compiled": "#d08a2e"}
 
 
-def write(folder: Path = results.FOLDER, readme: Path = results.ROOT / "README.md") -> list[Path]:
-    """Draw every device's plots beside its file, and README's block between its two marks.
-
-    Raises:
-        ValueError: README lacks the marks.
-    """
-    written, blocks = [], []
-    for path in results.files(folder):
-        rows = results.latest(results.read(path))
-        if not rows:
-            continue
-        plots = draw(rows, path)
-        written += plots
-        blocks.append(block(rows, plots, readme.parent))
-    replace_block(readme, "\n\n".join(blocks))
-    return [*written, readme]
-
-
-def block(rows: Rows, plots: Sequence[Path], root: Path) -> str:
-    """One device's part of README: where and when, its targets, its table, its plots."""
+def block(rows: Rows, plots: Sequence[Path], folder: Path) -> str:
+    """One device's part of a page in `folder`: where and when, its targets, its table, its plots."""
     values = list(rows.values())
     last = max(values, key=lambda row: row.date)
     copy = max(row.copy_gbps for row in values)
@@ -69,24 +50,30 @@ def block(rows: Rows, plots: Sequence[Path], root: Path) -> str:
         f"{last.date[:10]}, commits {', '.join(commits)}. Measured ceilings: copy {copy:,.0f} GB/s, "
         f"matrix product {peak['fp32']:.2f} TFLOP/s fp32, {peak['bf16']:.2f} bf16.",
         "",
-        *_targets(rows),
+        *_verdicts(rows),
         "",
         *table({key: row for key, row in rows.items() if key[0] in _headline()}),
     ]
     if plots:
-        links = [f"![{p.stem.split('.')[-1]}]({p.relative_to(root).as_posix()})" for p in plots]
+        links = [f"![{p.stem.split('.')[-1]}]({os.path.relpath(p, folder)})" for p in plots]
         lines += ["", " ".join(links)]
     return "\n".join(lines)
 
 
 def _headline() -> set[str]:
-    """The cases that README shows; the files hold the rest."""
+    """The cases that the site shows; the files hold the rest."""
     return {
         case.name for case in registry.all_cases() if case.tags & {"paper", "recipe", "catalogue", "epoch"}
     }
 
 
-def _targets(rows: Rows) -> list[str]:
+def targets(rows: Rows) -> list[str]:
+    """A device's name, and what was asked of it beside what was measured; what was not is left out."""
+    lines = [line for line in _verdicts(rows) if "| not measured |" not in line]
+    return [f"**{next(iter(rows.values())).device}**", "", *lines]
+
+
+def _verdicts(rows: Rows) -> list[str]:
     answering = kinds(next(iter(rows.values())).device)
     lines = ["| target | asked | measured | |", "| --- | --- | --- | --- |"]
     for target in TARGETS:
@@ -127,6 +114,15 @@ def table(rows: Rows) -> list[str]:
     return lines
 
 
+def plots_of(csv: Path) -> list[Path]:
+    """The plots that `draw` left beside a file."""
+    return [path for name, *_ in CURVES if (path := _plot(csv, name)).is_file()]
+
+
+def _plot(csv: Path, name: str) -> Path:
+    return csv.with_name(f"{csv.stem}.{name}.png")
+
+
 def draw(rows: Rows, csv: Path) -> list[Path]:
     """Time and memory against each axis, one file an axis: `<device>.<axis>.png`."""
     import matplotlib
@@ -159,7 +155,7 @@ def draw(rows: Rows, csv: Path) -> list[Path]:
             panel.grid(alpha=0.3)
         panels[0].legend(fontsize=7)
         figure.suptitle(title, fontsize=10)
-        path = csv.with_name(f"{csv.stem}.{name}.png")
+        path = _plot(csv, name)
         image = io.BytesIO()
         figure.savefig(image, dpi=120, format="png")
         write_whole(path, image.getvalue())
@@ -181,23 +177,12 @@ def _order(key: tuple[str, str]) -> tuple[int, str]:
     return IMPLEMENTATIONS.index(key[1]), key[0]
 
 
-def replace_block(readme: Path, text: str) -> None:
-    """Put `text` between README's marks; the file changes whole or not at all."""
-    old = readme.read_text()
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"{readme}: expected the marks {BEGIN} and {END}")
-    head, rest = old.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    new = f"{head}{BEGIN}\n{text}\n{END}{tail}"
-    write_whole(readme, new)
-
-
 def summary(rows: Sequence[Row]) -> str:
     """A short table for a terminal: the targets, then every case's forward + backward."""
     latest = results.latest(rows)
     lines = []
     if latest:
-        lines += [re.sub(r"\*\*|\| ---.*\|$", "", line) for line in _targets(latest)]
+        lines += [re.sub(r"\*\*|\| ---.*\|$", "", line) for line in _verdicts(latest)]
     lines += [re.sub(r"\| ---.*\|$", "", line) for line in table(latest)]
     return "\n".join(line for line in lines if line)
 

@@ -1,4 +1,4 @@
-"""Comparing runs, and README's tables from recorded rows."""
+"""Comparing runs, and the tables of README and the site from recorded rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import compare, report, results
+from benchmarks import compare, pages, report, results
 from benchmarks.__main__ import main
 from benchmarks.results import Row
 from benchmarks.targets import TARGETS, Target
@@ -95,9 +95,14 @@ def test_every_target_names_registered_cases():
         assert target.against is None or target.against[0] in names, target
 
 
-def test_the_readme_block_is_drawn_from_the_files(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# top\n{report.BEGIN}\nold\n{report.END}\nend\n")
+def test_pages_are_drawn_from_the_files(tmp_path):
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    readme.write_text("# top\n<!-- targets:begin -->\nold\n<!-- targets:end -->\nend\n")
+    page.write_text(
+        "<!-- results:begin -->\n<!-- results:end -->\n<!-- reliability:begin -->\n<!-- reliability:end -->\n"
+    )
+    (page.parent / "other.md").write_text("nothing\n")
     folder = tmp_path / "results"
     rows = [
         replace(ROW, case=f"item_encoder/N={n},M=4,D=768,L=7,r=64", backend=backend, p50_ms=n * factor)
@@ -105,17 +110,18 @@ def test_the_readme_block_is_drawn_from_the_files(tmp_path):
         for backend, factor in (("eager", 3.0), ("cpp", 1.0))
     ]
     results.append(folder / "some-cpu.csv", [ROW, *rows])
-    written = report.write(folder, readme)
-    text = readme.read_text()
-    assert text.startswith("# top\n") and text.endswith("\nend\n") and "old" not in text
-    assert "| item_encoder/N=704,M=4,D=768,L=7,r=64 | fp32 | 2.11e+03 |  | 704 cpp | 3.0 |" in text
-    assert "not measured" in text
-    assert (folder / "some-cpu.items.png") in written and (
-        folder / "some-cpu.items.png"
-    ).stat().st_size > 1000
-    assert "(results/some-cpu.items.png)" in text
-    report.write(folder, readme)
-    assert readme.read_text() == text
+    plot = folder / "some-cpu.items.png"
+    assert pages.write(tmp_path, folder) == [plot, readme, page] and plot.stat().st_size > 1000
+    short, long = readme.read_text(), page.read_text()
+    assert short.startswith("# top\n") and short.endswith("\nend\n") and "old" not in short
+    assert "| ≥ 2.9× | 3.0× (cpp) | met |" in short and "not measured" not in short
+    assert "| item_encoder/N=704,M=4,D=768,L=7,r=64 | fp32 | 2.11e+03 |  | 704 cpp | 3.0 |" in long
+    assert "not measured" in long and "Nothing is recorded yet." in long
+    assert "(../results/some-cpu.items.png)" in long
+    (folder / "reliability.csv").write_text("fault,what_happened\nkilled,whole\n")
+    pages.write(tmp_path, folder)
+    assert readme.read_text() == short
+    assert "| fault | what happened |\n| --- | --- |\n| killed | whole |" in page.read_text()
 
 
 def gpu_rows() -> list[Row]:
@@ -131,30 +137,37 @@ def gpu_rows() -> list[Row]:
     return rows
 
 
-def test_the_readme_has_the_gpus_targets_met_or_missed(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    rows = gpu_rows()
-    results.append(tmp_path / "results" / "nvidia.csv", rows)
-    report.write(tmp_path / "results", readme)
-    lines = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
-    targets = lines[: next(i for i, line in enumerate(lines) if line.startswith("| case "))][2:]
+def test_the_pages_have_the_gpus_targets_met_or_missed(tmp_path):
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    readme.write_text("<!-- targets:begin -->\n<!-- targets:end -->\n")
+    page.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    folder, rows = tmp_path / "results", gpu_rows()
+    results.append(folder / "nvidia.csv", rows)
+    pages.write(tmp_path, folder)
+    targets = [line for line in readme.read_text().splitlines() if line.startswith("| ")][2:]
     asked = [t for t in TARGETS if t.device == "cuda"]
     assert len(targets) == len(asked) and all(line.endswith("| met |") for line in targets)
     assert "| training step, B = 64, against eager | ≥ 20× | 30.0× (auto-graph) | met |" in targets
     assert "| memory of a step, B = 1,024 | ≤ 1/15 | 1/30.0 (triton) | met |" in targets
     assert any("epoch of the Scientific data's shape" in line for line in targets)
-    results.append(tmp_path / "results" / "nvidia.csv", [replace(row, p50_ms=300.0) for row in rows])
-    report.write(tmp_path / "results", readme)
+    results.append(folder / "nvidia.csv", [replace(row, p50_ms=300.0) for row in rows])
+    pages.write(tmp_path, folder)
     assert readme.read_text().count("**missed**") == sum(t.quantity in ("time", "seconds") for t in asked)
-    table = [line for line in readme.read_text().splitlines() if "epoch/data=synthetic,B=64,M=4" in line]
-    assert len(table) == 2
+    assert page.read_text().count("epoch/data=synthetic,B=64,M=4") == 2
 
 
-def test_a_readme_without_marks_is_left_alone(tmp_path):
+@pytest.mark.parametrize("text", ["<!-- targets:begin -->\n", "<!-- tragets:begin -->\n<!-- tragets:end -->"])
+def test_a_page_with_wrong_marks_is_left_alone(tmp_path, text):
     readme = tmp_path / "README.md"
-    readme.write_text("nothing\n")
-    with pytest.raises(ValueError, match="expected the marks"):
-        report.replace_block(readme, "x")
-    assert readme.read_text() == "nothing\n"
+    readme.write_text(text)
+    with pytest.raises(ValueError, match=r"README\.md: expected"):
+        pages.write(tmp_path, tmp_path)
+    assert readme.read_text() == text
     assert "cpp" in report.summary([ROW])
+
+
+def test_the_site_shows_recorded_kernels_and_recipes():
+    for name in ("aot", "recipes", "basis"):
+        drawn = pages.DRAWINGS[name](results.FOLDER, results.ROOT / "docs")
+        assert drawn.count("\n| ") > 5 and "](s" not in drawn, name

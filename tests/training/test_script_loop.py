@@ -1,4 +1,4 @@
-"""README's loop: run as it stands, at most 25 lines, and equal to the trainer's."""
+"""The loop of docs/loops.md: run as it stands, at most 25 lines, and equal to the trainer's."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 
 from crossan_fast.training import TrainConfig, Trainer, evaluate
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "loops.md"
 
 
 def script() -> str:
-    section = README.read_text(encoding="utf-8").split("\n## Your own loop\n", 1)[1].split("\n## ", 1)[0]
+    section = PAGE.read_text(encoding="utf-8").split("\n## Your own loop\n", 1)[1].split("\n## ", 1)[0]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
     return found[1]
 
 
-def test_the_readme_loop_is_the_trainers(
+def test_the_loop_is_the_trainers(
     values: dict[str, Any],
     world: Path,
     tmp_path: Path,
@@ -35,7 +35,7 @@ def test_the_readme_loop_is_the_trainers(
     monkeypatch.setenv("CROSSAN_FAST_BACKEND", "eager")
     torch.manual_seed(0)
     names: dict[str, Any] = {}
-    exec(compile(script(), str(README), "exec"), names)
+    exec(compile(script(), str(PAGE), "exec"), names)
     printed = capsys.readouterr().out
 
     config = {**values, "model": {}, "optimizer": {"learning_rate": 1e-3, "clip_norm": None}}
