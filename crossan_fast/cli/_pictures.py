@@ -80,9 +80,9 @@ def _gates(figure: Figure, found: Findings) -> bool:
     left, right = figure.subplots(1, 2)
     explained = found.explained
     _heat(left, explained["gate"], explained["tower"], found)
-    left.set_title("gate μ: a level's state against what came before")
+    left.set_title("gate μ of each level")
     _heat(right, explained["share"], explained["modality"], found)
-    right.set_title("share of each level in what leaves the tower")
+    right.set_title("share of each level in the result")
     return True
 
 
@@ -102,13 +102,21 @@ def _cross(figure: Figure, found: Findings) -> bool:
 def _heat(
     axes: Axes, values: npt.NDArray[Any], names: list[str], found: Findings, diverging: bool = False
 ) -> None:
-    limit = max(float(np.abs(values).max()), 1e-6)
+    limit = max(float(np.abs(values).max()), 0.1)  # so that what is next to nothing looks so
     low, high, colours = (-limit, limit, "RdBu") if diverging else (0.0, 1.0, "viridis")
     image = axes.imshow(values, aspect="auto", cmap=colours, vmin=low, vmax=high)
     for (row, column), value in np.ndenumerate(values):
         red, green, blue, _ = image.cmap(image.norm(value))
         ink = "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7)
+        axes.text(
+            column,
+            row,
+            f"{round(float(value), 2) + 0.0:.2f}",
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=7,
+        )
     axes.set_yticks(range(len(names)), names)
     # Encoders of one depth have one numbering of layers; where they differ, levels are counted.
     layers = {tuple(chosen) for chosen in found.layers.values() if chosen is not None}
@@ -174,6 +182,8 @@ def _map(figure: Figure, found: Findings) -> bool:
         strongest = weights[picked].argmax(axis=1)
         for m, name in enumerate(names):
             chosen = strongest == m
+            if not chosen.any():
+                continue
             colour = _COLOURS[m % len(_COLOURS)]
             x, y = points[chosen].T
             axes.scatter(x, y, s=size[chosen], color=colour, alpha=0.6, linewidths=0, label=name)

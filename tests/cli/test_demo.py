@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,21 @@ def test_each_modality_adds_and_all_beat_popularity_threefold(seed, tmp_path):
     demo._plot(rows, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert any("popularity" in line and f"{100 * rates[-1]:.2f}" in line for line in said)
+
+
+def test_it_ends_by_naming_its_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"popularity": {"hr@10": 0.1}, "text": {"hr@10": 0.2}}
+    drawn: list[Path] = []
+    monkeypatch.setattr(demo, "demo", lambda out, **options: rows)
+    monkeypatch.setattr(demo, "_plot", lambda *given: None)
+    monkeypatch.setattr(
+        demo, "draw_run", lambda run: drawn.append(run) or [run / "map.png", run / "report.html"]
+    )
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    assert drawn == [tmp_path / "runs" / "text+image+video+audio"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{drawn[0] / 'report.html'}: ")
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path, capsys):
