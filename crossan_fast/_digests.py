@@ -1,8 +1,9 @@
 """SHA-256 digests of what the project writes, which whoever reads it compares: bits do flip.
 
-JSON objects carry theirs under `sha256`, YAML files in a comment at their end, safetensors among their
-metadata. A file without one, such as another program's, is read as it is. A digest finds damage and mixed-up
-files; it is no signature: whoever changes a file on purpose can write a new one.
+JSON objects carry theirs under `sha256`, YAML files in a comment before all else (a file that was cut short
+would lose its end), safetensors among their metadata. A file without one, such as another program's, is read
+as it is. A digest finds damage and mixed-up files; it is no signature: whoever changes a file on purpose can
+write a new one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ KEY = "sha256"
 DAMAGED = "its content is not what was written; restore it from a copy"
 
 _CHUNK_BYTES = 1 << 20
-_COMMENT = re.compile(r"\n# (?:run (?P<run>\w*), )?sha256 (?P<digest>[0-9a-f]{64})\n?\Z")
+_COMMENT = re.compile(r"# run (?P<run>\w*), sha256 (?P<digest>[0-9a-f]{64})\n")
 
 
 def digest_of(value: Any) -> str:
@@ -54,22 +55,21 @@ def unsealed(body: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
 
 
 def sealed_text(text: str, run: str) -> str:
-    """A YAML text with its run and digest in a comment at its end."""
-    return f"{text}# run {run}, sha256 {_text_digest(text, run)}\n"
+    """A YAML text with its run and digest in a comment before it."""
+    return f"# run {run}, sha256 {digest_of([run, text])}\n{text}"
 
 
 def check_text(text: str, name: str, path: Path) -> str | None:
     """The run in the comment of a sealed text, None where it has no comment; errors as `unsealed`'s."""
-    found = _COMMENT.search(text)
+    found = _COMMENT.match(text)
     if found is None:
         return None
-    run = found["run"] or ""
-    if found["digest"] != _text_digest(text[: found.start() + 1], run):
+    if found["digest"] != digest_of([found["run"], text[found.end() :]]):
         raise ValueError(
-            f"{name}: {path} is damaged or was changed by hand: {DAMAGED}, or remove its last line to have "
+            f"{name}: {path} is damaged or was changed by hand: {DAMAGED}, or remove its first line to have "
             "it read as it is"
         )
-    return run
+    return found["run"]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -137,7 +137,3 @@ def _content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     for name in names:
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _text_digest(text: str, run: str) -> str:
-    return digest_of([run, text])

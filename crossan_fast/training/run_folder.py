@@ -78,7 +78,10 @@ class RunFolder:
             _say_once(self.path)
         elif (run := self.run()) and found != run:
             raise ValueError(f"run: {self.config} is of another run ({found}), expected that of {run}")
-        return load_config(self.config)
+        try:
+            return load_config(self.config)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"run: {self.config}: {error}") from error
 
     def began_with(self) -> ComputePrecision | None:
         """The precision of the run that the folder holds; None where no epoch has ended yet."""

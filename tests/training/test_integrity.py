@@ -92,6 +92,16 @@ def test_files_for_people_are_verified(run: RunFolder, name: str, capsys: pytest
     assert "run: expected config.yaml in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_files_cut_short_are_refused(run: RunFolder, name: str) -> None:
+    path = run.path / name
+    sound = path.read_bytes()
+    for size in (0, 30, 200, len(sound) // 2, len(sound) - 3):
+        path.write_bytes(sound[:size])
+        with pytest.raises((ValueError, OSError), match=path.name):
+            read_all(run)
+
+
 def test_files_that_are_missing_are_verified(run: RunFolder) -> None:
     shutil.rmtree(run.best)
     run.population.unlink()
@@ -149,7 +159,7 @@ def test_runs_of_before_digests_go_on_and_say_so_once(
         tensors, metadata = load_tensors(path, "x")
         known = ("version", "progress", "format") + (("config",) if path == run.last else ())
         save_file(tensors, path, {key: metadata[key] for key in known if key in metadata})
-    run.config.write_text("".join(run.config.read_text().splitlines(keepends=True)[:-1]))
+    run.config.write_text("".join(run.config.read_text().splitlines(keepends=True)[1:]))
     for path in (run.population, run.results):
         body = json.loads(path.read_text())
         path.write_text(json.dumps({key: body[key] for key in body.keys() - {"sha256", "run"}}))
