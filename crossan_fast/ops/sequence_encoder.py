@@ -193,7 +193,8 @@ def _check(
         shapes += [(width,)] * 3
         for name, tensor, shape in zip(block._fields, block, shapes, strict=True):
             # The names are put together only for a complaint: this runs at every step.
-            if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype not in FLOATS:
+            dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+            if not dense or tensor.shape != shape or tensor.dtype not in FLOATS:
                 check_tensor(f"blocks[{index}].{name}", tensor, shape, dtypes=FLOATS)
     check_integer("heads", heads, 1)
     if width < 1 or width % heads:

@@ -1,0 +1,180 @@
+"""The whole attack, by seeds: `python -m tests.attack`; writes benchmarks/results/reliability.csv.
+
+Each part runs in processes of its own: one that is killed by a signal loses the case it was at, and the part
+goes on behind it. `--calls`, `--files`, `--faults` and `--kills` say how much; one seed is one attack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "helpers"))
+
+from programs import ROOT, faulty, run_python
+from tally import Tally, write
+
+RESULTS = ROOT / "benchmarks" / "results" / "reliability.csv"
+AT_ONCE = 10_000  # cases of one process: what it leaks, or breaks, ends with it
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if args.worker:
+        return _work(args)
+    tallies: list[Tally] = []
+
+    def done(tally: Tally) -> None:
+        tallies.append(tally)
+        print(tally, flush=True)
+        write(args.out, tallies)
+
+    for backend, count in (("cpp", args.calls), ("eager", args.calls // 10), ("triton", args.triton_calls)):
+        done(_in_processes("calls", backend, args.seed, count))
+    done(_raw_calls(args.calls, args.seed))
+    for form in _formats():
+        done(_in_processes("files", form, args.seed, args.files))
+    done(_in_processes("threads", "", args.seed, 1))
+    commands, kinds = _faults()
+    for command in commands if args.faults is None else args.faults:
+        for kind in kinds:
+            done(faulty(command, kind))
+    for command in _kills() if args.kills is None else args.kills:
+        done(_killed(command))
+    return 1 if any(tally.lost for tally in tallies) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calls", type=int, default=100_000, help="hostile, and raw, calls of the C++ ops")
+    parser.add_argument(
+        "--triton-calls", type=int, default=500, help="in Triton's interpreter, which is slow"
+    )
+    parser.add_argument("--files", type=int, default=10_000, help="hostile files of each format")
+    parser.add_argument("--faults", nargs="*", metavar="COMMAND", help="whose calls fail (default: all)")
+    parser.add_argument("--kills", nargs="*", metavar="COMMAND", help="what is killed (default: all)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    return parser
+
+
+# -- a part in processes of its own ------------------------------------------------------------------------
+
+
+def _in_processes(part: str, which: str, seed: int, count: int) -> Tally:
+    tally, first = Tally(_NAMES[part].format(which)), 0
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress"
+        while first < count:
+            size = min(AT_ONCE, count - first)
+            progress.write_text("")
+            words = [part, which, str(seed), str(first), str(size)]
+            done = run_python("-m", "tests.attack", "--worker", *words, progress=progress)
+            if done.returncode == 0:
+                tally.merge(Tally.from_json(done.stdout.splitlines()[-1]))
+                first += size
+                continue
+            # The cases before the one that it died at are counted again by a process that stops before it.
+            at = int(progress.read_text() or first)
+            if at > first:
+                words = [part, which, str(seed), str(first), str(at - first)]
+                before = run_python("-m", "tests.attack", "--worker", *words, progress=progress)
+                if before.returncode == 0:
+                    tally.merge(Tally.from_json(before.stdout.splitlines()[-1]))
+            tally.add("crashed", f"{which}:{seed}:{at}: status {done.returncode} {done.stderr[-200:]}")
+            first = at + 1
+    return tally
+
+
+_NAMES = {
+    "calls": "calls with a hostile argument, {}",
+    "files": "damaged and forged files, {}",
+    "threads": "ops from other threads and processes",
+}
+
+
+def _work(args: argparse.Namespace) -> int:
+    part, which, seed, first, count = args.worker
+    with open(os.environ["ATTACK_PROGRESS"], "w") as progress:
+
+        def every(index: int) -> None:
+            progress.seek(0)
+            progress.write(str(index))
+            progress.flush()
+
+        print(_part(part, which, int(seed), int(first), int(count), every).to_json())
+    return 0
+
+
+def _part(part: str, which: str, seed: int, first: int, count: int, every: Callable[[int], None]) -> Tally:
+    import torch
+
+    torch.set_num_threads(1)
+    if part == "calls":
+        import hostile_calls
+
+        return hostile_calls.attack(which, seed, first, count, every)
+    if part == "files":
+        import hostile_files
+
+        with tempfile.TemporaryDirectory() as folder:
+            return hostile_files.attack(which, Path(folder), seed, first, count, every)
+    import threads
+
+    return threads.attack(seed)
+
+
+# -- programs ----------------------------------------------------------------------------------------------
+
+
+def _raw_calls(count: int, seed: int) -> Tally:
+    """The fuzz of the registered ops, without the public functions' checks in front of them."""
+    tally, at_once = Tally("calls of the bare C++ ops"), 10_000
+    for first in range(0, count, at_once):
+        size = min(at_once, count - first)
+        done = run_python("tests/ops/fuzz_cpp.py", str(size), f"{seed + first}", OMP_NUM_THREADS="2")
+        tally.tried += size
+        if done.returncode:
+            tally.lost["crashed"] += 1
+            tally.examples["crashed"] = f"seed {seed + first}: status {done.returncode} {done.stderr[-200:]}"
+    return tally
+
+
+def _formats() -> list[str]:
+    import hostile_files
+
+    return list(hostile_files.FORMATS)
+
+
+def _faults() -> tuple[list[str], list[str]]:
+    """The commands whose calls fail, and how."""
+    import faults
+
+    return list(faults.COMMANDS), list(faults.KINDS)
+
+
+def _kills() -> list[str]:
+    import kill_points
+
+    return sorted(kill_points.COMMANDS)
+
+
+def _killed(command: str) -> Tally:
+    tally = Tally(f"killed at each call that changes files, {command}")
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_python("tests/helpers/kill_points.py", command, folder)
+    if done.returncode:
+        tally.add("lost", done.stderr[-400:])
+    else:
+        tally.tried = int(done.stdout)
+    return tally
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

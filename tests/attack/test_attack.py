@@ -1,0 +1,70 @@
+"""The bounded part of the attack; `python -m tests.attack` is the whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import hostile_calls
+import hostile_files
+import pytest
+import torch
+from compiled_ops import needs_cpp
+from programs import HERE, faulty, run_python
+from tally import Tally, write
+
+from crossan_fast.ops._dispatch import OPS
+
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+def survived(tally: Tally, but: tuple[str, ...] = ()) -> bool:
+    """Whether nothing was lost, in other ways than those of `but`."""
+    for how in but:
+        tally.lost.pop(how, None)
+    assert not tally.lost, str(tally)
+    return tally.tried > 0
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_cpp), "triton"])
+def test_a_hostile_argument_is_served_or_named(backend: str) -> None:
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the interpreter reads tensors of the CPU")
+    count = 45 if backend == "triton" else 900
+    assert survived(hostile_calls.attack(backend, 1, 0, count, lambda index: None))
+
+
+def test_every_op_has_hostile_calls() -> None:
+    assert set(hostile_calls._DRAWS) == set(OPS)
+
+
+@pytest.mark.parametrize("form", hostile_files.FORMATS)
+def test_a_hostile_file_is_read_as_it_was_or_named(form: str, tmp_path: Path) -> None:
+    tally = hostile_files.attack(form, tmp_path, 1, 0, 150, lambda index: None)
+    # Where nothing compares digests yet: of what comes of that, only that nothing crashes or runs.
+    assert survived(tally, ("changed in silence", "unnamed") if hostile_files.FORMATS[form][3] else ())
+
+
+@needs_cc
+@pytest.mark.parametrize("kind", ["EIO", "SHORT"])
+def test_any_failing_call_of_a_save_leaves_the_old_model_or_the_new(kind: str) -> None:
+    # An error of the system names no file yet.
+    assert survived(faulty("save", kind), ("unnamed",))
+
+
+@needs_cpp
+def test_ops_have_the_same_bits_from_anywhere() -> None:
+    """In a process of its own: it forks."""
+    path = [str(HERE), str(HERE.parent / "helpers")]
+    script = f"import sys; sys.path[:0] = {path!r}; import threads; print(threads.attack(3, ()).to_json())"
+    done = run_python("-c", script)
+    assert survived(Tally.from_json(done.stdout.splitlines()[-1]))
+
+
+def test_the_table_has_a_row_an_attack(tmp_path: Path) -> None:
+    tally = Tally("files, config")
+    for how in (None, "crashed", None):
+        tally.add(how, "case 2")
+    assert "2 of 3 survived" in str(tally) and "case 2" in str(tally)
+    write(tmp_path / "table.csv", [Tally.from_json(tally.to_json())])
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "files, config,3,2,1,1 crashed"
