@@ -141,7 +141,10 @@ def test_recommending_says_what_came_after_training(
     grow(shop / "cache")
     assert main([*arguments, "--k", "36"]) == 0
     shown = capsys.readouterr()
-    assert shown.err == "note: 6 of the cache's 36 items came after training\n"
+    assert shown.err == (
+        "note: 6 of the cache's 36 items came after training\n"
+        "note: 6 of the cache's items have no title; --items adds some\n"
+    )
     assert "new5" in shown.out
 
 
