@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crossan_fast.kernels._common import narrow
+
 # Programs that fill a large GPU about twice over (an H100 has 132 multiprocessors). A constant rather than a
 # device query: a loop is split the same way, and so rounds the same way, on every card.
 PROGRAMS = 264
@@ -20,6 +22,23 @@ def load_block(matrix, index, size, width, BLOCK_D: tl.constexpr):
     index_d = tl.arange(0, BLOCK_D)
     offset = index.to(tl.int64)[:, None] * width + index_d[None, :]
     return tl.load(matrix + offset, mask=(index < size)[:, None] & (index_d < width)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(matrix, index_i, rows, index_j, columns, stride):
+    """A block `[index_i, index_j]` of a matrix, zeros outside; int64 offsets."""
+    mask = (index_i < rows)[:, None] & (index_j < columns)[None, :]
+    return tl.load(matrix + index_i.to(tl.int64)[:, None] * stride + index_j[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(matrix, index_i, rows, index_j, columns, stride, x):
+    """x `[index_i, index_j]` into a matrix, in its type; what lies outside is left out; int64 offsets."""
+    mask = (index_i < rows)[:, None] & (index_j < columns)[None, :]
+    pointer = matrix + index_i.to(tl.int64)[:, None] * stride + index_j[None, :]
+    if x.dtype != matrix.dtype.element_ty:
+        x = narrow(x, matrix.dtype.element_ty)
+    tl.store(pointer, x, mask=mask)
 
 
 def cdiv(a: int, b: int) -> int:

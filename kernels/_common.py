@@ -76,12 +76,12 @@ def activate_grad(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def pick(pointers, index):
-    """pointers[index] of a tuple whose members share a dtype, for an index known at run time."""
-    chosen = pointers[0]
-    for i in tl.static_range(1, len(pointers)):
+def pick(pointers, index, FIRST: tl.constexpr = 0, STEP: tl.constexpr = 1):
+    """pointers[FIRST + index·STEP] of a tuple, for an index known at run time; they share a dtype."""
+    chosen = pointers[FIRST]
+    for i in tl.static_range(1, len(pointers) // STEP):
         if index == i:
-            chosen = pointers[i]
+            chosen = pointers[FIRST + i * STEP]
     return chosen
 
 
@@ -95,6 +95,16 @@ def pick_constant(values: tl.constexpr, index, FIRST: tl.constexpr = 0, STEP: tl
     for i in tl.static_range(1, len(values) // STEP):
         chosen = tl.where(index == i, values[FIRST + i * STEP], chosen)
     return chosen
+
+
+@triton.jit
+def softmax(logits, keep):
+    """Over the kept entries of a row; zeros in a row that keeps none."""
+    highest = tl.max(tl.where(keep, logits, float("-inf")), axis=1)
+    highest = tl.where(highest > float("-inf"), highest, 0.0)
+    power = tl.where(keep, tl.exp(logits - highest[:, None]), 0.0)
+    total = tl.sum(power, axis=1)
+    return power / tl.where(total > 0, total, 1.0)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------- launches

@@ -44,7 +44,7 @@ class Case:
 
 def new(*shape: int, kind: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """A tensor of nothing but a shape and a type."""
-    return torch.empty(*shape, device="meta", dtype=kind)
+    return torch.empty(shape, device="meta", dtype=kind)
 
 
 def products(kernels: frozenset[str], dtype: str) -> frozenset[str]:

@@ -63,10 +63,6 @@ _ORDER: dict[str, dict[str, str | Callable[[], str]]] = {
 
 # Where torch's own kernels are what an op is meant to run on, with the reason; no warning is due there.
 EAGER_BY_DESIGN = {
-    (
-        "sequence_encoder",
-        "cuda",
-    ): "torch's own kernels, around xformers' attention where the config says so, captured with the step",
     ("deduplicate", "cuda"): "torch's sort, which does not wait for the device",
     ("gather_convert", "cpu"): "the CPU's kernels read rows by id, nothing has to be gathered",
     ("gather_convert", "cuda"): "copies and torch's products; csrc/cuda's one pass is not yet measured",
@@ -76,6 +72,7 @@ EAGER_BY_DESIGN = {
 REFERENCE_CALLS = {
     ("side_network", "cpu"): "where states require gradients (a FallbackWarning says so)",
     ("side_network", "cuda"): "where states require gradients (a FallbackWarning says so)",
+    ("sequence_encoder", "cuda"): "around xformers' attention where the config says so",
     ("deduplicate", "cpu"): "without a capacity under torch.compile, which has to know the size",
     ("deduplicate", "cuda"): "without a capacity: the GPU has to be asked for the size then; "
     "item_ids.numel() + 1 always fits",

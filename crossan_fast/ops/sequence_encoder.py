@@ -146,7 +146,9 @@ def sequence_encoder(
     """
     _check(items, mask, weights, heads, dropout, seed)
     dtype = torch.promote_types(items.dtype, weights.position.dtype)
-    choice = choose("sequence_encoder", items.device.type, dtype, (), backend)
+    window, width = weights.position.shape
+    sizes = (f"window={window}", f"width={width}", f"blocks={len(weights.blocks)}")
+    choice = choose("sequence_encoder", items.device.type, dtype, sizes, backend)
     if choice.backend == "eager":
         own = SequenceEncoderWeights.unflatten([weight.to(dtype) for weight in weights.flatten()])
         with torch.autocast(items.device.type, enabled=False):

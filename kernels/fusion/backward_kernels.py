@@ -13,12 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from crossan_fast.kernels._blocks import load_tile
 from crossan_fast.kernels._common import activate, activate_grad, dot, narrow, pick, pick_constant
 from crossan_fast.kernels.fusion.forward_kernels import (
     column_of,
     existing,
     load_embedding,
-    load_tile,
     route,
 )
 

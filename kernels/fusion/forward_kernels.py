@@ -14,14 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossan_fast.kernels._common import activate, dot, narrow
-
-
-@triton.jit
-def load_tile(matrix, index_i, rows, index_j, columns, stride):
-    """A block `[index_i, index_j]` of a matrix, zeros outside; int64 offsets."""
-    mask = (index_i < rows)[:, None] & (index_j < columns)[None, :]
-    return tl.load(matrix + index_i.to(tl.int64)[:, None] * stride + index_j[None, :], mask=mask, other=0.0)
+from crossan_fast.kernels._blocks import load_tile
+from crossan_fast.kernels._common import activate, dot, narrow, softmax
 
 
 @triton.jit
@@ -55,16 +49,6 @@ def top(probability, exists, index_m, M: tl.constexpr, K: tl.constexpr):
         ahead = (other > own) | ((other == own) & (index_m[None, :] > m))
         surpassed += tl.where(ahead, 1.0, 0.0)
     return exists & (surpassed < K)
-
-
-@triton.jit
-def softmax(logits, keep):
-    """Over the kept entries of a row; zeros in a row that keeps none."""
-    highest = tl.max(tl.where(keep, logits, float("-inf")), axis=1)
-    highest = tl.where(highest > float("-inf"), highest, 0.0)
-    power = tl.where(keep, tl.exp(logits - highest[:, None]), 0.0)
-    total = tl.sum(power, axis=1)
-    return power / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit

@@ -8,11 +8,11 @@ import pytest
 import torch
 from compiled_ops import needs_cpp
 from judging import judge_all
-from torch import Tensor
+from sequence_encoders import SEED, grouped, problem, run
 
 from crossan_fast import CrossanConfig, Modality, _build
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
-from crossan_fast.ops import SequenceEncoderBlock, SequenceEncoderWeights, _dispatch
+from crossan_fast.ops import _dispatch
 from crossan_fast.ops.sequence_encoder import (
     EPS,
     dropout_mask,
@@ -22,39 +22,6 @@ from crossan_fast.ops.sequence_encoder import (
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-SEED = torch.tensor(-(2**40) - 12345)
-
-
-def problem(batch=4, places=3, width=6, inner=10, blocks=2, window=5, dtype=torch.float64, full=False):
-    """items, mask, and flat weights."""
-
-    def r(*shape):
-        return (torch.randn(*shape, dtype=torch.float64) * shape[-1] ** -0.5).to(dtype)
-
-    lengths = torch.randint(0, places + 1, (batch, 1)).clamp_min(places if full else 0)
-    mask = torch.arange(places) >= places - lengths
-    d, f = width, inner
-    shapes = [(d, d)] * 4 + [(d,)] * 2 + [(f, d), (f,), (d, f), (d,), (d,), (d,)]
-    flat = [r(window, d), r(d), r(d), *(r(*shape) for _ in range(blocks) for shape in shapes)]
-    for block in range(blocks):
-        # Units on and off, none near ReLU's kink: rounding would switch some, each a jump in the gradients.
-        flat[12 * block + 9].mul_(0.1)
-        flat[12 * block + 10].sign_()
-    return r(batch, places, d) * d**0.5, mask, flat
-
-
-def grouped(flat) -> SequenceEncoderWeights:
-    blocks = [SequenceEncoderBlock(*flat[i : i + 12]) for i in range(3, len(flat), 12)]
-    return SequenceEncoderWeights(*flat[:3], blocks)
-
-
-def run(items, mask, flat, heads, function=sequence_encoder, **kwargs) -> list[Tensor]:
-    """Users, then the gradients of items and weights."""
-    leaves = [t.detach().requires_grad_() for t in (items, *flat)]
-    users = function(leaves[0], mask, grouped(leaves[1:]), heads, **kwargs)
-    cotangent = torch.randn(users.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    found = torch.autograd.grad(users, leaves, cotangent.to(users.dtype))
-    return [users.detach(), *found]
 
 
 def encoder(**overrides) -> SequenceEncoder:
@@ -180,6 +147,7 @@ def test_reference_gradients():
 
 
 # -- the compiled op -------------------------------------------------------------------------------------
+
 
 SHAPES = [
     # batch, places, width, heads, inner, blocks, window
@@ -389,12 +357,6 @@ def test_module_dropout_is_eagers_in_the_mean():
     (mean, std), (other_mean, other_std) = moments
     assert ((mean - other_mean).abs() / std).max() < 5 * (2 / draws) ** 0.5
     assert (std / other_std - 1).abs().max() < 0.12
-
-
-def test_module_on_cuda_is_eager_by_design(recwarn):
-    choice = _dispatch.choose("sequence_encoder", "cuda", torch.float32)
-    assert choice.backend == "eager" and "torch's own kernels" in choice.reason
-    assert not recwarn.list
 
 
 @pytest.mark.parametrize(
