@@ -35,7 +35,7 @@ from benchmarks.pretended_gpu.driver import Launch, pretended_driver
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality, ops
 from crossan_fast._files import write_whole
 from crossan_fast.training import OptimizerConfig, TrainStep, make_optimizer
-from crossan_fast.training.train_config import Precision
+from crossan_fast.training.train_config import ComputePrecision
 
 RESULTS = Path(__file__).parent / "results" / "launches.csv"
 WINDOW, USERS, CATALOGUE = 10, 64, 20_314
@@ -66,7 +66,7 @@ class Case:
 
     name: str
     config: CrossanConfig
-    precision: Precision = "bf16"
+    precision: ComputePrecision = "bf16"
     users: int = USERS
     items: int = SOME
     missing: bool = False
