@@ -42,7 +42,7 @@ def topk_scores_reference(users: Tensor, items: Tensor, k: int, exclude: Tensor 
         )
         # Earlier tiles come first and the sort is stable, so equal scores stay in the order of ids.
         scores, order = torch.sort(scores, dim=1, descending=True, stable=True)
-        scores, ids = scores[:, :k], ids.gather(1, order[:, :k])
+        scores, ids = scores[:, :k].contiguous(), ids.gather(1, order[:, :k])
     return TopK(scores, ids.masked_fill(scores == float("-inf"), 0))
 
 
