@@ -25,13 +25,13 @@ import yaml
 from tally import Tally
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
-from crossan_fast.cache.format import _digest
+from crossan_fast._digests import digest_of
 from crossan_fast.data import read_interactions, read_items
 from crossan_fast.training import OptimizerConfig, load_config, make_optimizer
 from crossan_fast.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from crossan_fast.training.population import Population
 
-REFUSALS = (ValueError, TypeError, LookupError, OSError)
+REFUSALS = (ValueError, TypeError, LookupError, OSError, RuntimeError)
 CANARY = "canary"
 
 # In the place of a plain value of JSON or YAML.
@@ -96,7 +96,7 @@ def _read_model(folder: Path) -> Any:
 
 
 def _weights(model: CrossanModel) -> Any:
-    return [model.config.to_json(), {n: t.numpy().tobytes() for n, t in model.state_dict().items()}]
+    return [model.config, {n: t.numpy().tobytes() for n, t in model.state_dict().items()}]
 
 
 def _make_checkpoint(folder: Path) -> None:
@@ -213,7 +213,7 @@ def _forge(data: bytes, rng: random.Random) -> bytes:
         isinstance(values, dict) and "sha256" in values
     ):  # a cache's meta.json, whose digest of itself anyone can make
         del values["sha256"]
-        values["sha256"] = _digest(values)
+        values["sha256"] = digest_of(values)
     return json.dumps(values).encode()
 
 

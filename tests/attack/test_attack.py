@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,8 @@ from crossan_fast.ops._dispatch import OPS
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 
-def survived(tally: Tally, but: tuple[str, ...] = ()) -> bool:
-    """Whether nothing was lost, in other ways than those of `but`."""
-    for how in but:
-        tally.lost.pop(how, None)
+def survived(tally: Tally) -> bool:
+    """Whether something was tried, and nothing lost."""
     assert not tally.lost, str(tally)
     return tally.tried > 0
 
@@ -40,16 +39,13 @@ def test_every_op_has_hostile_calls() -> None:
 
 @pytest.mark.parametrize("form", hostile_files.FORMATS)
 def test_a_hostile_file_is_read_as_it_was_or_named(form: str, tmp_path: Path) -> None:
-    tally = hostile_files.attack(form, tmp_path, 1, 0, 150, lambda index: None)
-    # Where nothing compares digests yet: of what comes of that, only that nothing crashes or runs.
-    assert survived(tally, ("changed in silence", "unnamed") if hostile_files.FORMATS[form][3] else ())
+    assert survived(hostile_files.attack(form, tmp_path, 1, 0, 150, lambda index: None))
 
 
 @needs_cc
 @pytest.mark.parametrize("kind", ["EIO", "SHORT"])
 def test_any_failing_call_of_a_save_leaves_the_old_model_or_the_new(kind: str) -> None:
-    # An error of the system names no file yet.
-    assert survived(faulty("save", kind), ("unnamed",))
+    assert survived(faulty("save", kind))
 
 
 @needs_cpp
@@ -67,4 +63,5 @@ def test_the_table_has_a_row_an_attack(tmp_path: Path) -> None:
         tally.add(how, "case 2")
     assert "2 of 3 survived" in str(tally) and "case 2" in str(tally)
     write(tmp_path / "table.csv", [Tally.from_json(tally.to_json())])
-    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "files, config,3,2,1,1 crashed"
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert list(csv.reader(file))[1] == ["files, config", "3", "2", "1", "1 crashed"]
