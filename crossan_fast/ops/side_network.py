@@ -335,7 +335,8 @@ def _shapes(
     for p, (m, n) in enumerate(structure.projected_pairs):
         shapes += [("cross_down", p, (rank, widths[n])), ("cross_up", p, (widths[m], rank))]
     for p, t in enumerate(structure.narrowed_towers):
-        narrow, wide = sorted(widths[m] for m in structure.sources[t])
+        one, other = (widths[m] for m in structure.sources[t])
+        narrow, wide = min(one, other), max(one, other)  # `sorted` is not traced with sizes that vary
         shapes += [("pair_weight", p, (levels, narrow, wide)), ("pair_bias", p, (levels, narrow))]
     return shapes
 

@@ -139,18 +139,23 @@ def test_names_and_paths_in_unicode_need_no_unicode_terminal(run_folder: Path, t
 def test_a_signal_keeps_the_last_epoch(run_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     words = [str(run_folder / "config.yaml"), f"run={run}", "epochs=100000", "patience=null", "--quiet"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "crossan_fast", "train", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+        # A shell's background job ignores SIGINT, and so does all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (run / "log.jsonl").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 128 + number
     assert said == f"crossan-fast train: {'terminated' if number == signal.SIGTERM else 'interrupted'}\n"
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]

@@ -212,7 +212,7 @@ def test_a_catalogue_of_six_items_trains_by_the_cut_off_it_has(
         trainer = Trainer(with_values(values, users=str(users), epochs=2, batch_size=6))
     results = trainer.fit(progress=False, say=lines.append)
     assert trainer.monitor == "ndcg@5" and set(results["test"]["metrics"]) == {"hr@5", "ndcg@5", "mrr"}
-    assert "validation HR@5" in lines[0] and "NDCG@5" in lines[0]
+    assert "validation HR@5" in lines[1] and "NDCG@5" in lines[1]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_checkpoint(

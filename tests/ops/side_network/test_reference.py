@@ -195,12 +195,8 @@ def bad(**changes):
         ({"present": torch.ones(ROWS, 2)}, TypeError, r"present: expected dtype bool"),
         ({"present": torch.ones(2, 2).bool()}, ValueError, r"present: expected a row for each of 6 items"),
         ({"scales": [torch.ones(ROWS, LEVELS)]}, ValueError, r"scales: expected 2 tensors, got 1"),
-        (
-            {"head_weight": [torch.ones(D, 5)]},
-            ValueError,
-            r"head_weight, head_bias: expected 2 .* got 1 and 2",
-        ),
-        ({"head_bias": []}, ValueError, r"head_weight, head_bias: expected 2 tensors each, got 2 and 0"),
+        ({"head_weight": [torch.ones(D, 5)]}, ValueError, r"head_weight: expected 2 tensors, got 1"),
+        ({"head_bias": []}, ValueError, r"head_bias: expected 2 tensors, got 0"),
         (
             {"head_weight": [torch.ones(D, 5), torch.ones(D, 7)]},
             ValueError,
