@@ -157,7 +157,7 @@ def planted(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(_build.PARTS["cpu"].missing() is not None, reason="cannot build")
 def test_a_planted_op_is_found_by_all_that_walks_over_the_ops(planted: Path) -> None:
     environment = {

@@ -39,7 +39,7 @@ print(counted.compiled, counted.found)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_compiled_twice_where_the_folder_was_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

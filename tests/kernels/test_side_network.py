@@ -177,6 +177,7 @@ UNEQUAL = SideNetworkStructure((40, 24), PAIR, "backbone", "gelu")
         pytest.param(
             Case(SideNetworkStructure((40,), ((0,),), "none", "gelu"), levels=3, rank=136, items=9),
             id="rank-in-parts",
+            marks=pytest.mark.long,
         ),
         pytest.param(
             Case(replace(BACKBONE, widths=(24, 24, 24)), levels=5, gates=(1.2, -0.9, 0.4, 12.0, -12.0)),

@@ -66,7 +66,7 @@ def specialisations(sizes: list[list[int]], tmp_path: Path, *only: str) -> list[
     return list(json.loads(done.stdout).values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sizes_of_one_bucket_share_every_kernel(tmp_path):
     """Multiples of 16 and odd ones, the bucket's ends and its inside."""
     (counts,) = specialisations([[513, 528, 701, 1023, 1024]], tmp_path)
