@@ -97,13 +97,14 @@ def vectors() -> str:
 
 
 def cpu_kind() -> str:
-    """Whose CPU this is, and its widest vectors, as measurements are told apart: `AMD with AVX-512`."""
+    """Whose CPU this is, its widest vectors, and AMX, as measurements are told apart: `AMD with AVX-512`."""
     makers = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}
+    units = f"{vectors()} and AMX" if "amx_bf16" in cpu_flags() else vectors()
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
         if maker := next((name for word, name in makers.items() if word in text), None):
-            return f"{maker} with {vectors()}"
-    return f"{platform.machine()} with {vectors()}"
+            return f"{maker} with {units}"
+    return f"{platform.machine()} with {units}"
 
 
 def compiler() -> str:

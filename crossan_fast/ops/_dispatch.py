@@ -32,6 +32,7 @@ OPS = tuple(
 # Files of benchmarks/results/ with rows of `cpp` against eager, by the kind of CPU that gave them.
 _CPU_RESULTS = {
     "Intel with AVX-512": "intel-xeon-2-cores-avx512.csv",
+    "Intel with AVX-512 and AMX": "intel-xeon-2-cores-avx512-amx.csv",
     "AMD with AVX-512": "amd-epyc-2-cores-avx512.csv",
 }
 

@@ -10,8 +10,8 @@ import torch
 
 from crossan_fast.training.train_config import ComputePrecision, Precision
 
-# On CPUs a step or an epoch in bf16 takes what it takes in fp32, or up to a tenth more: benchmarks/results/.
-_ON_CPU = "no faster in bf16 on any CPU measured, see benchmarks/results/"
+# Other steps and epochs take in bf16 what they take in fp32, or up to a tenth more or less.
+_ON_CPU = "in bf16 CPUs are faster for the full softmax with AMX alone, see benchmarks/results/"
 
 
 @dataclass(frozen=True)

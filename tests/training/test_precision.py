@@ -38,7 +38,12 @@ def card(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     [
         (True, CUDA, "bf16", "autocast; a card has matrix units for it"),
         (False, CUDA, "fp32", "a card has no matrix units for bf16"),
-        (True, CPU, "fp32", "no faster in bf16 on any CPU measured, see benchmarks/results/"),
+        (
+            True,
+            CPU,
+            "fp32",
+            "in bf16 CPUs are faster for the full softmax with AMX alone, see benchmarks/results/",
+        ),
         (True, torch.device("mps"), "fp32", "mps has no matrix units for bf16"),
     ],
 )
@@ -119,13 +124,14 @@ def test_a_resumed_run_computes_as_it_began(values: dict[str, Any]) -> None:
         train(changed, resume=True, progress=False)
 
 
-def test_no_cpu_measured_is_faster_in_bf16() -> None:
+def test_no_cpu_measured_is_faster_in_bf16_but_for_the_full_softmax_with_amx() -> None:
     """Which is why fp32 is the CPU's default: our steps and epochs, the latest row of each."""
     for path in RESULTS.glob("*cores*.csv"):
         latest = {}
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                if row["case"].startswith(("step/", "epoch/")) and row["backend"] == "cpp":
+                pays = "AMX" in row["device"] and "loss=full" in row["case"]
+                if row["case"].startswith(("step/", "epoch/")) and row["backend"] == "cpp" and not pays:
                     latest[row["case"], row["dtype"]] = float(row["p50_ms"])
         pairs = [(time, latest[case, "fp32"]) for (case, kind), time in latest.items() if kind == "bf16"]
         assert pairs and all(bf16 > 0.9 * fp32 for bf16, fp32 in pairs), path.name
