@@ -55,12 +55,7 @@ def parse_yaml(text: str, name: str, source: str) -> Any:
 def parse_json(text: str, name: str) -> Any:
     """The plain values of a JSON text; errors as `parse_yaml`'s."""
     _bounded(text.encode("utf-8", "surrogatepass"), name, "the JSON text")
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{name}: expected JSON of a few levels, got it nested too deep to read") from None
-    except ValueError as error:
-        raise ValueError(f"{name}: expected JSON, got {error}") from error
+    return _json_values(text, name)
 
 
 def read_json(path: Path, name: str, most: int) -> Any:
@@ -73,12 +68,16 @@ def read_json(path: Path, name: str, most: int) -> Any:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"{name}: {path}: expected at most {most} bytes, got more")
+    return _json_values(content, f"{name}: {path}")
+
+
+def _json_values(content: str | bytes, where: str) -> Any:
     try:
         return json.loads(content)
     except RecursionError:
-        raise ValueError(f"{name}: {path}: expected JSON of a few levels, got it nested too deep") from None
+        raise ValueError(f"{where}: expected JSON of a few levels, got it nested too deep to read") from None
     except ValueError as error:
-        raise ValueError(f"{name}: {path}: expected JSON in UTF-8, got {error}") from error
+        raise ValueError(f"{where}: expected JSON, got {error}") from error
 
 
 def is_whole(value: object, low: int, high: int) -> bool:
