@@ -267,6 +267,26 @@ def present_in(config: CrossanConfig, cache: HiddenStateCache, device: torch.dev
     return cache.present_mask(device, _order(config, cache))
 
 
+def bare_in(config: CrossanConfig, cache: HiddenStateCache, device: torch.device) -> Tensor | None:
+    """Bool `[I + 1]`: items with none of the config's modalities; None: there are none such."""
+    return cache.bare_mask(device, _order(config, cache))
+
+
+def refuse_bare(config: CrossanConfig, cache: HiddenStateCache, ids: Tensor, what: str) -> None:
+    """Raise for an id whose item has none of the config's modalities; waits for the device of `ids`.
+
+    Raises:
+        ValueError: naming the item.
+    """
+    bare = bare_in(config, cache, ids.device)
+    if bare is not None and not torch.compiler.is_compiling() and bool(bare[ids].any()):
+        row = int(ids[bare[ids]].flatten()[0])
+        raise ValueError(
+            f"{what}: item {cache.item_names[row]!r} (row {row}) has no modality at all, expected at least "
+            f"one of {list(config.modality_names)}; read_interactions leaves out what it is told `bare`"
+        )
+
+
 def _order(config: CrossanConfig, cache: HiddenStateCache) -> list[int]:
     held = {modality.name: modality for modality in cache.modalities}
     for modality in config.modalities:

@@ -30,7 +30,7 @@ def explain(
 
     Args:
         model: put in evaluation mode for the call.
-        items: names, or rows of the cache (1 … I); None: all.
+        items: names, or rows of the cache (1 … I); None: all that have one of the model's modalities.
         cache: holds the items.
 
     Returns:
@@ -48,10 +48,10 @@ def explain(
         - `cross_gate`: `{(receiver, sender): [L]}`, tanh(ν); empty without cross terms.
 
     Raises:
-        KeyError: an unknown name. IndexError: a row out of range. ValueError: no item, or a cache without the
-            model's modalities.
+        KeyError: an unknown name. IndexError: a row out of range. ValueError: no item, one without any
+            modality, or a cache without the model's modalities.
     """
-    rows = _rows(items, cache)
+    rows = _rows(model, items, cache)
     names = cache.item_names
     present, weights = _of_items(model, rows, cache)
     gates = _gates(model)
@@ -75,9 +75,11 @@ def explain(
     }
 
 
-def _rows(items: Sequence[str | int] | None, cache: HiddenStateCache) -> Tensor:
+def _rows(model: CrossanModel, items: Sequence[str | int] | None, cache: HiddenStateCache) -> Tensor:
     if items is None:
-        return torch.arange(1, cache.num_items + 1)
+        every = torch.arange(1, cache.num_items + 1)
+        bare = _sources.bare_in(model.config, cache, every.device)
+        return every if bare is None else every[~bare[1:]]
     if isinstance(items, str) or not len(items):
         raise ValueError(f"items: expected at least one item name or row, got {items!r}")
     rows = [cache.row_of(item) if isinstance(item, str) else int(item) for item in items]
@@ -92,6 +94,7 @@ def _of_items(model: CrossanModel, rows: Tensor, cache: HiddenStateCache) -> tup
     device = model.item_popularity.device
     _sources.place(cache, device)
     config, fusion = model.config, model.fusion
+    _sources.refuse_bare(config, cache, rows, "items")
     held = _sources.present_in(config, cache, device)
     rows = rows.to(device)
     present = torch.ones(len(rows), len(config.modalities), dtype=torch.bool, device=device)

@@ -120,7 +120,10 @@ class CrossanModel(Popularity):
     def encode_catalogue(
         self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = CATALOGUE_CHUNK
     ) -> Tensor:
-        """Embeddings of the cache's items without gradient, `[I + 1, d]` (or of `ids`); row 0 is zeros."""
+        """Embeddings of the cache's items without gradient, `[I + 1, d]` (or of `ids`).
+
+        Zeros for row 0, and for an item with none of the model's modalities.
+        """
         device = self._device()
         _sources.place(cache, device)
         if ids is None:
@@ -129,7 +132,9 @@ class CrossanModel(Popularity):
             chunks = [self._encode_ids(cache, *part) for part in self._parts(cache, ids, batch_size)]
         if not chunks:
             return torch.zeros(0, self.config.embedding_dim, device=device)
-        return torch.where((ids == 0)[:, None], 0, torch.cat(chunks))
+        bare = _sources.bare_in(self.config, cache, device)
+        empty = ids == 0 if bare is None else (ids == 0) | bare[ids]
+        return torch.where(empty[:, None], 0, torch.cat(chunks))
 
     # -- training --------------------------------------------------------------------------------------
 
@@ -174,6 +179,8 @@ class CrossanModel(Popularity):
         known = self._known_items(cache, read=self.config.loss == "in_batch")
         if known is not None:
             _sources.check_range(item_ids, known, cache)
+        if cache is not None and item_ids.device.type == "cpu":  # as in check_ids
+            _sources.refuse_bare(self.config, cache, item_ids, "item_ids")
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
             return self._full(item_ids, cache, known)
         unique = ops.deduplicate(item_ids, ahead.slots(item_ids), backend=self.backend_for("deduplicate"))
@@ -231,28 +238,32 @@ class CrossanModel(Popularity):
     def _full(self, item_ids: Tensor, cache: HiddenStateCache | None, known: int | None) -> CrossanOutput:
         if cache is None or known is None:
             raise ValueError("cache: loss='full' scores the whole catalogue, expected a cache, got states")
-        catalogue = torch.arange(known + 1, device=item_ids.device)
-        counts = (catalogue != 0).to(torch.int64)
         device = item_ids.device
+        catalogue = torch.arange(known + 1, device=device)
+        places, bare = item_ids, _sources.bare_in(self.config, cache, device)
+        if bare is not None:  # what nothing embeds is no candidate
+            kept = ~bare[: known + 1]
+            catalogue, places = catalogue[kept], torch.where(kept, kept.cumsum(0) - 1, 0)[item_ids]
+        counts = (catalogue != 0).to(torch.int64)
         held = _sources.present_in(self.config, cache, device)
-        exists = self._drop(None if held is None else held[: known + 1], catalogue)
+        exists = self._drop(None if held is None else held[catalogue], catalogue)
         _sources.place(cache, device)
         if _sources.read_by_id(cache, device):
-            ids = None if known == cache.num_items else catalogue
+            ids = None if len(catalogue) == cache.num_items + 1 else catalogue
             source = replace(_sources.cached(self.config, cache, device, ids), present=exists)
             embeddings, balance = self._encode(source, counts)
         else:
             source = Source((), None, catalogue, exists)
             embeddings, balance = self._fuse(self._embed_in_chunks(cache, source), source, counts)
         if self.config.deduplicate:
-            by_place = _rows(embeddings, item_ids)
+            by_place = _rows(embeddings, places)
         else:
             flat = item_ids.reshape(-1)
             placed = _sources.cached(self.config, cache, device, flat)
-            placed = replace(placed, present=None if exists is None else exists[flat])
+            placed = replace(placed, present=None if exists is None else exists[places.reshape(-1)])
             by_place = self._encode(placed, None)[0].reshape(*item_ids.shape, -1)
         users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
-        targets = torch.where(item_ids[:, :-1] != 0, item_ids[:, 1:], 0)
+        targets = torch.where(places[:, :-1] != 0, places[:, 1:], 0)
         with span("loss"):
             loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
@@ -394,8 +405,9 @@ class CrossanModel(Popularity):
             return self._embed(replace(source, present=present))
 
         assert catalogue.ids is not None
-        for ids in catalogue.ids.split(CATALOGUE_CHUNK):
-            present = None if catalogue.present is None else catalogue.present[ids]
+        for part in torch.arange(len(catalogue.ids), device=device).split(CATALOGUE_CHUNK):
+            present = None if catalogue.present is None else catalogue.present[part]
+            ids = catalogue.ids[part]
             chunks.append(checkpoint(embed, ids, present, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(chunks)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from crossan_fast import ops
 from crossan_fast._checks import nearest
 from crossan_fast._modes import evaluating
+from crossan_fast._sources import bare_in
 from crossan_fast.data.splits import last_items
 from crossan_fast.ops.topk_scores import TopK
 
@@ -69,20 +70,22 @@ class Recommender:
 
     Args:
         model: put in evaluation mode for each call.
-        cache: every item of it is a candidate, those appended after training too.
+        cache: every item of it that has one of the model's modalities is a candidate, those appended after
+            training too.
         k: how many; at most the number of candidates. Fewer come back where the history leaves fewer.
         filter_history: leave out the history's own items.
         allow, deny: the only candidates, and those that are none: names or rows of the cache. Histories may
             hold any item.
-        unknown: what to do about a name that the cache lacks, in a history or in `allow` and `deny`: raise,
-            or `skip` it and count it in `skipped`.
+        unknown: what to do about a name that the cache lacks, or an item without any modality, in a history
+            or in `allow` and `deny`: raise, or `skip` it and count it in `skipped`.
         items: `[I + 1, d]` where the cache's items are encoded already (`model.encode_catalogue`).
 
     Attributes:
         skipped: names that were passed over so far.
 
     Raises:
-        ValueError: k below 1 or above the number of candidates, no candidates, a wrong row.
+        ValueError: k below 1 or above the number of candidates, no candidates, a wrong row, an item without
+            any modality in a history or in `allow`.
         KeyError: an unknown name, with the nearest known one.
     """
 
@@ -105,6 +108,8 @@ class Recommender:
         self.model, self.cache, self.k = model, cache, k
         self.skipped = 0
         self._filter, self._unknown = filter_history, unknown
+        bare = bare_in(model.config, cache, torch.device("cpu"))
+        self._bare = frozenset() if bare is None else frozenset(bare.nonzero().flatten().tolist())
         self._candidates = self._chosen(allow, deny)
         total = cache.num_items if self._candidates is None else len(self._candidates)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= total:
@@ -127,7 +132,20 @@ class Recommender:
         return self.items[rows], rows, place
 
     def row(self, item: str | int) -> int:
-        """The cache's row of an item, 0 for an unknown one that is skipped."""
+        """The cache's row of an item, 0 for one that is skipped: unknown, or without any modality."""
+        row = self._known_row(item)
+        if row not in self._bare:
+            return row
+        if self._unknown == "error":
+            name = self.cache.item_names[row]
+            names = list(self.model.config.modality_names)
+            raise ValueError(
+                f"item {name!r} (row {row}) has no modality at all, expected at least one of {names}"
+            )
+        self.skipped += 1
+        return 0
+
+    def _known_row(self, item: str | int) -> int:
         if not isinstance(item, str):
             if isinstance(item, bool) or not hasattr(item, "__index__"):
                 raise TypeError(f"expected an item's name or row, got {item!r}")
@@ -176,13 +194,13 @@ class Recommender:
             yield users, self.rank(np.concatenate(parts), np.concatenate([[0], np.cumsum(last - first)]))
 
     def _chosen(self, allow: Collection[str | int] | None, deny: Collection[str | int] | None) -> Ints | None:
-        if allow is None and deny is None:
+        if allow is None and deny is None and not self._bare:
             return None
         kept = np.zeros(self.cache.num_items + 1, dtype=bool)
         kept[1:] = allow is None
-        for items, value in ((allow or (), True), (deny or (), False)):
-            kept[[self.row(item) for item in items]] = value
-        kept[0] = False
+        kept[[self.row(item) for item in allow or ()]] = True
+        kept[[self._known_row(item) for item in deny or ()]] = False
+        kept[[0, *self._bare]] = False
         if not kept.any():
             raise ValueError("allow, deny: expected a candidate, got none")
         return np.flatnonzero(kept)

@@ -80,6 +80,7 @@ class HiddenStateCache:
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
         self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
+        self._bare: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
         self._names = names if isinstance(names, ItemNames) else ItemNames(self.num_items, names)
         self.catalogue = Catalogue.of(self._names)
         files, segments = (mapped.files, mapped.segments) if mapped else ((), ())
@@ -247,24 +248,26 @@ class HiddenStateCache:
         """Columns `modalities` (default: all) of `present` on `device`, made once and kept.
 
         None where every item has all of them.
-
-        Raises:
-            ValueError: an item that has none of them, by name.
         """
         chosen = tuple(range(len(self.modalities)) if modalities is None else modalities)
         key = (exact_device(device), chosen)
         if key not in self._masks:
             rows = self.present[:, list(chosen)]
-            empty = ~rows[1:].any(dim=1)
-            if bool(empty.any()):
-                row = int(empty.nonzero()[0]) + 1
-                names = [self.modalities[m].name for m in chosen]
-                raise ValueError(
-                    f"cache: item {self.item_names[row]!r} (row {row}) has no modality at all, expected at "
-                    f"least one of {names}"
-                )
             self._masks[key] = None if bool(rows[1:].all()) else rows.to(key[0])
         return self._masks[key]
+
+    def bare_mask(self, device: str | torch.device, modalities: Sequence[int] | None = None) -> Tensor | None:
+        """Bool `[I + 1]` on `device`: items with none of `modalities` (default: all), which nothing embeds.
+
+        None where every item has at least one; row 0 is False.
+        """
+        chosen = tuple(range(len(self.modalities)) if modalities is None else modalities)
+        key = (exact_device(device), chosen)
+        if key not in self._bare:
+            bare = ~self.present[:, list(chosen)].any(dim=1)
+            bare[0] = False
+            self._bare[key] = bare.to(key[0]) if bool(bare.any()) else None
+        return self._bare[key]
 
     def _finite_at(
         self, device: str | torch.device, ids: Tensor | None

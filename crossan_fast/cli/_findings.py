@@ -67,14 +67,15 @@ def find(run: Path, device: str | None = None) -> Findings:
         held.require_bases(task.cache, model.config.modality_names)
     model = model.to(task.device)
     names = model.config.modality_names
-    known = torch.arange(1, task.split.num_items + 1)
-    items = model.encode_catalogue(task.cache, ids=torch.arange(len(known) + 1, device=task.device))
+    rows = torch.arange(task.split.num_items + 1, device=task.device)
+    known = rows[1:] if task.embeddable is None else task.embeddable
+    items = model.encode_catalogue(task.cache, ids=rows)
     result = task.evaluate(model, "test", config.evaluation, k=(10,))
     without = {"": result.metrics[MONITOR]}
     if len(names) > 1:
         for column, name in enumerate(names):
             without[name] = _hits_without(model, task, config.evaluation, column)
-    points, variance = principal_axes(items[1:])
+    points, variance = principal_axes(items[known])
     sources = task.cache.sources
     return Findings(
         name=folder.path.name,
@@ -85,7 +86,7 @@ def find(run: Path, device: str | None = None) -> Findings:
         without=without,
         points=points,
         variance=variance,
-        counts=task.split.train_counts[1:].cpu().numpy(),
+        counts=task.split.train_counts[known].cpu().numpy(),
         parameters=sum(p.numel() for p in model.parameters()),
     )
 

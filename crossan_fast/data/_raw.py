@@ -30,6 +30,9 @@ Ints = npt.NDArray[np.int64]
 
 _KNOWN = {name for names in NAMES.values() for name in names}
 _FORMS = "expected `user<TAB>item item item ...` or a header with the columns user, item, timestamp"
+_WHICH = (
+    "columns: {user: NAME, item: NAME, time: NAME}, or --user-column NAME and its kin, says which is which"
+)
 
 
 @dataclass
@@ -149,8 +152,8 @@ class RawBuilder:
             text = table.kind.removesuffix(" text")
             raise ValueError(
                 f"{table.where}: {_FORMS}; got {table.width} {text} columns without a header that names one "
-                f"of {', '.join(sorted(columns.keys('user')))} (columns= says which column is which: by name "
-                "or, without a header, by number from 1)"
+                f"of {', '.join(sorted(columns.keys('user')))} ({_WHICH}, by name or, without a header, by "
+                "number from 1)"
             )
         found = {role: columns.find(table.header, role, table.where) for role in NAMES if role != "title"}
         return self._complete(table, {r: p for r, p in found.items() if p is not None})
@@ -163,7 +166,7 @@ class RawBuilder:
                 return {"user": roles["user"], "items": other}
         got = f"got {table.width} columns named {', '.join(header)}"
         if "user" not in roles or not roles.keys() & {"item", "items"}:
-            raise ValueError(f"{table.where}: {_FORMS}; {got} (columns= says which column is which)")
+            raise ValueError(f"{table.where}: {_FORMS}; {got} ({_WHICH})")
         ordered = roles.keys() & {"time", "items"} or table.header is None or _KNOWN.issuperset(header)
         if not ordered:
             raise ValueError(

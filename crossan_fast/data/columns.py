@@ -15,18 +15,28 @@ from crossan_fast._checks import nearest
 # In order of preference: Amazon's metadata are by `parent_asin`; `id` may be a row's own number.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "user": (
-        *("user", "user_id", "userid", "uid", "reviewer_id", "reviewerid", "customer_id", "visitor_id"),
-        *("visitorid", "session_id", "sessionid"),
+        *("user", "user_id", "userid", "uid", "reviewer_id", "reviewerid", "customer", "customer_id"),
+        *("visitor_id", "visitorid", "session_id", "sessionid"),
     ),
     "item": (
         *("item", "item_id", "itemid", "parent_asin", "asin", "iid", "movie_id", "movieid", "video_id"),
-        *("product_id", "productid", "article_id", "id"),
+        *("product_id", "productid", "article_id", "sku", "id"),
     ),
     "items": ("items", "item_ids", "item_id_list", "item_list", "history", "sequence"),
-    "time": ("timestamp", "time", "unixreviewtime", "unix_time", "datetime", "date", "event_time", "ts"),
+    "time": (
+        "timestamp",
+        "time",
+        "unixreviewtime",
+        "unix_time",
+        "datetime",
+        "date",
+        "event_time",
+        "created_at",
+        "ts",
+    ),
     "rating": ("rating", "overall", "stars", "score"),
     "label": ("x_label", "split"),
-    "title": ("title", "item_title", "movie_title", "product_title", "name"),
+    "title": ("title", "item_title", "movie_title", "product_title", "product_name", "name"),
 }
 
 USERS_ROLES = ("user", "item", "items", "time", "rating", "label")

@@ -60,6 +60,10 @@ class Dropped:
     """Items of the items file without a catalogue row."""
     low_ratings: int = 0
     """Interactions rated below `min_rating`."""
+    bare_items: int = 0
+    """Distinct items that occur and that no model can embed: `bare`."""
+    bare_interactions: int = 0
+    """Interactions with them."""
 
     def __str__(self) -> str:
         counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in vars(self).items() if count]
@@ -162,6 +166,7 @@ def read_interactions(
     strict: bool = False,
     columns: Mapping[str, str | int] | None = None,
     min_rating: float | None = None,
+    bare: Sequence[int] = (),
 ) -> Interactions:
     """Read users' interactions from a file or a frame in any layout above.
 
@@ -180,8 +185,9 @@ def read_interactions(
     `min_rating` are left out.
 
     Interactions with unknown items are dropped with a counted warning before `min_items` is applied, or are
-    an error with `strict`. Users keep the order in which they first appear in the file; equal timestamps keep
-    file order.
+    an error with `strict`; likewise those with the items at the rows `bare` (from 1, in `items`), of which
+    nothing is known that a model could read (`HiddenStateCache.bare_mask`). Users keep the order in which
+    they first appear in the file; equal timestamps keep file order.
 
     Raises FileNotFoundError; ImportError for Parquet and frames without pyarrow; TypeError for a source of
     another kind; ValueError naming the line for bytes that are not UTF-8, a wrong number of columns, a user
@@ -195,7 +201,7 @@ def read_interactions(
         builder.add(table, label)
     raw = builder.finish()
     where = raw.taken_for.partition(": taken for")[0] if len(parts) == 1 else "its files"
-    return _assemble(raw, items, f"users: {where}", min_items, max_items, catalogue, strict, stacklevel=3)
+    return _assemble(raw, items, f"users: {where}", min_items, max_items, catalogue, strict, 3, bare)
 
 
 def split_files(path: Path) -> dict[str, Path] | None:
@@ -235,13 +241,36 @@ def build_interactions(
     max_items: int | None = None,
     catalogue: Literal["all", "used"] = "all",
     strict: bool = False,
+    bare: Sequence[int] = (),
 ) -> Interactions:
     """`read_interactions` for sequences at hand: `{user: item names, oldest first}`, otherwise the same."""
     builder = RawBuilder(Columns(None, USERS_ROLES), None)
     builder.add_sequences(sequences)
-    return _assemble(
-        builder.finish(), items, "sequences", min_items, max_items, catalogue, strict, stacklevel=3
+    return _assemble(builder.finish(), items, "sequences", min_items, max_items, catalogue, strict, 3, bare)
+
+
+def _without_bare(
+    picked: npt.NDArray[np.int64],
+    bare: Sequence[int],
+    names: list[str],
+    source: str,
+    strict: bool,
+    stacklevel: int,
+) -> tuple[npt.NDArray[np.int64], Dropped]:
+    """`picked` with −1 for what nothing can embed; and how many that are."""
+    gone = np.isin(picked, np.asarray(bare, dtype=np.int64) - 1) & (picked >= 0)
+    found = np.unique(picked[gone])
+    if not found.size:
+        return picked, Dropped()
+    examples = ", ".join(repr(names[place]) for place in found[:3])
+    message = (
+        f"{source}: {int(gone.sum())} interactions with {found.size} items that have no modality at all, "
+        f"such as {examples}"
     )
+    if strict:
+        raise ValueError(message)
+    warnings.warn(f"{message}; dropped", stacklevel=stacklevel)
+    return np.where(gone, -1, picked), Dropped(bare_items=int(found.size), bare_interactions=int(gone.sum()))
 
 
 def _find(
@@ -278,6 +307,7 @@ def _assemble(
     catalogue: str,
     strict: bool,
     stacklevel: int,
+    bare: Sequence[int] = (),
 ) -> Interactions:
     if min_items < 1 or (max_items is not None and max_items < min_items):
         raise ValueError(f"min_items, max_items: expected 1 <= min <= max, got {min_items} and {max_items}")
@@ -285,6 +315,7 @@ def _assemble(
         raise ValueError(f"catalogue: expected 'all' or 'used', got {catalogue!r}")
     names = list(raw.vocabulary if items is None else items[1:] if items and items[0] == "" else items)
     picked, unknown = _find(raw, names, source, strict, stacklevel + 1)
+    picked, without = _without_bare(picked, bare, names, source, strict, stacklevel + 1)
     known = np.flatnonzero(picked >= 0)
     owner = np.repeat(np.arange(len(raw.user_names)), np.diff(raw.offsets))[known]
     picked = picked[known]
@@ -317,6 +348,8 @@ def _assemble(
             old_interactions=int(of_kept_user.sum() - kept.sum()),
             unused_items=int((~used).sum()),
             low_ratings=raw.low_ratings,
+            bare_items=without.bare_items,
+            bare_interactions=without.bare_interactions,
         ),
         max_items=max_items,
         times=None if raw.times is None else raw.times[kept_places],

@@ -140,7 +140,8 @@ def _header(table: Table, columns: Columns) -> tuple[list[str], int]:
         else:
             raise ValueError(
                 f"{table.where}: without a header expected 2 columns (item, title), got {table.width}; "
-                "with more, the first line names them and one of them is 'item'"
+                "with more, the first line names them and one of them is 'item', or columns={'item': NAME} "
+                "(--item-column NAME) says which it is"
             )
     else:
         header = list(table.header)
@@ -148,7 +149,7 @@ def _header(table: Table, columns: Columns) -> tuple[list[str], int]:
     if key is None:
         raise ValueError(
             f"{table.where}: expected a column of items' names, got {', '.join(header)} "
-            "(columns={'item': ...} says which it is)"
+            "(columns={'item': NAME}, --item-column NAME, says which it is)"
         )
     if title is not None and title != key:
         others = ["other_title" if name == "title" else name for name in header]

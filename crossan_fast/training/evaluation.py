@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from crossan_fast import ops
+from crossan_fast import _sources, ops
 from crossan_fast._checks import check_tensor, describe, nearest
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
+from crossan_fast.config import CrossanConfig
 from crossan_fast.data import Split
 from crossan_fast.model import CATALOGUE_CHUNK, CrossanModel
 from crossan_fast.training.processes import Processes
@@ -99,7 +100,7 @@ def evaluate(
         filter_history: `all` removes every item of the user's history, as IISAN does: a target that repeats
             one can never be hit; `all_except_target` keeps the target; `none` removes nothing.
         candidates: int64 `[C]`, distinct ids to rank among, the targets included; None: all that the split
-            knows.
+            knows and the model can embed (`embeddable`).
         batch_size: users ranked at once.
         processes: of a run with several: each encodes its share of the items and ranks its share of the
             users, whole batches at a time, so that the result is that of one process; every process calls.
@@ -113,6 +114,12 @@ def evaluate(
         wanted = model.item_popularity.device
         raise ValueError(f"split: expected device {wanted} as the model, got {describe(inputs)}")
     cache.catalogue.require(split.catalogue, "split", _HINT)
+    for ids in (inputs, targets):
+        _sources.refuse_bare(model.config, cache, ids, "split")
+    if candidates is None:
+        candidates = embeddable(model.config, cache, split.num_items, inputs.device)
+    else:
+        _sources.refuse_bare(model.config, cache, candidates, "candidates")
     total = split.num_items if candidates is None else candidates.numel()
     check_cutoffs(k, total)
     processes = processes or Processes()
@@ -133,6 +140,16 @@ def evaluate(
     if split.num_items < cache.num_items:
         note = f"the split knows {split.num_items:,} of the cache's {cache.num_items:,} items"
     return Result(metrics_of(ranks, k), part, filter_history, ranks.numel(), total, note, split.kind)
+
+
+def embeddable(
+    config: CrossanConfig, cache: HiddenStateCache, known: int, device: torch.device
+) -> Tensor | None:
+    """int64 rows of 1 to `known` with at least one of the config's modalities; None: all of them have."""
+    bare = _sources.bare_in(config, cache, device)
+    if bare is None or not bool(bare[: known + 1].any()):
+        return None
+    return (~bare[: known + 1]).nonzero().flatten()[1:]  # without padding
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crossan_fast._sources import bare_in
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import (
     Catalogue,
@@ -27,7 +28,7 @@ from crossan_fast.data import (
     split_files,
 )
 from crossan_fast.model import CrossanModel
-from crossan_fast.training.evaluation import Part, Result, evaluate, fitting_cutoffs
+from crossan_fast.training.evaluation import Part, Result, embeddable, evaluate, fitting_cutoffs
 from crossan_fast.training.processes import Processes
 from crossan_fast.training.train_config import EvaluationConfig, SplitConfig, TrainConfig
 
@@ -40,6 +41,7 @@ class Task:
     used: int64 `[C]`, ascending: the rows that some user's kept interactions name.
     dropped: what the reader left out.
     taken_for: what the users file was, and which of its columns were read.
+    embeddable: int64 rows of the split's items that have at least one of the model's modalities; None: all.
     """
 
     cache: HiddenStateCache
@@ -47,6 +49,7 @@ class Task:
     used: Tensor
     dropped: Dropped
     taken_for: str = ""
+    embeddable: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -54,11 +57,12 @@ class Task:
 
     def candidates(self, protocol: EvaluationConfig) -> Tensor | None:
         """What a target is ranked among, for `crossan_fast.training.evaluate`."""
-        return self.used if protocol.candidates == "used" else None
+        return self.used if protocol.candidates == "used" else self.embeddable
 
     def num_candidates(self, protocol: EvaluationConfig) -> int:
         """How many items a target is ranked among, itself included."""
-        return self.used.numel() if protocol.candidates == "used" else self.split.num_items
+        candidates = self.candidates(protocol)
+        return self.split.num_items if candidates is None else candidates.numel()
 
     def evaluate(
         self,
@@ -123,26 +127,32 @@ def open_task(config: TrainConfig, catalogue: Catalogue | None = None) -> Task:
             catalogue, "run", "; expected its own cache, or one grown or converted from it"
         )
         known = catalogue.num_items
-    names, window = cache.item_names[: known + 1], config.crossan_config(cache).window
-    found = _read(config, config.path("users"), names, None if config.evaluation.users else window)
+    names, model = cache.item_names[: known + 1], config.crossan_config(cache)
+    window, bare = model.window, bare_in(model, cache, torch.device("cpu"))
+    rows = [] if bare is None else bare[: known + 1].nonzero().flatten().tolist()
+    found = _read(config, config.path("users"), names, None if config.evaluation.users else window, rows)
     used, said = [found.ids], [found.taken_for]
     if config.evaluation.users is not None:
         file = config.resolve("evaluation.users", config.evaluation.users)
-        evaluated = _read(config, file, names, window)
+        evaluated = _read(config, file, names, window, rows)
         used, said = [*used, evaluated.ids], [*said, f"{evaluated.taken_for}; left out: {evaluated.dropped}"]
         split = hold_out_users(found, evaluated, window, stride=config.split.stride)
     else:
         split = _split(config.split, found, window)
     cache.to(device)
-    rows = torch.from_numpy(np.unique(np.concatenate(used))).to(device)
-    return Task(cache, split.to(device), rows, found.dropped, "\n".join(filter(None, said)))
+    ids = torch.from_numpy(np.unique(np.concatenate(used))).to(device)
+    embeds = embeddable(model, cache, known, device)
+    return Task(cache, split.to(device), ids, found.dropped, "\n".join(filter(None, said)), embeds)
 
 
-def _read(config: TrainConfig, path: Path, names: Sequence[str], window: int | None) -> Interactions:
+def _read(
+    config: TrainConfig, path: Path, names: Sequence[str], window: int | None, bare: Sequence[int]
+) -> Interactions:
     """A users file under a config's settings, or its parts where the split comes in files.
 
     Args:
         window: of the model, where no user counts for more than it needs; None: whole histories.
+        bare: rows of items that the model cannot embed.
     """
     source: Path | dict[str, Path] = path
     split, most = config.split, config.max_items
@@ -164,6 +174,7 @@ def _read(config: TrainConfig, path: Path, names: Sequence[str], window: int | N
         strict=config.strict,
         columns=config.columns,
         min_rating=config.min_rating,
+        bare=bare,
     )
 
 

@@ -159,9 +159,17 @@ def test_presence_mask_is_none_where_nothing_is_absent() -> None:
     present[0] = present[4, 1] = False
     mask = HiddenStateCache.from_tensors(states, present).present_mask("cpu")
     assert mask is not None and torch.equal(mask, present)
-    present[4, 0] = False
-    with pytest.raises(ValueError, match=r"cache: item 'item-4' \(row 4\) has no modality at all"):
-        HiddenStateCache.from_tensors(states, present, names_of()).present_mask("cpu")
+
+
+def test_bare_mask_holds_items_without_any_of_the_modalities() -> None:
+    present = torch.ones(ITEMS + 1, 2, dtype=torch.bool)
+    present[0] = present[4, 1] = present[5] = False
+    cache = HiddenStateCache.from_tensors(make_states(), present)
+    for chosen, rows in ((None, [5]), ((1,), [4, 5])):
+        mask = cache.bare_mask("cpu", chosen)
+        assert mask is not None and mask.nonzero().flatten().tolist() == rows
+    present[5, 0] = True
+    assert HiddenStateCache.from_tensors(make_states(), present).bare_mask("cpu") is None
 
 
 def spoiled(name: str, row: int, value: float) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def test_build_info_verify_convert(files: Path, capsys: pytest.CaptureFixture[st
     output = capsys.readouterr()
     assert "3 items added, 0 unchanged; 3 items in all" in output.out
     assert (
-        f"of 3 items 1 lack 'audio'; 1 have no modality at all, which a model refuses; see {files / 'c'}"
+        f"of 3 items 1 lack 'audio'; 1 have no modality at all: no run uses them; see {files / 'c'}"
         in output.err
     )
     assert build(files) == 0

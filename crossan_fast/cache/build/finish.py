@@ -32,7 +32,7 @@ class BuildReport:
         added: items encoded by this build, those of its earlier, stopped runs included.
         not_listed: items that the cache had before and the items file does not name; they are kept.
         broken: by modality, how many of the added items lack it; `report.tsv` says why.
-        bare: added or changed items that have no modality at all; a model refuses them.
+        bare: added or changed items that have no modality at all: no run trains on them or recommends them.
         seconds: this run took.
         unchanged: items of the cache that the items file names and whose rows are as they were.
         re_encoded: by modality, how many rows of the cache were encoded again.
@@ -132,7 +132,7 @@ class Outcome:
         where = report.folder / REPORT
         if any(report.broken.values()) or report.bare:
             counts = ", ".join(f"{count} lack {name!r}" for name, count in report.broken.items() if count)
-            bare = f"{report.bare} have no modality at all, which a model refuses" if report.bare else ""
+            bare = f"{report.bare} have no modality at all: no run uses them" if report.bare else ""
             said = "; ".join(part for part in (counts, bare) if part)
             warnings.warn(f"of {len(self.names)} items {said}; see {where}", stacklevel=stacklevel)
         if self._kept:

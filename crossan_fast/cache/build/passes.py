@@ -98,7 +98,7 @@ class EncoderPass:
         if column not in items.columns:
             raise ValueError(
                 f"modality {specs[0].name!r}: column: expected one of {sorted(items.columns)}, got {column!r}"
-                f"{nearest(column, items.columns)}"
+                f"{nearest(column, items.columns)} (:column=NAME behind its source names another)"
             )
         self._cells = items.columns[column]
         self.column = column
