@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cases.losses import random_sequences
+from benchmarks.cases._shared import random_sequences
 from benchmarks.cases.side_network import Shape
 from benchmarks.cases.step import RECIPE, StepBench
 from benchmarks.registry import (

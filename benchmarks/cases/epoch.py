@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cases.losses import WINDOW
+from benchmarks.cases._shared import WINDOW
 from benchmarks.cases.side_network import CATALOGUE, Shape
 from benchmarks.cases.step import PAPER, RECIPE, Made, StepBench, random_cache
 from benchmarks.registry import KERNELS, Case, Runnable, Setting, Unavailable, Workload, register

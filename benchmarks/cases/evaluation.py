@@ -8,8 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases.losses import WINDOW, random_sequences
-from benchmarks.cases.ranking import USERS
+from benchmarks.cases._shared import USERS, WINDOW, random_sequences
 from benchmarks.cases.side_network import CATALOGUE, Shape
 from benchmarks.cases.step import RECIPE, random_cache
 from benchmarks.registry import BACKENDS, Case, CheckFailed, Floor, Runnable, Setting, Workload, register

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases.losses import WIDTH, WINDOW, random_sequences
+from benchmarks.cases._shared import WIDTH, WINDOW, random_sequences
 from benchmarks.operators import Operator, Part, set_count
 from benchmarks.registry import Case, Floor, Setting, Workload, register
 from crossan_fast.ops import SequenceEncoderBlock, SequenceEncoderWeights, sequence_encoder

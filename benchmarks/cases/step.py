@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy
-from benchmarks.cases.losses import WINDOW, random_sequences
+from benchmarks.cases._shared import WINDOW, random_sequences
 from benchmarks.cases.side_network import CATALOGUE, Shape
 from benchmarks.registry import (
     KERNELS,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import cache, cache_build, epoch, evaluation, losses, ranking, side_network, step
+from benchmarks.cases import _shared, cache, cache_build, epoch, evaluation, side_network, step
 from benchmarks.registry import CheckFailed, Setting, Unavailable
 from crossan_fast.training import Batches, graph
 
@@ -19,7 +19,7 @@ SMALL = side_network.Shape(items=9, modalities=2, width=16, levels=3, rank=4, em
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    for module in (side_network, losses, ranking, step, evaluation):
+    for module in (side_network, step, evaluation):
         monkeypatch.setattr(module, "CATALOGUE", 300)
     for module in (step, cache):
         monkeypatch.setattr(module, "RECIPE", SMALL)
@@ -89,7 +89,7 @@ def test_a_step_trains():
 
 def test_a_wrong_step_is_seen(monkeypatch):
     setting = Setting(CPU, torch.float32)
-    ids = losses.random_sequences(6, 300, CPU, setting.generator("ids"))
+    ids = _shared.random_sequences(6, 300, CPU, setting.generator("ids"))
     states = step.random_cache(SMALL, 300, setting, torch.bfloat16)
     bench = step.StepBench(setting, SMALL.config(), states, [ids], torch.ones(301))
     right, wrong = bench.made("eager"), bench.made("eager")

@@ -11,7 +11,16 @@ import torch
 
 from benchmarks import ceilings, measure, memory, registry, results, timing
 from benchmarks.__main__ import main
-from benchmarks.cases import fusion, losses, ranking, side_network
+from benchmarks.cases import (
+    _shared,
+    deduplicate,
+    full_loss,
+    fusion,
+    in_batch_loss,
+    rank_of_target,
+    side_network,
+    topk_scores,
+)
 from benchmarks.operators import Operator
 from benchmarks.registry import Case, CheckFailed, Floor, Runnable, Setting, Unavailable, Workload
 
@@ -174,20 +183,20 @@ def test_the_check_sees_one_wrong_element(monkeypatch, place):
         partial(side_network.build_side_network, SMALL),
         partial(side_network.build_item_encoder, SMALL),
         partial(fusion.build, SMALL, None),
-        partial(losses.build_in_batch, 5),
-        partial(losses.build_full, 2),
+        partial(in_batch_loss.build, 5),
+        partial(full_loss.build, 2),
         partial(side_network.build_missing, SMALL, "crossan"),
         partial(side_network.build_missing, SMALL, "iisan"),
         partial(side_network.build_gather, SMALL, torch.int8),
         partial(side_network.build_gather, SMALL, torch.float8_e4m3fn),
         partial(side_network.build_gather, SMALL, torch.bfloat16),
-        partial(ranking.build_ranking, "topk_scores", 3),
-        partial(ranking.build_ranking, "rank_of_target", 3),
-        partial(ranking.build_deduplicate, 7),
+        partial(topk_scores.build, 3),
+        partial(rank_of_target.build, 3),
+        partial(deduplicate.build, 7),
     ],
 )
 def test_every_kind_of_case_passes_its_own_check(monkeypatch, build):
-    for module in (side_network, losses, ranking):
+    for module in (side_network, _shared, in_batch_loss, full_loss, deduplicate):
         monkeypatch.setattr(module, "CATALOGUE", 57)
     monkeypatch.setattr(side_network, "PART", 4)  # several pieces
     for dtype in (torch.float32, torch.bfloat16):
@@ -198,13 +207,13 @@ def test_every_kind_of_case_passes_its_own_check(monkeypatch, build):
 
 
 @pytest.mark.parametrize(
-    "build", [partial(losses.build_in_batch, 6), partial(side_network.build_side_network, SMALL)]
+    "build", [partial(in_batch_loss.build, 6), partial(side_network.build_side_network, SMALL)]
 )
 def test_a_reference_in_pieces_is_the_reference(monkeypatch, build):
     made = []
     workload = Operator.workload
     monkeypatch.setattr(Operator, "workload", lambda self, *a: made.append(self) or workload(self, *a))
-    monkeypatch.setattr(losses, "CATALOGUE", 57)
+    monkeypatch.setattr(in_batch_loss, "CATALOGUE", 57)
     monkeypatch.setattr(side_network, "PART", 4)
     build(Setting(CPU, torch.float32))
     pieces = made[0]._by_parts(torch.float64)
@@ -214,9 +223,9 @@ def test_a_reference_in_pieces_is_the_reference(monkeypatch, build):
 
 
 def test_a_loss_in_several_pieces_is_the_loss(monkeypatch):
-    monkeypatch.setattr(losses, "CATALOGUE", 57)
-    monkeypatch.setattr(losses, "PART_ELEMENTS", 400)
-    workload = losses.build_in_batch(6, Setting(CPU, torch.float32))
+    monkeypatch.setattr(in_batch_loss, "CATALOGUE", 57)
+    monkeypatch.setattr(in_batch_loss, "PART_ELEMENTS", 400)
+    workload = in_batch_loss.build(6, Setting(CPU, torch.float32))
     workload.check("eager", workload.implementations["eager"]())
 
 
