@@ -78,34 +78,13 @@ def convert_cache(
     asked = None if dtype is None else storage_dtype(dtype)
     cache, records = _opened(source)
     sizes = asked_sizes(cache.modalities, cache.bases, basis, energy)
-    errors, sources = {}, {}
     with whole_folder(out, overwrite) as temporary:
         fresh = {
             modality.name: choose_basis(_chunks(cache, index, progress), modality, sizes[modality.name])
             for index, modality in enumerate(cache.modalities)
             if modality.name in sizes
         }
-        modalities = [
-            replace(m, width=len(fresh[m.name])) if m.name in fresh else m for m in cache.modalities
-        ]
-        storage = asked or cache.dtype
-        bases, digests = cache.bases | fresh, records is not None
-        with CacheWriter(
-            temporary, modalities, storage, cache.num_items, digests=digests, bases=bases
-        ) as writer:
-            for index, modality in enumerate(modalities):
-                name = modality.name
-                sources[name] = {**cache.sources.get(name, {}), "converted_from": dtype_name(cache.dtype)}
-                rows = _rows(cache, index, progress)
-                errors[name], shares = _convert_modality(
-                    cache, rows, writer, modality, storage, fresh.get(name)
-                )
-                if name in fresh:
-                    sources[name][ENERGY] = shares
-            if records is not None:
-                writer.write_digests(records)
-            writer.commit(list(cache.item_names[1:]), cache.present[1:], sources)
-    return errors
+        return _write(temporary, cache, asked or cache.dtype, fresh, records, progress)
 
 
 def expand_cache(source: str | os.PathLike[str], out: str | os.PathLike[str], names: Collection[str]) -> None:
@@ -156,6 +135,32 @@ def _chunks(cache: HiddenStateCache, index: int, progress: Progress | None) -> C
     modality = cache.modalities[index]
     at_once = -(-modality.width // modality.levels)
     return lambda: (rows for _, rows in _rows(cache, index, progress, at_once=at_once))
+
+
+def _write(
+    folder: Path,
+    cache: HiddenStateCache,
+    storage: torch.dtype,
+    fresh: Mapping[str, Tensor],
+    records: Records | None,
+    progress: Progress | None,
+) -> dict[str, float]:
+    """Write the whole of `cache` to `folder`, `fresh` bases applied; the errors made, by modality."""
+    errors, sources = {}, {}
+    modalities = [replace(m, width=len(fresh[m.name])) if m.name in fresh else m for m in cache.modalities]
+    bases, digests = {**cache.bases, **fresh}, records is not None
+    with CacheWriter(folder, modalities, storage, cache.num_items, digests=digests, bases=bases) as writer:
+        for index, modality in enumerate(modalities):
+            name = modality.name
+            sources[name] = {**cache.sources.get(name, {}), "converted_from": dtype_name(cache.dtype)}
+            rows = _rows(cache, index, progress)
+            errors[name], shares = _convert_modality(cache, rows, writer, modality, storage, fresh.get(name))
+            if name in fresh:
+                sources[name][ENERGY] = shares
+        if records is not None:
+            writer.write_digests(records)
+        writer.commit(list(cache.item_names[1:]), cache.present[1:], sources)
+    return errors
 
 
 def _convert_modality(

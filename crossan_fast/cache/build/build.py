@@ -16,7 +16,7 @@ from crossan_fast._files import locked
 from crossan_fast.cache.build.digests import HALF
 from crossan_fast.cache.build.finish import BuildReport, Outcome, commit
 from crossan_fast.cache.build.journal import Journal
-from crossan_fast.cache.build.passes import BasisPass, Items, plan_passes
+from crossan_fast.cache.build.passes import BasisPass, Items, Pass, plan_passes
 from crossan_fast.cache.build.plan import BuildPlan, existing_cache, specs_for
 from crossan_fast.cache.build.runner import Runner, Settings, refuse_missing
 from crossan_fast.cache.build.specs import ModalitySpec
@@ -81,10 +81,7 @@ def build_cache(
     base = existing_cache(folder)
     compute_dtype = compute_dtype or _compute_dtype_of(base)
     specs = specs_for(modalities, base)
-    passes = plan_passes(specs, items, max_length, lowercase)
-    if base is not None and base.full_widths:
-        bases = read_bases(folder, base)
-        passes = [BasisPass(work, bases, base.sources) for work in passes]
+    passes = _in_bases(plan_passes(specs, items, max_length, lowercase), folder, base)
     settings = Settings(batch_size, _device(device), _COMPUTE[compute_dtype], strict, progress, journal_every)
     plan = BuildPlan.make(specs, passes, items, base, folder, dtype, compute_dtype, re_encode)
     refuse_missing(plan, items, strict)
@@ -100,6 +97,14 @@ def _check_arguments(items: Items, batch_size: int, compute_dtype: str | None) -
     if compute_dtype is not None and compute_dtype not in _COMPUTE:
         raise ValueError(f"compute_dtype: expected one of {', '.join(_COMPUTE)}, got {compute_dtype!r}")
     check_item_names(items.names)
+
+
+def _in_bases(passes: Sequence[Pass], folder: Path, base: CacheMeta | None) -> list[Pass]:
+    """Passes whose states are appended to the cache `base` as it stores them."""
+    if base is None or not base.full_widths:
+        return list(passes)
+    bases = read_bases(folder, base)
+    return [BasisPass(work, bases, base.sources) for work in passes]
 
 
 def _compute_dtype_of(base: CacheMeta | None) -> str:

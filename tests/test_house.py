@@ -1,0 +1,43 @@
+"""The house rules that a program can hold: how long files and functions are."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINES, FUNCTION_LINES = 450, 60
+SOURCES = [
+    path
+    for folder in ("crossan_fast", "kernels", "benchmarks", "csrc")
+    for kind in ("*.py", "*.cpp", "*.cu", "*.h", "*.cuh")
+    for path in sorted((ROOT / folder).rglob(kind))
+    if "_libraries" not in path.parts
+]
+
+
+def long_functions(tree: ast.AST) -> Iterator[str]:
+    """Functions over the limit, docstring included; what Triton compiles may be longer."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            compiled = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if lines > FUNCTION_LINES and not compiled:
+                yield f"{node.name}: {lines} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= LINES
+    if path.suffix == ".py":
+        assert not list(long_functions(ast.parse(text)))
+
+
+def test_a_long_function_is_found_and_a_kernel_is_not() -> None:
+    long = "def work():\n" + "    pass\n" * FUNCTION_LINES
+    assert list(long_functions(ast.parse(long))) == [f"work: {FUNCTION_LINES + 1} lines"]
+    assert not list(long_functions(ast.parse("@triton.jit\n" + long)))
