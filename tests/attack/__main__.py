@@ -2,6 +2,7 @@
 
 Each part runs in processes of its own: one that is killed by a signal loses the case it was at, and the part
 goes on behind it. `--calls`, `--files`, `--faults` and `--kills` say how much; one seed is one attack.
+Rows of parts that were not asked for stay as they were.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -24,7 +26,10 @@ AT_ONCE = 10_000  # cases of one process: what it leaks, or breaks, ends with it
 
 
 def main(argv: list[str]) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
     if args.worker:
         return _work(args)
     tallies: list[Tally] = []
@@ -34,23 +39,36 @@ def main(argv: list[str]) -> int:
         print(tally, flush=True)
         write(args.out, tallies)
 
-    for backend, count in (("cpp", args.calls), ("eager", args.calls // 10), ("triton", args.triton_calls)):
-        done(_in_processes("calls", backend, args.seed, count))
-    done(_raw_calls(args.calls, args.seed))
-    for form in _formats():
-        done(_in_processes("files", form, args.seed, args.files))
-    done(_in_processes("threads", "", args.seed, 1))
-    commands, kinds = _faults()
-    for command in commands if args.faults is None else args.faults:
-        for kind in kinds:
-            done(faulty(command, kind))
-    for command in _kills() if args.kills is None else args.kills:
-        done(_killed(command))
+    for part in args.parts:
+        for run in _parts(args)[part]:
+            done(run())
     return 1 if any(tally.lost for tally in tallies) else 0
+
+
+def _parts(args: argparse.Namespace) -> dict[str, list[Callable[[], Tally]]]:
+    """By part, its attacks."""
+    backends = {"cpp": args.calls, "eager": args.calls // 10, "triton": args.triton_calls}
+    faults, kinds = _faults()
+    return {
+        "calls": [partial(_in_processes, "calls", b, args.seed, count) for b, count in backends.items()],
+        "raw": [partial(_raw_calls, args.calls, args.seed)],
+        "files": [partial(_in_processes, "files", form, args.seed, args.files) for form in _formats()],
+        "threads": [partial(_in_processes, "threads", "", args.seed, 1)],
+        "faults": [
+            partial(faulty, command, kind)
+            for command in (faults if args.faults is None else args.faults)
+            for kind in kinds
+        ],
+        "kills": [partial(_killed, command) for command in (_kills() if args.kills is None else args.kills)],
+    }
+
+
+PARTS = ("calls", "raw", "files", "threads", "faults", "kills")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calls", type=int, default=100_000, help="hostile, and raw, calls of the C++ ops")
     parser.add_argument(

@@ -56,10 +56,13 @@ class Tally:
 
 
 def write(path: Path, tallies: list[Tally]) -> None:
-    """The table that the docs are drawn from."""
+    """The table that the docs are drawn from; rows of other attacks that it has are kept."""
+    rows = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = {row[0]: row for row in list(csv.reader(file))[1:]}
+    for tally in tallies:
+        how = "; ".join(f"{count} {name}" for name, count in sorted(tally.lost.items()))
+        rows[tally.what] = [tally.what, str(tally.tried), str(tally.survived), str(tally.lost.total()), how]
     with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        for tally in tallies:
-            how = "; ".join(f"{count} {name}" for name, count in sorted(tally.lost.items()))
-            writer.writerow([tally.what, tally.tried, tally.survived, tally.lost.total(), how])
+        csv.writer(file, lineterminator="\n").writerows([HEADER, *rows.values()])
