@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,10 +75,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps:
             group["lr"] = group["base_lr"] * share
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: float | None) -> Tensor:
-    """Scale all gradients together to at most `norm` (None: as they are); gives the norm they had, `[]`."""
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """`[len(parameters)]`, 0 where there is no gradient."""
+    found = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+    none = parameters[0].new_zeros(()) if any(p.grad is None for p in parameters) else None
+    return torch.stack([none if p.grad is None else next(found) for p in parameters])
+
+
+def clip_gradients(
+    parameters: Sequence[nn.Parameter], norm: float | None, norms: Tensor | None = None
+) -> Tensor:
+    """Scale all gradients together to at most `norm` (None: as they are); gives the norm they had, `[]`.
+
+    `norms`: as `gradient_norms` gives them, where they are at hand.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    total: Tensor = nn.utils.get_total_norm(gradients, foreach=True)
+    total: Tensor = torch.linalg.vector_norm(gradient_norms(parameters) if norms is None else norms)
     # A GPU would have to be waited for; on a CPU gradients within the bound need not be written again, and
     # what is not finite stays where it is, to be named.
     if norm is None or (total.device.type == "cpu" and not norm < float(total) < math.inf):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,7 +16,7 @@ from crossan_fast._sources import ReadAhead
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.averaging import WeightAverage
-from crossan_fast.training.optimizer import clip_gradients, set_learning_rate
+from crossan_fast.training.optimizer import clip_gradients, gradient_norms, set_learning_rate
 from crossan_fast.training.precision import computing_in
 from crossan_fast.training.train_config import ComputePrecision, OptimizerConfig
 
@@ -60,6 +61,7 @@ class TrainStep:
 
     Attributes:
         unsound: int64 `[]` on the device: steps from the first on whose gradient was not finite; 0: none.
+            What was the first then is told by `first_bad_gradient`.
         skipped: int64 `[]` on the device: steps that were left out.
     """
 
@@ -91,6 +93,10 @@ class TrainStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = next(model.parameters()).device
         self.unsound = torch.zeros((), dtype=torch.int64, device=self.device)
+        # On a GPU: whether a gradient was not finite, and each one's norm up to that step, or in the last one
+        # that was left out.
+        self._stopped = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._norms = torch.zeros(len(self._parameters), device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def __call__(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
@@ -144,12 +150,13 @@ class TrainStep:
     def update(self, loss: Tensor) -> None:
         """Clip what `forward_backward` left of a batch with this loss and apply it."""
         with span("optimizer"):
-            norm = clip_gradients(self._parameters, self._config.clip_norm)
-            if self._judge(loss, norm):
+            norms = gradient_norms(self._parameters)
+            norm = clip_gradients(self._parameters, self._config.clip_norm, norms)
+            if self._judge(loss, norm, norms):
                 self.optimizer.step()
 
-    def _judge(self, loss: Tensor, norm: Tensor) -> bool:
-        """Whether to update with gradients of this norm."""
+    def _judge(self, loss: Tensor, norm: Tensor, norms: Tensor) -> bool:
+        """Whether to update with gradients of this norm, together and each."""
         if self.device.type == "cpu":
             # Of several processes one alone must not leave; its gradient is everyone's, and as bad.
             if self.group is None and not bool(loss.isfinite()):
@@ -162,9 +169,20 @@ class TrainStep:
             # AdamW's own switch: where it is 1, its kernels change nothing.
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.skipped += bad
+            torch.where(bad, norms, self._norms, out=self._norms)
         else:
-            self.unsound += (self.unsound + bad) > 0
+            torch.where(self._stopped, self._norms, norms, out=self._norms)
+            self._stopped |= bad
+            self.unsound += self._stopped
         return True
+
+    def first_bad_gradient(self) -> str:
+        """On a GPU, which is waited for: the first that was not finite, in the model's order, in words."""
+        found = dict(zip(map(id, self._parameters), self._norms.tolist(), strict=True))
+        for name, parameter in self.model.named_parameters():
+            if not math.isfinite(norm := found.get(id(parameter), 0.0)):
+                return f"gradient of {name}: expected finite values, got some of the norm {norm}"
+        return ""
 
     def _skip(self, what: str, value: Tensor) -> bool:
         """Count a step on the CPU as left out, or raise where no more may be."""

@@ -282,16 +282,19 @@ class Trainer:
         """An epoch's losses but those of steps left out, which are not finite; others stop the run."""
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
         unsound, most, before = int(self.step.unsound), self.config.optimizer.skip_nonfinite, self._skipped()
+        first = self.step.first_bad_gradient() if unsound or skipped else ""
         if before + skipped > most or (skipped and len(bad) == len(losses)):
+            named = f" ({first} in the last)" if first else ""
             raise TrainingError(
                 f"loss, gradient: not finite at {skipped} of the {len(losses)} steps of epoch {epoch} and "
-                f"{before} before it; optimizer.skip_nonfinite={most} may be, not all of an epoch; {REMEDY}"
+                f"{before} before it{named}; optimizer.skip_nonfinite={most} may be, not all of an epoch; "
+                f"{REMEDY}"
             )
         # A step's gradient spoils the losses behind it.
         if unsound and not (bad and bad[0] <= len(losses) - unsound):
-            raise self._stop("gradient", float("nan"), len(losses) + 1 - unsound, epoch)
+            raise self._stop("gradient", float("nan"), len(losses) + 1 - unsound, epoch, first)
         if len(bad) > skipped:
-            raise self._stop("loss", float(losses[bad[0]]), bad[0] + 1, epoch)
+            raise self._stop("loss", float(losses[bad[0]]), bad[0] + 1, epoch, first)
         return losses[losses.isfinite()]
 
     def _skipped(self) -> int:

@@ -152,11 +152,17 @@ def test_on_a_gpu_the_first_bad_gradient_is_counted_without_waiting(
     settings = OptimizerConfig()
     step = TrainStep(model, cache, make_optimizer(model, settings), settings)
     step.device = Elsewhere()  # type: ignore[assignment]
-    norms = [1.0, 2.0, math.nan, 1.0, math.inf]
+    names = [name for name, _ in model.named_parameters()]
     counts = []
-    for norm in norms:
-        assert step._judge(torch.tensor(1.0), torch.tensor(norm))
+    for norm, bad in ((1.0, ()), (2.0, ()), (math.nan, (5, 2)), (1.0, ()), (math.inf, (0,))):
+        norms = torch.full((len(names),), norm if not bad else 1.0)
+        for place in bad:  # the optimizer's order is another
+            parameter = model.get_parameter(names[place])
+            norms[next(i for i, p in enumerate(step._parameters) if p is parameter)] = norm
+        assert step._judge(torch.tensor(1.0), torch.linalg.vector_norm(norms), norms)
         counts.append(int(step.unsound))
+        named = f"gradient of {names[2]}: expected finite values, got some of the norm nan"
+        assert step.first_bad_gradient() == (named if counts[-1] else "")
     assert counts == [0, 0, 1, 2, 3]
 
 
@@ -173,10 +179,11 @@ def test_what_was_counted_stops_at_the_end_of_the_epoch(
     def run(item_ids: Tensor, *ahead: Any) -> Tensor:
         steps.append(item_ids)
         trainer.step.unsound += len(steps) >= gradient_at
+        trainer.step._norms[-1] = math.nan
         return torch.tensor(math.nan if loss_at is not None and len(steps) >= loss_at else 1.0)
 
     trainer._run = run  # type: ignore[assignment]
-    with pytest.raises(TrainingError, match=message + " of epoch 1"):
+    with pytest.raises(TrainingError, match=message + r" of epoch 1 \(gradient of [\w.]+: expected finite"):
         trainer.fit(progress=False, say=lambda line: None)
     assert not RunFolder(values["run"]).last.exists()
 
@@ -237,10 +244,12 @@ def test_adamw_s_switch_leaves_a_step_out_on_a_gpu(model: CrossanModel, cache: H
     before = [p.detach().clone() for p in step._parameters]
     step.device = Elsewhere()  # type: ignore[assignment]
     for norm, moved in ((math.nan, False), (1.0, True)):
-        assert step._judge(torch.tensor(1.0), torch.tensor(norm))
+        norms = torch.full((len(step._parameters),), norm)
+        assert step._judge(torch.tensor(1.0), torch.linalg.vector_norm(norms), norms)
         step.optimizer.step()
         same = all(torch.equal(*pair) for pair in zip(before, step._parameters, strict=True))
         assert same is not moved
+        assert step.first_bad_gradient().startswith("gradient of ")  # of the last that was left out
     assert int(step.skipped) == 1 and int(step.unsound) == 0
 
 
@@ -274,11 +283,13 @@ def test_what_a_gpu_left_out_is_bounded_at_the_end_of_the_epoch(values: dict[str
     def run(item_ids: Tensor, *ahead: Any) -> Tensor:
         bad = int(trainer.step.skipped) < skipped
         trainer.step.skipped += bad
+        trainer.step._norms[0] = math.nan
         return torch.tensor(math.nan if bad else 1.0)
 
     trainer._run = run  # type: ignore[assignment]
     with pytest.raises(
-        TrainingError, match=f"^loss, gradient: not finite at {skipped} of the 5 steps of epoch 1"
+        TrainingError,
+        match=rf"^loss, gradient: not finite at {skipped} of the 5 steps of epoch 1 .* \(gradient of [\w.]+: ",
     ):
         trainer.fit(progress=False, say=lambda line: None)
 
