@@ -289,7 +289,7 @@ def test_what_a_gpu_left_out_is_bounded_at_the_end_of_the_epoch(values: dict[str
     trainer._run = run  # type: ignore[assignment]
     with pytest.raises(
         TrainingError,
-        match=rf"^loss, gradient: not finite at {skipped} of the 5 steps of epoch 1 .* \(gradient of [\w.]+: ",
+        match=rf"^loss, gradient: not finite at {skipped} of the 5 steps of epoch 1 .* \(gradient of ",
     ):
         trainer.fit(progress=False, say=lambda line: None)
 
