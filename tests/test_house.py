@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert text.count("\n") <= LINES
     if path.suffix == ".py":
         assert not list(long_functions(ast.parse(text)))
+
+
+def test_the_files_that_the_contributors_page_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:crossan_fast|kernels|csrc|tests|benchmarks|docs)/[\w/.]+)`", text)
+    assert len(named) > 25
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_a_long_function_is_found_and_a_kernel_is_not() -> None:
