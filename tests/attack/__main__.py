@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "helpers"))
 
-from programs import ROOT, faulty, run_python
+from programs import QUIET, ROOT, faulty, run_python
 from tally import Tally, write
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.csv"
@@ -39,9 +41,12 @@ def main(argv: list[str]) -> int:
         print(tally, flush=True)
         write(args.out, tallies)
 
-    for part in args.parts:
+    for part in args.parts or (() if args.soak else PARTS):
         for run in _parts(args)[part]:
             done(run())
+    if args.soak:
+        for tally in _soak(args.soak):
+            done(tally)
     return 1 if any(tally.lost for tally in tallies) else 0
 
 
@@ -68,7 +73,7 @@ PARTS = ("calls", "raw", "files", "threads", "faults", "kills")
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
-    parser.add_argument("parts", nargs="*", default=PARTS, help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calls", type=int, default=100_000, help="hostile, and raw, calls of the C++ ops")
     parser.add_argument(
@@ -77,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--files", type=int, default=10_000, help="hostile files of each format")
     parser.add_argument("--faults", nargs="*", metavar="COMMAND", help="whose calls fail (default: all)")
     parser.add_argument("--kills", nargs="*", metavar="COMMAND", help="what is killed (default: all)")
+    parser.add_argument(
+        "--soak",
+        type=int,
+        metavar="STEPS",
+        help="so many steps in one process, and a hundredth of openings; alone where no part is named",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     return parser
@@ -162,6 +173,17 @@ def _raw_calls(count: int, seed: int) -> Tally:
             tally.lost["crashed"] += 1
             tally.examples["crashed"] = f"seed {seed + first}: status {done.returncode} {done.stderr[-200:]}"
     return tally
+
+
+def _soak(steps: int) -> list[Tally]:
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, str(ROOT / "tests" / "attack" / "soak.py"), str(steps), folder]
+        done = subprocess.run(words, cwd=ROOT, env=os.environ | QUIET, stdout=subprocess.PIPE, text=True)
+    tallies = [Tally.from_json(line) for line in done.stdout.splitlines()]
+    if done.returncode:
+        crash = {"crashed": f"status {done.returncode}"}
+        tallies.append(Tally("one process that goes on", 1, Counter(crashed=1), crash))
+    return tallies
 
 
 def _formats() -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
 import hostile_calls
 import hostile_files
 import pytest
+import soak
 import torch
 from compiled_ops import needs_cpp
 from programs import HERE, faulty, run_python
@@ -57,6 +59,15 @@ def test_ops_have_the_same_bits_from_anywhere() -> None:
     assert survived(Tally.from_json(done.stdout.splitlines()[-1]))
 
 
+def test_a_process_that_grows_is_found() -> None:
+    files: list[int] = []
+    assert soak.watched("nothing", 20, lambda index: None).survived == 20
+    grown = soak.watched("files", 20, lambda index: files.append(os.open(__file__, os.O_RDONLY)))
+    assert grown.lost["grew"] == 9 and "after 4" in grown.examples["grew"]
+    for file in files:
+        os.close(file)
+
+
 def test_the_table_has_a_row_an_attack(tmp_path: Path) -> None:
     tally = Tally("files, config")
     for how in (None, "crashed", None):
@@ -65,3 +76,8 @@ def test_the_table_has_a_row_an_attack(tmp_path: Path) -> None:
     write(tmp_path / "table.csv", [Tally.from_json(tally.to_json())])
     with (tmp_path / "table.csv").open(newline="") as file:
         assert list(csv.reader(file))[1] == ["files, config", "3", "2", "1", "1 crashed"]
+    write(tmp_path / "table.csv", [Tally("saves", 1)])
+    write(tmp_path / "table.csv", [Tally("files, config", 4)])
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert rows == [["files, config", "4", "4", "0", ""], ["saves", "1", "1", "0", ""]]
