@@ -23,9 +23,13 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from crossan_fast._files import write_whole
+from crossan_fast._untrusted import is_whole, read_json
 
 Config = TypeVar("Config")
 
+# No kernel has more candidates, and no machine as many shapes as fill the file.
+MAX_CANDIDATES, MAX_BYTES = 64, 16 << 20
+_FILE = "CROSSAN_FAST_AUTOTUNE_FILE"
 _SOURCES = Path(__file__).parent
 _found: dict[str, int] = {}
 
@@ -50,6 +54,9 @@ def tuned(
         run: launches the kernels with a config; called many times, so it must only write its outputs. A
             config that the device has too little shared memory or registers for is passed over.
         time: milliseconds of a call; None: `triton.testing.do_bench`'s median.
+
+    Raises:
+        ValueError: the file of results is not what autotuning writes.
     """
     if not enabled() or len(candidates) < 2:
         return candidates[0]
@@ -61,7 +68,10 @@ def tuned(
         times = [_milliseconds(measure, functools.partial(run, candidate)) for candidate in candidates]
         _found[name] = times.index(min(times))  # the default, which will say what it lacks, if none fits
         _write({**_read(), name: _found[name]})
-    return candidates[_found[name]]
+    choice, count = _found[name], len(candidates)
+    if choice >= count:
+        raise ValueError(f"{_FILE}: {path()}: {choice} for {name}, expected less than {count}")
+    return candidates[choice]
 
 
 def _milliseconds(measure: Callable[[Callable[[], object]], float], call: Callable[[], object]) -> float:
@@ -79,7 +89,7 @@ def bucket(count: int) -> int:
 def path() -> Path:
     """Where results are kept: CROSSAN_FAST_AUTOTUNE_FILE, or a file in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("CROSSAN_FAST_AUTOTUNE_FILE") or cache / "crossan_fast" / "autotune.json")
+    return Path(os.environ.get(_FILE) or cache / "crossan_fast" / "autotune.json")
 
 
 @functools.cache
@@ -94,12 +104,18 @@ def _digest(text: str) -> str:
 
 
 def _read() -> dict[str, int]:
+    """The file's choices by key; ValueError where it holds anything else, names the file."""
     if not path().exists():
         return {}
-    try:
-        return {str(k): int(v) for k, v in json.loads(path().read_text(encoding="utf-8")).items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path()}: not the JSON that autotuning writes ({error}); remove it") from error
+    found = read_json(path(), _FILE, MAX_BYTES)
+    if not isinstance(found, dict):
+        raise ValueError(f"{_FILE}: {path()}: expected an object of choices, got {type(found).__name__}")
+    for key, choice in found.items():
+        if not is_whole(choice, 0, MAX_CANDIDATES - 1):
+            raise ValueError(
+                f"{_FILE}: {path()}: expected a candidate's number at {key[:200]!r}, got {repr(choice)[:200]}"
+            )
+    return found
 
 
 def _write(results: dict[str, int]) -> None:

@@ -118,6 +118,8 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": CPU}
     plain_args, plain_kwargs = tree_map_only(OnGpu, lambda t: t.held, (args, kwargs))
     result = function(*plain_args, **plain_kwargs)
+    if on_gpu and isinstance(result, Tensor) and "empty" in function._schema.name and _is_index(result):
+        result.zero_()  # no kernel will write it, and torch's ops index with it: 0 is in every range
     for observer in observers:
         observer(function, on_gpu)
     if not on_gpu:
@@ -125,6 +127,10 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # What an op wrote in place is the tensor it was given.
     given = {id(t.held if isinstance(t, OnGpu) else t): t for t in leaves}
     return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else OnGpu(t), result)
+
+
+def _is_index(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int32, torch.int64)
 
 
 def _refuse_mixtures(function: Any, leaves: Iterable[Tensor]) -> None:

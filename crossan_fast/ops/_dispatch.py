@@ -64,7 +64,6 @@ _ORDER: dict[str, dict[str, str | Callable[[], str]]] = {
 
 # Where torch's own kernels are what an op is meant to run on, with the reason; no warning is due there.
 EAGER_BY_DESIGN = {
-    ("deduplicate", "cuda"): "torch's sort, which does not wait for the device",
     ("gather_convert", "cpu"): "the CPU's kernels read rows by id, nothing has to be gathered",
     ("gather_convert", "cuda"): "copies and torch's products; csrc/cuda's one pass is not yet measured",
 }
@@ -76,7 +75,7 @@ REFERENCE_CALLS = {
     ("sequence_encoder", "cuda"): "around xformers' attention where the config says so",
     ("deduplicate", "cpu"): "without a capacity under torch.compile, which has to know the size",
     ("deduplicate", "cuda"): "without a capacity: the GPU has to be asked for the size then; "
-    "item_ids.numel() + 1 always fits",
+    "item_ids.numel() + 1 always fits. By triton more than 16,384 places go to torch's sort",
 }
 
 # Where a backend's implementations are found: `find(op)` of a module that is imported when first asked.

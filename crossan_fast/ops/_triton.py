@@ -33,7 +33,7 @@ def refuses(request: Request) -> str | None:
     """What every kernel here refuses: other devices than CUDA, float64."""
     if reason := _common.refuses_device(request.device):
         return reason
-    if request.dtype not in _FLOATS:
+    if request.dtype.is_floating_point and request.dtype not in _FLOATS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
         return f"computes in {names}, not in {str(request.dtype).removeprefix('torch.')}"
     return None

@@ -98,10 +98,34 @@ def test_every_source_file_is_part_of_the_version(monkeypatch, tmp_path):
     assert len(versions) == 4
 
 
-def test_a_broken_file_is_named(search):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "expected JSON"),
+        ("[" * 100_000, "nested too deep"),
+        ("[1]", "expected an object of choices, got list"),
+        ('{"op": 1.5}', "expected a candidate's number at 'op', got 1.5"),
+        ('{"op": true}', "got True"),
+        ('{"op": -1}', "got -1"),
+        ('{"op": ' + "9" * 40 + "}", "got 9999"),
+        (" " * (_autotune.MAX_BYTES + 1), "at most"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_broken_file_is_named(search, content, problem):
     _autotune.path().parent.mkdir()
-    _autotune.path().write_text("{")
-    with pytest.raises(ValueError, match=r"tuned\.json.*remove it"):
+    _autotune.path().write_text(content)
+    with pytest.raises(ValueError, match=r"CROSSAN_FAST_AUTOTUNE_FILE: .*tuned\.json") as raised:
+        search()
+    assert problem in str(raised.value)
+
+
+def test_a_choice_that_no_candidate_has_is_named(search, monkeypatch):
+    search()
+    name, _ = json.loads(_autotune.path().read_text()).popitem()
+    _autotune.path().write_text(json.dumps({name: len(CANDIDATES)}))
+    monkeypatch.setattr(_autotune, "_found", {})
+    with pytest.raises(ValueError, match=r"tuned\.json: 3 for op/.* expected less than 3"):
         search()
 
 
