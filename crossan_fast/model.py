@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossan_fast import _sources, distributed, iisan, ops, serialization
+from crossan_fast import _sources, distributed, iisan, ops
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast._finite import first_nonfinite
 from crossan_fast._modes import evaluating
@@ -21,6 +20,7 @@ from crossan_fast._profiling import span
 from crossan_fast._sources import Gathered, ReadAhead, Source
 from crossan_fast.config import CrossanConfig
 from crossan_fast.explain import explain
+from crossan_fast.hub import Pretrained
 from crossan_fast.modules.fusion import Concat, Head, Momef
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CATALOGUE_CHUNK = 2048
 
 
-class CrossanModel(Popularity):
+class CrossanModel(Popularity, Pretrained):
     """CROSSAN (arXiv 2504.10307) or IISAN (arXiv 2404.02059) over cached hidden states.
 
     Args:
@@ -316,26 +316,7 @@ class CrossanModel(Popularity):
             return "eager" if self.backend == "eager" else "auto"
         return self.backend if ops.has_kernel(op, self.backend) else "auto"
 
-    # -- saving and recommending -----------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`; each file appears whole or not at all.
-
-        Raises:
-            ValueError: a weight that is not finite, by name.
-        """
-        serialization.save_model(self, Path(folder))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, backend: str = "auto") -> CrossanModel:
-        """Read what `save_pretrained` wrote, or another program as a config and plain safetensors.
-
-        Raises:
-            FileNotFoundError: one of the two files is not there.
-            ValueError, RuntimeError: a file is damaged, a weight is not finite, by name, or the two files do
-                not fit each other.
-        """
-        return serialization.load_model(cls, Path(folder), backend)
+    # -- loading and recommending ----------------------------------------------------------------------
 
     @classmethod
     def from_iisan(cls, state_dict: Mapping[str, Tensor], *, backend: str = "auto") -> CrossanModel:

@@ -67,11 +67,18 @@ def save_model(model: CrossanModel, folder: Path, run: str = "") -> None:
     write_whole(folder / WEIGHTS, save_tensors(state, metadata))
 
 
-def load_model(cls: type[CrossanModel], folder: Path, backend: str, run: str = "") -> CrossanModel:
+def load_model(
+    cls: type[CrossanModel],
+    folder: Path,
+    backend: str,
+    run: str = "",
+    dtype: torch.dtype | str = torch.float32,
+) -> CrossanModel:
     """What `save_model` wrote, or another program as plain safetensors.
 
     Args:
         run: whose model it has to be, where the file says; empty: anybody's.
+        dtype: of its parameters; `auto`: as they were saved.
 
     Raises:
         FileNotFoundError: one of the two files is not there.
@@ -80,7 +87,7 @@ def load_model(cls: type[CrossanModel], folder: Path, backend: str, run: str = "
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"folder: expected {name} in {folder}, found none")
+            raise FileNotFoundError(f"folder: expected {name} in {folder}, found none{_elsewhere(folder)}")
     path = folder / CONFIG
     text = read_settings(path, "folder")
     try:
@@ -90,12 +97,22 @@ def load_model(cls: type[CrossanModel], folder: Path, backend: str, run: str = "
     weights, metadata = load_tensors(folder / WEIGHTS, "folder")
     require_run(metadata, run, folder / WEIGHTS)
     try:
-        model = model_of(cls, config, weights, backend)
+        model = model_of(cls, config, weights, backend, dtype)
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"folder: {folder / WEIGHTS} and {CONFIG} beside it: {error}") from error
     _require_config(path, text, metadata)
     refuse_nonfinite(weights, str(folder / WEIGHTS))
     return model
+
+
+def _elsewhere(folder: Path) -> str:
+    """Where the model of a run is, or of the runs in a folder; empty where there is none."""
+    found = sorted(file.parent for file in [*folder.glob(f"best/{CONFIG}"), *folder.glob(f"*/best/{CONFIG}")])
+    if not found:
+        return ""
+    if found[0].parent == folder:
+        return f"; it is a run, expected the folder of its model: {found[0]}"
+    return f"; it holds runs, expected the folder of a model: {', '.join(map(str, found[:3]))}"
 
 
 def require_run(metadata: Mapping[str, str], run: str, path: Path) -> None:
@@ -120,12 +137,19 @@ def _require_config(path: Path, text: str, metadata: Mapping[str, str]) -> None:
 
 
 def model_of(
-    cls: type[CrossanModel], config: CrossanConfig, weights: Mapping[str, Tensor], backend: str
+    cls: type[CrossanModel],
+    config: CrossanConfig,
+    weights: Mapping[str, Tensor],
+    backend: str,
+    dtype: torch.dtype | str = torch.float32,
 ) -> CrossanModel:
     """The model that `config` describes, with copies of `weights`.
 
     Nothing of the config's sizes is made before the weights turn out to have them: a config that came with a
     download costs no more than the weights that came with it.
+
+    Args:
+        dtype: of its parameters; `auto`: that of its weights.
 
     Raises:
         ValueError: a size that no weight can have.
@@ -135,6 +159,8 @@ def model_of(
     with torch.device("meta"):
         model = cls(config, backend=backend)
     types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    for name in (name for name, _ in model.named_parameters() if name in weights):
+        types[name] = weights[name].dtype if isinstance(dtype, str) else dtype
     copies = {name: tensor.to(types.get(name), copy=True) for name, tensor in weights.items()}
     model.load_state_dict(copies, assign=True)
     return model

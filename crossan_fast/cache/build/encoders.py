@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import nearest
+from crossan_fast._places import folder_or_repository
 from crossan_fast.cache.build.inputs import (
     BrokenInput,
     count_samples,
@@ -70,7 +71,8 @@ class FrozenEncoder:
         if kind is not None and kind not in get_args(Kind):
             known = get_args(Kind)
             raise ValueError(f"kind: expected one of {known}, got {kind!r}{nearest(kind, known)}")
-        self.source = _checked_source(source)
+        folder = folder_or_repository(source, "encoder")
+        self.source = source if folder is None else str(folder.resolve())
         self.max_length = max_length
         self.lowercase = lowercase
         self.fingerprint = ""
@@ -280,16 +282,6 @@ class FrozenEncoder:
         except (OSError, ValueError, KeyError) as error:
             first = " ".join(str(error).split(". ")[0].split())
             raise ValueError(f"encoder {self.source!r}: {loader.__name__} cannot load it: {first}") from error
-
-
-def _checked_source(source: str) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
-    # Names on the hub are `name` or `owner/name`; anything else can only be a path.
-    if path.is_absolute() or source.startswith((".", "~")) or len(path.parts) > 2:
-        raise FileNotFoundError(f"encoder: no such folder: {source}")
-    return source
 
 
 def _kind_of(config: Any, input_name: str) -> Kind:

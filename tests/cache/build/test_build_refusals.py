@@ -181,6 +181,7 @@ def test_bad_requests_change_nothing(encoders: dict[str, Path], items: ItemTable
             "levels: expected the same number .*a 3, b 4",
         ),
         (["a=./nowhere"], FileNotFoundError, "encoder: no such folder: ./nowhere"),
+        ([f"a={bert}x"], FileNotFoundError, rf"encoder: no such folder: .*; did you mean {bert}\?"),
         ([f"a={tmp_path}"], ValueError, "encoder .*: AutoConfig cannot load it"),
         ([f"a={bert}:kind=smell"], ValueError, "kind: expected one of"),
         ([f"a={mae}:levels=3:pool=cls"], ValueError, r"pool: encoder .* \(videomae\) has no class token"),
@@ -223,3 +224,24 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
         ValueError, match=r"lacks 1 weights of BertModel, first 'encoder.layer.2.output.dense.weight'"
     ):
         build(items, [f"a={tmp_path / 'bert'}:levels=3"], tmp_path / "d")
+
+
+def test_a_misspelt_encoder_folder_is_said_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "encoders" / "text").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "crossan_fast.cache.build.encoders.FrozenEncoder._pretrained", lambda *a: asked.append(a)
+    )
+    for source, hint in (
+        ("encoders/texxt", r"; did you mean encoders/text\?"),
+        ("encoder/text/", r"; did you mean encoders/text\?"),
+        ("a/b/c", "$"),
+        ("~/nowhere-at-all", "$"),
+        ("../nowhere-at-all", "$"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"encoder: no such folder: {source}{hint}"):
+            FrozenEncoder(source)
+    assert not asked
