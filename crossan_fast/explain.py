@@ -12,6 +12,7 @@ from torch import Tensor
 from crossan_fast import _sources
 from crossan_fast._modes import evaluating
 from crossan_fast.modules.fusion import Momef
+from crossan_fast.modules.linear import bias_of, own, weight_of
 from crossan_fast.modules.side_network import Tower
 from crossan_fast.ops.fusion import expert_weights
 
@@ -93,15 +94,16 @@ def _of_items(model: CrossanModel, rows: Tensor, cache: HiddenStateCache) -> tup
     """Which modalities each item has, and the weights of their experts where the fusion has such."""
     device = model.item_popularity.device
     _sources.place(cache, device)
-    config, fusion = model.config, model.fusion
+    config = model.config
     _sources.refuse_bare(config, cache, rows, "items")
     held = _sources.present_in(config, cache, device)
     rows = rows.to(device)
     present = torch.ones(len(rows), len(config.modalities), dtype=torch.bool, device=device)
     if held is not None:
         present = held[rows]
-    if not isinstance(fusion, Momef):
+    if config.fusion == "concat":
         return present, None
+    router = cast(Momef, own(model.fusion)).router
     found = []
     with evaluating(model):
         for part in rows.split(_CHUNK):
@@ -117,8 +119,8 @@ def _of_items(model: CrossanModel, rows: Tensor, cache: HiddenStateCache) -> tup
             found.append(
                 expert_weights(
                     embeddings,
-                    fusion.router.weight,
-                    fusion.router.bias,
+                    weight_of(router),
+                    bias_of(router),
                     present=source.present,
                     top_k=config.top_k,
                 )

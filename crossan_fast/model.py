@@ -21,7 +21,8 @@ from crossan_fast._sources import Gathered, ReadAhead, Source
 from crossan_fast.config import CrossanConfig
 from crossan_fast.explain import explain
 from crossan_fast.hub import Pretrained
-from crossan_fast.modules.fusion import Concat, Head, Momef
+from crossan_fast.modules.fusion import Momef, concat, make_concat, make_head
+from crossan_fast.modules.linear import own
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
 from crossan_fast.ops.in_batch_loss import refuse_without_negatives
@@ -66,9 +67,9 @@ class CrossanModel(Popularity, Pretrained):
         self.towers = SideNetwork(config)
         two_layers = config.head == "two"
         self.heads = nn.ModuleDict(
-            {tower.name: Head(tower.width, config.embedding_dim, two_layers) for tower in config.towers}
+            {tower.name: make_head(tower.width, config.embedding_dim, two_layers) for tower in config.towers}
         )
-        self.fusion = Momef(config) if config.fusion == "momef" else Concat(config)
+        self.fusion = Momef(config) if config.fusion == "momef" else make_concat(config)
         self.sequence_encoder = SequenceEncoder(config)
         self.process_group: torch.distributed.ProcessGroup | None = None
         self.equal_batches = False
@@ -370,9 +371,9 @@ class CrossanModel(Popularity, Pretrained):
         self, embeddings: Tensor, source: Source, counts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         with span("fusion"):
-            if isinstance(self.fusion, Concat):
-                return self.fusion(embeddings), None
-            fused = self.fusion(
+            if self.config.fusion == "concat":
+                return concat(self.fusion, embeddings), None
+            fused = own(self.fusion)(
                 embeddings, present=source.present, counts=counts, backend=self.backend_for("fusion")
             )
         return fused.items, fused.balance
@@ -431,7 +432,7 @@ class CrossanModel(Popularity, Pretrained):
         return exists & ((draw >= p) | best)
 
     def _device(self) -> torch.device:
-        return self.sequence_encoder.position.weight.device
+        return next(self.parameters()).device
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:

@@ -60,6 +60,12 @@ def save_model(model: CrossanModel, folder: Path, run: str = "") -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder: expected a folder, got the file {folder}")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    for name in state:
+        if {"base_layer", "original_module"} & set(name.split(".")):
+            raise ValueError(
+                f"{name}: holds adapters, expected a plain model: save them by PEFT's model, or save what "
+                "its merge_and_unload() gives"
+            )
     refuse_nonfinite(state)
     config = model.config.to_json()
     metadata = {"format": "pt", "config": config, **({"run": run} if run else {})}

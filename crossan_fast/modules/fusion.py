@@ -7,24 +7,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
+from crossan_fast.modules.linear import bias_of, own, unwrapped, weight_of
 from crossan_fast.ops._contracts import FusionWeights
 from crossan_fast.ops.fusion import FusionOutput, fusion
 
 
-class Head(nn.Linear):
-    """D→d; with two layers, D→D (`inner`) before it and nothing between (IISAN's public code)."""
+class DeepHead(nn.Module):
+    """D→D (`inner`), then D→d with nothing between (IISAN's public code).
 
-    def __init__(self, width: int, embedding_dim: int, two_layers: bool) -> None:
-        super().__init__(width, embedding_dim)
-        self.inner = nn.Linear(width, width) if two_layers else None
+    No Linear that holds a Linear: what replaces the outer one, as PEFT does, would lose the inner one.
+    """
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight `[d, D]` and bias `[d]` of the one Linear that the layers amount to."""
-        if self.inner is None:
-            return self.weight, self.bias
-        # One product a call serves every item: not the place to save by computing in 16 bits.
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return self.weight @ self.inner.weight, F.linear(self.inner.bias, self.weight, self.bias)
+    def __init__(self, width: int, embedding_dim: int) -> None:
+        super().__init__()
+        outer = nn.Linear(width, embedding_dim)
+        self.weight, self.bias = outer.weight, outer.bias
+        self.inner = nn.Linear(width, width)
+
+
+def make_head(width: int, embedding_dim: int, two_layers: bool) -> nn.Linear | DeepHead:
+    """D→d in one layer or two."""
+    return DeepHead(width, embedding_dim) if two_layers else nn.Linear(width, embedding_dim)
+
+
+def folded(head: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight `[d, D]` and bias `[d]` of the one Linear that a head's layers amount to."""
+    if type(head) is nn.Linear:
+        return head.weight, head.bias
+    deep = unwrapped(head)
+    if not isinstance(deep, DeepHead):
+        return weight_of(head), bias_of(head)
+    weight, bias = weight_of(deep.inner), bias_of(deep.inner)
+    # One product a call serves every item: not the place to save by computing in 16 bits.
+    with torch.autocast(weight.device.type, enabled=False):
+        return deep.weight @ weight, F.linear(bias, deep.weight, deep.bias)
 
 
 class Experts(nn.Module):
@@ -60,10 +76,10 @@ class Momef(nn.Module):
         counts: Tensor | None = None,
         backend: str = "auto",
     ) -> FusionOutput:
-        experts = self.experts
+        experts: Experts = own(self.experts)
         weights = FusionWeights(
-            router_weight=self.router.weight,
-            router_bias=self.router.bias,
+            router_weight=weight_of(self.router),
+            router_bias=bias_of(self.router),
             w1=experts.w1,
             b1=experts.b1,
             w2=experts.w2,
@@ -72,12 +88,12 @@ class Momef(nn.Module):
         return fusion(embeddings, weights, present=present, top_k=self.top_k, counts=counts, backend=backend)
 
 
-class Concat(nn.Linear):
-    """IISAN's fusion: a Linear over the towers' embeddings side by side."""
+def make_concat(config: CrossanConfig) -> nn.Linear:
+    """IISAN's fusion: a Linear over the towers' embeddings side by side; `concat` applies it."""
+    return nn.Linear(len(config.towers) * config.embedding_dim, config.embedding_dim)
 
-    def __init__(self, config: CrossanConfig) -> None:
-        super().__init__(len(config.towers) * config.embedding_dim, config.embedding_dim)
 
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """`[N, T, d]` to `[N, d]`."""
-        return super().forward(embeddings.flatten(1).to(self.weight.dtype))
+def concat(linear: nn.Module, embeddings: Tensor) -> Tensor:
+    """`[N, T, d]` to `[N, d]`."""
+    weight = weight_of(linear)
+    return F.linear(embeddings.flatten(1).to(weight.dtype), weight, bias_of(linear))

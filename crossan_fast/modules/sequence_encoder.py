@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
+from crossan_fast.modules.linear import bias_of, own, weight_of
 from crossan_fast.ops._contracts import SequenceEncoderBlock, SequenceEncoderWeights
 from crossan_fast.ops.sequence_encoder import EPS, sequence_encoder, sequence_encoder_reference
 
@@ -54,18 +55,19 @@ class Block(nn.Module):
         self.forward_norm = nn.LayerNorm(width, eps=EPS)
 
     def weights(self) -> SequenceEncoderBlock:
-        attention, after, last = self.attention, self.attention_norm, self.forward_norm
+        attention: Attention = own(self.attention)
+        after, last = own(self.attention_norm), own(self.forward_norm)
         return SequenceEncoderBlock(
-            attention.query.weight,
-            attention.key.weight,
-            attention.value.weight,
-            attention.out.weight,
+            weight_of(attention.query),
+            weight_of(attention.key),
+            weight_of(attention.value),
+            weight_of(attention.out),
             after.weight,
             after.bias,
-            self.widen.weight,
-            self.widen.bias,
-            self.narrow.weight,
-            self.narrow.bias,
+            weight_of(self.widen),
+            bias_of(self.widen),
+            weight_of(self.narrow),
+            bias_of(self.narrow),
             last.weight,
             last.bias,
         )
@@ -95,8 +97,9 @@ class SequenceEncoder(nn.Module):
         self.apply(_initialise)
 
     def weights(self) -> SequenceEncoderWeights:
-        blocks = [cast(Block, block).weights() for block in self.blocks]
-        return SequenceEncoderWeights(self.position.weight, self.norm.weight, self.norm.bias, blocks)
+        blocks = [cast(Block, own(block)).weights() for block in self.blocks]
+        norm = own(self.norm)
+        return SequenceEncoderWeights(own(self.position).weight, norm.weight, norm.bias, blocks)
 
     def forward(self, items: Tensor, mask: Tensor, *, backend: str = "auto") -> Tensor:
         """items `[B, S, d]`, mask bool `[B, S]` → users `[B, S, d]`; the last place is the user's vector.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
-from crossan_fast.modules.fusion import Head
+from crossan_fast.modules.fusion import folded
+from crossan_fast.modules.linear import own
 from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
 from crossan_fast.ops.side_network import side_network, side_network_hidden
 
@@ -66,23 +67,23 @@ class SideNetwork(nn.ModuleDict):
 
     def weights(self, heads: nn.ModuleDict) -> SideNetworkWeights:
         """The op's weights, with the towers' heads, by the same names, as single Linears."""
-        folded = [cast(Head, heads[name]).folded() for name in self]
-        towers = [cast(Tower, tower) for tower in self.values()]
+        applied = [folded(heads[name]) for name in self]
+        towers = [cast(Tower, own(tower)) for tower in self.values()]
         structure, names = self.structure, self.names
         narrowed = [towers[t] for t in structure.narrowed_towers]
         return SideNetworkWeights(
-            down_weight=[t.down.weight for t in towers],
-            down_bias=[t.down.bias for t in towers],
-            up_weight=[t.up.weight for t in towers],
-            up_bias=[t.up.bias for t in towers],
+            down_weight=[own(t.down).weight for t in towers],
+            down_bias=[own(t.down).bias for t in towers],
+            up_weight=[own(t.up).weight for t in towers],
+            up_bias=[own(t.up).bias for t in towers],
             gate=[t.gate for t in towers],
-            head_weight=[weight for weight, _ in folded],
-            head_bias=[bias for _, bias in folded],
+            head_weight=[weight for weight, _ in applied],
+            head_bias=[bias for _, bias in applied],
             cross_gate=[towers[m].cross[names[n]] for m, n in structure.cross_pairs],
             cross_down=[towers[m].cross_down[names[n]] for m, n in structure.projected_pairs],
             cross_up=[towers[m].cross_up[names[n]] for m, n in structure.projected_pairs],
-            pair_weight=[t.narrow.weight for t in narrowed],
-            pair_bias=[t.narrow.bias for t in narrowed],
+            pair_weight=[own(t.narrow).weight for t in narrowed],
+            pair_bias=[own(t.narrow).bias for t in narrowed],
         )
 
     def forward(

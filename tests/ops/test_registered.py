@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from crossan_fast import ops
 from crossan_fast.config import CrossanConfig, Modality
-from crossan_fast.modules.fusion import Head
+from crossan_fast.modules.fusion import make_head
 from crossan_fast.modules.side_network import SideNetwork
 from crossan_fast.ops import _dispatch, fusion_reference, side_network_reference
 from crossan_fast.ops._dispatch import Implementation, Request
@@ -131,7 +131,9 @@ def side_problem(dtype=torch.float64):
         embedding_dim=D,
     )
     towers = SideNetwork(config).to(dtype)
-    heads = torch.nn.ModuleDict({spec.name: Head(spec.width, D, False).to(dtype) for spec in config.towers})
+    heads = torch.nn.ModuleDict(
+        {spec.name: make_head(spec.width, D, False).to(dtype) for spec in config.towers}
+    )
     for parameter in (*towers.parameters(), *heads.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
     states = [torch.randn(8, LEVELS, width, dtype=dtype) for width in WIDTHS]

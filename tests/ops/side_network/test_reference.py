@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from crossan_fast.config import CrossanConfig, Modality
-from crossan_fast.modules.fusion import Head
+from crossan_fast.modules.fusion import make_head
 from crossan_fast.modules.side_network import SideNetwork
 from crossan_fast.ops import side_network, side_network_hidden, side_network_reference
 
@@ -22,7 +22,7 @@ def network(widths, **overrides):
     config = make(modalities, bottleneck=RANK, embedding_dim=D, **overrides)
     towers = SideNetwork(config).double()
     heads = torch.nn.ModuleDict(
-        {spec.name: Head(spec.width, D, config.head == "two").double() for spec in config.towers}
+        {spec.name: make_head(spec.width, D, config.head == "two").double() for spec in config.towers}
     )
     for parameter in (*towers.parameters(), *heads.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)  # biases and gates too: a zero would hide a missing term
