@@ -21,13 +21,16 @@ and are refused. ReLU is assumed, the public default; its state dict does not sa
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from crossan_fast._finite import first_nonfinite
 from crossan_fast.config import CrossanConfig, Modality
 
 if TYPE_CHECKING:
@@ -51,11 +54,55 @@ _BLOCK = {
 }
 
 
+# Where trainers put the weights among what else they save: the public one, Lightning's, and others.
+_INSIDE = ("model_state_dict", "state_dict", "model")
+
+# What torch raises for a file that is none of its own, cut short, or has code in it.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a torch file, of which tensors and plain values alone are read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no torch file, one that holds more than that, or one without a state dict.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file {path}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        first = " ".join(str(error).split(". ")[0].split())
+        raise ValueError(
+            f"checkpoint: {path} cannot be read, expected a torch file of tensors alone: {first[:200]}"
+        ) from error
+    for key in _INSIDE:
+        if isinstance(saved, Mapping) and isinstance(saved.get(key), Mapping):
+            saved = saved[key]
+    if not isinstance(saved, Mapping) or not any(isinstance(value, Tensor) for value in saved.values()):
+        raise ValueError(
+            f"checkpoint: {path}: expected a state dict, or one under {' or '.join(_INSIDE)}, got a "
+            f"{type(saved).__name__}{f' of {list(saved)[:5]}' if isinstance(saved, Mapping) else ''}"
+        )
+    return saved
+
+
 def load_iisan(cls: type[CrossanModel], state_dict: Mapping[str, Tensor], backend: str) -> CrossanModel:
     """Build the config from the shapes, then load every tensor; frozen backbones' entries are ignored.
 
     Raises:
-        ValueError: a missing name, or adapter lists of unequal length.
+        ValueError: a missing name, adapter lists of unequal length, or a weight that is not finite, by its
+            public name.
     """
     source = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     counts = {tower: _levels(source, names[0]) for tower, names in _TOWERS.items()}
@@ -116,20 +163,23 @@ def _sequence(source: Mapping[str, Tensor], encoder: str) -> dict[str, Tensor]:
         "sequence_encoder.norm.weight": _get(source, f"{encoder}.layer_norm.weight"),
         "sequence_encoder.norm.bias": _get(source, f"{encoder}.layer_norm.bias"),
     }
-    for name, tensor in source.items():
+    for name in source:
         if match := re.fullmatch(re.escape(encoder) + r"\.transformer_blocks\.(\d+)\.(.+)", name):
             index, rest = match.groups()
             for theirs, ours in _BLOCK.items():
                 if rest.startswith(theirs):
                     ending = rest.removeprefix(theirs)
-                    out[f"sequence_encoder.blocks.{index}.{ours}{ending}"] = tensor
+                    out[f"sequence_encoder.blocks.{index}.{ours}{ending}"] = _get(source, name)
     return out
 
 
 def _get(source: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in source:
         raise ValueError(f"state_dict: expected {name!r} as in IISAN's public code, found none")
-    return source[name].detach()
+    tensor = source[name].detach()
+    if bad := first_nonfinite([(name, tensor)]):
+        raise ValueError(f"state_dict: {bad}")
+    return tensor
 
 
 def _levels(source: Mapping[str, Tensor], adapters: str) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from crossan_fast import CrossanModel
+from crossan_fast import CrossanModel, cli
 
 LEVELS, RANK, D, WINDOW, ITEMS = 3, 5, 8, 4, 20
 
@@ -193,3 +195,77 @@ def test_what_cannot_be_represented_is_named():
     del saved["com_dense.bias"]
     with pytest.raises(ValueError, match=r"expected 'com_dense.bias' as in IISAN's public code"):
         CrossanModel.from_iisan(saved)
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_its_public_name():
+    for name in (
+        "mm_encoder.bert_adapter_list.1.fc_up.weight",
+        "mm_encoder.side_gate_params_mm.2",
+        "com_dense.bias",
+        "user_encoder.transformer_encoder.transformer_blocks.1.feed_forward.w_2.weight",
+    ):
+        saved = {key: tensor.clone() for key, tensor in make(12, 12, False)[0].state_dict().items()}
+        saved[name].view(-1)[0] = float("nan")
+        with pytest.raises(ValueError, match=rf"state_dict: {re.escape(name)}.*nan"):
+            CrossanModel.from_iisan(saved)
+    saved = {key: tensor.clone() for key, tensor in make(12, 12, False)[0].state_dict().items()}
+    saved["mm_encoder.cv_encoder.weight"] = torch.full((2,), float("nan"))
+    CrossanModel.from_iisan(saved)  # a frozen backbone's is not read
+
+
+def checkpoint(path, public):
+    """As the public trainer writes it."""
+    optimizer = torch.optim.Adam(public.parameters())
+    torch.save(
+        {
+            "model_state_dict": {f"module.{name}": tensor for name, tensor in public.state_dict().items()},
+            "optimizer": optimizer.state_dict(),
+            "rng_state": torch.get_rng_state(),
+        },
+        path,
+    )
+
+
+def test_a_checkpoint_becomes_a_folder(tmp_path, capsys):
+    public, c_image, c_text = make(12, 20, True)
+    checkpoint(tmp_path / "epoch-3.pt", public)
+    torch.save(public.state_dict(), tmp_path / "bare.pt")
+    for name in ("epoch-3", "bare"):
+        out = tmp_path / name
+        assert cli.main(["convert", "iisan", f"{out}.pt", str(out)]) == 0
+        assert "IISAN of image 12, text 20; 3 levels" in capsys.readouterr().out
+        model = CrossanModel.from_pretrained(out).eval()
+        with torch.no_grad():
+            have = model.encode_items({"image": c_image, "text": c_text})
+            torch.testing.assert_close(have, public.embed(c_image, c_text), rtol=1e-5, atol=1e-5)
+    assert cli.main(["convert", "iisan", f"{out}.pt", str(out)]) == 2
+    assert "out: expected a folder without a model" in capsys.readouterr().err
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_what_is_no_checkpoint_is_said_and_no_code_in_it_runs(tmp_path, capsys):
+    torch.save({"model_state_dict": {}, "hook": Payload()}, tmp_path / "code.pt")
+    (tmp_path / "text.pt").write_text("not a torch file")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"epoch": 3, "model_state_dict": None}, tmp_path / "empty.pt")
+    torch.save({"embedding.weight": torch.ones(2, 2)}, tmp_path / "other.pt")
+    whole = tmp_path / "whole.pt"
+    checkpoint(whole, make(12, 12, False)[0])
+    (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    for name, message in (
+        ("code", "cannot be read, expected a torch file of tensors alone"),
+        ("text", "cannot be read, expected a torch file"),
+        ("cut", "cannot be read, expected a torch file"),
+        ("list", "expected a state dict, or one under model_state_dict or state_dict or model, got a list"),
+        ("empty", "got a dict of ['epoch', 'model_state_dict']"),
+        ("other", "state_dict: expected adapter lists of one length"),
+        ("gone", "checkpoint: no file"),
+    ):
+        assert cli.main(["convert", "iisan", str(tmp_path / f"{name}.pt"), str(tmp_path / "out")]) == 2
+        written = capsys.readouterr()
+        assert message in written.err and "this ran" not in written.out
+    assert not (tmp_path / "out").exists()

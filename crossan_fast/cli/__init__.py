@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train a model as a YAML file says",
     "evaluate": "rank a run's held-out targets in the full catalogue",
     "recommend": "the next items for a history of item names",
+    "convert": "another code's checkpoint to a model's folder",
     "verify": "compare a run's files with their digests, and with each other",
     "plot": "pictures of a run, and a report in one HTML file",
     "doctor": "what is installed, which backend each op uses, and why",
