@@ -421,6 +421,7 @@ def _recipe(part: Part) -> _library.Recipe:
         compiler_version() or "",
         instruction_set(),
         part.toolkit(),
+        expected_seconds(part.name),
     )
 
 

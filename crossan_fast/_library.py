@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 
 from crossan_fast._files import put_in_place, write_whole
+
+_logger = logging.getLogger(__name__)
 
 # An error at a line of a file, as gcc and clang (`a.cpp:3:1: error:`) and nvcc (`a.cu(3): error:`) write it.
 _AGAINST_SOURCES = re.compile(r"^.+(:\d+(:\d+)?:|\(\d+\):) error\b", re.MULTILINE)
@@ -49,6 +51,7 @@ class Recipe:
     Attributes:
         part: whose library it is, for its name and for messages.
         toolkit: CUDA's folder, where nvcc takes part.
+        seconds: about so many it takes, for the announcement.
     """
 
     part: str
@@ -60,6 +63,7 @@ class Recipe:
     compiler: str
     instruction_set: str
     toolkit: Path | None = None
+    seconds: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -153,9 +157,9 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         OSError: the folder can't be written.
     """
     if (former := read_stamp(folder)) is not None and (reason := damage(former)):
-        say(f"building anew, since {reason}")
+        _logger.warning("building anew, since %s", reason)
     for left in folder.glob("work-*"):
-        say(f"removing {left}, left by a build that was interrupted")
+        _logger.warning("removing %s, left by a build that was interrupted", left)
         shutil.rmtree(left)
     # A new one each time: nothing that was cut short is taken for whole, and torch, which remembers where a
     # process built before, compiles.
@@ -163,15 +167,15 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
     work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
     try:
         started = time.monotonic()
-        count = len(recipe.sources)
-        say(f"building the {recipe.part} kernels ({count} files, {recipe.compiler}) ...", end=" ")
+        # Seen wherever no handler is set, too: nobody should wonder what a minute without a word is for.
+        _logger.warning(announcement(recipe, folder))
         made = _compile(recipe, work, folder)
         seconds = time.monotonic() - started
         content = made.read_bytes()
         library = folder / f"crossan_fast_{recipe.part}.so"
         # Moved, not copied: torch has loaded it where it was made, and a copy would register the ops again.
         put_in_place(made, library)
-        say(f"{seconds:.0f} s, kept in {folder}", start="")
+        _logger.warning("built the %s kernels in %.0f s, kept in %s", recipe.part, seconds, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     info = BuildInfo(
@@ -208,7 +212,6 @@ def _compile(recipe: Recipe, work: Path, folder: Path) -> Path:
                 is_python_module=False,
             )
     except (RuntimeError, subprocess.CalledProcessError, ImportError) as error:
-        say("failed", start="")
         said = str(error)
         text = f"the {recipe.part} kernels do not compile with {recipe.compiler}:\n{said[-4000:]}"
         keep = against_sources(said)
@@ -219,7 +222,6 @@ def _compile(recipe: Recipe, work: Path, folder: Path) -> Path:
     except OSError as error:
         # torch also loads what it built; an error without a number says that it can't, which `load` repeats.
         if error.errno is not None or not any(work.glob(f"{name}*.so")):
-            say("failed", start="")
             raise
     # torch numbers a second build of one name in a process: crossan_fast_cpu_v1.so.
     return max(work.glob(f"{name}*.so"), key=lambda path: path.stat().st_mtime_ns)
@@ -240,9 +242,12 @@ def against_sources(said: str) -> bool:
     return _AGAINST_SOURCES.search(said) is not None and _AGAINST_MACHINE.search(said) is None
 
 
-def say(text: str, start: str = "crossan_fast: ", end: str = "\n") -> None:
-    """Tell the user, on stderr, what a build does."""
-    print(start + text, end=end, file=sys.stderr, flush=True)
+def announcement(recipe: Recipe, folder: Path) -> str:
+    """What a build is about to do, and for how long."""
+    return (
+        f"building the {recipe.part} kernels, once: {len(recipe.sources)} files with {recipe.compiler}, "
+        f"about {recipe.seconds:.0f} s; kept in {folder}"
+    )
 
 
 @contextlib.contextmanager
@@ -306,7 +311,7 @@ def _only_builder(folder: Path, name: str, patience: float = 900.0) -> Iterator[
             file.seek(0)
             holder = file.read().strip() or "another process"
             if not told:
-                say(f"waiting for {holder}, which builds the {name} kernels")
+                _logger.warning("waiting for %s, which builds the %s kernels", holder, name)
                 told = True
             if time.monotonic() - started > patience:
                 raise BuildError(

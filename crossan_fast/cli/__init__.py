@@ -7,6 +7,7 @@ import contextlib
 import errno
 import importlib
 import io
+import logging
 import os
 import re
 import signal
@@ -91,10 +92,30 @@ def _run(arguments: list[str]) -> int:
     if args.command is None:
         _parser(arguments).print_help()
         return 2
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _logging_to_stderr():
         if not args.debug:
             warnings.showwarning = _show_warning
         return int(importlib.import_module(f"crossan_fast.cli.{args.command}").run(args))
+
+
+class _Stderr(logging.Handler):
+    """What the library logs, a line each, on the stderr of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"crossan_fast: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    logger, handler = logging.getLogger("crossan_fast"), _Stderr()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _foreseen(error: Exception) -> bool:

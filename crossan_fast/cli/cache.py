@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from crossan_fast._files import passing_folder
 from crossan_fast.cache.basis import ENERGY

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             if first:
                 print(profile)
             return 0
-        results = trainer.fit(resume=args.resume, progress=not args.quiet)
+        results = trainer.fit(resume=args.resume, progress=not args.quiet, say=print)
     status = EXIT_STATUS if results["diverged"] else 0
     if not first:
         return status

@@ -1,6 +1,7 @@
 """Loop, checkpoints, evaluation: `train(load_config("config.yaml"))`."""
 
 from crossan_fast.training.batches import Batches
+from crossan_fast.training.callbacks import Callback, TensorBoard, WeightsAndBiases
 from crossan_fast.training.evaluation import Result, evaluate
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.processes import Processes, join_processes
@@ -12,16 +13,19 @@ from crossan_fast.training.trainer import Trainer, train
 
 __all__ = [
     "Batches",
+    "Callback",
     "EvaluationConfig",
     "OptimizerConfig",
     "Processes",
     "Result",
     "RunFolder",
     "Task",
+    "TensorBoard",
     "TrainConfig",
     "TrainStep",
     "Trainer",
     "TrainingError",
+    "WeightsAndBiases",
     "evaluate",
     "join_processes",
     "load_config",

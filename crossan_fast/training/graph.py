@@ -101,6 +101,7 @@ class _Entry:
     seen: int = 0
     replay: Callable[[], None] | None = None
     loss: Tensor | None = None
+    norm: Tensor | None = None
 
 
 class GraphedStep:
@@ -159,13 +160,15 @@ class GraphedStep:
             try:
                 with _nothing_computed(self.step):
                     entry.replay, entry.loss = self._graphs.capture(body)
+                    entry.norm = self.step.gradient_norm
             except RuntimeError as error:
                 self.reason = f"capture failed: {_cause(error)}"
                 self._entries.clear()
                 warnings.warn(f"steps run one kernel at a time: {self.reason}", stacklevel=3)
                 return self.step.compute(item_ids, ahead)
         entry.replay()
-        assert entry.loss is not None
+        assert entry.loss is not None and entry.norm is not None
+        self.step.gradient_norm = entry.norm
         return entry.loss.clone()  # the next replay, of this graph or another, writes over it
 
     def _addresses(self) -> tuple[int, ...]:

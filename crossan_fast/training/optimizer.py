@@ -65,14 +65,18 @@ def make_optimizer(model: CrossanModel, config: OptimizerConfig) -> torch.optim.
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps: int) -> None:
-    """The learning rates of step 0, 1, …: linear from base / warmup_steps to base, then constant."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps: int) -> float:
+    """The learning rates of step 0, 1, …: linear from base / warmup_steps to base, then constant.
+
+    Gives the share of base that they are.
+    """
     share = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(group["base_lr"] * share)
         else:
             group["lr"] = group["base_lr"] * share
+    return share
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:

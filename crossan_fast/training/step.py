@@ -63,6 +63,8 @@ class TrainStep:
         unsound: int64 `[]` on the device: steps from the first on whose gradient was not finite; 0: none.
             What was the first then is told by `first_bad_gradient`.
         skipped: int64 `[]` on the device: steps that were left out.
+        gradient_norm: `[]` on the device: of the last step, before clipping; the next one may write over it.
+        learning_rate: of the last step, the one that the groups' own are shares of.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class TrainStep:
             )
         self.steps = 0
         self.average = None if config.average is None else WeightAverage(model, config.average)
+        self.learning_rate = 0.0
         self._rate_stands = False
         self._config = config
         self._precision = precision
@@ -98,6 +101,7 @@ class TrainStep:
         self._stopped = torch.zeros((), dtype=torch.bool, device=self.device)
         self._norms = torch.zeros(len(self._parameters), device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.gradient_norm = torch.zeros((), device=self.device)
 
     def __call__(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
         """One step, with what `crossan_fast.training.feed` read ahead of it."""
@@ -109,7 +113,8 @@ class TrainStep:
     def set_rate(self) -> None:
         """The learning rate of the step to come: apart from `compute`, so that a captured step follows it."""
         if self.steps <= self._config.warmup_steps or not self._rate_stands:
-            set_learning_rate(self.optimizer, self.steps, self._config.warmup_steps)
+            share = set_learning_rate(self.optimizer, self.steps, self._config.warmup_steps)
+            self.learning_rate = self._config.learning_rate * share
             self._rate_stands = True
 
     def finish(self) -> None:
@@ -151,8 +156,8 @@ class TrainStep:
         """Clip what `forward_backward` left of a batch with this loss and apply it."""
         with span("optimizer"):
             norms = gradient_norms(self._parameters)
-            norm = clip_gradients(self._parameters, self._config.clip_norm, norms)
-            if self._judge(loss, norm, norms):
+            self.gradient_norm = clip_gradients(self._parameters, self._config.clip_norm, norms)
+            if self._judge(loss, self.gradient_norm, norms):
                 self.optimizer.step()
 
     def _judge(self, loss: Tensor, norm: Tensor, norms: Tensor) -> bool:

@@ -195,6 +195,8 @@ class TrainConfig:
             with matrix units for it, else fp32: on CPUs bf16 was measured to be faster for the full softmax
             with AMX alone. A run keeps what it began with: its config.yaml has that in place of `auto`.
         tensorboard: also write TensorBoard's event files (needs the extra `tensorboard`).
+        wandb: also log to this project of Weights & Biases (needs its package); None: don't.
+        log_every: steps between two readings of losses and gradient norms, where anything logs them.
     """
 
     cache: str
@@ -223,12 +225,14 @@ class TrainConfig:
     backend: str = "auto"
     precision: Precision = "auto"
     tensorboard: bool = False
+    wandb: str | None = None
+    log_every: int = 50
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", {**CrossanConfig.defaults(self.model), **self.model})
         Columns(self.columns, USERS_ROLES)
         Columns(self.item_columns, ITEMS_ROLES)
-        for name in ("batch_size", "epochs", "evaluate_every"):
+        for name in ("batch_size", "epochs", "evaluate_every", "log_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         if self.split.by == "leave_one_out" and self.evaluation.users is None:
             _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from crossan_fast._digests import digest_of
 from crossan_fast._sources import ReadAhead
 from crossan_fast.model import CrossanModel
 from crossan_fast.serialization import save_model
 from crossan_fast.training.batches import Batches
+from crossan_fast.training.callbacks import (
+    Callback,
+    Callbacks,
+    StepEnd,
+    StepLog,
+    TensorBoard,
+    WeightsAndBiases,
+)
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.divergence import diverged, refuse_nothing_learned, warning
 from crossan_fast.training.evaluation import Part, Result, check_cutoffs, fitting_cutoffs
@@ -28,25 +35,13 @@ from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.population import Population
 from crossan_fast.training.precision import choose_precision
 from crossan_fast.training.processes import Processes, join_processes
+from crossan_fast.training.resuming import name_of_run, refuse_changes, refuse_others
 from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import REMEDY, NotFinite, TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
-from crossan_fast.training.train_config import TrainConfig, flatten
+from crossan_fast.training.train_config import TrainConfig
 
-# What may differ between a run and its continuation: none of it changes the numbers of an epoch.
-_FREE = (
-    "run",
-    "cache",
-    "users",
-    "items",
-    "data",
-    "verify",
-    "device",
-    "backend",
-    "epochs",
-    "patience",
-    "tensorboard",
-)
+_logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -117,14 +112,20 @@ class Trainer:
         self._stale = 0
 
     def fit(
-        self, *, resume: bool = False, progress: bool = True, say: Callable[[str], None] = print
+        self,
+        *,
+        resume: bool = False,
+        progress: bool = True,
+        say: Callable[[str], None] = _logger.info,
+        callbacks: Sequence[Callback] = (),
     ) -> dict[str, Any]:
         """Train, keep the best epoch, test it; gives what `results.json` holds.
 
         Args:
             resume: go on behind the last epoch that the run folder holds; from the start where it has none.
             progress: show a bar where the output is a terminal.
-            say: called with a line on the precision, then one an epoch.
+            say: called with a line on the precision, then one an epoch; by default they are logged.
+            callbacks: besides those that the config asks for.
 
         Raises:
             FileExistsError: the folder holds a run and `resume` is off.
@@ -135,32 +136,33 @@ class Trainer:
             RuntimeWarning: the last epoch's loss is worse than that of a model that knows nothing, which
                 `results.json` has as `diverged` (see `crossan_fast.training.divergence`).
         """
+        asked: list[Callback] = [TensorBoard()] if self.config.tensorboard else []
+        if self.config.wandb is not None:
+            asked.append(WeightsAndBiases(self.config.wandb))
+        self._callbacks = Callbacks([*asked, *callbacks], speaks=self.processes.first)
         if not self.processes.first:
             return self._fit(resume, False, lambda line: None)
-        with self.folder.writing():
+        with self.folder.writing(), self._callbacks.watching(self):
             return self._fit(resume, progress, say)
 
     def _fit(self, resume: bool, progress: bool, say: Callable[[str], None]) -> dict[str, Any]:
         self._begin(resume, say)
-        writer = None
-        if self.config.tensorboard and self.processes.first:
-            writer = _tensorboard(self.folder.tensorboard, len(self.history))
+        self._callbacks.call("on_train_begin", self)
         stopped = "epochs"
         for epoch in range(len(self.history) + 1, self.config.epochs + 1):
             if self.config.patience is not None and self._stale >= self.config.patience:
                 stopped = "patience"
                 break
-            entry, losses = self._epoch(epoch, progress)
+            entry = self._epoch(epoch, progress)
             self.history.append(entry)
             self._keep(entry)
-            if writer is not None:
-                _write_events(writer, entry, losses)
+            self._callbacks.call("on_epoch_end", self, entry)
             say(_line(entry, self.config.epochs, self.monitor))
             if diverged(self.history, self.columns):
                 say(f"warning: {warning(self.history, self.columns)}")
-        if writer is not None:
-            writer.close()
-        return self._finish(stopped)
+        results = self._finish(stopped)
+        self._callbacks.call("on_train_end", self, results)
+        return results
 
     def evaluate(self, part: Part) -> Result:
         """Rank the held-out targets with the model as it is, under the config's protocol."""
@@ -194,8 +196,8 @@ class Trainer:
         say(f"precision: {self.precision}")
         population = self.folder.read_population()
         if held:
-            _refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
-            _refuse_others(population, self.task, self.model.config.modality_names)
+            refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
+            refuse_others(population, self.task, self.model.config.modality_names)
             state = load_checkpoint(
                 self.folder.last,
                 self.model,
@@ -215,7 +217,7 @@ class Trainer:
         fresh = population is None
         if population is None:
             population = Population.of(self.task)
-            population = replace(population, run=_run_of(self._stated(self.config), population))
+            population = replace(population, run=name_of_run(self._stated(self.config), population))
         self._run_id = population.run
         if self.processes.first:
             self.folder.write_config(self.config, self._run_id)
@@ -239,33 +241,20 @@ class Trainer:
         """With the modalities that None stands for here, so that stating them is no change."""
         return replace(config, modalities=config.crossan_config(self.task.cache).modality_names)
 
-    def _epoch(self, epoch: int, progress: bool) -> tuple[dict[str, Any], torch.Tensor]:
+    def _epoch(self, epoch: int, progress: bool) -> dict[str, Any]:
         self.model.train()
         self.processes.seed_epoch(self.config.seed, epoch)
-        # Losses stay on the device until the epoch ends: reading one would make every step wait.
-        losses = torch.zeros(len(self.batches), device=self.device)
         started = time.perf_counter()
-        bar = tqdm(
-            self.feed(epoch),
-            total=len(self.batches),
-            desc=f"epoch {epoch}/{self.config.epochs}",
-            unit="step",
-            leave=False,
-            disable=None if progress else True,
-        )
-        try:
-            for index, (item_ids, ahead) in enumerate(bar):
-                losses[index] = self._run(item_ids, ahead)
-        except NotFinite as error:
-            raise self._stop(error.what, error.value, index + 1, epoch, error.first) from None
-        read = (self.processes.sum(losses) / self.processes.size).cpu()
+        losses, norms = self._steps(epoch, progress).unbind(1)
         trained = time.perf_counter()
         skipped = int(self.step.skipped) - self._skipped()
-        counted = self._counted(read, skipped, epoch)
+        counted = self._counted(losses, skipped, epoch)
         refuse_nothing_learned(counted, epoch)
         entry: dict[str, Any] = {
             "epoch": epoch,
             "loss": float(counted.double().mean()),
+            "gradient_norm": float(norms[norms.isfinite()].double().mean()),
+            "learning_rate": self.step.learning_rate,
             "train_seconds": trained - started,
         }
         if skipped:
@@ -274,9 +263,50 @@ class Trainer:
             entry["first_loss"] = float(counted[0])
         if epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs:
             with self.step.averaged():
-                entry["validation"] = self.evaluate("validation").metrics
+                result = self.evaluate("validation")
+            entry["validation"] = result.metrics
             entry["evaluation_seconds"] = time.perf_counter() - trained
-        return entry, read
+            self._callbacks.call("on_evaluate", self, epoch, result)
+        return entry
+
+    def _steps(self, epoch: int, progress: bool) -> torch.Tensor:
+        """Train an epoch; gives each step's loss and gradient norm, `[steps, 2]` on the host."""
+        steps = len(self.batches)
+        # They stay on the device until they are logged: reading one would make every step wait.
+        values = torch.zeros(steps, 2, device=self.device)
+        rates: list[float] = []
+        bar = tqdm(
+            self.feed(epoch),
+            total=steps,
+            desc=f"epoch {epoch}/{self.config.epochs}",
+            unit="step",
+            leave=False,
+            disable=None if progress else True,
+        )
+        logged = index = 0
+        try:
+            for index, (item_ids, ahead) in enumerate(bar, start=1):
+                loss = self._run(item_ids, ahead)
+                row = torch.stack((loss, self.step.gradient_norm), out=values[index - 1])
+                rates.append(self.step.learning_rate)
+                if self._callbacks.steps:
+                    end = StepEnd(self.step.steps, epoch, rates[-1], row[0], row[1])
+                    self._callbacks.call("on_step_end", self, end)
+                if self._callbacks.logs and (self.step.steps % self.config.log_every == 0 or index == steps):
+                    self._log(epoch, values[logged:index], rates[logged:])
+                    logged = index
+        except NotFinite as error:
+            raise self._stop(error.what, error.value, index, epoch, error.first) from None
+        return self._joined(values)
+
+    def _joined(self, values: torch.Tensor) -> torch.Tensor:
+        """Means over the processes, on the host."""
+        return (self.processes.sum(values.clone()) / self.processes.size).cpu()
+
+    def _log(self, epoch: int, values: torch.Tensor, rates: list[float]) -> None:
+        first = self.step.steps - len(rates) + 1
+        rows = enumerate(zip(rates, self._joined(values).tolist(), strict=True), start=first)
+        self._callbacks.call("on_log", self, [StepLog(n, epoch, rate, *row) for n, (rate, row) in rows])
 
     def _counted(self, losses: torch.Tensor, skipped: int, epoch: int) -> torch.Tensor:
         """An epoch's losses but those of steps left out, which are not finite; others stop the run."""
@@ -387,32 +417,6 @@ def _refuse_lonely(loss: str, batches: Batches) -> None:
         raise ValueError(f"users: {expected}, got {batches.rows} with two training items or more")
 
 
-def _refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
-    before, after = dict(flatten(old.to_dict())), dict(flatten(new.to_dict()))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and key not in _FREE:
-            raise ValueError(
-                f"{key}: the run was made with {before.get(key)!r}, expected the same to go on with it, "
-                f"got {after.get(key)!r}"
-            )
-
-
-def _refuse_others(held: Population | None, task: Task, modalities: Sequence[str]) -> None:
-    if held is None:
-        return
-    held.require_bases(task.cache, modalities)
-    if difference := held.difference(Population.of(task)):
-        raise ValueError(
-            f"cache, users: expected those of the run to go on with it, got others: {difference}"
-        )
-
-
-def _run_of(config: TrainConfig, population: Population) -> str:
-    """Of all that binds a run's numbers, so that equal runs write equal files."""
-    bound = {key: value for key, value in flatten(config.to_dict()) if key not in _FREE}
-    return digest_of([bound, asdict(population)])[:16]
-
-
 def _line(entry: dict[str, Any], epochs: int, monitor: str) -> str:
     text = f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.4f}, {entry['train_seconds']:.1f} s"
     if skipped := entry.get("skipped"):
@@ -423,25 +427,3 @@ def _line(entry: dict[str, Any], epochs: int, monitor: str) -> str:
         text += f", validation {hits.upper()} {100 * metrics[hits]:.2f} %"
         text += f" {monitor.upper()} {100 * metrics[monitor]:.2f} %{best}"
     return text
-
-
-def _tensorboard(folder: Path, epochs: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard: expected the package for tensorboard=true, it is not installed; "
-            "pip install 'crossan-fast[tensorboard]'"
-        ) from error
-    # Entries of an epoch that was cut off give way to those of its repetition.
-    return SummaryWriter(str(folder), purge_step=epochs + 1)
-
-
-def _write_events(writer: Any, entry: dict[str, Any], losses: torch.Tensor) -> None:
-    epoch = entry["epoch"]
-    for index, loss in enumerate(losses.tolist()):
-        writer.add_scalar("step/loss", loss, (epoch - 1) * losses.numel() + index)
-    writer.add_scalar("epoch/loss", entry["loss"], epoch)
-    for name, value in entry.get("validation", {}).items():
-        writer.add_scalar(f"validation/{name}", value, epoch)
-    writer.flush()

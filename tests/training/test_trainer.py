@@ -13,7 +13,6 @@ import yaml
 
 from crossan_fast._digests import unsealed
 from crossan_fast.training import RunFolder, TrainConfig, Trainer, TrainingError, TrainStep, train
-from crossan_fast.training import trainer as trainer_module
 from crossan_fast.training.checkpoint import load_checkpoint
 
 
@@ -306,25 +305,6 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         RunFolder(tmp_path).read_config()
     with pytest.raises(FileNotFoundError, match=r"run: expected a folder best/ in .*, found none"):
         RunFolder(tmp_path).load_model()
-
-
-def test_tensorboard_events(values: dict[str, Any]) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    trainer = quiet(with_values(values, epochs=2, tensorboard=True))
-    events = accumulator.EventAccumulator(str(trainer.folder.tensorboard))
-    events.Reload()
-    losses = [event.value for event in events.Scalars("epoch/loss")]
-    assert losses == pytest.approx([entry["loss"] for entry in trainer.history])
-    assert len(events.Scalars("step/loss")) == 2 * len(trainer.batches)
-    assert len(events.Scalars("validation/ndcg@10")) == 2
-
-
-def test_tensorboard_that_is_not_installed_is_named(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"pip install 'crossan-fast\[tensorboard\]'"):
-        trainer_module._tensorboard(Path("unused"), 0)
 
 
 def test_wrong_data_is_named(values: dict[str, Any], tmp_path: Path) -> None:

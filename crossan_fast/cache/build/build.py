@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from crossan_fast._files import locked
 from crossan_fast.cache.build.digests import HALF

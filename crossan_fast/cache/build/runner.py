@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from crossan_fast.cache.ahead import read_ahead
 from crossan_fast.cache.build.inputs import BrokenInput
