@@ -13,7 +13,7 @@ from benchmarks.cases.side_network import CATALOGUE, Shape
 from benchmarks.cases.step import RECIPE, random_cache
 from benchmarks.registry import BACKENDS, Case, CheckFailed, Floor, Runnable, Setting, Workload, register
 from crossan_fast import CrossanModel
-from crossan_fast.training.evaluation import rank_targets
+from crossan_fast.training.ranking import rank_targets
 
 # Nearly equal scores swap with another order of summation: a rank may move by this share of the catalogue.
 RANK_SLACK = 1e-3

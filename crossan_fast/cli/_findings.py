@@ -15,7 +15,8 @@ from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CATALOGUE_CHUNK, CrossanModel
 from crossan_fast.training import RunFolder, Task, open_task
-from crossan_fast.training.evaluation import excluded, metrics_of, rank_targets
+from crossan_fast.training.evaluation import excluded, metrics_of
+from crossan_fast.training.ranking import rank_targets
 from crossan_fast.training.train_config import EvaluationConfig
 
 MONITOR = "hr@10"

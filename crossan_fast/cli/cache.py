@@ -366,7 +366,7 @@ def _print_cost(run: Path, before: Path, after: Path, new_bases: Collection[str]
 
 def _print_hits(run: Path, before: Path, after: Path) -> None:
     from crossan_fast.training import RunFolder, open_task
-    from crossan_fast.training.evaluation import Part
+    from crossan_fast.training.result import Part
 
     folder = RunFolder(run)
     config = folder.read_config()

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from crossan_fast._tables import text_table
 from crossan_fast.cli._forms import USERS, USERS_COLUMNS, add_column_options, columns_of
 from crossan_fast.cli._output import add_json, show
 
@@ -52,6 +53,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--k", type=int, nargs="+", help="cut-offs")
     parser.add_argument("--verify", choices=("open", "lazy", "off"), help=VERIFY)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
+    parser.add_argument(
+        "--lists",
+        action="store_true",
+        help="also coverage, novelty and diversity of the lists of the best, and targets that training never "
+        "saw (cold) apart from the others",
+    )
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also what popularity, and the neighbours of the last item by the model's embeddings, reach",
+    )
     add_json(parser)
 
 
@@ -59,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the metrics."""
     from crossan_fast.training import RunFolder, open_task
     from crossan_fast.training.population import Population
+    from crossan_fast.training.result import comparison
     from crossan_fast.training.train_config import SplitConfig
 
     folder = RunFolder(args.run)
@@ -75,11 +88,18 @@ def run(args: argparse.Namespace) -> int:
     task = open_task(config, held.catalogue if held is not None and args.catalogue == "run" else None)
     if held is not None:
         held.require_bases(task.cache, model.config.modality_names)
-    result = task.evaluate(model.to(task.device), args.split, protocol, k=args.k)
+    model.to(task.device)
+    result = task.evaluate(model, args.split, protocol, k=args.k, lists=args.lists)
     if held is not None and (difference := held.difference(Population.of(task))):
         note = f"not what the run was evaluated on: {difference}"
         result = dataclasses.replace(result, note="; ".join(filter(None, (result.note, note))))
-    show(args, result.to_dict(), f"{task.describe()}\n{result}")
+    if not args.baselines:
+        show(args, result.to_dict(), f"{task.describe()}\n{result}")
+        return 0
+    others = task.evaluate_baselines(model, args.split, protocol, k=args.k, lists=args.lists)
+    values = {**result.to_dict(), "baselines": {name: other.to_dict() for name, other in others.items()}}
+    table = text_table(comparison({"this run": result, **others}))
+    show(args, values, f"{task.describe()}\n{result.protocol}\n{table}")
     return 0
 
 

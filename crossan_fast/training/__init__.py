@@ -1,10 +1,12 @@
 """Loop, checkpoints, evaluation: `train(load_config("config.yaml"))`."""
 
+from crossan_fast.training.baselines import evaluate_baselines
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.callbacks import Callback, TensorBoard, WeightsAndBiases
-from crossan_fast.training.evaluation import Result, evaluate
+from crossan_fast.training.evaluation import evaluate
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.processes import Processes, join_processes
+from crossan_fast.training.result import Result
 from crossan_fast.training.run_folder import RunFolder
 from crossan_fast.training.step import TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
@@ -27,6 +29,7 @@ __all__ = [
     "TrainingError",
     "WeightsAndBiases",
     "evaluate",
+    "evaluate_baselines",
     "join_processes",
     "load_config",
     "make_optimizer",

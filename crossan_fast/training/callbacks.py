@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from crossan_fast._files import write_whole
-from crossan_fast.training.evaluation import Result
+from crossan_fast.training.result import Result
 
 if TYPE_CHECKING:
     from crossan_fast.training.trainer import Trainer

@@ -6,73 +6,95 @@ rank = 1 + #{j ≠ t : score_j ≥ score_t}: ties count against the target. Scor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from crossan_fast import _sources, ops
+from crossan_fast import _sources
 from crossan_fast._checks import check_tensor, describe, nearest
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.config import CrossanConfig
 from crossan_fast.data import Split
 from crossan_fast.model import CATALOGUE_CHUNK, CrossanModel
+from crossan_fast.training.list_metrics import list_metrics
 from crossan_fast.training.processes import Processes
+from crossan_fast.training.ranking import Ranking, Users, users_of
+from crossan_fast.training.result import Part, Result
 from crossan_fast.training.train_config import FilterHistory
 
 _HINT = "; a split of interactions read with this cache's item_names and catalogue='all' has its rows"
 
-Part = Literal["validation", "test"]
-
 
 @dataclass(frozen=True)
-class Result:
-    """Metrics and the protocol that they were taken with.
+class Protocol:
+    """Of an evaluation: all that is no recommender; see `evaluate` for the arguments."""
 
-    Attributes:
-        metrics: `hr@k`, `ndcg@k` for each k, and `mrr`; shares, not percent.
-        split: which target was held out.
-        filter_history: which items of a user's own history were no candidates.
-        users: how many targets were ranked; one a user with leave-one-out.
-        candidates: how many items each target was ranked among, itself included.
-        note: what else to know, such as items of the cache that took no part; empty where there is nothing.
-        held_out: how targets were held out, in words.
-    """
-
-    metrics: dict[str, float]
-    split: Part
+    cache: HiddenStateCache
+    split: Split
+    part: Part
+    k: Sequence[int]
     filter_history: FilterHistory
-    users: int
-    candidates: int
-    note: str = ""
-    held_out: str = "leave-one-out"
+    candidates: Tensor | None
+    batch_size: int
+    lists: bool
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        held_out(self.split, self.part)
+        self.cache.catalogue.require(self.split.catalogue, "split", _HINT)
+        check_cutoffs(self.k, self.total)
 
     @property
-    def protocol(self) -> str:
-        """The protocol in words; goes wherever the numbers go."""
-        targets = f"{self.split} targets of {self.users:,} users"
-        if self.held_out != "leave-one-out":
-            targets = f"{self.users:,} {self.split} targets ({self.held_out})"
-        return (
-            f"{targets}, full ranking of {self.candidates:,} items, "
-            f"filter_history={self.filter_history}, ties against the target"
-            + (f"; {self.note}" if self.note else "")
+    def total(self) -> int:
+        return self.split.num_items if self.candidates is None else self.candidates.numel()
+
+    def embedded(self, model: CrossanModel) -> Tensor:
+        """What the model makes of the items that are needed, `[known + 1, d]`."""
+        if self.split.test_input.device != (wanted := model.item_popularity.device):
+            got = describe(self.split.test_input)
+            raise ValueError(f"split: expected device {wanted} as the model, got {got}")
+        last = _last_row(self.cache, self.split, self.candidates)
+        items = _catalogue(model, self.cache, last, self.processes)
+        _refuse_nonfinite(items, self.cache)
+        return items
+
+    def judge(self, users: Users, items: Tensor, own: Tensor, backend: Callable[[str], str]) -> Result:
+        """Rank the targets by inner products of `users` and `items`; lists differ by embeddings `own`."""
+        _, targets, history = held_out(self.split, self.part)
+        ranking = Ranking(
+            items,
+            excluded(history, targets, self.filter_history),
+            candidates=self.candidates,
+            batch_size=self.batch_size,
+            processes=self.processes,
+            backend=backend,
+        )
+        ranks = ranking.ranks(users, targets)
+        counts = torch.zeros(items.shape[0], dtype=torch.int64, device=items.device)
+        counts[: self.split.num_items + 1] = self.split.train_counts
+        best: dict[str, float] = {}
+        if self.lists:
+            top = ranking.best(users, targets.numel(), max(self.k))
+            best = list_metrics(top, self.k, self.total, counts, own)
+        return Result(
+            metrics_of(ranks, self.k),
+            self.part,
+            self.filter_history,
+            ranks.numel(),
+            self.total,
+            self._note(),
+            self.split.kind,
+            best,
+            _by_target(ranks, counts[targets] == 0, self.k) if self.lists else {},
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "protocol": self.protocol}
-
-    def __str__(self) -> str:
-        cutoffs = [name.removeprefix("hr@") for name in self.metrics if name.startswith("hr@")]
-        lines = [self.protocol, f"{'k':>6} {'HR@k %':>8} {'NDCG@k %':>9}"]
-        for k in cutoffs:
-            hr, ndcg = self.metrics[f"hr@{k}"], self.metrics[f"ndcg@{k}"]
-            lines.append(f"{k:>6} {100 * hr:8.2f} {100 * ndcg:9.2f}")
-        return "\n".join([*lines, f"MRR {100 * self.metrics['mrr']:.2f} %"])
+    def _note(self) -> str:
+        known, held = self.split.num_items, self.cache.num_items
+        return f"the split knows {known:,} of the cache's {held:,} items" if known < held else ""
 
 
 def evaluate(
@@ -85,6 +107,7 @@ def evaluate(
     filter_history: FilterHistory = "all_except_target",
     candidates: Tensor | None = None,
     batch_size: int = 1024,
+    lists: bool = False,
     processes: Processes | None = None,
 ) -> Result:
     """Rank every user's held-out target in the whole catalogue.
@@ -102,6 +125,8 @@ def evaluate(
         candidates: int64 `[C]`, distinct ids to rank among, the targets included; None: all that the split
             knows and the model can embed (`embeddable`).
         batch_size: users ranked at once.
+        lists: also what the lists of the best are like (`crossan_fast.training.list_metrics`), and the
+            metrics of targets that training never saw apart from those of the others.
         processes: of a run with several: each encodes its share of the items and ranks its share of the
             users, whole batches at a time, so that the result is that of one process; every process calls.
 
@@ -109,37 +134,33 @@ def evaluate(
         ValueError: a wrong option; a cache whose first rows are not the split's; an item's or a user's
             embedding that is not finite.
     """
-    inputs, targets, history = _held_out(split, part)
-    if inputs.device != model.item_popularity.device:
-        wanted = model.item_popularity.device
-        raise ValueError(f"split: expected device {wanted} as the model, got {describe(inputs)}")
-    cache.catalogue.require(split.catalogue, "split", _HINT)
-    for ids in (inputs, targets):
-        _sources.refuse_bare(model.config, cache, ids, "split")
-    if candidates is None:
-        candidates = embeddable(model.config, cache, split.num_items, inputs.device)
-    else:
-        _sources.refuse_bare(model.config, cache, candidates, "candidates")
-    total = split.num_items if candidates is None else candidates.numel()
-    check_cutoffs(k, total)
+    candidates = candidates_for(model.config, cache, split, part, candidates)
     processes = processes or Processes()
-    items = _catalogue(model, cache, _last_row(cache, split, candidates), processes)
-    _refuse_nonfinite(items, cache)
+    protocol = Protocol(
+        cache, split, part, tuple(k), filter_history, candidates, batch_size, lists, processes
+    )
+    items = protocol.embedded(model)
     with evaluating(model):
-        ranks = rank_targets(
-            model,
-            items,
-            inputs,
-            targets,
-            excluded(history, targets, filter_history),
-            candidates=candidates,
-            batch_size=batch_size,
-            processes=processes,
-        )
-    note = ""
-    if split.num_items < cache.num_items:
-        note = f"the split knows {split.num_items:,} of the cache's {cache.num_items:,} items"
-    return Result(metrics_of(ranks, k), part, filter_history, ranks.numel(), total, note, split.kind)
+        users = users_of(model, items, held_out(split, part)[0])
+        return protocol.judge(users, items, items, model.backend_for)
+
+
+def candidates_for(
+    config: CrossanConfig, cache: HiddenStateCache, split: Split, part: Part, candidates: Tensor | None
+) -> Tensor | None:
+    """What the targets of a part are ranked among: see `evaluate`.
+
+    Raises:
+        ValueError: an item of the part, or a candidate, that the config's model cannot embed.
+    """
+    cache.catalogue.require(split.catalogue, "split", _HINT)
+    inputs, targets, _ = held_out(split, part)
+    for ids in (inputs, targets):
+        _sources.refuse_bare(config, cache, ids, "split")
+    if candidates is None:
+        return embeddable(config, cache, split.num_items, inputs.device)
+    _sources.refuse_bare(config, cache, candidates, "candidates")
+    return candidates
 
 
 def embeddable(
@@ -152,57 +173,16 @@ def embeddable(
     return (~bare[: known + 1]).nonzero().flatten()[1:]  # without padding
 
 
-@torch.no_grad()
-def rank_targets(
-    model: CrossanModel,
-    items: Tensor,
-    inputs: Tensor,
-    targets: Tensor,
-    exclude: Tensor | None,
-    *,
-    candidates: Tensor | None = None,
-    batch_size: int = 1024,
-    processes: Processes | None = None,
-) -> Tensor:
-    """The rank of each user's target.
-
-    Args:
-        model: in evaluation mode; encodes users alone.
-        items: `[I + 1, d]`, embeddings of the catalogue.
-        inputs: int64 `[U, S]`, left-padded with 0.
-        targets: int64 `[U]`.
-        exclude: int64 `[U, H]`, ids that are no candidates, 0 for none; or None.
-        candidates, batch_size, processes: see `evaluate`.
-
-    Returns:
-        int64 `[U]`.
-    """
-    ranked, place = items, None
-    if candidates is not None:
-        place = torch.zeros(items.shape[0], dtype=torch.int64, device=items.device)
-        place[candidates] = torch.arange(1, candidates.numel() + 1, device=items.device)
-        ranked = torch.cat([items[:1], items[candidates]])
-        if bool((place[targets] == 0).any()):
-            wrong = int(targets[place[targets] == 0][0])
-            raise ValueError(f"candidates: expected every target among them, item {wrong} is not")
-    processes = processes or Processes()
-    ranks = torch.zeros_like(targets)
-    for start in range(0, targets.numel(), batch_size)[processes.rank :: processes.size]:
-        rows = slice(start, start + batch_size)
-        history = inputs[rows]
-        users = model.encode_users(items[history], history != 0)[:, -1].contiguous()
-        if not bool(torch.isfinite(users).all()):
-            user = start + int((~torch.isfinite(users).all(dim=1)).nonzero()[0])
-            raise ValueError(f"model: the embedding of user {user} is not finite")
-        wanted, banned = targets[rows], None if exclude is None else exclude[rows]
-        if place is not None:
-            wanted, banned = place[wanted], None if banned is None else place[banned]
-        backend = model.backend_for("rank_of_target")
-        ranks[rows] = ops.rank_of_target(users, ranked.to(users.dtype), wanted, banned, backend=backend)
-    return processes.sum(ranks)
+def _by_target(ranks: Tensor, cold: Tensor, k: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Metrics of the targets that training never saw, and of the others."""
+    parts = {"cold": ranks[cold], "warm": ranks[~cold]}
+    return {
+        name: {"targets": part.numel()} | (metrics_of(part, k) if part.numel() else {})
+        for name, part in parts.items()
+    }
 
 
-def _held_out(split: Split, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+def held_out(split: Split, part: Part) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, targets and histories of a part."""
     if part not in get_args(Part):
         raise ValueError(

@@ -28,8 +28,10 @@ from crossan_fast.data import (
     split_files,
 )
 from crossan_fast.model import CrossanModel
-from crossan_fast.training.evaluation import Part, Result, embeddable, evaluate, fitting_cutoffs
+from crossan_fast.training.baselines import evaluate_baselines
+from crossan_fast.training.evaluation import embeddable, evaluate, fitting_cutoffs
 from crossan_fast.training.processes import Processes
+from crossan_fast.training.result import Part, Result
 from crossan_fast.training.train_config import EvaluationConfig, SplitConfig, TrainConfig
 
 
@@ -71,6 +73,7 @@ class Task:
         protocol: EvaluationConfig,
         *,
         k: Sequence[int] | None = None,
+        lists: bool = False,
         processes: Processes | None = None,
     ) -> Result:
         """Rank every user's held-out target; see `crossan_fast.training.evaluate`.
@@ -80,21 +83,33 @@ class Task:
             part: `validation` or `test`.
             protocol: of the run's config.
             k: cut-offs in place of the protocol's, which are fitted to the number of candidates.
+            lists: see `crossan_fast.training.evaluate`.
             processes: of a run with several; every process calls.
         """
-        if k is None:
-            k = fitting_cutoffs(protocol.k, self.num_candidates(protocol))
-        return evaluate(
-            model,
-            self.cache,
-            self.split,
-            part,
-            k=k,
-            filter_history=protocol.filter_history,
-            candidates=self.candidates(protocol),
-            batch_size=protocol.batch_size,
-            processes=processes,
-        )
+        options = self._options(protocol, k, lists)
+        return evaluate(model, self.cache, self.split, part, processes=processes, **options)
+
+    def evaluate_baselines(
+        self,
+        model: CrossanModel,
+        part: Part,
+        protocol: EvaluationConfig,
+        *,
+        k: Sequence[int] | None = None,
+        lists: bool = False,
+    ) -> dict[str, Result]:
+        """See `crossan_fast.training.evaluate_baselines`; arguments as those of `evaluate`."""
+        options = self._options(protocol, k, lists)
+        return evaluate_baselines(model, self.cache, self.split, part, **options)
+
+    def _options(self, protocol: EvaluationConfig, k: Sequence[int] | None, lists: bool) -> dict[str, Any]:
+        return {
+            "k": fitting_cutoffs(protocol.k, self.num_candidates(protocol)) if k is None else k,
+            "filter_history": protocol.filter_history,
+            "candidates": self.candidates(protocol),
+            "batch_size": protocol.batch_size,
+            "lists": lists,
+        }
 
     def describe(self) -> str:
         """Sizes in words, for logs."""

@@ -27,7 +27,7 @@ from crossan_fast.training.callbacks import (
 )
 from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from crossan_fast.training.divergence import diverged, refuse_nothing_learned, warning
-from crossan_fast.training.evaluation import Part, Result, check_cutoffs, fitting_cutoffs
+from crossan_fast.training.evaluation import check_cutoffs, fitting_cutoffs
 from crossan_fast.training.feed import feed
 from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.malloc import keep_freed_memory
@@ -35,6 +35,7 @@ from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.population import Population
 from crossan_fast.training.precision import choose_precision
 from crossan_fast.training.processes import Processes, join_processes
+from crossan_fast.training.result import Part, Result
 from crossan_fast.training.resuming import name_of_run, refuse_changes, refuse_others
 from crossan_fast.training.run_folder import RunFolder, versions
 from crossan_fast.training.step import REMEDY, NotFinite, TrainingError, TrainStep

@@ -67,3 +67,28 @@ def test_users_that_the_run_never_saw(
     assert main(["evaluate", "--run", str(run_folder / "run"), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "user 'client'" in printed and "1 users of the evaluation file who are trained on" in printed
+
+
+def test_lists_and_baselines_share_table_and_protocol(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_folder / "run"
+    plain = evaluate(capsys, run, "--k", "2", "5")
+    result = evaluate(capsys, run, "--k", "2", "5", "--lists", "--baselines")
+    baselines = result.pop("baselines")
+    assert set(baselines) == {"popularity", "last item's neighbours"}
+    assert {other["protocol"] for other in baselines.values()} == {result["protocol"]}
+    assert {name: result[name] for name in plain} == plain, "what is asked for in addition changes nothing"
+    assert set(result["lists"]) == {
+        f"{name}@{k}" for name in ("coverage", "novelty", "diversity") for k in (2, 5)
+    }
+    assert main(["evaluate", "--run", str(run), "--k", "2", "5", "--lists", "--baselines"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("recommender"))
+    assert lines[head - 1] == result["protocol"]
+    for words in ("HR@k %", "NDCG@k %", "MRR %", "coverage %", "novelty, bits", "diversity"):
+        assert words in lines[head]
+    own = [line for line in lines[head + 1 :] if line.startswith("this run")]
+    assert f"{100 * result['metrics']['hr@5']:.2f}" in own[1]
+    assert sum(line.startswith("popularity") for line in lines) == len(own)
+    assert sum(line.startswith("last item's neighbours") for line in lines) == len(own)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from crossan_fast.training import TrainConfig, Trainer, evaluate, open_task
-from crossan_fast.training.evaluation import excluded, metrics_of, rank_targets
+from crossan_fast.training.evaluation import excluded, metrics_of
+from crossan_fast.training.ranking import rank_targets
 
 
 @pytest.fixture
