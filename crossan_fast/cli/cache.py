@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
@@ -26,6 +26,7 @@ from crossan_fast.cache.format import REPORT, dtype_name
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache
 from crossan_fast.cli._forms import ITEMS, ITEMS_COLUMNS, add_column_options, columns_of
+from crossan_fast.cli._output import table
 from crossan_fast.data.items import ItemTable, read_items
 
 Number = TypeVar("Number", int, float)
@@ -266,22 +267,35 @@ def _info(args: argparse.Namespace) -> int:
     cache = HiddenStateCache.open(args.folder)
     size = f"{dtype_name(cache.dtype)}, {cache.nbytes / 1e6:.1f} MB of states"
     print(f"{args.folder}: {cache.num_items} items, {size}")
-    for column, modality in enumerate(cache.modalities):
-        present = int(cache.present[:, column].sum())
-        basis = cache.bases.get(modality.name)
-        of = "" if basis is None else f" (coordinates in a basis, of width {basis.shape[1]})"
-        print(
-            f"  {modality.name}: {modality.levels} levels of width {modality.width}{of}, "
-            f"present for {present} of {cache.num_items} items"
-        )
-        for key, value in cache.sources.get(modality.name, {}).items():
-            print(f"    {key}: {value}")
+    rows = list(_described(cache))
+    plain = "\n".join(
+        f"  {row['modality']}: {row['levels']} levels of width {row['width']}, present for {row['items']}"
+        + "".join(f"\n    {line}" for line in row["made of"].splitlines())
+        for row in rows
+    )
+    print(table(rows, plain))
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         placement = cache.placement(device)
         print(f"  on {placement.device} it would be {placement.tier}: {placement.reason}")
     if not cache.present[1:].all() and (args.folder / REPORT).is_file():
         print(f"  what is absent, and why: {args.folder / REPORT}")
     return 0
+
+
+def _described(cache: HiddenStateCache) -> Iterator[dict[str, str]]:
+    """A row a modality."""
+    for column, modality in enumerate(cache.modalities):
+        basis = cache.bases.get(modality.name)
+        of = "" if basis is None else f" (coordinates in a basis, of width {basis.shape[1]})"
+        yield {
+            "modality": modality.name,
+            "levels": str(modality.levels),
+            "width": f"{modality.width}{of}",
+            "items": f"{int(cache.present[:, column].sum())} of {cache.num_items} items",
+            "made of": "\n".join(
+                f"{key}: {value}" for key, value in cache.sources.get(modality.name, {}).items()
+            ),
+        }
 
 
 def _verify(args: argparse.Namespace) -> int:

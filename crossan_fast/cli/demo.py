@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from crossan_fast.cache import HiddenStateCache, build_cache
+from crossan_fast.cli._output import table
 from crossan_fast.cli._tiny_encoders import save_tiny_encoders
 from crossan_fast.cli.plot import plot as draw_run
 from crossan_fast.data import Split, read_items
@@ -95,7 +96,7 @@ def demo(
         rows[name] = dict(trainer.evaluate("test").metrics)
         say(f"trained on {', '.join(MODALITIES[:count])}: test HR@10 {100 * rows[name]['hr@10']:.2f} %")
     say("")
-    say(_table(rows))
+    say(table(_cells(rows)))
     _show_one_user(trainer, shop.titles, say)
     return rows
 
@@ -108,12 +109,12 @@ def popularity_metrics(split: Split) -> dict[str, float]:
     return metrics_of(ranks, CUTOFFS)
 
 
-def _table(rows: dict[str, dict[str, float]]) -> str:
-    keys = list(next(iter(rows.values())))
-    lines = ["test, full ranking, in %".ljust(26) + "".join(key.upper().rjust(10) for key in keys)]
-    for name, metrics in rows.items():
-        lines.append(name.ljust(26) + "".join(f"{100 * metrics[key]:10.2f}" for key in keys))
-    return "\n".join(lines)
+def _cells(rows: dict[str, dict[str, float]]) -> list[dict[str, str]]:
+    return [
+        {"test, full ranking, in %": name}
+        | {key.upper(): f"{100 * value:.2f}" for key, value in metrics.items()}
+        for name, metrics in rows.items()
+    ]
 
 
 def _show_one_user(trainer: Trainer, titles: list[str], say: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from crossan_fast import _build, _library
-from crossan_fast.cli._output import add_json, show
+from crossan_fast.cli._output import add_json, show, table
 from crossan_fast.ops import _dispatch
 
 _EXTRAS = {
@@ -24,6 +24,7 @@ _EXTRAS = {
     "pillow": "image encoders: pip install 'crossan-fast[encoders]'",
     "matplotlib": "plots: pip install 'crossan-fast[plot]'",
     "tensorboard": "tensorboard=true: pip install 'crossan-fast[tensorboard]'",
+    "rich": "tables with lines in a terminal: pip install 'crossan-fast[tables]'",
     "xformers": "model.attention=xformers: pip install 'crossan-fast[xformers]'",
 }
 
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     forced = os.environ.get("CROSSAN_FAST_BACKEND")
     lines = []
     for title, rows in sections.items():
-        lines += ["", title, *(f"  {name:<16} {text}" for name, text in rows)]
+        plain = "\n".join([title, *(f"  {name:<16} {text}" for name, text in rows)])
+        lines += ["", table([{"": name, " ": text} for name, text in rows], plain, title=title)]
     said = f"CROSSAN_FAST_BACKEND={forced} takes the place of `auto`" if forced else "No backend is forced."
     show(args, {**sections, "forced backend": forced}, "\n".join([*lines, "", said]))
     return 0

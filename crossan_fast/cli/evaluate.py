@@ -6,9 +6,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from crossan_fast._tables import text_table
 from crossan_fast.cli._forms import USERS, USERS_COLUMNS, add_column_options, columns_of
-from crossan_fast.cli._output import add_json, show
+from crossan_fast.cli._output import add_json, show, table
 
 VERIFY = "when the cache's bytes are compared with their checksums (default: as the run's config has it)"
 
@@ -94,12 +93,14 @@ def run(args: argparse.Namespace) -> int:
         note = f"not what the run was evaluated on: {difference}"
         result = dataclasses.replace(result, note="; ".join(filter(None, (result.note, note))))
     if not args.baselines:
-        show(args, result.to_dict(), f"{task.describe()}\n{result}")
+        mrr = f"MRR {100 * result.metrics['mrr']:.2f} %"
+        lines = (task.describe(), result.protocol, table(comparison({"": result})), mrr)
+        show(args, result.to_dict(), "\n".join(lines))
         return 0
     others = task.evaluate_baselines(model, args.split, protocol, k=args.k, lists=args.lists)
     values = {**result.to_dict(), "baselines": {name: other.to_dict() for name, other in others.items()}}
-    table = text_table(comparison({"this run": result, **others}))
-    show(args, values, f"{task.describe()}\n{result.protocol}\n{table}")
+    compared = table(comparison({"this run": result, **others}))
+    show(args, values, f"{task.describe()}\n{result.protocol}\n{compared}")
     return 0
 
 
