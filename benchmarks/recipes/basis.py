@@ -54,7 +54,7 @@ def run(data: str, widths: list[int], seeds: list[int], overrides: list[str]) ->
             given = [*overrides, f"cache={cache}", f"seed={seed}", f"run={folder}"]
             with open_trainer(load_config(CONFIGS[data], given)) as trainer:
                 print(f"{data}, {width} dimensions, seed {seed}: {trainer.task.describe()}", flush=True)
-                trainer.fit(resume=True)
+                trainer.fit(resume=True, say=print)
                 record(data, trainer.folder, trainer.task.cache)
     return 0
 

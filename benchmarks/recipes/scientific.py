@@ -59,7 +59,7 @@ def run(variants: list[str], seeds: list[int], overrides: list[str]) -> int:
             config = load_config(CONFIG, [*VARIANTS[variant], f"seed={seed}", f"run={folder}", *overrides])
             with open_trainer(config) as trainer:
                 print(f"{variant}, seed {seed}: {trainer.task.describe()}")
-                trainer.fit(resume=True)
+                trainer.fit(resume=True, say=print)
                 record(variant, trainer.folder)
     return 0
 
