@@ -19,6 +19,7 @@ from crossan_fast._untrusted import parse_json
 
 Architecture = Literal["crossan", "iisan"]
 Cross = Literal["backbone", "side", "none"]
+CrossProjection = Literal["identity", "low_rank"]
 Activation = Literal["gelu", "relu"]
 Head = Literal["one", "two"]
 Fusion = Literal["momef", "concat"]
@@ -106,6 +107,8 @@ class CrossanConfig:
         architecture: `crossan`, or `iisan` (intra towers plus one inter tower for each pair).
         cross: ◊ where a tower's cross terms come from: the other `backbone`s' states of the same level,
             the other `side` towers' outputs of the level before, or `none`.
+        cross_projection: ◊ T, what brings a cross term to its tower: the `identity` where widths agree and a
+            pair of matrices of rank r elsewhere, or `low_rank`, such a pair everywhere.
         activation: of the adapters; `gelu` is the exact (erf) form.
         gate_temperature: τ in `sigmoid(θ / τ)`.
         head: ◊ `one` Linear D→d, or `two`, D→D then D→d with nothing between (IISAN's code).
@@ -129,6 +132,7 @@ class CrossanConfig:
     bottleneck: int = 64
     architecture: Architecture = "crossan"
     cross: Cross = "backbone"
+    cross_projection: CrossProjection = "identity"
     activation: Activation = "gelu"
     gate_temperature: float = 0.1
     head: Head = "one"
@@ -221,6 +225,7 @@ class CrossanConfig:
         for name, options in (
             ("architecture", Architecture),
             ("cross", Cross),
+            ("cross_projection", CrossProjection),
             ("activation", Activation),
             ("head", Head),
             ("fusion", Fusion),
@@ -268,6 +273,11 @@ class CrossanConfig:
         if self.architecture == "iisan" and self.cross != "none":
             raise ValueError(
                 f"cross: architecture='iisan' has no cross terms, expected 'none', got {self.cross!r}"
+            )
+        if self.cross == "none" and self.cross_projection != "identity":
+            raise ValueError(
+                f"cross_projection: cross='none' has no cross terms to project, expected 'identity', "
+                f"got {self.cross_projection!r}"
             )
         if self.fusion == "concat" and (self.top_k is not None or self.load_balance):
             raise ValueError("fusion: top_k and load_balance belong to fusion='momef', got fusion='concat'")

@@ -19,6 +19,10 @@ struct Fields {
   Cross cross;
   bool relu;
   double temperature;
+  bool low_rank;  // T is a pair of matrices for every cross pair
+
+  // Whether what tower m gets from modality n goes through T's pair of matrices; elsewhere T is the identity.
+  bool projected(int m, int n) const { return low_rank || widths[m] != widths[n]; }
 };
 
 }  // namespace crossan_fast::side_network

@@ -13,6 +13,7 @@ TEXT, IMAGE = Modality("text", 768, 7), Modality("image", 1024, 7)
     "config",
     [
         CrossanConfig([TEXT, IMAGE]),
+        CrossanConfig([TEXT, IMAGE], cross_projection="low_rank"),
         CrossanConfig([TEXT], cross="side", top_k=1, load_balance=0.01, dropout=0.2, loss="full"),
         CrossanConfig.iisan([IMAGE, TEXT], bottleneck=16),
     ],
@@ -70,6 +71,11 @@ def test_iisan_is_one_class_with_other_values():
         ({"load_balance": -1}, ValueError, r"load_balance: expected a weight of at least 0"),
         ({"deduplicate": 1}, TypeError, r"deduplicate: expected true or false"),
         ({"fusion": "concat", "top_k": 1}, ValueError, r"top_k and load_balance belong to fusion='momef'"),
+        (
+            {"cross": "none", "cross_projection": "low_rank"},
+            ValueError,
+            r"cross_projection: cross='none' has no cross terms to project, expected 'identity'",
+        ),
         ({"architecture": "iisan"}, ValueError, r"architecture='iisan' has no cross terms"),
         ({"architecture": "iisan", "cross": "none"}, ValueError, r"fuses by 'concat', got 'momef'"),
     ],

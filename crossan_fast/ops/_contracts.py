@@ -29,7 +29,7 @@ class SideNetworkWeights(NamedTuple):
         head_weight: per tower `[d, D]`, a head of two layers as their product.
         head_bias: per tower `[d]`.
         cross_gate: ν `[L]` per ordered pair (m, n), in the order of `SideNetworkStructure.cross_pairs`.
-        cross_down: `[r, D_n]` per ordered pair of unequal widths (`projected_pairs`).
+        cross_down: `[r, D_n]` per ordered pair that has T as two matrices (`projected_pairs`).
         cross_up: `[D_m, r]`, likewise.
         pair_weight: `[L, D_narrow, D_wide]` per pair tower of unequal widths (`narrowed_towers`).
         pair_bias: `[L, D_narrow]`, likewise.
@@ -63,6 +63,7 @@ class SideNetworkStructure:
         cross: `backbone`, `side` or `none`.
         activation: `gelu` (erf) or `relu`.
         temperature: τ of the gates.
+        cross_projection: T is the `identity` where widths agree, or `low_rank` for every pair.
     """
 
     widths: tuple[int, ...]
@@ -70,6 +71,7 @@ class SideNetworkStructure:
     cross: str = "backbone"
     activation: str = "gelu"
     temperature: float = 0.1
+    cross_projection: str = "identity"
 
     def __post_init__(self) -> None:
         # Filled now: torch.compile can't trace the lock that Python 3.11 takes when a cached property fills,
@@ -85,22 +87,30 @@ class SideNetworkStructure:
             cross=config.cross if len(config.modalities) > 1 else "none",
             activation=config.activation,
             temperature=config.gate_temperature,
+            cross_projection=config.cross_projection,
         )
 
     @classmethod
     def from_static(
-        cls, widths: Sequence[int], sources: Sequence[int], cross: str, activation: str, temperature: float
+        cls,
+        widths: Sequence[int],
+        sources: Sequence[int],
+        cross: str,
+        activation: str,
+        temperature: float,
+        cross_projection: str,
     ) -> SideNetworkStructure:
         """What `static` stands for."""
         pairs = zip(sources[::2], sources[1::2], strict=True)
         decoded = tuple((a,) if b < 0 else (a, b) for a, b in pairs)
-        return cls(tuple(widths), decoded, cross, activation, temperature)
+        return cls(tuple(widths), decoded, cross, activation, temperature, cross_projection)
 
     @property
-    def static(self) -> tuple[list[int], list[int], str, str, float]:
+    def static(self) -> tuple[list[int], list[int], str, str, float, str]:
         """As a schema takes it: widths, two sources a tower (−1 where it has one), and the rest."""
         sources = [index for source in self.sources for index in (*source, -1)[:2]]
-        return list(self.widths), sources, self.cross, self.activation, self.temperature
+        rest = (self.cross, self.activation, self.temperature, self.cross_projection)
+        return list(self.widths), sources, *rest
 
     @cached_property
     def widths_text(self) -> str:
@@ -121,8 +131,9 @@ class SideNetworkStructure:
 
     @cached_property
     def projected_pairs(self) -> tuple[tuple[int, int], ...]:
-        """The cross pairs of unequal widths, which need T as a pair of matrices."""
-        return tuple((m, n) for m, n in self.cross_pairs if self.widths[m] != self.widths[n])
+        """The cross pairs whose T is a pair of matrices: those of unequal widths, or all."""
+        every = self.cross_projection == "low_rank"
+        return tuple((m, n) for m, n in self.cross_pairs if every or self.widths[m] != self.widths[n])
 
     @cached_property
     def narrowed_towers(self) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ its head makes d numbers of the last h:
     e = W_head h + b_head
 
 ◊ s[n, l] is c[n][:, l] (`cross="backbone"`), the other tower's h of the level before (`"side"`) or absent
-(`"none"`); T is the identity where widths agree and a rank-r pair of matrices shared by the levels elsewhere.
+(`"none"`); T is the identity where widths agree and a rank-r pair of matrices shared by the levels elsewhere,
+or with `cross_projection="low_rank"` everywhere.
 A pair tower (IISAN, arXiv 2404.02059) of modalities (a, b) walks x = h + μ·c[a] + (1 − μ)·c[b], the wider of
 the two brought to the narrower's width by a Linear of its level.
 
@@ -246,6 +247,8 @@ def features_of(structure: SideNetworkStructure, levels: int, rank: int, embeddi
         f"rank={rank}",
         f"embedding={embedding}",
     ]
+    if structure.cross != "none":
+        features.append(f"cross_projection={structure.cross_projection}")
     return (*features, "unequal_pairs") if structure.narrowed_towers else tuple(features)
 
 
@@ -393,7 +396,8 @@ def _backward(ctx, grad_embeddings, *_):
 
 _COMMON = (
     "Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, int[] widths, "
-    "int[] sources, str cross, str activation, float temperature, ScalarType dtype"
+    "int[] sources, str cross, str activation, float temperature, str cross_projection, "
+    "ScalarType dtype"
 )
 _side_network = define(f"side_network({_COMMON}) -> Tensor[]", _fake)
 _side_network_backward = define(

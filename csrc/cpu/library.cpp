@@ -42,7 +42,7 @@ std::string build_info() {
 
 #define SIDE_NETWORK                                                                                                \
   "Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, Tensor[] weights, int[] widths, int[] sources, " \
-  "str cross, str activation, float temperature, ScalarType dtype"
+  "str cross, str activation, float temperature, str cross_projection, ScalarType dtype"
 #define FUSION "Tensor embeddings, Tensor[] weights, Tensor? present, int? top_k, Tensor? counts, ScalarType dtype"
 #define SEQUENCE_ENCODER \
   "Tensor items, Tensor mask, Tensor[] weights, int heads, float eps, float dropout, Tensor? seed"

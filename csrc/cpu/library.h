@@ -22,12 +22,12 @@ Tensor zeros(at::IntArrayRef shape, at::ScalarType type);
 std::vector<Tensor> side_network(TensorList states, TensorList scales, const OptionalTensor& ids,
                                  const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
                                  at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                                 double temperature, at::ScalarType dtype);
+                                 double temperature, c10::string_view cross_projection, at::ScalarType dtype);
 std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const Tensor& saved, const Tensor& links,
                                           TensorList states, TensorList scales, const OptionalTensor& ids,
                                           const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
                                           at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                                          double temperature, at::ScalarType dtype);
+                                          double temperature, c10::string_view cross_projection, at::ScalarType dtype);
 
 std::vector<Tensor> fusion(const Tensor& embeddings, TensorList weights, const OptionalTensor& present,
                            std::optional<int64_t> top_k, const OptionalTensor& counts, at::ScalarType dtype);

@@ -1,4 +1,4 @@
-"""Sources whose width is not their tower's: dense products, on a chunk's copy of the states."""
+"""Sources that T projects, or of another width than their tower: dense products on copies of the states."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def open_towers(p: Parameters, chunk: Data) -> tuple[list[Tower], list[Projected
             reads = tuple(range(len(structure.widths)))
         sources: list[Source | None] = []
         for k, n in enumerate(reads):
-            if structure.widths[n] == width:
+            if structure.widths[n] == width and (t, n) not in projected:
                 sources.append(direct[n])
                 continue
             if n not in dense:

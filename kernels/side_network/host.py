@@ -1,9 +1,9 @@
 """side_network in Triton: host functions (README.md here has the algebra, the tiling and the costs).
 
-Sources whose width is not their tower's are brought to it by plain matrix products over a bounded chunk of
-items (`derived`: they are dense, and cuBLAS's business); with cross="side" levels depend on every tower's h,
-so that their heads can't be folded in (`side_levels`). Everything else, the paper's networks included, is one
-run of the kernels for all levels.
+Sources that T projects, or whose width is not their tower's, are made by plain matrix products over a bounded
+chunk of items (`derived`: they are dense, and cuBLAS's business); with cross="side" levels depend on every
+tower's h, so that their heads can't be folded in (`side_levels`). Everything else, the paper's networks
+included, is one run of the kernels for all levels.
 """
 
 from __future__ import annotations

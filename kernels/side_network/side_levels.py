@@ -43,8 +43,11 @@ class _Towers:
 
     @cached_property
     def mutual(self) -> Tensor:
-        """Coefficients of these towers' h in each other's sums, `[L, G, G]`."""
-        return torch.stack([self.coef[:, :, n + 1] for n in self.numbers], 2)
+        """Coefficients of these towers' h, as it is, in each other's sums, `[L, G, G]`."""
+        columns = torch.stack([self.coef[:, :, n + 1] for n in self.numbers], 2)
+        # With T between any two towers, what enters as it is is each one's own h alone.
+        low_rank = self.p.structure.cross_projection == "low_rank"
+        return torch.diag_embed(columns.diagonal(dim1=1, dim2=2)) if low_rank else columns
 
     def stack(self, tensors: Sequence[Tensor] | Tensor) -> Tensor:
         # Not by a list as index: that would be copied to the device, and waited for.
@@ -186,6 +189,8 @@ def _before(
         gradients, hidden = (group.stack(t).flatten(1).float() for t in (dx, h))
         _add(before, group, (group.mutual[level].T @ gradients).view(-1, *h[group.numbers[0]].shape))
         products = gradients @ hidden.T  # [G, G]
+        if p.structure.cross_projection == "low_rank":
+            products = products.diagonal().diag()
         for n, column in zip(group.numbers, products.T, strict=True):
             _add(grads.gate_sum[:, level, n + 1], group, column)
     for pair in projected:

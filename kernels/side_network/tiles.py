@@ -4,7 +4,7 @@
 
 A *source* of a tower is a tensor `[rows, L, D]` whose state at each level enters the tower's sum with a
 coefficient: the modality's own states, another modality's (cross), or a chunk's derived states (a
-projection of states of another width). Names: N items, D width, K sources of a
+projection of states). Names: N items, D width, K sources of a
 tower, T towers of a launch, S slots (distinct source tensors of a launch); tiles are `[BN, BD]` (items × a
 chunk of the width).
 """

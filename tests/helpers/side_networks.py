@@ -21,6 +21,8 @@ STRUCTURES = {
     "none, relu": SideNetworkStructure((70,), ((0,),), "none", "relu"),
     "unequal widths": SideNetworkStructure((20, 33, 20), SINGLES, "backbone", temperature=0.3),
     "unequal widths, side": SideNetworkStructure((33, 20, 33), SINGLES, "side"),
+    "low rank": SideNetworkStructure((20, 33, 20), SINGLES, cross_projection="low_rank"),
+    "low rank, side": SideNetworkStructure((20, 33, 20), SINGLES, "side", cross_projection="low_rank"),
     "pairs": SideNetworkStructure((20, 33, 20), PAIRS, "none", "relu"),
     "pairs and crosses": SideNetworkStructure((20, 33, 20), PAIRS, "side"),
 }

@@ -150,6 +150,11 @@ UNEQUAL = SideNetworkStructure((40, 24), PAIR, "backbone", "gelu")
         pytest.param(Case(SideNetworkStructure((40, 40), PAIR, "side", "gelu"), items=17), id="side"),
         pytest.param(Case(UNEQUAL), id="unequal-widths"),
         pytest.param(Case(SideNetworkStructure((40, 24), PAIR, "side", "relu"), items=11), id="side-unequal"),
+        pytest.param(Case(replace(BACKBONE, cross_projection="low_rank"), items=17), id="low-rank"),
+        pytest.param(
+            Case(SideNetworkStructure((40, 24, 40), TRIPLE, "side", cross_projection="low_rank"), items=11),
+            id="side-low-rank",
+        ),
         pytest.param(
             Case(SideNetworkStructure((40, 24), ((0,), (1,), (0, 1)), "side", "gelu"), items=11),
             id="side-pairs",

@@ -51,10 +51,11 @@ STRUCTURES = [
     ops.SideNetworkStructure((6, 9), ((0,), (1,))),
     ops.SideNetworkStructure((6, 9, 6), ((0,), (1,), (2,), (0, 1), (1, 2)), "none", "relu", 0.3),
     ops.SideNetworkStructure((6, 6), ((0,), (1,)), "side"),
+    ops.SideNetworkStructure((6, 6), ((0,), (1,)), cross_projection="low_rank"),
 ]
 
 
-@pytest.mark.parametrize("structure", STRUCTURES, ids=["backbone", "pairs", "side"])
+@pytest.mark.parametrize("structure", STRUCTURES, ids=["backbone", "pairs", "side", "low rank"])
 def test_a_structure_comes_back_from_its_static_fields(structure):
     assert ops.SideNetworkStructure.from_static(*structure.static) == structure
 

@@ -19,6 +19,8 @@ def refuses(request: Request) -> str | None:
         return f"serves pair towers of equal widths only, not {widths}"
     if cross == "backbone" and len(set(widths)) > 1:
         return f"adds other modalities' states at equal widths only, not {widths}"
+    if "cross_projection=low_rank" in request.features:
+        return "adds other modalities' states as they are, which cross_projection='low_rank' rules out"
     if len(widths) > (most := 4 if cross == "backbone" else 8):
         return f"serves at most {most} modalities with cross={cross!r}, not {len(widths)}"
     if levels > 8:

@@ -88,9 +88,9 @@ void each_weight(const side_network::Structure& s, F&& visit) {
   const auto pairs = s.cross_pairs();
   for (size_t p = 0; p < pairs.size(); ++p) visit(7, std::vector<int64_t>{levels});
   for (const auto& [m, n] : pairs)
-    if (s.widths[m] != s.widths[n]) visit(8, std::vector<int64_t>{rank, s.widths[n]});
+    if (s.projected(m, n)) visit(8, std::vector<int64_t>{rank, s.widths[n]});
   for (const auto& [m, n] : pairs)
-    if (s.widths[m] != s.widths[n]) visit(9, std::vector<int64_t>{s.widths[m], rank});
+    if (s.projected(m, n)) visit(9, std::vector<int64_t>{s.widths[m], rank});
   for (const auto& t : s.towers)
     if (s.narrowed(t)) visit(10, std::vector<int64_t>{levels, s.width(t), s.widths[s.wide(t)]});
   for (const auto& t : s.towers)
@@ -128,9 +128,10 @@ int64_t links_size(const side_network::Structure& s) {
 std::vector<Tensor> side_network(TensorList states, TensorList scales, const OptionalTensor& ids,
                                  const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
                                  at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                                 double temperature, at::ScalarType dtype) {
-  const Arguments args = read_arguments(states, scales, ids, present, weights,
-                                        side_network::read_fields(widths, sources, cross, activation, temperature));
+                                 double temperature, c10::string_view cross_projection, at::ScalarType dtype) {
+  const Arguments args =
+      read_arguments(states, scales, ids, present, weights,
+                     side_network::read_fields(widths, sources, cross, activation, temperature, cross_projection));
   const side_network::Structure& s = args.structure;
   check_weights(s, weights);
   return in_compute_type(dtype, [&](auto zero) {
@@ -155,9 +156,10 @@ std::vector<Tensor> side_network_backward(const Tensor& grad_embeddings, const T
                                           TensorList states, TensorList scales, const OptionalTensor& ids,
                                           const OptionalTensor& present, TensorList weights, at::IntArrayRef widths,
                                           at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                                          double temperature, at::ScalarType dtype) {
-  const Arguments args = read_arguments(states, scales, ids, present, weights,
-                                        side_network::read_fields(widths, sources, cross, activation, temperature));
+                                          double temperature, c10::string_view cross_projection, at::ScalarType dtype) {
+  const Arguments args =
+      read_arguments(states, scales, ids, present, weights,
+                     side_network::read_fields(widths, sources, cross, activation, temperature, cross_projection));
   const side_network::Structure& s = args.structure;
   check_weights(s, weights);
   const auto towers = static_cast<int64_t>(s.towers.size());

@@ -164,7 +164,7 @@ class LevelInputs {
     return plan_.structure.cross == Cross::side ? (*before_)[static_cast<size_t>(from)] : matrix(from);
   }
 
-  // low ← gate · s down for each cross source of another width; `low(projection)` is [count, r].
+  // low ← gate · s down for each cross source that is projected; `low(projection)` is [count, r].
   template <class Low>
   void project(size_t t, const Low& low) const {
     each_projected(t, [&](const CrossSource<T>& c) { project(c, low(c.projection)); });

@@ -37,7 +37,7 @@ class OtherWidths {
   }
   T* low(int projection) const { return low_[projection].data(); }      // gate · s down, [block, r]
   T* d_low(int projection) const { return d_low_[projection].data(); }  // its gradient, times the gate
-  // ⟨dx, T s⟩ of a pair of unequal widths at a level, over the block.
+  // ⟨dx, T s⟩ of a projected pair at a level, over the block.
   double dot_of(int pair, int64_t level) const { return dots_[static_cast<size_t>(pair)][level]; }
 
   // Gradients of T and its gate at a level, from dx [count, D] of tower t; x = … + low up. Levels come downwards.

@@ -32,12 +32,12 @@ struct Blocks {
   int64_t length(int64_t block) const { return std::min(size, items - block * size); }
 };
 
-// One cross sum's source: which modality, its gate, and T where widths differ.
+// One cross sum's source: which modality, its gate, and T where it is a pair of matrices.
 template <class T>
 struct CrossSource {
   int pair;        // in the order of cross_pairs
   int from;        // n
-  int projection;  // in the order of the pairs of unequal widths, or −1
+  int projection;  // in the order of the pairs that have one, or −1
   std::vector<T> gate;
 };
 
@@ -77,7 +77,7 @@ struct Plan {
       const auto [m, n] = pairs[p];
       CrossSource<T> source{static_cast<int>(p), n, -1, {}};
       for (int64_t l = 0; l < levels; ++l) source.gate.push_back(std::tanh(w.cross_gate[p][l]));
-      if (s.widths[m] != s.widths[n]) {
+      if (s.projected(m, n)) {
         source.projection = static_cast<int>(projected);
         cross_down.emplace_back(tasks, w.cross_down[projected], 1, rank, s.widths[n], As::transposed);
         cross_up.emplace_back(tasks, w.cross_up[projected], 1, s.widths[m], rank, As::transposed);

@@ -64,7 +64,7 @@ template <class P>
 struct Weights {
   std::vector<P> down_weight, down_bias, up_weight, up_bias, gate, head_weight, head_bias;  // per tower
   std::vector<P> cross_gate;                                                                // per cross pair
-  std::vector<P> cross_down, cross_up;    // per cross pair of unequal widths
+  std::vector<P> cross_down, cross_up;    // per cross pair that is projected
   std::vector<P> pair_weight, pair_bias;  // per narrowed tower
 };
 

@@ -52,6 +52,7 @@ void check_structure(const Structure& s) {
                       " modalities with cross gates, got ", modalities);
     for (int64_t width : s.widths)
       TORCH_CHECK_VALUE(width == s.widths[0], "widths: expected equal widths with cross gates, got ", s.widths);
+    TORCH_CHECK_VALUE(!s.low_rank, "cross_projection: expected identity with cross gates, got low_rank");
   }
   TORCH_CHECK_TYPE(s.dtype == at::kHalf || s.dtype == at::kBFloat16, "dtype: expected float16 or bfloat16, got ",
                    s.dtype);
@@ -182,12 +183,14 @@ Tensor workspace_for(const Call& call, bool backward) {
 Tensors side_network_forward(at::TensorList states, at::TensorList scales, const OptionalTensor& ids,
                              const OptionalTensor& present, at::TensorList weights, at::IntArrayRef widths,
                              at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                             double temperature, at::ScalarType dtype, int64_t path, int64_t backward_items) {
+                             double temperature, c10::string_view cross_projection, at::ScalarType dtype, int64_t path,
+                             int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
-  Call call = prepare_call(
-      states, scales, ids, present, weights,
-      {side_network::read_fields(widths, sources, cross, activation, temperature), dtype, path, backward_items});
+  Call call =
+      prepare_call(states, scales, ids, present, weights,
+                   {side_network::read_fields(widths, sources, cross, activation, temperature, cross_projection), dtype,
+                    path, backward_items});
   CrossanSideNetwork& n = call.network;
   const at::TensorOptions options = call.options.dtype(dtype);
   Tensors results = {at::empty({n.items, n.towers, n.embedding}, options),
@@ -203,12 +206,14 @@ Tensors side_network_backward(const Tensor& grad_embeddings, const Tensor& saved
                               at::TensorList states, at::TensorList scales, const OptionalTensor& ids,
                               const OptionalTensor& present, at::TensorList weights, at::IntArrayRef widths,
                               at::IntArrayRef sources, c10::string_view cross, c10::string_view activation,
-                              double temperature, at::ScalarType dtype, int64_t path, int64_t backward_items) {
+                              double temperature, c10::string_view cross_projection, at::ScalarType dtype, int64_t path,
+                              int64_t backward_items) {
   TORCH_CHECK_VALUE(!weights.empty(), "weights: expected tensors, got none");
   DeviceGuard guard(weights[0].device());
-  Call call = prepare_call(
-      states, scales, ids, present, weights,
-      {side_network::read_fields(widths, sources, cross, activation, temperature), dtype, path, backward_items});
+  Call call =
+      prepare_call(states, scales, ids, present, weights,
+                   {side_network::read_fields(widths, sources, cross, activation, temperature, cross_projection), dtype,
+                    path, backward_items});
   CrossanSideNetwork& n = call.network;
   auto towers = static_cast<size_t>(n.towers);
   at::Device device = weights[0].device();
@@ -238,8 +243,9 @@ Tensors side_network_backward(const Tensor& grad_embeddings, const Tensor& saved
 }  // namespace crossan_fast::border
 
 CROSSAN_LIBRARY_FRAGMENT(CROSSAN_NAMESPACE, library) {
-#define CROSSAN_STATIC                                                                                        \
-  "int[] widths, int[] sources, str cross, str activation, float temperature, ScalarType dtype, int path=0, " \
+#define CROSSAN_STATIC                                                                                           \
+  "int[] widths, int[] sources, str cross, str activation, float temperature, str cross_projection, ScalarType " \
+  "dtype, int path=0, "                                                                                          \
   "int backward_items=0"
   library.def(
       "side_network(Tensor[] states, Tensor[] scales, Tensor? ids, Tensor? present, "

@@ -18,7 +18,8 @@ def draw():
     if modalities > 1 and random.random() < 0.5:
         sources += ((0, 1), (1, 0))
     cross = random.choice(["none", "backbone", "side"])
-    structure = SideNetworkStructure(widths, sources, cross, random.choice(["gelu", "relu"]))
+    activation, projection = random.choice(["gelu", "relu"]), random.choice(["identity", "low_rank"])
+    structure = SideNetworkStructure(widths, sources, cross, activation, cross_projection=projection)
     rows, levels, rank = random.randint(0, 9), random.randint(1, 4), random.choice([1, 5, 16, 64])
     shapes = _shapes(structure, levels, rank, random.choice([1, 7, 32, 64]))
     weights = [values(*shape, dtype=random.choice(FLOATS)) for shape in shapes]

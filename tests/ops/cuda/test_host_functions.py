@@ -169,6 +169,19 @@ def test_structures_are_refused_by_the_limit_s_name(
     assert reason in found if reason else found is None
 
 
+def test_projected_crosses_are_refused_by_name(emulated, emulate, monkeypatch):
+    emulate(architecture=90, shared=227 * 1024)
+    monkeypatch.setattr(_cuda, "refuses", lambda request: None)
+    structure = SideNetworkStructure((64, 64), ((0,), (1,)), cross_projection="low_rank")
+    request = _dispatch.Request("side_network", "cuda", torch.bfloat16, features_of(structure, 7, 64, 64))
+    assert "cross_projection='low_rank' rules out" in _dispatch.refusal(request, "cuda")
+    arguments = ([torch.zeros(1, 1, 64)] * 2, [], None, None, [torch.zeros(1, 8, 64)], *structure.static)
+    with pytest.raises(
+        ValueError, match="cross_projection: expected identity with cross gates, got low_rank"
+    ):
+        _cuda.library().side_network(*arguments, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     "features, dtype, reason",
     [

@@ -45,7 +45,7 @@ def test_float64_equals_the_definition(name, levels, subset):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs"])
+@pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "low rank", "low rank, side", "pairs"])
 def test_error_is_no_worse_than_eagers(name, dtype):
     structure, levels = STRUCTURES[name], 4
     weights = in_dtype(make_weights(structure, levels, 17), dtype)
@@ -98,7 +98,9 @@ print(torch.ops.crossan_fast_cpp.has_brgemm())
     assert lines[6] == "False"
 
 
-@pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs", "none, relu"])
+@pytest.mark.parametrize(
+    "name", ["backbone", "unequal widths, side", "low rank", "low rank, side", "pairs", "none, relu"]
+)
 def test_brgemm_is_no_worse_than_eager(name, monkeypatch):
     """The path of CPUs with AMX, forced: oneDNN runs the same products with AVX-512."""
     need_brgemm()
@@ -289,6 +291,7 @@ def _arguments(**changed):
         "cross": "backbone",
         "activation": "gelu",
         "temperature": 0.1,
+        "cross_projection": "identity",
         "dtype": torch.float64,
     }
     arguments.update({k: v(arguments[k]) if callable(v) else v for k, v in changed.items()})
@@ -330,6 +333,8 @@ def _call(**changed):
         ({"activation": "silu"}, "activation: expected gelu or relu, got 'silu'"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"cross_projection": "full"}, "cross_projection: expected identity or low_rank, got 'full'"),
+        ({"cross_projection": "low_rank"}, "weights"),
         ({"dtype": torch.int32}, "dtype"),
     ],
 )

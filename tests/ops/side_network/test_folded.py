@@ -46,6 +46,7 @@ CASES = {
     "wider, by no vector": (SideNetworkStructure((1027, 770), SINGLES[:2], "backbone", "relu"), 2, 24, 70),
     "nine modalities": (SideNetworkStructure((24,) * 9, NINE), 3, 8, 5),
     "nine of two widths": (SideNetworkStructure((24, 17, 24) * 3, NINE), 2, 3, 12),
+    "low rank": (SideNetworkStructure((96, 70, 96), SINGLES, cross_projection="low_rank"), 4, 16, 24),
     "equal pairs": (SideNetworkStructure((80, 80, 80), PAIRS, "none", "relu"), 4, 16, 20),
     "unequal pairs": (SideNetworkStructure((128, 300), TWO_AND_A_PAIR, "none"), 3, 16, 8),
     "pairs beside a cross": (SideNetworkStructure((33, 70, 33), PAIRS), 4, 7, 19),

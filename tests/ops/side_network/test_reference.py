@@ -64,7 +64,7 @@ def by_hand(config, towers, heads, states, present):
                         if config.cross == "none" or n == m or not present[i, n]:
                             continue
                         s = c[n] if config.cross == "backbone" else h[other]
-                        if len(s) != spec.width:
+                        if len(s) != spec.width or config.cross_projection == "low_rank":
                             s = p[f"{key}.cross_up.{other}"] @ (p[f"{key}.cross_down.{other}"] @ s)
                         x = x + math.tanh(p[f"{key}.cross.{other}"][level]) * s
                 else:
@@ -94,6 +94,8 @@ CASES = {
     "none": ((5, 7), {"cross": "none"}),
     "unequal widths": ((5, 8, 5), {}),
     "unequal widths, side": ((5, 8), {"cross": "side", "activation": "relu"}),
+    "low rank": ((5, 8, 5), {"cross_projection": "low_rank"}),
+    "low rank, side": ((5, 5, 8), {"cross": "side", "cross_projection": "low_rank"}),
     "iisan": ((5, 5, 5), {"iisan": True}),
     "iisan, unequal widths": ((5, 8, 6), {"iisan": True}),
 }
