@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -21,3 +21,19 @@ def first_nonfinite(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
             f"{tensor.numel()} places"
         )
     return None
+
+
+def first_of_step(model: nn.Module, output: Mapping[str, Tensor]) -> str | None:
+    """The same of parameters and buffers, then of what a forward gave, then of gradients."""
+    return first_nonfinite(
+        [
+            *model.named_parameters(),
+            *model.named_buffers(),
+            *(
+                (f"output.{name}", output[name])
+                for name in ("item_embeddings", "user_embeddings", "loss")
+                if output
+            ),
+            *((f"gradient of {name}", parameter.grad) for name, parameter in model.named_parameters()),
+        ]
+    )

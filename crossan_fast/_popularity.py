@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from crossan_fast._checks import check_tensor, describe
 from crossan_fast.data import Catalogue, Split
+from crossan_fast.modules.id_embedding import IdEmbedding
 
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
@@ -38,6 +39,7 @@ class Popularity(nn.Module):
         super().__init__()
         self.register_buffer("item_popularity", torch.empty(0))
         self.register_buffer("catalogue_digest", _to_buffer(None))
+        self.id_embedding: IdEmbedding | None = None
         self._catalogue: Catalogue | None = None
         self._warned_of = 0
 
@@ -50,7 +52,7 @@ class Popularity(nn.Module):
     def set_popularity(
         self, counts: Split | Tensor | Sequence[int], catalogue: Catalogue | None = None
     ) -> None:
-        """Set `item_popularity` from the training interactions of each item.
+        """Set `item_popularity`, and the items of an `id_embedding`, from each item's training interactions.
 
         Args:
             counts: a split, for its counts and its catalogue; or `[I + 1]`, not negative; entry 0 (padding)
@@ -59,6 +61,9 @@ class Popularity(nn.Module):
             catalogue: what the rows of plain counts mean: the `catalogue` of interactions or of a cache. It
                 is saved with the model and compared with that of every cache it trains on; None: unknown,
                 and a cache must have as many items as there are counts.
+
+        ◊ Of an id embedding an item without an interaction is absent. Called again, say with a catalogue that
+        grew, rows keep their vectors.
         """
         if isinstance(counts, Split):
             if catalogue is not None:
@@ -69,6 +74,8 @@ class Popularity(nn.Module):
         self.item_popularity = share.to(device, torch.float32)
         self.catalogue_digest = _to_buffer(catalogue).to(device)
         self._catalogue = catalogue
+        if self.id_embedding is not None:
+            self.id_embedding.allocate(torch.as_tensor(counts, device="cpu") > 0)
 
     def _known_items(self, cache: HiddenStateCache | None, read: bool) -> int | None:
         """The last row that ids may name: of the cache and of the popularity; None where neither has one.
@@ -80,6 +87,8 @@ class Popularity(nn.Module):
             ValueError: rows of the popularity that are not the cache's first ones, or cannot be told to be.
         """
         held = self.item_popularity.numel()
+        if self.id_embedding is not None and not held:
+            raise ValueError("id_embedding: needs set_popularity(counts) first")
         if cache is None:
             return held - 1 if held else None
         if self._catalogue is None:
@@ -99,6 +108,19 @@ class Popularity(nn.Module):
                 stacklevel=5,  # behind Module.__call__
             )
         return known
+
+    def _require_rows(self, cache: HiddenStateCache) -> None:
+        """Raise ValueError where a cache's rows are not those of the id embedding, grown ones apart."""
+        held = self.item_popularity.numel()
+        if self.id_embedding is None or not held:
+            return
+        if self._catalogue is not None:
+            cache.catalogue.require(self._catalogue, "id_embedding", _HINT)
+        elif held != cache.num_items + 1:
+            raise ValueError(
+                f"id_embedding: expected a row for each of the cache's {cache.num_items:,} items, got "
+                f"{held - 1:,} of an unknown catalogue{_HINT}"
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         popularity = state_dict.get(prefix + _BUFFERS[0])

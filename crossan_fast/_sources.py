@@ -61,17 +61,20 @@ class Source:
         scales: per modality fp32 `[R, L]`, for int8 and fp8 states alone.
         ids: int64 `[N]`, the row of `states` that is each item's; None: all R, in order.
         present: bool `[N, M]`; None: every item has every modality.
+        items: int64 `[N]`, each item's row in the catalogue, 0 where it does without its id; None: unknown.
     """
 
     states: Sequence[Tensor]
     scales: Sequence[Tensor] | None
     ids: Tensor | None
     present: Tensor | None
+    items: Tensor | None = None
 
     def repeated(self, slots: Tensor) -> Source:
         """Items `slots` `[n]` of these, in that order and as often as they come."""
         ids = slots if self.ids is None else self.ids[slots]
-        return replace(self, ids=ids, present=None if self.present is None else self.present[slots])
+        present, items = (None if rows is None else rows[slots] for rows in (self.present, self.items))
+        return replace(self, ids=ids, present=present, items=items)
 
 
 def dense(
@@ -119,7 +122,7 @@ def of_batch(
     exists = None if source.present is None else source.present[places]
     if exists is not None and exists.device.type == "cpu":  # on a GPU the answer would have to be waited for
         refuse_empty(exists | (unique.ids == 0)[:, None], "item_ids: item {}", unique.ids)
-    source = Source(source.states, None, places, exists)
+    source = Source(source.states, None, places, exists, unique.ids)
     refuse_nonfinite(config, source, lambda n: f"that of item {int(unique.ids[n])}")
     return source
 
@@ -244,7 +247,7 @@ def cached(
     if gathered is None and read_by_id(cache, device):
         states, scales = cache.states(device, ids), cache.scales(device, ids)
         picked = None if scales is None else [scales[i] for i in order]
-        return Source([states[i] for i in order], picked, ids, present)
+        return Source([states[i] for i in order], picked, ids, present, ids)
     if ids is None:
         raise ValueError(f"cache: expected states resident on {device}, got tier {cache.tier!r}")
     if gathered is None:
@@ -259,7 +262,7 @@ def cached(
                 f"gathered[{name!r}]: expected a row for each of {len(ids)} ids, got {describe(rows)}"
             )
     picked = None if gathered.scales is None else [gathered.scales[name] for name in names]
-    return Source(chosen, picked, None, present)
+    return Source(chosen, picked, None, present, ids)
 
 
 def present_in(config: CrossanConfig, cache: HiddenStateCache, device: torch.device) -> Tensor | None:

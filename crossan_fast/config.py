@@ -116,6 +116,8 @@ class CrossanConfig:
         top_k: ◊ experts per item, renormalised; None runs every present expert.
         load_balance: ◊ weight of the Switch Transformers load-balance loss (arXiv 2101.03961, eq. 4).
         expert_expansion: ◊ hidden width of an expert over d.
+        id_embedding: ◊ a vector for each item as one more expert of the fusion, allocated by
+            `CrossanModel.set_popularity`; items that training never saw do without.
         modality_dropout: ◊ probability that a present modality is dropped in training, never an item's last.
         window: S, history length.
         blocks: SASRec blocks.
@@ -140,6 +142,7 @@ class CrossanConfig:
     top_k: int | None = None
     load_balance: float = 0.0
     expert_expansion: int = 4
+    id_embedding: bool = False
     modality_dropout: float = 0.0
     window: int = 10
     blocks: int = 2
@@ -181,6 +184,11 @@ class CrossanConfig:
     @property
     def modality_names(self) -> tuple[str, ...]:
         return tuple(m.name for m in self.modalities)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """What MOMEF weighs, by name: the modalities, and `id` behind them with `id_embedding`."""
+        return (*self.modality_names, "id") if self.id_embedding else self.modality_names
 
     def to_dict(self) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -253,8 +261,9 @@ class CrossanConfig:
         for name in ("gate_temperature", "adapter_std"):
             if not _number(name, getattr(self, name)) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
-        if not isinstance(self.deduplicate, bool):
-            raise TypeError(f"deduplicate: expected true or false, got {self.deduplicate!r}")
+        for name in ("deduplicate", "id_embedding"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected true or false, got {getattr(self, name)!r}")
 
     def _check_combinations(self) -> None:
         """Fields that ask something of each other."""
@@ -265,11 +274,13 @@ class CrossanConfig:
             )
         if self.top_k is not None:
             _at_least("top_k", self.top_k, 1)
-            if self.top_k > len(self.modalities):
+            if self.top_k > len(self.experts):
+                counted = "modalities and ids" if self.id_embedding else "modalities"
                 raise ValueError(
-                    f"top_k: expected at most the number of modalities, {len(self.modalities)}, "
-                    f"got {self.top_k}"
+                    f"top_k: expected at most the number of {counted}, {len(self.experts)}, got {self.top_k}"
                 )
+        if self.id_embedding and "id" in self.modality_names:
+            raise ValueError("id_embedding: its expert is named 'id', as is one of the modalities")
         if self.architecture == "iisan" and self.cross != "none":
             raise ValueError(
                 f"cross: architecture='iisan' has no cross terms, expected 'none', got {self.cross!r}"

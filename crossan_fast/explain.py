@@ -41,8 +41,9 @@ def explain(
         - `item`: the names, a list of n.
         - `modality`, `tower`: names, lists of M and T; the first M towers are the modalities'.
         - `present`: bool `[n, M]`.
-        - `expert_weight`: `[n, M]`, each row summing to 1: what MOMEF's router gives to each modality, after
-          `top_k`; 0 where the modality is absent. None where `fusion="concat"` has no router.
+        - `expert`: the experts' names: the modalities', and `id` behind them with `id_embedding`.
+        - `expert_weight`: `[n, M]`, or `[n, M + 1]` with ids, rows summing to 1: what MOMEF's router gives
+          to each expert, after `top_k`; 0 where it is absent. None where `fusion="concat"` has no router.
         - `gate`: μ `[T, L]`.
         - `share`: `[M, L]`: the part of a tower's last h that passed from each level's state, adapters and
           cross terms aside: μ_l · Π_{l' > l} (1 − μ_l').
@@ -53,6 +54,7 @@ def explain(
             modality, or a cache without the model's modalities.
     """
     rows = _rows(model, items, cache)
+    model._require_rows(cache)
     names = cache.item_names
     present, weights = _of_items(model, rows, cache)
     gates = _gates(model)
@@ -63,6 +65,7 @@ def explain(
     return {
         "item": [names[row] for row in rows.tolist()],
         "modality": list(model.config.modality_names),
+        "expert": list(model.config.experts),
         "tower": [tower.name for tower in model.config.towers],
         "present": present.cpu().numpy(),
         "expert_weight": None if weights is None else _plain(weights),
@@ -116,12 +119,15 @@ def _of_items(model: CrossanModel, rows: Tensor, cache: HiddenStateCache) -> tup
                 present=source.present,
                 backend=model.backend_for("side_network"),
             )
+            exists = source.present
+            if model.id_embedding is not None:
+                embeddings, exists = model.id_embedding(embeddings, exists, part)
             found.append(
                 expert_weights(
                     embeddings,
                     weight_of(router),
                     bias_of(router),
-                    present=source.present,
+                    present=exists,
                     top_k=config.top_k,
                 )
             )

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crossan_fast import _sources, distributed, iisan, ops
 from crossan_fast._checks import check_tensor, describe
-from crossan_fast._finite import first_nonfinite
+from crossan_fast._dropping import drop_by_item
+from crossan_fast._finite import first_of_step
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
@@ -22,6 +22,7 @@ from crossan_fast.config import CrossanConfig
 from crossan_fast.explain import explain
 from crossan_fast.hub import Pretrained
 from crossan_fast.modules.fusion import Momef, concat, make_concat, make_head
+from crossan_fast.modules.id_embedding import IdEmbedding, rows_of
 from crossan_fast.modules.linear import own
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
@@ -69,6 +70,8 @@ class CrossanModel(Popularity, Pretrained):
         self.heads = nn.ModuleDict(
             {tower.name: make_head(tower.width, config.embedding_dim, two_layers) for tower in config.towers}
         )
+        if config.id_embedding:
+            self.id_embedding = IdEmbedding(config)
         self.fusion = Momef(config) if config.fusion == "momef" else make_concat(config)
         self.sequence_encoder = SequenceEncoder(config)
         self.process_group: torch.distributed.ProcessGroup | None = None
@@ -76,12 +79,19 @@ class CrossanModel(Popularity, Pretrained):
 
     # -- items and users -------------------------------------------------------------------------------
 
-    def encode_items(self, states: Mapping[str, Tensor], present: Tensor | None = None) -> Tensor:
+    def encode_items(
+        self,
+        states: Mapping[str, Tensor],
+        present: Tensor | None = None,
+        *,
+        item_ids: Tensor | None = None,
+    ) -> Tensor:
         """Item embeddings from dense states.
 
         Args:
             states: per modality name `[N, L, D_m]`, any floating type.
             present: bool `[N, M]` in the config's order of modalities; None: all present.
+            item_ids: int64 `[N]`, rows of the catalogue, for `id_embedding`; None: all do without.
 
         Returns:
             `[N, d]`.
@@ -95,7 +105,10 @@ class CrossanModel(Popularity, Pretrained):
         if present is not None:
             _sources.refuse_empty(present, "present: item at row {}")
         _sources.refuse_nonfinite(self.config, source, lambda row: f"in row {row}")
-        return self._encode(source, None)[0]
+        if item_ids is not None:
+            check_tensor("item_ids", item_ids, source.states[0].shape[:1], dtypes=(torch.int64,))
+            check_range("item_ids", item_ids, 0)
+        return self._encode(replace(source, items=item_ids), None)[0]
 
     def encode_users(self, items: Tensor, mask: Tensor) -> Tensor:
         """User vectors from item embeddings.
@@ -126,6 +139,7 @@ class CrossanModel(Popularity, Pretrained):
         Zeros for row 0, and for an item with none of the model's modalities.
         """
         device = self._device()
+        self._require_rows(cache)
         _sources.place(cache, device)
         if ids is None:
             ids = torch.arange(cache.num_items + 1, device=device)
@@ -177,7 +191,8 @@ class CrossanModel(Popularity, Pretrained):
         _sources.check_ids(self.config, item_ids, self._device(), self.process_group is None)
         _sources.check_given(states, cache, present, gathered)
         item_ids, ahead = item_ids.to(torch.int64), ReadAhead(gathered, capacity)
-        known = self._known_items(cache, read=self.config.loss == "in_batch")
+        read = self.config.loss == "in_batch" or self.config.id_embedding
+        known = self._known_items(cache, read)
         if known is not None:
             _sources.check_range(item_ids, known, cache)
         if cache is not None and item_ids.device.type == "cpu":  # as in check_ids
@@ -192,8 +207,7 @@ class CrossanModel(Popularity, Pretrained):
             source = _sources.of_batch(self.config, states, present, unique)
         if item_ids.device.type == "cpu" and self.process_group is None:  # as in check_ids
             refuse_without_negatives(item_ids, unique)
-        source = replace(source, present=self._drop(source.present, unique.ids))
-        return self._in_batch(item_ids, unique, source)
+        return self._in_batch(item_ids, unique, self._drop(source, unique.ids))
 
     def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
         if ahead.gathered is None:
@@ -206,7 +220,7 @@ class CrossanModel(Popularity, Pretrained):
         if not deduplicate:
             source, counts = source.repeated(slots.reshape(-1)), (slots.reshape(-1) != 0).to(torch.int64)
         embeddings, balance = self._encode(source, counts)
-        by_place = (_rows(embeddings, slots) if deduplicate else embeddings).reshape(*item_ids.shape, -1)
+        by_place = (rows_of(embeddings, slots) if deduplicate else embeddings).reshape(*item_ids.shape, -1)
         mask = item_ids[:, :-1] != 0
         users = self.encode_users(by_place[:, :-1], mask)
         if self.process_group is not None:
@@ -247,21 +261,22 @@ class CrossanModel(Popularity, Pretrained):
             catalogue, places = catalogue[kept], torch.where(kept, kept.cumsum(0) - 1, 0)[item_ids]
         counts = (catalogue != 0).to(torch.int64)
         held = _sources.present_in(self.config, cache, device)
-        exists = self._drop(None if held is None else held[catalogue], catalogue)
+        exists = None if held is None else held[catalogue]
+        source = self._drop(Source((), None, catalogue, exists, catalogue), catalogue)
         _sources.place(cache, device)
         if _sources.read_by_id(cache, device):
             ids = None if len(catalogue) == cache.num_items + 1 else catalogue
-            source = replace(_sources.cached(self.config, cache, device, ids), present=exists)
+            read = _sources.cached(self.config, cache, device, ids)
+            source = replace(read, present=source.present, items=source.items)
             embeddings, balance = self._encode(source, counts)
         else:
-            source = Source((), None, catalogue, exists)
             embeddings, balance = self._fuse(self._embed_in_chunks(cache, source), source, counts)
         if self.config.deduplicate:
-            by_place = _rows(embeddings, places)
+            by_place = rows_of(embeddings, places)
         else:
-            flat = item_ids.reshape(-1)
-            placed = _sources.cached(self.config, cache, device, flat)
-            placed = replace(placed, present=None if exists is None else exists[places.reshape(-1)])
+            placed = source.repeated(places.reshape(-1))
+            read = _sources.cached(self.config, cache, device, placed.ids)
+            placed = replace(read, present=placed.present, items=placed.items)
             by_place = self._encode(placed, None)[0].reshape(*item_ids.shape, -1)
         users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
         targets = torch.where(places[:, :-1] != 0, places[:, 1:], 0)
@@ -287,18 +302,7 @@ class CrossanModel(Popularity, Pretrained):
         Raises:
             ValueError: naming the tensor, its first bad entry and how many there are.
         """
-        results = {} if output is None else dict(output)
-        named = [
-            *self.named_parameters(),
-            *self.named_buffers(),
-            *(
-                (f"output.{name}", results[name])
-                for name in ("item_embeddings", "user_embeddings", "loss")
-                if results
-            ),
-            *((f"gradient of {name}", parameter.grad) for name, parameter in self.named_parameters()),
-        ]
-        if found := first_nonfinite(named):
+        if found := first_of_step(self, {} if output is None else dict(output)):
             raise ValueError(found)
 
     # -- backends --------------------------------------------------------------------------------------
@@ -371,11 +375,13 @@ class CrossanModel(Popularity, Pretrained):
         self, embeddings: Tensor, source: Source, counts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         with span("fusion"):
+            present = source.present
+            if self.id_embedding is not None:
+                embeddings, present = self.id_embedding(embeddings, present, source.items)
             if self.config.fusion == "concat":
                 return concat(self.fusion, embeddings), None
-            fused = own(self.fusion)(
-                embeddings, present=source.present, counts=counts, backend=self.backend_for("fusion")
-            )
+            backend = self.backend_for("fusion")
+            fused = own(self.fusion)(embeddings, present=present, counts=counts, backend=backend)
         return fused.items, fused.balance
 
     def _embed_in_chunks(self, cache: HiddenStateCache, catalogue: Source) -> Tensor:
@@ -420,25 +426,10 @@ class CrossanModel(Popularity, Pretrained):
             return loss
         return loss + self.config.load_balance * balance
 
-    def _drop(self, exists: Tensor | None, ids: Tensor) -> Tensor | None:
-        """Modality dropout ◊: one draw an item and step, so that places of one id agree."""
-        p = self.config.modality_dropout
-        if not (self.training and p):
-            return exists
-        if exists is None:
-            exists = (ids != 0)[:, None].expand(-1, len(self.config.modalities))
-        draw = torch.rand(exists.shape, device=exists.device).masked_fill(~exists, -1)
-        best = draw == draw.amax(dim=1, keepdim=True)
-        return exists & ((draw >= p) | best)
+    def _drop(self, source: Source, ids: Tensor) -> Source:
+        if not (self.training and self.config.modality_dropout):
+            return source
+        return drop_by_item(self.config, source, ids)
 
     def _device(self) -> torch.device:
         return next(self.parameters()).device
-
-
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """`table[index]`.
-
-    A CPU adds up an embedding's gradient by rows, indexing's by elements; on a GPU it is indexing's that
-    repeats bit for bit at every size.
-    """
-    return F.embedding(index, table) if table.device.type == "cpu" else table[index]

@@ -28,6 +28,7 @@ def make(loss):
         window=4,
         dropout=0.0,
         loss=loss,
+        id_embedding=loss == "in_batch",
     )
     model = CrossanModel(config)
     model.set_popularity(torch.arange(ITEMS + 1))

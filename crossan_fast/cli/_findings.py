@@ -120,7 +120,8 @@ def _hits_without(model: CrossanModel, task: Task, protocol: EvaluationConfig, c
         for rows in present.any(dim=1).nonzero().flatten().split(CATALOGUE_CHUNK):
             states = task.cache.gather(rows, device, dtype=torch.float32)
             wanted = {name: states[name] for name in names}
-            items[rows.to(device)] = model.encode_items(wanted, present[rows].to(device)).float()
+            here, rows = present[rows].to(device), rows.to(device)
+            items[rows] = model.encode_items(wanted, here, item_ids=rows).float()
         exclude = excluded(split.history_test, split.test_target, protocol.filter_history)
         ranks = rank_targets(
             model,

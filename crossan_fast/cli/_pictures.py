@@ -132,7 +132,7 @@ def _experts(figure: Figure, found: Findings) -> bool:
     if weights is None or weights.shape[1] == 1:
         return False
     left, right = figure.subplots(1, 2)
-    names = found.explained["modality"]
+    names = found.explained["expert"]
     colours = [_COLOURS[m % len(_COLOURS)] for m in range(len(names))]
     bars = left.barh(names, weights.mean(axis=0), color=colours)
     left.bar_label(bars, fmt="%.2f", padding=3)
@@ -170,7 +170,7 @@ def _without(figure: Figure, found: Findings) -> bool:
 def _map(figure: Figure, found: Findings) -> bool:
     figure.set_figheight(5.4)
     axes = figure.subplots()
-    weights, names = found.explained["expert_weight"], found.explained["modality"]
+    weights, names = found.explained["expert_weight"], found.explained["expert"]
     picked = np.arange(len(found.points))
     if len(picked) > _MOST_POINTS:
         picked = np.random.default_rng(0).choice(len(picked), _MOST_POINTS, replace=False)

@@ -60,7 +60,7 @@ class Momef(nn.Module):
 
     def __init__(self, config: CrossanConfig) -> None:
         super().__init__()
-        count, width = len(config.modalities), config.embedding_dim
+        count, width = len(config.experts), config.embedding_dim
         self.top_k = config.top_k
         self.router = nn.Linear(count * width, count)
         # Near-zero weights: every modality starts with nearly the same say.
@@ -89,8 +89,9 @@ class Momef(nn.Module):
 
 
 def make_concat(config: CrossanConfig) -> nn.Linear:
-    """IISAN's fusion: a Linear over the towers' embeddings side by side; `concat` applies it."""
-    return nn.Linear(len(config.towers) * config.embedding_dim, config.embedding_dim)
+    """IISAN's fusion: a Linear over the towers' embeddings, and those of ids, side by side; `concat` applies it."""
+    count = len(config.towers) + config.id_embedding
+    return nn.Linear(count * config.embedding_dim, config.embedding_dim)
 
 
 def concat(linear: nn.Module, embeddings: Tensor) -> Tensor:

@@ -63,10 +63,14 @@ def test_the_run_folder_holds_everything(values: dict[str, Any]) -> None:
         assert torch.equal(value, trainer.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("loss", ["in_batch", "full"])
-def test_resuming_continues_bit_for_bit(values: dict[str, Any], tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize(
+    ("loss", "ids"),
+    [("in_batch", False), ("full", False), ("in_batch", True)],
+    ids=["in_batch", "full", "ids"],
+)
+def test_resuming_continues_bit_for_bit(values: dict[str, Any], tmp_path: Path, loss: str, ids: bool) -> None:
     """Weights, optimizer state, dropout's generator and the log: four epochs are two and two."""
-    values["model"] |= {"loss": loss, "modality_dropout": 0.3, "load_balance": 0.1}
+    values["model"] |= {"loss": loss, "modality_dropout": 0.3, "load_balance": 0.1, "id_embedding": ids}
     values["optimizer"] |= {"average": 0.9}
     straight = with_values(values, epochs=4, run=str(tmp_path / "straight"))
     cut = with_values(values, epochs=2, run=str(tmp_path / "cut"))

@@ -1,0 +1,88 @@
+"""A vector for each item that training sees, as one more expert of the fusion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crossan_fast.config import CrossanConfig
+
+
+class IdEmbedding(nn.Module):
+    """A table `[I + 1, d]` ◊; an item that training never saw is absent from it, whatever its row holds.
+
+    Empty until `allocate`: how many items there are is no part of a config. It starts near zero, so that
+    items start near what their modalities say.
+
+    Attributes:
+        weight: `[I + 1, d]`; row 0 (padding) is never read.
+        seen: buffer bool `[I + 1]`: the items that training has interactions of.
+    """
+
+    seen: Tensor
+
+    def __init__(self, config: CrossanConfig) -> None:
+        super().__init__()
+        self.std = config.adapter_std
+        self.weight = nn.Parameter(torch.empty(0, config.embedding_dim))
+        self.register_buffer("seen", torch.empty(0, dtype=torch.bool))
+
+    @torch.no_grad()
+    def allocate(self, seen: Tensor) -> None:
+        """Know the items of `seen`, bool `[I + 1]`; rows that were there keep their vectors.
+
+        The parameter stays the same object, so that an optimizer that has it goes on with it.
+        """
+        held, width = self.weight.shape
+        if len(seen) != held:
+            rows = self.weight.new_empty(len(seen), width).normal_(std=self.std)
+            kept = min(held, len(seen))
+            rows[:kept] = self.weight[:kept]
+            self.weight.data = rows
+            self.weight.grad = None
+        self.seen = seen.to(self.weight.device)
+        self.seen[0] = False
+
+    def forward(
+        self, embeddings: Tensor, present: Tensor | None, items: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings `[N, T, d]` with the items' own behind them, zeros where absent; and which are present.
+
+        Args:
+            present: bool `[N, M]`; None: all present.
+            items: int64 `[N]`, rows of the catalogue, 0 and those beyond the table being absent; None: no
+                item is known.
+
+        Returns:
+            `[N, T + 1, d]`, and bool `[N, M + 1]`, or `[N, T + 1]` where `present` is None.
+        """
+        if present is None:
+            present = embeddings.new_ones(embeddings.shape[:2], dtype=torch.bool)
+        own = embeddings.new_zeros(len(embeddings), 1, embeddings.shape[2])
+        known = present.new_zeros(len(embeddings), 1)
+        if items is not None and len(self.weight):
+            row = torch.where(items < len(self.weight), items, 0)
+            known = self.seen[row][:, None]
+            own = torch.where(known, rows_of(self.weight, row).to(embeddings.dtype), 0)[:, None]
+        return torch.cat([embeddings, own], 1), torch.cat([present, known], 1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight, seen = (state_dict.get(prefix + name) for name in ("weight", "seen"))
+        fits = weight is not None and seen is not None and seen.shape == weight.shape[:1] != self.seen.shape
+        # The catalogue's size is not part of the config: the table takes the one that was saved.
+        if fits and weight.dim() == 2:
+            self.weight.data = self.weight.new_empty(weight.shape[0], self.weight.shape[1])
+            self.seen = self.seen.new_empty(seen.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`.
+
+    A CPU adds up an embedding's gradient by rows, indexing's by elements; on a GPU it is indexing's that
+    repeats bit for bit at every size.
+    """
+    return F.embedding(index, table) if table.device.type == "cpu" else table[index]
