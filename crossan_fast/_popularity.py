@@ -109,6 +109,11 @@ class Popularity(nn.Module):
             )
         return known
 
+    def _log_popularity(self, ids: Tensor) -> Tensor:
+        if self.item_popularity.numel() == 0:
+            raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
+        return torch.log(self.item_popularity[ids])
+
     def _require_rows(self, cache: HiddenStateCache) -> None:
         """Raise ValueError where a cache's rows are not those of the id embedding, grown ones apart."""
         held = self.item_popularity.numel()

@@ -5,7 +5,7 @@ That is dense tensors, a cache that the op reads by id, or rows gathered from on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -225,6 +225,18 @@ def read_by_id(cache: HiddenStateCache, device: torch.device) -> bool:
     The CPU reads memory and mapped files alike; a GPU reads a cache that is resident on it (see `place`).
     """
     return device.type == "cpu" or (cache.device == device and cache.tier == "resident")
+
+
+def in_parts(
+    cache: HiddenStateCache, device: torch.device, ids: Tensor, size: int
+) -> Iterator[tuple[Tensor, Gathered | None]]:
+    """`ids` in parts, with their rows read ahead where the op can't read them by id."""
+    parts = ids.split(size)
+    if read_by_id(cache, device):
+        yield from ((part, None) for part in parts)
+    else:
+        ahead = cache.prefetch_stored(iter(parts), device)
+        yield from ((part, rows) for part, (_, rows) in zip(parts, ahead, strict=True))
 
 
 def cached(

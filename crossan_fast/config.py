@@ -20,6 +20,7 @@ from crossan_fast._untrusted import parse_json
 Architecture = Literal["crossan", "iisan"]
 Cross = Literal["backbone", "side", "none"]
 CrossProjection = Literal["identity", "low_rank"]
+DropoutScope = Literal["item", "history"]
 Activation = Literal["gelu", "relu"]
 Head = Literal["one", "two"]
 Fusion = Literal["momef", "concat"]
@@ -119,6 +120,8 @@ class CrossanConfig:
         id_embedding: ◊ a vector for each item as one more expert of the fusion, allocated by
             `CrossanModel.set_popularity`; items that training never saw do without.
         modality_dropout: ◊ probability that a present modality is dropped in training, never an item's last.
+        modality_dropout_scope: ◊ an `item` and step, or a whole `history` (Sequential Modality Dropout,
+            arXiv 2608.10240): one draw a history and modality; targets and negatives keep what they have.
         window: S, history length.
         blocks: SASRec blocks.
         attention_heads: heads of each block; divides `embedding_dim`.
@@ -144,6 +147,7 @@ class CrossanConfig:
     expert_expansion: int = 4
     id_embedding: bool = False
     modality_dropout: float = 0.0
+    modality_dropout_scope: DropoutScope = "item"
     window: int = 10
     blocks: int = 2
     attention_heads: int = 2
@@ -234,6 +238,7 @@ class CrossanConfig:
             ("architecture", Architecture),
             ("cross", Cross),
             ("cross_projection", CrossProjection),
+            ("modality_dropout_scope", DropoutScope),
             ("activation", Activation),
             ("head", Head),
             ("fusion", Fusion),
@@ -284,6 +289,11 @@ class CrossanConfig:
         if self.architecture == "iisan" and self.cross != "none":
             raise ValueError(
                 f"cross: architecture='iisan' has no cross terms, expected 'none', got {self.cross!r}"
+            )
+        if self.modality_dropout_scope == "history" and not self.deduplicate:
+            raise ValueError(
+                "modality_dropout_scope: 'history' works on distinct items and what they have left, expected "
+                "deduplicate=true, got false"
             )
         if self.cross == "none" and self.cross_projection != "identity":
             raise ValueError(

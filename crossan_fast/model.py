@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from crossan_fast import _sources, distributed, iisan, ops
-from crossan_fast._checks import check_tensor, describe
-from crossan_fast._dropping import drop_by_item
+from crossan_fast._checks import check_range, check_tensor, describe
+from crossan_fast._dropping import drop_by_history, drop_by_item
 from crossan_fast._finite import first_of_step
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
@@ -144,7 +144,9 @@ class CrossanModel(Popularity, Pretrained):
         if ids is None:
             ids = torch.arange(cache.num_items + 1, device=device)
         with evaluating(self), torch.no_grad():
-            chunks = [self._encode_ids(cache, *part) for part in self._parts(cache, ids, batch_size)]
+            chunks = [
+                self._encode_ids(cache, *part) for part in _sources.in_parts(cache, device, ids, batch_size)
+            ]
         if not chunks:
             return torch.zeros(0, self.config.embedding_dim, device=device)
         bare = _sources.bare_in(self.config, cache, device)
@@ -216,13 +218,18 @@ class CrossanModel(Popularity, Pretrained):
 
     def _in_batch(self, item_ids: Tensor, unique: ops.Deduplicated, source: Source) -> CrossanOutput:
         deduplicate, slots = self.config.deduplicate, unique.slots
-        counts = unique.counts
-        if not deduplicate:
-            source, counts = source.repeated(slots.reshape(-1)), (slots.reshape(-1) != 0).to(torch.int64)
-        embeddings, balance = self._encode(source, counts)
-        by_place = (rows_of(embeddings, slots) if deduplicate else embeddings).reshape(*item_ids.shape, -1)
-        mask = item_ids[:, :-1] != 0
-        users = self.encode_users(by_place[:, :-1], mask)
+        histories = None
+        if self._drops("history"):
+            histories, embeddings, balance = self._thinned(unique, source)
+            by_place = rows_of(embeddings, slots)
+        elif deduplicate:
+            embeddings, balance = self._encode(source, unique.counts)
+            by_place = rows_of(embeddings, slots)
+        else:
+            flat = slots.reshape(-1)
+            embeddings, balance = self._encode(source.repeated(flat), (flat != 0).to(torch.int64))
+            by_place = embeddings.reshape(*item_ids.shape, -1)
+        users = self.encode_users(by_place[:, :-1] if histories is None else histories, item_ids[:, :-1] != 0)
         if self.process_group is not None:
             if not deduplicate:
                 raise ValueError("deduplicate: process_group shares distinct items, expected true, got false")
@@ -278,7 +285,13 @@ class CrossanModel(Popularity, Pretrained):
             read = _sources.cached(self.config, cache, device, placed.ids)
             placed = replace(read, present=placed.present, items=placed.items)
             by_place = self._encode(placed, None)[0].reshape(*item_ids.shape, -1)
-        users = self.encode_users(by_place[:, :-1], item_ids[:, :-1] != 0)
+        histories = by_place[:, :-1]
+        if self._drops("history"):
+            unique = ops.deduplicate(
+                item_ids, ReadAhead().slots(item_ids), backend=self.backend_for("deduplicate")
+            )
+            histories, _, _ = self._thinned(unique, _sources.cached(self.config, cache, device, unique.ids))
+        users = self.encode_users(histories, item_ids[:, :-1] != 0)
         targets = torch.where(places[:, :-1] != 0, places[:, 1:], 0)
         with span("loss"):
             loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
@@ -399,25 +412,9 @@ class CrossanModel(Popularity, Pretrained):
             chunks.append(checkpoint(embed, ids, present, use_reentrant=False, preserve_rng_state=False))
         return torch.cat(chunks)
 
-    def _parts(
-        self, cache: HiddenStateCache, ids: Tensor, size: int
-    ) -> Iterator[tuple[Tensor, Gathered | None]]:
-        """`ids` in parts, with their rows read ahead where the op can't read them by id."""
-        parts = ids.split(size)
-        if _sources.read_by_id(cache, self._device()):
-            yield from ((part, None) for part in parts)
-        else:
-            ahead = cache.prefetch_stored(iter(parts), self._device())
-            yield from ((part, rows) for part, (_, rows) in zip(parts, ahead, strict=True))
-
     def _encode_ids(self, cache: HiddenStateCache, ids: Tensor, gathered: Gathered | None) -> Tensor:
         source = _sources.cached(self.config, cache, self._device(), ids, gathered)
         return self._encode(source, None)[0]
-
-    def _log_popularity(self, ids: Tensor) -> Tensor:
-        if self.item_popularity.numel() == 0:
-            raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
-        return torch.log(self.item_popularity[ids])
 
     def _total(self, loss: Tensor, item_ids: Tensor, balance: Tensor | None) -> Tensor:
         if self.process_group is not None:
@@ -426,10 +423,19 @@ class CrossanModel(Popularity, Pretrained):
             return loss
         return loss + self.config.load_balance * balance
 
+    def _drops(self, scope: str) -> bool:
+        config = self.config
+        return bool(self.training and config.modality_dropout and config.modality_dropout_scope == scope)
+
     def _drop(self, source: Source, ids: Tensor) -> Source:
-        if not (self.training and self.config.modality_dropout):
-            return source
-        return drop_by_item(self.config, source, ids)
+        return drop_by_item(self.config, source, ids) if self._drops("item") else source
+
+    def _thinned(self, unique: ops.Deduplicated, source: Source) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Histories' items `[B, S, d]` with what a dropout by history leaves of them; the distinct items
+        `[U, d]` with all that they have; the balance."""
+        pairs = drop_by_history(self.config, source, unique, self.backend_for("deduplicate"))
+        embeddings, balance = self._encode(pairs.source, pairs.counts)
+        return rows_of(embeddings, pairs.inputs), rows_of(embeddings, pairs.candidates), balance
 
     def _device(self) -> torch.device:
         return next(self.parameters()).device

@@ -89,7 +89,7 @@ class Momef(nn.Module):
 
 
 def make_concat(config: CrossanConfig) -> nn.Linear:
-    """IISAN's fusion: a Linear over the towers' embeddings, and those of ids, side by side; `concat` applies it."""
+    """IISAN's fusion: a Linear over embeddings of the towers, and of ids, side by side; see `concat`."""
     count = len(config.towers) + config.id_embedding
     return nn.Linear(count * config.embedding_dim, config.embedding_dim)
 

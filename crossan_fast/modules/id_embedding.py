@@ -70,10 +70,10 @@ class IdEmbedding(nn.Module):
         return torch.cat([embeddings, own], 1), torch.cat([present, known], 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        weight, seen = (state_dict.get(prefix + name) for name in ("weight", "seen"))
-        fits = weight is not None and seen is not None and seen.shape == weight.shape[:1] != self.seen.shape
+        empty = self.seen.new_empty(0)
+        weight, seen = (state_dict.get(prefix + name, empty) for name in ("weight", "seen"))
         # The catalogue's size is not part of the config: the table takes the one that was saved.
-        if fits and weight.dim() == 2:
+        if weight.dim() == 2 and seen.shape == weight.shape[:1] != self.seen.shape:
             self.weight.data = self.weight.new_empty(weight.shape[0], self.weight.shape[1])
             self.seen = self.seen.new_empty(seen.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
