@@ -25,6 +25,7 @@ Activation = Literal["gelu", "relu"]
 Head = Literal["one", "two"]
 Fusion = Literal["momef", "concat"]
 Loss = Literal["in_batch", "full"]
+Scores = Literal["dot", "cosine"]
 Attention = Literal["sdpa", "xformers"]
 
 _IISAN: dict[str, Any] = {
@@ -128,6 +129,9 @@ class CrossanConfig:
         dropout: of the sequence encoder.
         attention: `sdpa`, or `xformers` (packed sequences, CUDA only).
         loss: `in_batch` or `full`.
+        scores: ◊ `dot`, or `cosine`: items are unit vectors wherever they appear, users unit vectors.
+        temperature: ◊ scores are divided by it, in training and after; `cosine` wants some 0.05 to 0.2.
+        label_smoothing: ε: the target's share of a loss's labels is 1 − ε, all of a row's columns share ε.
         deduplicate: run side network, fusion and loss on the batch's distinct ids; exact either way.
         adapter_std: standard deviation of the adapters' initial weights.
     """
@@ -154,6 +158,9 @@ class CrossanConfig:
     dropout: float = 0.1
     attention: Attention = "sdpa"
     loss: Loss = "in_batch"
+    scores: Scores = "dot"
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
     deduplicate: bool = True
     adapter_std: float = 0.01
     # Derived, so that every consumer agrees on the order of towers.
@@ -244,6 +251,7 @@ class CrossanConfig:
             ("fusion", Fusion),
             ("attention", Attention),
             ("loss", Loss),
+            ("scores", Scores),
         ):
             value = getattr(self, name)
             if value not in get_args(options):
@@ -257,13 +265,13 @@ class CrossanConfig:
             "attention_heads",
         ):
             _at_least(name, getattr(self, name), 1)
-        for name in ("dropout", "modality_dropout"):
+        for name in ("dropout", "modality_dropout", "label_smoothing"):
             value = _number(name, getattr(self, name))
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
         if _number("load_balance", self.load_balance) < 0:
             raise ValueError(f"load_balance: expected a weight of at least 0, got {self.load_balance!r}")
-        for name in ("gate_temperature", "adapter_std"):
+        for name in ("gate_temperature", "temperature", "adapter_std"):
             if not _number(name, getattr(self, name)) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         for name in ("deduplicate", "id_embedding"):
@@ -295,6 +303,8 @@ class CrossanConfig:
                 "modality_dropout_scope: 'history' works on distinct items and what they have left, expected "
                 "deduplicate=true, got false"
             )
+        if self.label_smoothing and not self.deduplicate:
+            raise ValueError("label_smoothing: works on distinct items, expected deduplicate=true, got false")
         if self.cross == "none" and self.cross_projection != "identity":
             raise ValueError(
                 f"cross_projection: cross='none' has no cross terms to project, expected 'identity', "

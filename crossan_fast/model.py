@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossan_fast import _sources, distributed, iisan, ops
+from crossan_fast import _scores, _sources, distributed, iisan, ops
 from crossan_fast._checks import check_range, check_tensor, describe
 from crossan_fast._dropping import drop_by_history, drop_by_item
 from crossan_fast._finite import first_of_step
@@ -129,7 +129,8 @@ class CrossanModel(Popularity, Pretrained):
                 f"items: expected at most window={self.config.window} places, got {describe(items)}"
             )
         with span("sequence_encoder"):
-            return self.sequence_encoder(items, mask, backend=self.backend_for("sequence_encoder"))
+            users = self.sequence_encoder(items, mask, backend=self.backend_for("sequence_encoder"))
+        return _scores.as_users(self.config, users)
 
     def encode_catalogue(
         self, cache: HiddenStateCache, *, ids: Tensor | None = None, batch_size: int = CATALOGUE_CHUNK
@@ -245,14 +246,10 @@ class CrossanModel(Popularity, Pretrained):
         log_popularity = self._log_popularity(unique.ids)
         with span("loss"):
             if deduplicate:
-                loss = ops.in_batch_loss(
-                    users,
-                    embeddings,
-                    unique.slots,
-                    unique.counts,
-                    log_popularity,
-                    backend=self.backend_for("in_batch_loss"),
-                )
+                columns = (users, embeddings, unique.slots, unique.counts, log_popularity)
+                loss = ops.in_batch_loss(*columns, backend=self.backend_for("in_batch_loss"))
+                smoothing = self.config.label_smoothing
+                loss = _scores.smooth_in_batch(loss, smoothing, users, embeddings, unique, log_popularity)
             else:
                 loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
@@ -295,6 +292,7 @@ class CrossanModel(Popularity, Pretrained):
         targets = torch.where(places[:, :-1] != 0, places[:, 1:], 0)
         with span("loss"):
             loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
+            loss = _scores.smooth_full(loss, self.config.label_smoothing, users, embeddings, targets)
         return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
     def check_finite(self, output: CrossanOutput | None = None) -> None:
@@ -392,10 +390,10 @@ class CrossanModel(Popularity, Pretrained):
             if self.id_embedding is not None:
                 embeddings, present = self.id_embedding(embeddings, present, source.items)
             if self.config.fusion == "concat":
-                return concat(self.fusion, embeddings), None
+                return _scores.as_items(self.config, concat(self.fusion, embeddings)), None
             backend = self.backend_for("fusion")
             fused = own(self.fusion)(embeddings, present=present, counts=counts, backend=backend)
-        return fused.items, fused.balance
+        return _scores.as_items(self.config, fused.items), fused.balance
 
     def _embed_in_chunks(self, cache: HiddenStateCache, catalogue: Source) -> Tensor:
         """Embeddings of all items, a chunk's states at a time; the backward gathers them again."""

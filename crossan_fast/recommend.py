@@ -36,7 +36,7 @@ class Recommendation:
     """Attributes:
     item: its row in the cache.
     name: its name there.
-    score: inner product of user and item; comparable within one user only.
+    score: inner product of user and item, as the config's `scores` has it; comparable within one user only.
     """
 
     item: int
