@@ -125,4 +125,6 @@ DRAWINGS: dict[str, Callable[[Path, Path], str]] = {
     "reliability": _reliability,
     "recipes": _table_of("scientific"),
     "basis": _table_of("basis"),
+    "ablations": _table_of("ablations"),
+    "encoders": _table_of("encoders"),
 }

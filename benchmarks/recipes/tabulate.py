@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from pathlib import Path
 
+from benchmarks.recipes import tables
 from benchmarks.recipes.basis import BASES
-from benchmarks.recipes.scientific import EPOCHS, RESULTS, RUNS, p20
+from benchmarks.recipes.caches import RECIPES
+from benchmarks.recipes.encoders import ROWS
+from benchmarks.recipes.records import RESULTS, Row, p20, read
+from benchmarks.recipes.run import EPOCHS, PLAIN, RUNS
+from benchmarks.recipes.tables import percent, spread
 from crossan_fast._files import write_whole
 
 TABLE, CURVE = RESULTS / "scientific.md", RESULTS / "scientific.png"
-BASIS_TABLE = RESULTS / "basis.md"
+ABLATIONS_TABLE, BASIS_TABLE = RESULTS / "ablations.md", RESULTS / "basis.md"
+ENCODERS_TABLE, ENCODERS_PLOT = RESULTS / "encoders.md", RESULTS / "encoders.png"
+CURVES = "scientific"
+# What the curve calls the recipe and its variant: by what sets them apart.
+_LOSSES = {PLAIN: "in_batch", "full": "full"}
 _COLOURS = {"in_batch": "#0072B2", "full": "#D55E00"}
 
-Row = dict[str, str]
 
-
-def read(path: Path) -> list[Row]:
-    """Rows of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def by_variant(rows: list[Row]) -> dict[str, list[Row]]:
-    """The latest row of each (variant, seed, epoch), grouped by variant."""
-    latest = {(row["variant"], row["seed"], row.get("epoch")): row for row in rows}
+def by_loss(rows: list[Row]) -> dict[str, list[Row]]:
+    """Of the recipe that has a curve, the latest row of each (seed, epoch), grouped by loss."""
+    own = [row for row in rows if row["data"] == CURVES and row["setting"] in _LOSSES]
+    latest = {(row["setting"], row["seed"], row.get("epoch")): row for row in own}
     grouped: dict[str, list[Row]] = {}
     for row in latest.values():
-        grouped.setdefault(row["variant"], []).append(row)
+        grouped.setdefault(_LOSSES[row["setting"]], []).append(row)
     return grouped
 
 
@@ -51,7 +52,7 @@ def table(runs: dict[str, list[Row]], epochs: dict[str, list[Row]]) -> str:
     for variant, rows in runs.items():
         seconds = {seed: curve[0][1] / curve[0][0] for seed, curve in _curves(epochs[variant]).items()}
         for row in sorted(rows, key=lambda row: int(row["seed"])):
-            values = " | ".join(_percent(row[f"test_{name}"]) for name in metrics)
+            values = " | ".join(percent(row[f"test_{name}"]) for name in metrics)
             lines.append(
                 f"| {variant} | {row['seed']} | {row['threads']} | {row['batch_size']} "
                 f"| {row['learning_rate']} | {row['average']} | {row['best_epoch']} | {row['epochs']} "
@@ -76,7 +77,7 @@ def compare(epochs: dict[str, list[Row]]) -> list[str]:
         cells = []
         for seeds in curves.values():
             seen = [[point[2] for point in curve if point[column] <= limit] for curve in seeds]
-            cells.append(_percent(statistics.fmean(map(max, seen))) if all(seen) else "not yet evaluated")
+            cells.append(percent(statistics.fmean(map(max, seen))) if all(seen) else "not yet evaluated")
         lines.append(f"| after {label} | " + " | ".join(cells) + " |")
 
     shortest = min(end[0] for end in ends)
@@ -132,10 +133,6 @@ def _curves(rows: list[Row]) -> dict[str, list[tuple[int, float, float]]]:
     return curves
 
 
-def _percent(share: str | float) -> str:
-    return f"{100 * float(share):.2f}"
-
-
 def basis_table(rows: list[Row]) -> str:
     """Markdown: for each data set a line a width, means over seeds, and which width is enough."""
     latest = {(row["data"], int(row["width"]), row["seed"]): row for row in rows}
@@ -166,7 +163,7 @@ def basis_table(rows: list[Row]) -> str:
             seconds = min(float(row["epoch_seconds"]) for row in group)
             lines.append(
                 f"| {width} | {group[0]['energy']} | {group[0]['megabytes']} | {seconds:.1f} | {len(group)} "
-                f"| {_spread(group, 'hr@10')} | {_spread(group, 'ndcg@10')} |"
+                f"| {spread(tables.of(group, 'hr@10'))} | {spread(tables.of(group, 'ndcg@10'))} |"
             )
         if enough := fewest_within_noise(groups):
             lines += ["", f"Within two standard errors of all dimensions, both metrics: {enough}."]
@@ -189,20 +186,24 @@ def fewest_within_noise(groups: dict[int, list[Row]]) -> int | None:
     return min(w for w, g in groups.items() if not lower(g, "hr@10") and not lower(g, "ndcg@10"))
 
 
-def _spread(group: list[Row], metric: str) -> str:
-    values = [100 * float(row[f"test_{metric}"]) for row in group]
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
-
-
 def main() -> None:
-    runs, epochs = by_variant(read(RUNS)), by_variant(read(EPOCHS))
-    write_whole(TABLE, table(runs, epochs))
+    runs = read(RUNS)
+    losses, epochs = by_loss(runs), by_loss(read(EPOCHS))
+    write_whole(TABLE, table(losses, epochs))
     draw(epochs, CURVE)
-    print(TABLE.read_text(encoding="utf-8"))
+    write_whole(ABLATIONS_TABLE, tables.ablations_table(sorted(runs, key=_recipe)))
     if BASES.is_file():
         write_whole(BASIS_TABLE, basis_table(read(BASES)))
-        print(BASIS_TABLE.read_text(encoding="utf-8"))
+    if ROWS.is_file():
+        write_whole(ENCODERS_TABLE, tables.encoders_table(read(ROWS)))
+        tables.draw_encoders(read(ROWS), ENCODERS_PLOT)
+    for path in (TABLE, ABLATIONS_TABLE, BASIS_TABLE, ENCODERS_TABLE):
+        if path.is_file():
+            print(path.read_text(encoding="utf-8"))
+
+
+def _recipe(row: Row) -> int:
+    return list(RECIPES).index(row["data"])
 
 
 if __name__ == "__main__":

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from benchmarks.recipes import basis, scientific, tabulate
+from benchmarks.recipes import basis, caches, encoders, records, run, tables, tabulate
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.data import leave_one_out, read_interactions, read_items
-from crossan_fast.training import RunFolder, TrainConfig, load_config, train
+from crossan_fast.training import load_config
+
+SMALL = ["model.embedding_dim=8", "model.bottleneck=4", "model.window=4", "backend=eager", "patience=null"]
 
 
-@pytest.mark.parametrize("variant", scientific.VARIANTS)
-def test_the_config_takes_every_variant(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", caches.RECIPES)
+def test_the_configs_take_every_variant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROSSAN_FAST_DATA", "/data")
-    config = load_config(scientific.CONFIG, scientific.VARIANTS[variant])
-    assert config.model["loss"] == variant
-    assert config.evaluation.filter_history == "all"
-    assert config.path("users") == Path("/data/scientific/users.tsv")
+    recipe = caches.RECIPES[name]
+    for variant, settings in ((run.PLAIN, ()), *recipe.variants):
+        config = load_config(recipe.config, settings)
+        assert config.model["loss"] == ("full" if variant == "full" else "in_batch")
+        assert config.evaluation.filter_history == ("all" if name == "scientific" else "none")
+        assert config.path("users") == Path(f"/data/{name}/users.tsv")
+        assert config.path("cache").name == name and config.path("items").parent.name == name
 
 
 def test_the_data_are_the_papers(data_folder: Path) -> None:
@@ -35,65 +42,141 @@ def test_the_data_are_the_papers(data_folder: Path) -> None:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RunFolder]:
-    """Two variants with one and two seeds, recorded."""
-    states = torch.randn(21, 2, 8)
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run in: 25 items with the states of three encoders, 20 users; rows go into it as well."""
+    states = torch.randn(26, 1, 8) * torch.tensor([4.0, 3, 2, 1, 0.5, 0.1, 0.1, 0.1]) + 3
     states[0] = 0
-    names = [f"i{i}" for i in range(20)]
-    write_cache(tmp_path / "cache", {"mean": states}, item_names=names)
-    rows = [" ".join(names[(3 * user + j) % 20] for j in range(6)) for user in range(20)]
+    names = [f"i{i}" for i in range(25)]
+    held = {"minilm": states, "clip_text": states.flip(2), "clip_image": states.roll(1, 2)}
+    write_cache(tmp_path / "whole", held, item_names=names)
+    rows = [" ".join(names[(3 * user + j) % 25] for j in range(6)) for user in range(20)]
     (tmp_path / "users.tsv").write_text("".join(f"u{u}\t{row}\n" for u, row in enumerate(rows)))
-    monkeypatch.setattr(scientific, "RUNS", tmp_path / "runs.csv")
-    monkeypatch.setattr(scientific, "EPOCHS", tmp_path / "epochs.csv")
-    folders = []
-    for variant, seed in (("in_batch", 0), ("in_batch", 1), ("full", 0)):
-        config = {
-            "cache": str(tmp_path / "cache"),
-            "users": str(tmp_path / "users.tsv"),
-            "run": str(tmp_path / f"{variant}-{seed}"),
-            "model": {"loss": variant, "embedding_dim": 8, "bottleneck": 4, "window": 4},
-            "seed": seed,
-            "epochs": 6,
-            "patience": None,
-            "backend": "eager",
-            "evaluation": {"k": [5, 10, 15]},
+    (tmp_path / "items.tsv").write_text("".join(f"{name}\tthing\n" for name in names))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs.csv")
+    monkeypatch.setattr(run, "EPOCHS", tmp_path / "epochs.csv")
+    monkeypatch.setattr(encoders, "ROWS", tmp_path / "encoders.csv")
+    return tmp_path
+
+
+GIVEN = ["cache=whole", "users=users.tsv", "items=items.tsv", "epochs=2", "batch_size=10", *SMALL]
+
+
+def test_a_recipe_is_trained_once_with_each_seed_and_setting(shop: Path) -> None:
+    recipe = replace(caches.RECIPES["scientific2k"], basis=4)
+    said: list[str] = []
+    for settings in (GIVEN, GIVEN, [*GIVEN, "model.fusion=concat"]):
+        assert run.run(recipe, run.PLAIN, settings, [0, 1]) == 0
+    rows = records.read(shop / "runs.csv")
+    assert [row["seed"] for row in rows] == ["0", "1", "0", "1"]
+    assert {row["cache"] for row in rows} == {"whole-centred-4"}
+    assert rows[-1]["setting"].endswith("model.fusion=concat") and rows[-1]["filter_history"] == "none"
+    jobs = run.jobs(recipe, run.PLAIN, [*GIVEN, "model.fusion=concat"], [1, 2])
+    records.carry_out(jobs, shop / "runs.csv", said.append)
+    assert len(said) == 1 and said[0].startswith("1 of 2 runs to go, about 0 min: data=scientific2k")
+    table = tables.ablations_table(records.read(shop / "runs.csv"))
+    assert "20 users ranked among all 25 items, filter_history=none" in table
+    assert table.count("| `cache=whole") == 2 and "| 0 1 2 |" in table
+
+
+def test_a_run_that_was_cut_off_goes_on(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = run.jobs(replace(caches.RECIPES["scientific2k"], basis=None), run.PLAIN, GIVEN, [3])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(records, "summary", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        records.carry_out(jobs, shop / "runs.csv")
+    records.carry_out(jobs, shop / "runs.csv")  # the folder is no reason to refuse
+    assert len(records.read(shop / "runs.csv")) == 1
+
+
+def test_settings_with_a_name_keep_their_curve(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = shop / "scientific2k.yaml"
+    recipe = replace(caches.RECIPES["scientific2k"], centred=False, basis=None)
+    values = yaml.safe_load(recipe.config.read_text())
+    given = {"cache": "whole", "users": "users.tsv", "items": "items.tsv", "epochs": 4, "batch_size": 10}
+    model = {"embedding_dim": 8, "bottleneck": 4, "window": 4}
+    config.write_text(yaml.safe_dump({**values, **given, "model": model, "backend": "eager"}))
+    monkeypatch.setattr(caches.Recipe, "config", config)
+    assert run.run(recipe, run.PLAIN, [], [0]) == 0
+    rows = records.read(shop / "epochs.csv")
+    assert [(row["data"], row["setting"], row["epoch"]) for row in rows] == [
+        ("scientific2k", "recipe", "2"),
+        ("scientific2k", "recipe", "4"),
+    ]
+    assert records.read(shop / "runs.csv")[0]["setting"] == "recipe"
+
+
+def test_states_are_centred_each_modality_by_itself(shop: Path) -> None:
+    same = torch.full((26, 1, 8), 0.1)  # as an embedded class token is
+    same[0] = 0
+    write_cache(shop / "same", {"cls": same}, dtype="fp16")
+    caches.write_centred(shop / "same", shop / "nothing")
+    assert not HiddenStateCache.open(shop / "nothing").gather(torch.arange(26))["cls"].any()
+    caches.write_centred(shop / "whole", shop / "centred")
+    before, cache = HiddenStateCache.open(shop / "whole"), HiddenStateCache.open(shop / "centred")
+    ids = torch.arange(26)
+    for name, states in cache.gather(ids).items():
+        known = before.gather(ids)[name][1:].double()
+        known = known - known.mean(dim=0)
+        known = known / known.square().mean().sqrt()
+        torch.testing.assert_close(states[1:].double(), known, atol=1e-6, rtol=1e-6)
+        assert not states[0].any()
+    assert cache.item_names == before.item_names and torch.equal(cache.present, before.present)
+
+
+def test_the_study_of_encoders_has_every_subset(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "STATES", {"centred": replace(encoders.RECIPE, basis=4)})
+    given = [*GIVEN, "epochs=1"]
+    arguments = ["encoders", "--seeds", "0", "1", "--models", "momef", "momef, cross", "--set", *given]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert encoders.main() == 0 and encoders.main() == 0
+    rows = records.read(shop / "encoders.csv")
+    assert len(rows) == 2 * (7 + 4)
+    assert len({(row["encoders"], row["model"]) for row in rows}) == 11
+    written = tables.encoders_table(rows)
+    every = [r for r in rows if r["encoders"] == "minilm + clip_text + clip_image" and r["model"] == "momef"]
+    assert f"{tables.spread([float(row['test_hr@10']) for row in every])} (2)" in written
+    tables.draw_encoders(rows, shop / "encoders.png")
+    assert (shop / "encoders.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gains_by_hand() -> None:
+    def row(model: str, subset: str, seed: int, value: float) -> records.Row:
+        return {
+            "model": model,
+            "encoders": subset,
+            "seed": str(seed),
+            "test_hr@10": str(value),
+            "validation_hr@10": str(value),
         }
-        train(TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(config))), progress=False)
-        folders.append(RunFolder(config["run"]))
-        scientific.record(variant, folders[-1])
-    return folders
+
+    single = [row("momef", name, 0, value) for name, value in zip("abc", (0.1, 0.2, 0.3), strict=True)]
+    double = [row("momef", f"{a} + {b}", 0, 0.3) for a, b in ("ab", "ac", "bc")]
+    rows = [*single, *double, row("momef", "a + b + c", 0, 0.35), row("momef, cross", "a + b + c", 0, 0.25)]
+    rows.append(row("momef", "a", 1, 0.9))  # a seed without all subsets says nothing of their mean
+    groups = tables.grouped(rows, "model", "encoders")
+    two, three, best = tables.gains(groups, "momef", "hr@10")
+    assert (two, three) == ([pytest.approx(0.1)], [pytest.approx(0.15)])
+    # a is best on validation, over its two seeds, and of seed 0 alone there is a run with all three.
+    assert best == [pytest.approx(0.25)]
+    two, three, best = tables.gains(groups, "momef, cross", "hr@10")
+    assert (two, three) == ([], [pytest.approx(0.05)])
+    assert tables.paired(rows[:1], rows[-1:], "hr@10") == []
 
 
-def test_the_report_is_drawn_from_the_records(
-    runs: list[RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The report's columns have HR@20, which needs more than 20 items.
-    text = (tmp_path / "runs.csv").read_text().replace("hr@15", "hr@20")
-    (tmp_path / "runs.csv").write_text(text)
-    rows = tabulate.read(tmp_path / "runs.csv")
-    values = [float(row["test_hr@10"]) for row in rows if row["variant"] == "in_batch"]
-    written = tabulate.table(
-        tabulate.by_variant(rows), tabulate.by_variant(tabulate.read(tmp_path / "epochs.csv"))
-    )
-    assert f"**{100 * sum(values) / 2:.2f}**" in written
-    assert "| in_batch | mean of 2 |" in written
-    assert "after 5 epochs" in written
-    assert "filter_history=all_except_target" in written
-    picture = tmp_path / "curve.png"
-    tabulate.draw(tabulate.by_variant(tabulate.read(tmp_path / "epochs.csv")), picture)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_run_recorded_again_takes_the_place_of_the_old_row(runs: list[RunFolder], tmp_path: Path) -> None:
-    scientific.record("full", runs[-1])
-    rows = tabulate.read(tmp_path / "runs.csv")
-    assert len(rows) == 4
-    grouped = tabulate.by_variant(rows)
-    assert [len(grouped[variant]) for variant in ("in_batch", "full")] == [2, 1]
+def test_the_report_is_drawn_from_the_records(tmp_path: Path) -> None:
+    rows = records.read(run.RUNS)
+    losses, epochs = tabulate.by_loss(rows), tabulate.by_loss(records.read(run.EPOCHS))
+    values = [float(row["test_hr@10"]) for row in losses["in_batch"]]
+    written = tabulate.table(losses, epochs)
+    assert f"**{100 * sum(values) / len(values):.2f}**" in written
+    assert f"| in_batch | mean of {len(values)} |" in written
+    assert "after 5 epochs" in written and "filter_history=all" in written
+    tabulate.draw(epochs, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_equal_epochs_and_equal_time_by_hand() -> None:
-    def rows(variant: str, seconds: float, values: list[float]) -> list[tabulate.Row]:
+    def rows(variant: str, seconds: float, values: list[float]) -> list[records.Row]:
         return [
             {
                 "variant": variant,
@@ -129,13 +212,13 @@ def test_each_width_is_trained_once_on_its_own_basis(tmp_path: Path, monkeypatch
     write_cache(tmp_path / "whole", {"mean": states, "cls": states.flip(2)}, item_names=names)
     rows = [" ".join(names[(3 * user + j) % 25] for j in range(6)) for user in range(20)]
     (tmp_path / "users.tsv").write_text("".join(f"u{u}\t{row}\n" for u, row in enumerate(rows)))
+    (tmp_path / "items.tsv").write_text("".join(f"{name}\tthing\n" for name in names))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(basis, "BASES", tmp_path / "basis.csv")
-    given = ["cache=whole", "users=users.tsv", "epochs=2", "patience=null", "batch_size=10", "backend=eager"]
-    given += ["model.embedding_dim=8", "model.bottleneck=4", "model.window=4"]
+    given = GIVEN
     for _ in range(2):  # the second time there is nothing to do
         assert basis.run("scientific4k", [8, 3], [0, 1], given) == 0
-        found = tabulate.read(tmp_path / "basis.csv")
+        found = records.read(tmp_path / "basis.csv")
         assert [(row["width"], row["seed"]) for row in found] == [
             ("8", "0"),
             ("3", "0"),
@@ -153,7 +236,7 @@ def test_each_width_is_trained_once_on_its_own_basis(tmp_path: Path, monkeypatch
 
 
 def test_the_fewest_dimensions_within_noise() -> None:
-    def rows(hits: list[float]) -> list[tabulate.Row]:
+    def rows(hits: list[float]) -> list[records.Row]:
         return [{"test_hr@10": str(hit), "test_ndcg@10": str(hit / 2)} for hit in hits]
 
     full = rows([0.12, 0.121, 0.122])
@@ -161,11 +244,3 @@ def test_the_fewest_dimensions_within_noise() -> None:
     assert tabulate.fewest_within_noise(groups) == 128
     assert tabulate.fewest_within_noise({384: full, 64: groups[64]}) == 384
     assert tabulate.fewest_within_noise({**groups, 32: full[:1]}) is None
-
-
-@pytest.mark.parametrize("data", basis.CONFIGS)
-def test_the_basis_recipes_configs_stand(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CROSSAN_FAST_DATA", "/data")
-    config = load_config(basis.CONFIGS[data])
-    assert config.path("users") == Path(f"/data/{data}/users.tsv") and config.model["loss"] == "in_batch"
-    assert config.path("cache").name == data

@@ -168,6 +168,6 @@ def test_a_page_with_wrong_marks_is_left_alone(tmp_path, text):
 
 
 def test_the_site_shows_recorded_kernels_and_recipes():
-    for name in ("aot", "recipes", "basis"):
+    for name in ("aot", "recipes", "basis", "ablations", "encoders"):
         drawn = pages.DRAWINGS[name](results.FOLDER, results.ROOT / "docs")
         assert drawn.count("\n| ") > 5 and "](s" not in drawn, name
