@@ -40,6 +40,11 @@ class Recipe:
     def config(self) -> Path:
         return Path(__file__).with_name(f"{self.name}.yaml")
 
+    @property
+    def suffix(self) -> str:
+        """What its cache's name has behind that of the encoders' own states."""
+        return ("-centred" if self.centred else "") + (f"-{self.basis}" if self.basis else "")
+
 
 _VIEWS = tuple(f"{view}={{encoder}}:pool={view}:levels=7:column=title" for view in ("mean", "cls"))
 _CLIP = tuple(f"{name}={{data}}/{name}.npy:precomputed" for name in ("clip_text", "clip_image"))
@@ -56,7 +61,6 @@ RECIPES = {
             ("minilm={encoder}:pool=mean:levels=1:column=title", *_CLIP),
             tokens=128,
             centred=True,
-            basis=128,
         ),
         Recipe("microlens50k", _VIEWS, tokens=48, basis=64),
     )

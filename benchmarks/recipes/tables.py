@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.recipes.caches import RECIPES
 from benchmarks.recipes.encoders import ENCODERS, MODELS
 from benchmarks.recipes.records import Row
 from benchmarks.recipes.run import PLAIN
@@ -68,14 +69,14 @@ def ablations_table(rows: Sequence[Row]) -> str:
             "| --- " * 9 + "|",
         ]
         groups = grouped(own, "setting", "cache")
-        plain = next((group for (setting, _), group in groups.items() if setting == PLAIN), [])
+        plain = groups.get((PLAIN, data + RECIPES[data].suffix), [])
         best_first = sorted(
             groups.items(), key=lambda g: statistics.fmean(of(g[1], "ndcg@10", "validation")), reverse=True
         )
         for (setting, cache), group in best_first:
             differences = [] if group is plain else paired(group, plain, "ndcg@10", "validation")
             cells = [
-                f"**{setting}**" if setting == PLAIN else f"`{setting}`",
+                f"**{setting}**" if group is plain else setting if setting == PLAIN else f"`{setting}`",
                 cache,
                 " ".join(sorted(row["seed"] for row in group)),
                 f"{statistics.fmean(int(row['epochs']) for row in group):.0f}",
@@ -108,7 +109,9 @@ def encoders_table(rows: Sequence[Row]) -> str:
         groups = grouped([row for row in rows if row["states"] == states], "model", "encoders")
         models = [model for model in MODELS if any(key[0] == model for key in groups)]
         for metric in METRICS:
-            lines += ["", f"## {states} states, test {metric.upper()}", "", _head(["encoders", *models])]
+            rates = ", ".join(sorted({row["learning_rate"] for group in groups.values() for row in group}))
+            lines += ["", f"## {states} states, test {metric.upper()}", "", f"Learning rate {rates}.", ""]
+            lines += [_head(["encoders", *models])]
             for subset in dict.fromkeys(key[1] for key in sorted(groups, key=_order)):
                 cells = [_cell(groups.get((model, subset), []), metric) for model in models]
                 lines.append(f"| {subset} | {' | '.join(cells)} |")
