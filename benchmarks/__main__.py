@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run | check | report | compare | choose`; each takes `--help`."""
+"""`python -m benchmarks list | run | check | report | compare | choose | study`; each takes `--help`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import choose, compare, measure, pages, registry, report, results
+from benchmarks.study import run as study
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     choosing.add_argument("files", nargs="*", type=Path, help="CSV files (default all of benchmarks/results)")
     choosing.set_defaults(run=_choose)
+
+    study.add_parser(commands)
     return parser
 
 

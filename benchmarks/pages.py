@@ -108,9 +108,17 @@ def _table_of(name: str) -> Callable[[Path, Path], str]:
     def drawn(folder: Path, here: Path) -> str:
         text = (folder / f"{name}.md").read_text(encoding="utf-8")
         text = re.sub(r"^#", "###", text, flags=re.MULTILINE)
-        return re.sub(r"\]\((?=[\w.]+\.png\))", f"]({os.path.relpath(folder, here)}/", text).rstrip()
+        return re.sub(r"\]\((?=[\w.-]+\.png\))", f"]({os.path.relpath(folder, here)}/", text).rstrip()
 
     return drawn
+
+
+def _study(folder: Path, here: Path) -> str:
+    """The table of each size that was measured; `tiny` is there for tests alone."""
+    sizes = [size for size in ("minilm", "paper") if (folder / f"study-{size}.md").is_file()]
+    return (
+        "\n\n".join(_table_of(f"study-{size}")(folder, here) for size in sizes) or "Nothing is recorded yet."
+    )
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -127,4 +135,5 @@ DRAWINGS: dict[str, Callable[[Path, Path], str]] = {
     "basis": _table_of("basis"),
     "ablations": _table_of("ablations"),
     "encoders": _table_of("encoders"),
+    "study": _study,
 }

@@ -36,9 +36,9 @@ class Samples:
         return cuts[1], statistics.median(values), cuts[7]
 
 
-def sample(call: Callable[[], Any], device: torch.device, count: int) -> list[float]:
-    """Seconds of `count` calls after two unmeasured ones."""
-    for _ in range(2):
+def sample(call: Callable[[], Any], device: torch.device, count: int, warm: int = 2) -> list[float]:
+    """Seconds of `count` calls after `warm` unmeasured ones."""
+    for _ in range(warm):
         call()
     marks = _Marks(device)
     for _ in range(count):

@@ -1,0 +1,79 @@
+"""`CrossanModel` with another source of items; loss, sequence encoder and evaluation are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.study.backbones import Backbone
+from crossan_fast._sources import Gathered, ReadAhead, Source
+from crossan_fast.config import CrossanConfig
+from crossan_fast.model import CrossanModel
+
+if TYPE_CHECKING:
+    from crossan_fast.cache import HiddenStateCache
+
+
+class _Uncached(CrossanModel):
+    """Reads nothing of the cache, which only says which items there are."""
+
+    def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
+        return Source((), None, ids, None)
+
+    def _encode_ids(self, cache: HiddenStateCache, ids: Tensor, gathered: Gathered | None) -> Tensor:
+        return self._encode(self._read(cache, ids, ReadAhead()), None)[0]
+
+
+class LiveModel(_Uncached):
+    """IISAN or CROSSAN uncached: frozen encoders give the states of a batch's distinct items."""
+
+    def __init__(self, config: CrossanConfig, backbones: Iterable[Backbone], backend: str = "auto") -> None:
+        super().__init__(config, backend)
+        self.backbones = nn.ModuleList(backbone.freeze() for backbone in backbones)
+
+    def train(self, mode: bool = True) -> LiveModel:
+        super().train(mode)
+        self.backbones.eval()
+        return self
+
+    def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
+        found: dict[str, Tensor] = {}
+        for backbone in self.backbones:
+            found |= cast(Backbone, backbone).states(ids)
+        return Source([found[name] for name in self.config.modality_names], None, None, None)
+
+
+class TrainedModel(_Uncached):
+    """Encoders that are trained, whole or in part: heads on their last states, then a Linear.
+
+    They stand where the side network does, so that the optimizer gives them its learning rate.
+    """
+
+    def __init__(self, config: CrossanConfig, backbones: Iterable[Backbone], backend: str = "auto") -> None:
+        super().__init__(config, backend)
+        self.towers = nn.ModuleList(backbones)  # type: ignore[assignment]
+
+    def _embed(self, source: Source) -> Tensor:
+        assert source.ids is not None
+        found: dict[str, Tensor] = {}
+        for backbone in self.towers:
+            found |= cast(Backbone, backbone).last(source.ids)
+        return torch.stack([self.heads[name](found[name]) for name in self.config.modality_names], dim=1)
+
+
+class IdModel(_Uncached):
+    """SASRec: an embedding an item, no states at all."""
+
+    def __init__(self, config: CrossanConfig, num_items: int, backend: str = "auto") -> None:
+        super().__init__(config, backend)
+        del self.towers, self.heads, self.fusion
+        self.items = nn.Embedding(num_items + 1, config.embedding_dim)
+        nn.init.xavier_normal_(self.items.weight)
+
+    def _encode(self, source: Source, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert source.ids is not None
+        embeddings: Tensor = self.items(source.ids)
+        return embeddings, None

@@ -1,0 +1,201 @@
+"""The papers' table: methods differ by how they encode items alone, costs are counted, rows are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.recipes.tabulate import read
+from benchmarks.study import run, table
+from benchmarks.study.adaptation import BOTTLENECK, RANK, adapt
+from benchmarks.study.methods import METHODS, config_of, make_model, trainable
+from benchmarks.study.models import LiveModel, TrainedModel
+from benchmarks.study.table import Cost, tpme
+from benchmarks.study.worlds import SIZES, World, make_world, open_world
+from crossan_fast.model import CrossanModel
+from crossan_fast.training import Batches, TrainStep, make_optimizer
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    make_world(SIZES["tiny"], folder / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(work: Path) -> World:
+    return open_world(SIZES["tiny"], work / "tiny", torch.device("cpu"))
+
+
+def first_batch(world: World) -> torch.Tensor:
+    return next(Batches(world.split.train, world.size.batch_size, 0).epoch(1))
+
+
+def needs_peft(method: str) -> None:
+    if method == "lora":
+        pytest.importorskip("peft")
+
+
+def test_tpme_by_hand() -> None:
+    costs = {
+        "dear": Cost(100.0, 1000.0, 40.0),
+        "middle": Cost(25.0, 100.0, 30.0),
+        "cheap": Cost(0.0, 0.0, 20.0),
+    }
+    found = tpme(costs)
+    assert found["dear"] == pytest.approx(1) and found["cheap"] == 0
+    assert found["middle"] == pytest.approx(0.45 * 0.25 + 0.1 * 0.1 + 0.45 * 0.5)
+    assert tpme({"one": Cost(3, 3, 3), "other": Cost(3, 3, 3)}) == {"one": 0, "other": 0}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_differ_by_how_they_encode_items_alone(name: str, world: World) -> None:
+    needs_peft(name)
+    method = METHODS[name]
+    model = make_model(method, world, 0)
+    # The loss and what it reads are CrossanModel's own, whatever the method.
+    for own in ("forward", "_in_batch", "encode_users", "_log_popularity", "_total", "encode_catalogue"):
+        assert getattr(type(model), own) is getattr(CrossanModel, own)
+    shared, reference = config_of(method, world), config_of(METHODS["crossan_fast"], world)
+    for field in ("modalities", "embedding_dim", "window", "blocks", "attention_heads", "dropout", "loss"):
+        assert getattr(shared, field) == getattr(reference, field)
+    settings = method.optimizer()
+    assert settings == type(settings)(learning_rate=1e-3, side_network=method.rate)
+    step = TrainStep(model, world.cache, make_optimizer(model, settings), settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert step(first_batch(world)).isfinite()
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
+    assert not moved & frozen and any(key.startswith("sequence_encoder") for key in moved)
+    if isinstance(model, LiveModel):  # frozen encoders: in evaluation mode, too
+        assert {key for key in before if key.startswith("backbones")} <= frozen
+        assert not any(module.training for module in model.backbones.modules())
+    elif isinstance(model, TrainedModel):
+        assert any(key.startswith("towers") for key in moved)
+
+
+def test_trained_parameters_are_those_of_the_method(world: World) -> None:
+    pytest.importorskip("peft")
+    found = {}
+    for how in ("full", "bitfit", "lora", "houlsby"):
+        backbone = world.backbones()["text"]
+        shapes = {name: p.shape for name, p in backbone.model.named_parameters()}
+        adapted = adapt(backbone.model, how)
+        found[how] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    norms = sum(s.numel() for name, s in shapes.items() if "LayerNorm" in name)
+    width, layers = 64, 4
+    assert found["full"] == sum(s.numel() for s in shapes.values())
+    assert found["bitfit"] == sum(s.numel() for name, s in shapes.items() if name.endswith("bias"))
+    assert found["lora"] == 2 * layers * RANK * (width + width)
+    a_bottleneck = 2 * width * BOTTLENECK + BOTTLENECK + width
+    assert found["houlsby"] == 2 * layers * a_bottleneck + norms
+
+
+def test_an_image_encoder_takes_every_method(world: World) -> None:
+    pytest.importorskip("peft")
+    width, layers = 64, 4
+    lora = adapt(world.backbones()["image"].model, "lora")
+    trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert trained == 2 * layers * RANK * 2 * width
+    houlsby = adapt(world.backbones()["image"].model, "houlsby")
+    assert sum(type(module).__name__ == "Bottleneck" for module in houlsby.modules()) == 2 * layers
+
+
+def test_an_encoder_without_known_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="found none in Linear"):
+        adapt(torch.nn.Linear(2, 2), "houlsby")
+
+
+@pytest.mark.parametrize("what", ["iisan", "crossan"])
+def test_uncached_is_cached_to_rounding(what: str, world: World) -> None:
+    """The library's cache and its batches of other lengths, against the study's own run of the encoders."""
+    cached = make_model(METHODS[f"{what}_fast"], world, 0).eval()
+    live = make_model(METHODS[f"{what}_uncached"], world, 0).eval()
+    missing = live.load_state_dict(cached.state_dict(), strict=False).missing_keys
+    assert all(key.startswith("backbones") for key in missing)
+    ids = first_batch(world)
+    losses = []
+    for model in (cached, live):
+        losses.append(model(ids, cache=world.cache).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    for (name, mine), theirs in zip(cached.named_parameters(), live.parameters(), strict=False):
+        assert mine.grad is not None and theirs.grad is not None, name
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        cached.encode_catalogue(world.cache), live.encode_catalogue(world.cache), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_eager_and_fast_are_one_model(world: World) -> None:
+    losses = []
+    for name in ("crossan_eager", "crossan_fast"):
+        model = make_model(METHODS[name], world, 0).eval()
+        losses.append(model(first_batch(world), cache=world.cache).loss)
+        assert trainable(model) == sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_the_tiny_study_end_to_end(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    command = ["study", "--size", "tiny", "--work", str(work), "--output", str(tmp_path), "--device", "cpu"]
+    some = [*command, "--methods", "bitfit,iisan_uncached,iisan_eager,crossan_fast,iisan_fast,sasrec_id"]
+    assert main(some) == 0
+    path = tmp_path / "study-tiny.csv"
+    rows = read(path)
+    keys = [(row["phase"], row["method"]) for row in rows]
+    timed = ["bitfit", "iisan_uncached", "iisan_eager", "iisan_fast", "crossan_fast", "sasrec_id"]
+    assert sorted(keys) == sorted(
+        [("time", name) for name in timed]
+        + [("accuracy", name) for name in ("bitfit", "iisan_fast", "crossan_fast", "sasrec_id")]
+    )
+    for row in rows:
+        if row["phase"] == "time":
+            assert float(row["step_s"]) > 0 and int(row["trainable"]) > 0
+            assert int(row["memory_bytes"]) == sum(
+                int(row[key]) for key in ("held_bytes", "states_bytes", "step_bytes")
+            )
+        else:
+            assert 0 <= float(row["test_ndcg@10"]) <= float(row["test_hr@10"]) <= 1
+    written = (tmp_path / "study-tiny.md").read_text()
+    assert "| IISAN, cached, eager |" in written and "as IISAN, cached, fast" in written
+    assert "| Full fine-tuning | 443 | 46.76 | 195 |" in written and "theirs" in written
+    assert (tmp_path / "study-tiny.png").read_bytes().startswith(b"\x89PNG")
+    # What is there is not made again, unless it is asked for.
+    capsys.readouterr()
+    assert main(some) == 0 and "0 rows to make" in capsys.readouterr().out
+    assert read(path) == rows
+    assert main([*command, "--only", "time", "--methods", "sasrec_id", "--again"]) == 0
+    assert len(read(path)) == len(rows) + 1
+
+
+def test_wrong_wishes_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["study", "--methods", "fft,lorra", "--output", str(tmp_path)]) == 2
+    assert "unknown ['lorra']" in capsys.readouterr().err
+    assert main(["study", "--size", "paper", "--only", "accuracy", "--output", str(tmp_path)]) == 2
+    assert "phases ['time']" in capsys.readouterr().err
+    missing = ["--size", "minilm", "--data", str(tmp_path / "none"), "--work", str(tmp_path / "work")]
+    assert main(["study", *missing, "--output", str(tmp_path)]) == 2
+    assert "scientific4k" in capsys.readouterr().err and not (tmp_path / "work" / "minilm").exists()
+
+
+def test_a_method_that_fails_in_its_own_process_is_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "make_world", lambda *arguments: None)
+    command = ["study", "--size", "minilm", "--methods", "sasrec_id", "--only", "time"]
+    assert main([*command, "--work", str(tmp_path / "none"), "--output", str(tmp_path)]) == 1
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_claims_are_judged_by_ratios() -> None:
+    costs = {"crossan_fast": Cost(1, 1, 10), "fft": Cost(30, 9, 40), "iisan_eager": Cost(2, 9, 20)}
+    lines = table._claims(costs)
+    assert "| Full fine-tuning | 1/30.0 | ≤ 1/20: met | 1/4.0 | ≤ 1/5: **missed** |" in lines
+    assert "| IISAN, cached, eager | 1/2.0 | ≤ 1/1.43: met | 1/2.0 | ≤ 1/1.25: met |" in lines
