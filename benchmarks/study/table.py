@@ -98,7 +98,7 @@ def markdown(rows: list[Row], name: str) -> str:
             cells = _cost_cells(timed.get(method.name), scores.get(method.name))
             lines.append(f"| {method.title} | {' | '.join(cells + _accuracy_cells(method, accuracies))} |")
     lines += ["", *_claims(costs), "", f"![bars]({name}.png)", "", *_papers()]
-    return "\n".join(line for line in lines if line is not None) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _where(rows: list[Row], phase: str, what: str) -> str:
@@ -125,8 +125,8 @@ def _cost_cells(row: Row | None, score: float | None) -> list[str]:
         return [""] * 8
     sizes = [_megabytes(row[key]) for key in ("memory_bytes", "held_bytes", "states_bytes", "step_bytes")]
     return [
-        _seconds(row["epoch_s"]),
-        _seconds(row["whole_epoch_s"]),
+        _figures(float(row["epoch_s"])),
+        _figures(float(row["whole_epoch_s"])) if row["whole_epoch_s"] else "",
         *sizes,
         f"{int(row['trainable']):,}",
         "" if score is None else f"{100 * score:.2f}",
@@ -177,8 +177,9 @@ def _papers() -> list[str]:
     return [*lines, *(f"| {' | '.join(row)} |" for row in PAPERS)]
 
 
-def _seconds(text: str) -> str:
-    return f"{float(text):,.3g}" if text else ""
+def _figures(value: float) -> str:
+    """Three figures, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _megabytes(text: str) -> str:
@@ -212,7 +213,7 @@ def draw(rows: list[Row], path: Path) -> None:
             color=[_COLOURS[METHODS[name].kind] for name in shown],
         )
         for name in shown:
-            axis.text(values[name], names.index(name), f" {values[name]:,.3g}", va="center", fontsize=7)
+            axis.text(values[name], names.index(name), f" {_figures(values[name])}", va="center", fontsize=7)
         axis.set_title(title, fontsize=9)
         axis.set_yticks(range(len(names)), [METHODS[name].title for name in names], fontsize=8)
         axis.margins(x=0.3)

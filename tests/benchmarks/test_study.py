@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,27 @@ def test_claims_are_judged_by_ratios() -> None:
     lines = table._claims(costs)
     assert "| Full fine-tuning | 1/30.0 | ≤ 1/20: met | 1/4.0 | ≤ 1/5: **missed** |" in lines
     assert "| IISAN, cached, eager | 1/2.0 | ≤ 1/1.43: met | 1/2.0 | ≤ 1/1.25: met |" in lines
+
+
+def test_the_papers_encoders_have_the_papers_parameters() -> None:
+    """195 M with full fine-tuning, as the papers print it."""
+    found = 0
+    with torch.device("meta"):
+        for config in (transformers.BertConfig(), transformers.ViTConfig()):
+            model = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+            found += sum(p.numel() for p in adapt(model, "full").parameters())
+    assert round(found / 1e6) == 195
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["crossan_fast", "crossan_uncached", "bitfit"])
+def test_the_papers_size_steps(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The papers' encoders, on few items and users."""
+    size, method = replace(SIZES["paper"], precision="fp32", batch_size=4), METHODS[name]
+    folder = tmp_path_factory.getbasetemp() / "paper"
+    make_world(size, folder, items=8, users=4)
+    world = open_world(size, folder, torch.device("cpu"))
+    model, settings = make_model(method, world, 0), method.optimizer()
+    step = TrainStep(model, world.cache, make_optimizer(model, settings), settings)
+    losses = [float(step(first_batch(world))) for _ in range(2)]
+    assert all(loss == loss for loss in losses) and losses[0] != losses[1]
