@@ -97,6 +97,7 @@ def markdown(rows: list[Row], name: str) -> str:
         if method.name in timed or method.learns_as in accuracies:
             cells = _cost_cells(timed.get(method.name), scores.get(method.name))
             lines.append(f"| {method.title} | {' | '.join(cells + _accuracy_cells(method, accuracies))} |")
+    lines += _not_learned(costs, accuracies)
     lines += ["", *_claims(costs), "", f"![bars]({name}.png)", "", *_papers()]
     return "\n".join(lines) + "\n"
 
@@ -146,6 +147,17 @@ def _accuracy_cells(method: Method, accuracies: dict[str, list[Row]]) -> list[st
     epochs = statistics.fmean(float(row["learned_epochs"]) for row in found)
     seeds = "" if len(found) == 1 else f", {len(found)} seeds"
     return [*cells, f"{epochs:.3g} epochs{seeds}"]
+
+
+def _not_learned(costs: dict[str, Cost], accuracies: dict[str, list[Row]]) -> list[str]:
+    """What is missing for want of time, in words."""
+    without = [m for m in METHODS.values() if m.name in costs and not m.accuracy_of]
+    without = [m for m in without if m.name not in accuracies]
+    if not without:
+        return []
+    slowest = max(costs[method.name].seconds for method in without)
+    names = "; ".join(method.title for method in without)
+    return ["", f"Not trained on this machine: {names}. An epoch takes up to {_figures(slowest)} s."]
 
 
 def _claims(costs: dict[str, Cost]) -> list[str]:
