@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def _bitfit(model: nn.Module) -> nn.Module:
     return model
 
 
-def _lora(model: nn.Module) -> nn.Module:
+def _lora(model: Any) -> nn.Module:
     """LoRA (arXiv 2106.09685) of rank 8 at queries and values, by `peft`."""
     from peft import LoraConfig, get_peft_model
 
@@ -47,7 +47,7 @@ def _lora(model: nn.Module) -> nn.Module:
             f"model: expected layers called {_QUERY_VALUE}, found none in {type(model).__name__}"
         )
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets)
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 class Bottleneck(nn.Module):

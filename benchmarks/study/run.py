@@ -56,7 +56,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--methods", help=f"some of {','.join(METHODS)} (default all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of accuracy (default 0)")
     parser.add_argument("--steps", type=int, help="timed, of a method with encoders in the loop")
-    parser.add_argument("--learned-steps", type=int, help="after which methods that train encoders stop")
+    parser.add_argument(
+        "--learned-steps", type=int, help="after which methods that train encoders stop; 0: leave them"
+    )
     parser.add_argument("--epochs", type=int, help="after which the others stop")
     parser.add_argument("--again", action="store_true", help="make rows that are there, too")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -82,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     path = options.output / f"study-{size.name}.csv"
     if not options.again:
-        there = recorded(path)
+        there = recorded(path, results.device_name(torch.device(device)))
         units = [unit for unit in units if unit.key not in there]
     failed = _make_all(units, size, folder, device, path, limits_of(size, options))
     if path.is_file():
@@ -128,11 +130,12 @@ def limits_of(size: Size, options: argparse.Namespace) -> measure.Limits:
     )
 
 
-def recorded(path: Path) -> set[tuple[str, str, str]]:
-    """Phase, method and seed of the rows that there are."""
+def recorded(path: Path, device: str) -> set[tuple[str, str, str]]:
+    """Phase, method and seed of the rows that there are; times count where they are this device's."""
     if not path.is_file():
         return set()
-    return {(row["phase"], row["method"], row["seed"]) for row in read(path)}
+    rows = [row for row in read(path) if row["phase"] != "time" or row["device"] == device]
+    return {(row["phase"], row["method"], row["seed"]) for row in rows}
 
 
 def _make_all(

@@ -90,8 +90,8 @@ def markdown(rows: list[Row], name: str) -> str:
     scores = tpme(costs) if costs else {}
     lines = [f"# Every method in one trainer: {name.removeprefix('study-')}", ""]
     lines += [_where(rows, "time", "Times and memory"), _where(rows, "accuracy", "Accuracy"), ""]
-    heads = ("method", "s an epoch", "whole epoch", "memory MB", "held", "cached states", "a step adds")
-    heads += ("trained parameters", "TPME %", "HR@10", "NDCG@10", "learned for")
+    heads = ["method", "s an epoch", "whole epoch", "memory MB", "held", "cached states", "a step adds"]
+    heads += ["trained parameters", "TPME %", "HR@10", "NDCG@10", "learned for"]
     lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for method in METHODS.values():
         if method.name in timed or method.learns_as in accuracies:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,12 +212,10 @@ def _encode(size: Size, folder: Path, items_file: Path, dtype: str) -> None:
     tensors: dict[str, Tensor] = {}
     for name in size.encoders:
         encoder = FrozenEncoder(str(folder / "encoders" / name), **options)
-        cells: Callable[[int], Any]
-        if encoder.kind == "text":
-            cells = items.columns["title"].__getitem__
-        else:
-            cells = items.paths("image_path").__getitem__
-        _put(tensors, name, [encoder.read(cells(items.index_of(item))) for item in names])
+        cells: list[Any] = items.columns["title"]  # every item of these sizes has its cell
+        if encoder.kind == "image":
+            cells = items.paths("image_path")
+        _put(tensors, name, [encoder.read(cells[items.index_of(item)]) for item in names])
     save_file(tensors, folder / "inputs.safetensors")
 
 

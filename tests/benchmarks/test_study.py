@@ -174,6 +174,8 @@ def test_the_tiny_study_end_to_end(work: Path, tmp_path: Path, capsys: pytest.Ca
     assert read(path) == rows
     assert main([*command, "--only", "time", "--methods", "sasrec_id", "--again"]) == 0
     assert len(read(path)) == len(rows) + 1
+    # Times are a device's own; accuracy is not.
+    assert {key[0] for key in run.recorded(path, "another")} == {"accuracy"}
 
 
 def test_wrong_wishes_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
