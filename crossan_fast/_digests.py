@@ -88,6 +88,11 @@ def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return bytes(raw)
 
 
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of the names, types, shapes and values of tensors on the CPU."""
+    return _content_digest(tensors, {})
+
+
 def load_tensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a safetensors file, compared with the digest where it has one.
 

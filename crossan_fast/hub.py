@@ -17,13 +17,14 @@ from torch import nn
 from crossan_fast import serialization
 from crossan_fast._checks import nearest
 from crossan_fast._places import folder_or_repository
+from crossan_fast.card import RECORD
 
 if TYPE_CHECKING:
     from crossan_fast.model import CrossanModel
 
 # What `from_pretrained` hands to the hub.
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_FILES = [serialization.CONFIG, serialization.WEIGHTS]
+_FILES = [serialization.CONFIG, serialization.WEIGHTS, RECORD]
 _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -38,12 +39,22 @@ _Model = TypeVar("_Model", bound="Pretrained")
 
 
 class Pretrained(nn.Module):
-    """Saving and loading by the names that Hugging Face's models have; a base of `CrossanModel`."""
+    """Saving and loading by the names that Hugging Face's models have; a base of `CrossanModel`.
+
+    Attributes:
+        training_record: of a model that was loaded as a run left it, what training.json says of it (see
+            `crossan_fast.card`); saved with it as long as its weights are these. None of any other.
+    """
+
+    training_record: dict[str, Any] | None = None
 
     def save_pretrained(
         self, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **push: Any
     ) -> None:
         """Write `config.json` and `model.safetensors`; each file appears whole or not at all.
+
+        Beside them go a model card, README.md, unless the folder has one of its own, and training.json of a
+        model as a run left it.
 
         Args:
             push_to_hub: push them, too; `repo_id` (default: the folder's name) and `push` as `push_to_hub`

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from crossan_fast._digests import load_tensors, save_tensors
+from crossan_fast._digests import digest_of_tensors, load_tensors, save_tensors
 from crossan_fast._files import write_whole
 from crossan_fast._untrusted import read_settings
+from crossan_fast.card import read_record, write_card
 from crossan_fast.config import CrossanConfig
 
 if TYPE_CHECKING:
@@ -71,6 +72,10 @@ def save_model(model: CrossanModel, folder: Path, run: str = "") -> None:
     metadata = {"format": "pt", "config": config, **({"run": run} if run else {})}
     write_whole(folder / CONFIG, config)
     write_whole(folder / WEIGHTS, save_tensors(state, metadata))
+    record = model.training_record
+    if record is not None and record.get("weights") != digest_of_tensors(state):
+        record = None  # trained on since
+    write_card(folder, model.config, record)
 
 
 def load_model(
@@ -108,7 +113,17 @@ def load_model(
         raise type(error)(f"folder: {folder / WEIGHTS} and {CONFIG} beside it: {error}") from error
     _require_config(path, text, metadata)
     refuse_nonfinite(weights, str(folder / WEIGHTS))
+    record = read_record(folder, config)
+    if record is not None and record.get("weights") == digest_of_tensors(weights):
+        model.training_record = record
     return model
+
+
+def record_training(folder: Path, record: Mapping[str, Any]) -> None:
+    """Say beside a saved model what a run trained it on and reached: see `crossan_fast.card`."""
+    weights, _ = load_tensors(folder / WEIGHTS, "folder")
+    config = CrossanConfig.from_json(read_settings(folder / CONFIG, "folder"))
+    write_card(folder, config, {**record, "weights": digest_of_tensors(weights)})
 
 
 def _elsewhere(folder: Path) -> str:

@@ -230,7 +230,8 @@ def test_autocast_is_near_fp32(head):
 def test_save_and_load(tmp_path):
     cache, model = make_cache(), make_model(small())
     model.save_pretrained(tmp_path / "saved")
-    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == names
     again = CrossanModel.from_pretrained(tmp_path / "saved")
     assert again.config == model.config
     for name, tensor in model.state_dict().items():

@@ -4,7 +4,8 @@ config.yaml        the resolved config
 population.json    the items and users that it trains on
 log.jsonl          one line an epoch: losses, seconds, validation metrics
 last.safetensors   everything that `--resume` needs, replaced whole after each epoch
-best/              config.json and model.safetensors of the best epoch, for `CrossanModel.from_pretrained`
+best/              config.json and model.safetensors of the best epoch, for `CrossanModel.from_pretrained`; at
+                   the end training.json and README.md, a model card (see `crossan_fast.card`)
 results.json       metrics with their protocols, and versions; written at the end
 tensorboard/       event files, where asked for
 
@@ -31,6 +32,7 @@ import yaml
 from crossan_fast._digests import check_text, sealed, sealed_text
 from crossan_fast._files import locked, remove_abandoned, write_whole
 from crossan_fast._untrusted import read_settings
+from crossan_fast.card import CARD, RECORD
 from crossan_fast.model import CrossanModel
 from crossan_fast.serialization import CONFIG, WEIGHTS, load_model
 from crossan_fast.training.checkpoint import load_weights
@@ -62,7 +64,7 @@ class RunFolder:
             files = (self.config, self.population, self.log, self.last, self.results)
             remove_abandoned(self.path, [file.name for file in files])
             if self.best.is_dir():
-                remove_abandoned(self.best, (CONFIG, WEIGHTS))
+                remove_abandoned(self.best, (CONFIG, WEIGHTS, RECORD, CARD))
             yield
 
     def write_config(self, config: TrainConfig, run: str) -> None:

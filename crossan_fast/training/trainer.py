@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from crossan_fast._sources import ReadAhead
 from crossan_fast.model import CrossanModel
-from crossan_fast.serialization import save_model
+from crossan_fast.serialization import record_training, save_model
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.callbacks import (
     Callback,
@@ -35,6 +35,7 @@ from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.population import Population
 from crossan_fast.training.precision import choose_precision
 from crossan_fast.training.processes import Processes, join_processes
+from crossan_fast.training.record import record_of
 from crossan_fast.training.result import Part, Result
 from crossan_fast.training.resuming import name_of_run, refuse_changes, refuse_others
 from crossan_fast.training.run_folder import RunFolder, versions
@@ -383,6 +384,7 @@ class Trainer:
         }
         if self.processes.first:
             self.folder.write_results(results)
+            record_training(self.folder.best, record_of(self.task, self.config, results, self._run_id))
             if results["diverged"]:
                 warnings.warn(warning(self.history, self.columns), RuntimeWarning, stacklevel=3)
         return results
