@@ -44,21 +44,19 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put `path` into an OSError that names no file, such as that of a full disk."""
+def naming(path: Path, note: str = "; what was there is unchanged") -> Iterator[None]:
+    """Put `path`, and `note`, into an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            raise type(error)(
-                error.errno, f"{error.strerror}; what was there is unchanged", str(path)
-            ) from error
+            raise type(error)(error.errno, f"{error.strerror}{note}", str(path)) from error
         raise
 
 
 def put_in_place(file: Path, path: Path) -> None:
     """Move a complete file to `path` on the same file system; returns when that would survive a power cut."""
-    with file.open("rb+") as opened:
+    with file.open("rb+") as opened, naming(path):
         os.fsync(opened.fileno())
     os.replace(file, path)
     sync_folder(path.parent)
@@ -131,7 +129,8 @@ def sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with naming(folder, ""):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

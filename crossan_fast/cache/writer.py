@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import math
@@ -199,7 +200,8 @@ class CacheWriter:
             for name, size in self._target.expected_bytes().items()
         }
         for name, size in sizes.items():
-            os.ftruncate(self._descriptors[name], size)
+            with naming(self.folder / self._target.file(name)):
+                os.ftruncate(self._descriptors[name], size)
         self.flush()
         sync_folder(self.folder)
         meta = dataclasses.replace(
@@ -234,13 +236,15 @@ class CacheWriter:
                     fresh.append(path)
                 self._descriptors[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 if size is not None:
-                    _allocate(self._descriptors[name], size)
+                    with naming(path):
+                        _allocate(self._descriptors[name], size)
             for name in self._anew:
                 self._copy_old(name)
         except OSError as error:
             for name, descriptor in self._descriptors.items():
                 if self._base is not None:
-                    os.ftruncate(descriptor, self._base.committed(name))
+                    with contextlib.suppress(OSError):  # what lies behind the committed bytes is not read
+                        os.ftruncate(descriptor, self._base.committed(name))
             for path in fresh:
                 path.unlink(missing_ok=True)
             if error.errno != errno.ENOSPC:
