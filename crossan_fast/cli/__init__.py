@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a model as a YAML file says",
     "evaluate": "rank a run's held-out targets in the full catalogue",
     "recommend": "the next items for a history of item names",
+    "export": "a run's encoders as ONNX, its items' and users' embeddings as files",
     "convert": "another code's checkpoint to a model's folder",
     "verify": "compare a run's files with their digests, and with each other",
     "plot": "pictures of a run, and a report in one HTML file",

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         first = trainer.processes.first
         if first:
             print(trainer.task.describe())
+            print(f"parameters to train: {sum(p.numel() for p in trainer.model.parameters()):,}")
             if trainer.device.type == "cuda":
                 print(f"step: {trainer.eager_because or 'captured in CUDA graphs'}")
         if args.profile is not None:

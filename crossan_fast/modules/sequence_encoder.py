@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.linear import bias_of, own, weight_of
 from crossan_fast.ops._contracts import SequenceEncoderBlock, SequenceEncoderWeights
+from crossan_fast.ops._dispatch import exporting
 from crossan_fast.ops.sequence_encoder import EPS, sequence_encoder, sequence_encoder_reference
 
 
@@ -108,7 +109,7 @@ class SequenceEncoder(nn.Module):
         padding.
         """
         dropout = self.dropout if self.training else 0.0
-        if not self.packed:
+        if not self.packed or exporting():
             return sequence_encoder(items, mask, self.weights(), self.heads, dropout=dropout, backend=backend)
         if items.device.type != "cuda":
             raise ValueError(

@@ -216,13 +216,22 @@ def choose(
 ) -> Choice:
     """Pick the backend of one op.
 
-    `CROSSAN_FAST_BACKEND` takes the place of `auto`.
+    `CROSSAN_FAST_BACKEND` takes the place of `auto`. While `torch.export` or `torch.onnx` traces, it is eager
+    whatever was asked for: what is exported runs where this library's ops are not.
 
     Raises:
         ValueError: an unknown backend.
         BackendUnavailable: a backend that was asked for by name refuses.
     """
-    return _choose(Request(op, device, dtype, features), _wanted(backend))
+    wanted = _wanted(backend)
+    if exporting():
+        return Choice("eager", "exported as plain torch")
+    return _choose(Request(op, device, dtype, features), wanted)
+
+
+def exporting() -> bool:
+    """Whether `torch.export` or `torch.onnx` traces."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def foresee(op: str, device: str, dtype: torch.dtype) -> Choice:

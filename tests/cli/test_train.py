@@ -26,6 +26,7 @@ def test_train_prints_each_epoch_and_the_protocol(
     assert "full ranking of 24 items, filter_history=all_except_target" in printed
     results = json.loads((out / "results.json").read_text())
     assert f"{100 * results['test']['metrics']['hr@10']:.2f}" in printed
+    assert f"parameters to train: {results['parameters']:,}" in printed
     assert main([*arguments, "epochs=3", "--resume"]) == 0
     assert "goes on behind epoch 2" in capsys.readouterr().out
 

@@ -274,7 +274,8 @@ def test_compile_without_graph_breaks_and_with_dynamic_sizes():
             torch.testing.assert_close(a, b)
 
 
-def test_export_keeps_the_ops():
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpp", "triton"])
+def test_what_is_exported_is_plain_torch(backend):
     towers, heads, states = side_problem(torch.float32)
 
     class Encode(torch.nn.Module):
@@ -283,12 +284,14 @@ def test_export_keeps_the_ops():
             self.towers, self.heads = towers, heads
 
         def forward(self, ids):
-            return self.towers(states, self.heads, ids=ids)
+            return self.towers(states, self.heads, ids=ids, backend=backend)
 
     exported = torch.export.export(Encode(), (IDS,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
     names = [str(node.target) for node in exported.graph.nodes]
-    assert "crossan_fast.side_network.default" in names
-    torch.testing.assert_close(exported.module()(IDS[:3]), Encode()(IDS[:3]))
+    assert len(names) > 20 and not any("crossan_fast" in name for name in names)
+    torch.testing.assert_close(
+        exported.module()(IDS[:3]), towers(states, heads, ids=IDS[:3], backend="eager")
+    )
 
 
 def test_autocast_decides_the_type():
