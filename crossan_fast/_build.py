@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from crossan_fast import _library
+from crossan_fast import _levels, _library
 from crossan_fast._library import BuildError, BuildInfo
 
 CSRC = Path(__file__).resolve().parent / "csrc"
@@ -137,10 +137,12 @@ def cpu_cxx_flags() -> list[str]:
 def cpu_march() -> str:
     """The instruction set that the CPU part is compiled for: its own flags' where it came with the wheel."""
     shipped = ahead_of_time("cpu")
-    flags = cpu_cxx_flags() if shipped is None or _misfit(shipped) else shipped.flags
-    return next((flag for flag in reversed(flags) if flag.startswith("-march=")), "-march=?").partition("=")[
-        2
-    ]
+    return march_of(cpu_cxx_flags() if shipped is None or _misfit(shipped) else shipped.flags)
+
+
+def march_of(flags: list[str]) -> str:
+    """What the last of a compiler's flags for it says: `native`, `x86-64-v3`."""
+    return next((flag[7:] for flag in reversed(flags) if flag.startswith("-march=")), "?")
 
 
 def _no_compiler() -> str | None:
@@ -392,8 +394,10 @@ def introspect(name: str) -> str | None:
 
 
 def ahead_of_time(name: str) -> BuildInfo | None:
-    """The library that came with the wheel, whether or not it fits this machine."""
-    return _library.read_stamp(AHEAD_OF_TIME / name)
+    """The library that came with the wheel; of several the best that fits, else the one that needs least."""
+    folders = [AHEAD_OF_TIME / name, *(AHEAD_OF_TIME / f"{name}-{m}" for m in reversed(_levels.LEVELS))]
+    held = [info for folder in folders if (info := _library.read_stamp(folder)) is not None]
+    return next((info for info in held if _misfit(info) is None), held[-1] if held else None)
 
 
 def compile_into(name: str, folder: Path) -> BuildInfo:
@@ -411,15 +415,16 @@ def compile_into(name: str, folder: Path) -> BuildInfo:
 
 
 def _recipe(part: Part) -> _library.Recipe:
+    flags = part.cxx_flags()
     return _library.Recipe(
         part.name,
         part.sources(),
         CSRC,
-        part.cxx_flags(),
+        flags,
         part.nvcc_flags(),
         part.link_flags(),
         compiler_version() or "",
-        instruction_set(),
+        _levels.needed(march_of(flags)) or instruction_set(),
         part.toolkit(),
         expected_seconds(part.name),
     )
@@ -428,7 +433,7 @@ def _recipe(part: Part) -> _library.Recipe:
 def _misfit(info: BuildInfo) -> str | None:
     if info.torch != torch.__version__:
         return f"built for torch {info.torch}, this is {torch.__version__}"
-    if lacking := set(info.instruction_set.split()) - set(instruction_set().split()):
+    if lacking := set(info.instruction_set.split()) - {platform.machine(), *cpu_flags()}:
         return f"this CPU lacks {', '.join(sorted(lacking))}"
     return _library.damage(info)
 

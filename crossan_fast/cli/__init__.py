@@ -30,6 +30,7 @@ COMMANDS = {
     "convert": "another code's checkpoint to a model's folder",
     "verify": "compare a run's files with their digests, and with each other",
     "plot": "pictures of a run, and a report in one HTML file",
+    "build": "compile the kernels now, not on their first use",
     "doctor": "what is installed, which backend each op uses, and why",
 }
 

@@ -110,7 +110,9 @@ def _extension() -> Iterator[tuple[str, str]]:
         if refusal := _build.misfit(name):
             yield f"{name} wheel", f"the library in the wheel is passed over: {refusal}"
         if info is not None:
-            how = "came with the wheel" if info.ahead_of_time else f"compiled in {info.seconds:.0f} s"
+            how = f"compiled in {info.seconds:.0f} s"
+            if info.ahead_of_time:
+                how = f"came with the wheel, for {_build.march_of(info.flags)}"
             yield name, f"{how}: {info.library} ({info.instruction_set})"
             if said := _build.introspect(name):
                 yield f"{name} library", said
@@ -120,7 +122,7 @@ def _extension() -> Iterator[tuple[str, str]]:
             yield name, f"did not compile, see {failure}; remove that file to try again"
         else:
             took = _about(_build.expected_seconds(name))
-            yield name, f"not built yet; built on first use ({took}), or by `crossan-fast doctor --build`"
+            yield name, f"not built yet; built on first use ({took}), or by `crossan-fast build`"
         if name == "cuda" and _build.nvcc_version() is not None:
             targets = ", ".join(f"sm_{target}" for target in _build.cuda_architectures())
             yield "cuda targets", f"{targets}, no PTX for others; CROSSAN_FAST_CUDA_ARCH=80;90a names targets"

@@ -137,7 +137,7 @@ def test_nothing_is_built_unless_asked(unbuilt: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert list(unbuilt.iterdir()) == []
     said = section(printed, "compiled kernels")["cpu"]
-    assert said == "not built yet; built on first use (about 40 s), or by `crossan-fast doctor --build`"
+    assert said == "not built yet; built on first use (about 40 s), or by `crossan-fast build`"
     assert all(section(printed, "ops on cpu in fp32")[op].startswith("cpp (") for op in _tried())
     assert main(["doctor", "--build"]) == 0
     printed = capsys.readouterr().out
