@@ -226,6 +226,9 @@ class CrossanModel(Popularity, Pretrained):
         elif deduplicate:
             embeddings, balance = self._encode(source, unique.counts)
             by_place = rows_of(embeddings, slots)
+            if item_ids.device.type != "cpu":
+                # Gathered as it is read: a part of `by_place` is copied, and so is its gradient.
+                histories = embeddings[slots[:, :-1]]
         else:
             flat = slots.reshape(-1)
             embeddings, balance = self._encode(source.repeated(flat), (flat != 0).to(torch.int64))
@@ -391,8 +394,13 @@ class CrossanModel(Popularity, Pretrained):
                 embeddings, present = self.id_embedding(embeddings, present, source.items)
             if self.config.fusion == "concat":
                 return _scores.as_items(self.config, concat(self.fusion, embeddings)), None
-            backend = self.backend_for("fusion")
-            fused = own(self.fusion)(embeddings, present=present, counts=counts, backend=backend)
+            fused = own(self.fusion)(
+                embeddings,
+                present=present,
+                counts=counts,
+                balance=bool(self.config.load_balance),
+                backend=self.backend_for("fusion"),
+            )
         return _scores.as_items(self.config, fused.items), fused.balance
 
     def _embed_in_chunks(self, cache: HiddenStateCache, catalogue: Source) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -167,13 +167,15 @@ def _forward(tile: Config, problem: Problem) -> tuple[Tensor, Tensor]:
             problem.slots,
             lse,
             partial,
+            loss if programs == 1 else None,
             rows,
             places,
             parts,
             IN_BATCH=problem.in_batch,
             BLOCK_R=_ROWS,
         )
-        launch(kernels.mean_kernel, (1,), partial, loss, programs, BLOCK=_ROWS)
+        if programs > 1:
+            launch(kernels.mean_kernel, (1,), partial, loss, programs, BLOCK=_ROWS)
     return loss, lse
 
 
@@ -197,7 +199,7 @@ def _backward(tile: Config, grad_loss: Tensor, lse: Tensor, problem: Problem) ->
         (kernels.backward_rows_kernel, users, row_blocks, column_blocks),
         (kernels.backward_columns_kernel, items, column_blocks, row_blocks),
     )
-    gradients = []
+    gradients, sums = [], []
     with on_device(users):
         launch(
             kernels.count_kernel,
@@ -234,21 +236,30 @@ def _backward(tile: Config, grad_loss: Tensor, lse: Tensor, problem: Problem) ->
                 **problem.constants(tile),
             )
             if parts > 1:
-                _sum_parts(partial, grad_loss, counted, gradient)
+                sums.append((partial, gradient))
             gradients.append(gradient)
+        if sums:
+            _sum_parts(sums, grad_loss, counted)
     return gradients[0], gradients[1]
 
 
-def _sum_parts(partial: Tensor, grad_loss: Tensor, counted: Tensor, gradient: Tensor) -> None:
+def _sum_parts(sums: Sequence[tuple[Tensor, Tensor]], grad_loss: Tensor, counted: Tensor) -> None:
+    """Of (parts, gradient), one pair or two, in one launch."""
+    partials, gradients = zip(*sums, strict=True)
+    (size, parts), (second_size, second_parts) = (
+        (gradients[i].numel(), len(partials[i])) for i in (0, len(sums) - 1)
+    )
     launch(
         kernels.sum_parts_kernel,
-        (cdiv(gradient.numel(), _ROWS),),
-        partial,
+        (cdiv(max(size, second_size), _ROWS), len(sums)),
+        partials,
         grad_loss,
         counted,
-        gradient,
-        gradient.numel(),
-        len(partial),
+        gradients,
+        size,
+        parts,
+        second_size,
+        second_parts,
         COUNTERS=_COUNTERS,
         BLOCK=_ROWS,
     )

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from crossan_fast.kernels._blocks import load_block
-from crossan_fast.kernels._common import dot
+from crossan_fast.kernels._common import dot, pick
 
 # Not −inf: 0 · −inf in the membership product is NaN. Exact as "no weight": exp(−1e30 − finite) is 0.
 BLOCKED = tl.constexpr(-1e30)
@@ -174,13 +174,17 @@ def combine_kernel(
     slots,
     lse,
     partial,
+    mean,
     rows,
     places,
     parts,
     IN_BATCH: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Join the parts of each row: log-sum-exp, +inf without a target; sums of loss and rows a program."""
+    """Join the parts of each row: log-sum-exp, +inf without a target; sums of loss and rows a program.
+
+    One program alone writes the mean itself, as `mean_kernel` would.
+    """
     index_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = index_r < rows
     _, valid = row_targets(slots, index_r, rows, places, IN_BATCH)
@@ -198,8 +202,12 @@ def combine_kernel(
     log_sum = tl.log(tl.where(valid, sum_, 1.0))
     tl.store(lse + index_r, tl.where(valid, top + log_sum, float("inf")), mask=mask_r)
     loss = tl.where(valid, (top - logit) + log_sum, 0.0)
-    tl.store(partial + 2 * tl.program_id(0), tl.sum(loss, axis=0))
-    tl.store(partial + 2 * tl.program_id(0) + 1, tl.sum(valid.to(tl.float32), axis=0))
+    sum_, count = tl.sum(loss, axis=0), tl.sum(valid.to(tl.float32), axis=0)
+    if mean is not None:
+        tl.store(mean, sum_ / tl.maximum(count, 1.0))
+    else:
+        tl.store(partial + 2 * tl.program_id(0), sum_)
+        tl.store(partial + 2 * tl.program_id(0) + 1, count)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -395,14 +403,26 @@ def store_block(
     tl.store(out + offset, gradient.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size", "parts"])
+@triton.jit(do_not_specialize=["size", "parts", "second_size", "second_parts"])
 def sum_parts_kernel(
-    partial, grad_loss, counted, out, size, parts, COUNTERS: tl.constexpr, BLOCK: tl.constexpr
+    partials,
+    grad_loss,
+    counted,
+    outs,
+    size,
+    parts,
+    second_size,
+    second_parts,
+    COUNTERS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Sum the parts of a gradient in their order, and scale."""
+    """Sum the parts of one gradient, or of two, in their order, and scale."""
+    which = tl.program_id(1)
+    partial, out = pick(partials, which), pick(outs, which)
+    size = tl.where(which == 0, size, second_size)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sum_ = tl.zeros([BLOCK], dtype=tl.float32)
-    for part in range(parts):
+    for part in range(tl.where(which == 0, parts, second_parts)):
         sum_ += tl.load(partial + tl.cast(part, tl.int64) * size + index, mask=index < size, other=0.0)
     sum_ = sum_ * row_gradient(grad_loss, counted, COUNTERS)
     tl.store(out + index, sum_.to(out.dtype.element_ty), mask=index < size)

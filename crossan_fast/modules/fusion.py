@@ -74,6 +74,7 @@ class Momef(nn.Module):
         *,
         present: Tensor | None = None,
         counts: Tensor | None = None,
+        balance: bool = True,
         backend: str = "auto",
     ) -> FusionOutput:
         experts: Experts = own(self.experts)
@@ -85,7 +86,15 @@ class Momef(nn.Module):
             w2=experts.w2,
             b2=experts.b2,
         )
-        return fusion(embeddings, weights, present=present, top_k=self.top_k, counts=counts, backend=backend)
+        return fusion(
+            embeddings,
+            weights,
+            present=present,
+            top_k=self.top_k,
+            counts=counts,
+            balance=balance,
+            backend=backend,
+        )
 
 
 def make_concat(config: CrossanConfig) -> nn.Linear:

@@ -28,11 +28,12 @@ class FusionOutput(NamedTuple):
     balance: the load-balance loss without its weight, a scalar ≥ 1 at a uniform router (Switch
         Transformers, arXiv 2101.03961, eq. 4–6, over assignments where k > 1): M · Σ_m f_m · P_m with f_m
         the share of assignments that expert m gets (no gradient) and P_m the mean router probability. In fp32
-        (float64 for float64) whatever type the items have: a half type can't count items.
+        (float64 for float64) whatever type the items have: a half type can't count items. None where it was
+        not asked for.
     """
 
     items: Tensor
-    balance: Tensor
+    balance: Tensor | None
 
 
 def fusion_reference(
@@ -141,9 +142,12 @@ def fusion(
     present: Tensor | None = None,
     top_k: int | None = None,
     counts: Tensor | None = None,
+    balance: bool = True,
     backend: str = "auto",
 ) -> FusionOutput:
     """MOMEF, differentiable in `embeddings` and all weights; arguments as `fusion_reference`.
+
+    Without `balance` the load-balance loss is left out, which spares a GPU three launches.
 
     Under autocast the op computes in, and `items` has, autocast's type.
 
@@ -162,13 +166,13 @@ def fusion(
         output = fusion_reference(
             embeddings, weights, present=present, top_k=top_k, counts=counts, dtype=default
         )
-        return FusionOutput(
-            output.items.to(dtype), output.balance.to(torch.promote_types(dtype, torch.float32))
-        )
+        assert output.balance is not None
+        of_router = output.balance.to(torch.promote_types(dtype, torch.float32)) if balance else None
+        return FusionOutput(output.items.to(dtype), of_router)
     items, assigned, probability, *_ = _fusion(
         embeddings, list(weights), present, top_k, counts, dtype, choice.backend
     )
-    return FusionOutput(items, modalities * (assigned * probability).sum())
+    return FusionOutput(items, modalities * (assigned * probability).sum() if balance else None)
 
 
 def _check(

@@ -16,7 +16,12 @@ from crossan_fast._sources import ReadAhead
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
 from crossan_fast.training.averaging import WeightAverage
-from crossan_fast.training.optimizer import clip_gradients, gradient_norms, set_learning_rate
+from crossan_fast.training.optimizer import (
+    ClippedByStep,
+    clip_gradients,
+    gradient_norms,
+    set_learning_rate,
+)
 from crossan_fast.training.precision import computing_in
 from crossan_fast.training.train_config import ComputePrecision, OptimizerConfig
 
@@ -102,6 +107,10 @@ class TrainStep:
         self._norms = torch.zeros(len(self._parameters), device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.gradient_norm = torch.zeros((), device=self.device)
+        self._clipped: ClippedByStep | None = None
+        if self.device.type == "cuda" and config.clip_norm is not None:
+            self._clipped = ClippedByStep(config.clip_norm, self.device)
+        self._one: Tensor | None = None  # where backwards begin: one tensor, not one a step
 
     def __call__(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
         """One step, with what `crossan_fast.training.feed` read ahead of it."""
@@ -148,15 +157,21 @@ class TrainStep:
                 loss: Tensor = self._forward(
                     item_ids, cache=self.cache, gathered=ahead.gathered, capacity=ahead.capacity
                 ).loss
+            if self._one is None:
+                self._one = torch.ones_like(loss)
             with span("backward"):
-                loss.backward()
+                loss.backward(self._one)
         return loss.detach()
 
     def update(self, loss: Tensor) -> None:
         """Clip what `forward_backward` left of a batch with this loss and apply it."""
         with span("optimizer"):
             norms = gradient_norms(self._parameters)
-            self.gradient_norm = clip_gradients(self._parameters, self._config.clip_norm, norms)
+            if self._clipped is None:
+                self.gradient_norm = clip_gradients(self._parameters, self._config.clip_norm, norms)
+            else:
+                self.gradient_norm = torch.linalg.vector_norm(norms)
+                self._clipped.prepare(self.optimizer, self.gradient_norm)
             if self._judge(loss, self.gradient_norm, norms):
                 self.optimizer.step()
 
@@ -167,8 +182,8 @@ class TrainStep:
             if self.group is None and not bool(loss.isfinite()):
                 return self._skip("loss", loss)
             return bool(norm.isfinite()) or self._skip("gradient", norm)
-        bad = norm - norm != 0  # as ~isfinite, in two kernels for five
         if self._config.skip_nonfinite:
+            bad = norm - norm != 0  # as ~isfinite, in two kernels for five
             if self.group is None:
                 bad |= ~loss.isfinite()
             # AdamW's own switch: where it is 1, its kernels change nothing.
@@ -177,7 +192,8 @@ class TrainStep:
             torch.where(bad, norms, self._norms, out=self._norms)
         else:
             torch.where(self._stopped, self._norms, norms, out=self._norms)
-            self._stopped |= bad
+            # 0 times what is not finite is NaN, which is not 0 either.
+            torch.ne(torch.add(self.unsound, norm, alpha=0), 0, out=self._stopped)
             self.unsound += self._stopped
         return True
 

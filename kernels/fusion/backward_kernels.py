@@ -23,6 +23,21 @@ from crossan_fast.kernels.fusion.forward_kernels import (
 )
 
 
+@triton.jit
+def total_weight(present, counts, count, index_m, M: tl.constexpr):
+    """What all items count in the load-balance statistics, at least fp32's smallest normal number."""
+    BLOCK: tl.constexpr = 128
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for begin in range(0, count, BLOCK):
+        index = begin + tl.arange(0, BLOCK)
+        exists = existing(present, index, count, index_m, M)  # [BLOCK, BM]
+        weight = tl.where(tl.max(exists.to(tl.int32), axis=1) > 0, 1.0, 0.0)
+        if counts is not None:
+            weight *= tl.load(counts + index, mask=index < count, other=0).to(tl.float32)
+        total += weight
+    return tl.maximum(tl.sum(total, axis=0), 1.1754943508222875e-38)
+
+
 @triton.jit(do_not_specialize=["count"])
 def items_kernel(
     grad_items,
@@ -90,7 +105,11 @@ def items_kernel(
 
     # Router: from the shares, and from the mean probabilities of the load-balance loss.
     grad_logit = share * (grad_share - tl.sum(share * grad_share, axis=1)[:, None])
-    weight = tl.where(mask_n, 1.0, 0.0) / tl.load(total)
+    if total is None:
+        everything = total_weight(present, counts, count, index_m, M)
+    else:
+        everything = tl.load(total)
+    weight = tl.where(mask_n, 1.0, 0.0) / everything
     if counts is not None:
         weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
     grad_mean = tl.load(grad_probability + index_m, mask=index_m < M, other=0.0).to(tl.float32)

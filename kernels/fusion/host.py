@@ -30,6 +30,8 @@ from crossan_fast.ops._contracts import FusionWeights
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _STATISTICS_BLOCK, _SUM_BLOCK = 64, 1024
+# Items up to which launches cost more than what programs read in place of them.
+_FEW = 4096
 
 
 class Config(NamedTuple):
@@ -49,7 +51,7 @@ def config(device: str, dtype: torch.dtype, tf32: bool, width: int, count: int) 
         return Config(16 if width > 128 else 32, 32, 4, 1)
     if device in BEFORE_HOPPER:
         return Config(32, 32, 8, 2)
-    if count <= 4096:
+    if count <= _FEW:
         return Config(32, 32, 4, 2)
     return Config(64, 32, 8, 2)
 
@@ -96,7 +98,7 @@ class _Problem:
         self.embeddings = call.embeddings.contiguous()
         self.count = self.embeddings.shape[0]
         # A program reads all weights once: converting them first pays where there are many programs.
-        packed = uniform(call.weights, call.dtype if self.count > 4096 else None)
+        packed = uniform(call.weights, call.dtype if self.count > _FEW else None)
         self.router, self.experts = tuple(packed[:2]), tuple(packed[2:])
         self.present = None if call.present is None else call.present.contiguous().view(torch.uint8)
         self.counts = None if call.counts is None else call.counts.contiguous()
@@ -202,7 +204,7 @@ def _backward(
             (cdiv(p.count, tile.items),),
             grad_items,
             grad_probability,
-            _total(p.count, call.present, call.counts, logits),
+            _total(p, call, logits),
             p.embeddings,
             logits,
             p.router[0],
@@ -236,7 +238,7 @@ def _weight_gradients(
     starts = (0, *accumulate(sizes))
     unit_blocks = cdiv(inner, tile.units)
     # Twice as many parts of the items where there are enough of them to keep so many programs busy.
-    crowd = modalities * unit_blocks * (1 if p.count > 4096 else 2)
+    crowd = modalities * unit_blocks * (1 if p.count > _FEW else 2)
     parts, length = split(crowd, cdiv(p.count, tile.items))
     partial = logits.new_empty((parts, starts[-1]))
     walk = (p.present, partial, p.count, length)
@@ -276,11 +278,16 @@ def _weight_gradients(
     return grads
 
 
-def _total(count: int, present: Tensor | None, counts: Tensor | None, like: Tensor) -> Tensor:
-    """What all items count together in the load-balance statistics, as a tensor: nothing waits for it."""
-    if present is None:
-        total = torch.full((), count, device=like.device) if counts is None else counts.sum()
+def _total(p: _Problem, call: _Call, like: Tensor) -> Tensor | None:
+    """What all items count together in the load-balance statistics, as a tensor: nothing waits for it.
+
+    None where the items are so few that each program adds them up itself, in place of three launches.
+    """
+    if p.count <= _FEW:
+        return None
+    if call.present is None:
+        total = torch.full((), p.count, device=like.device) if call.counts is None else call.counts.sum()
     else:
-        exists = present.any(dim=1)
-        total = exists.sum() if counts is None else (exists * counts).sum()
+        exists = call.present.any(dim=1)
+        total = exists.sum() if call.counts is None else (exists * call.counts).sum()
     return total.to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny)

@@ -26,7 +26,9 @@ class Gradients:
         self.weights = [new(group) for group in (w.down_weight, w.up_weight, w.head_weight)]
         self.biases = [new(group) for group in (w.down_bias, w.up_bias, w.head_bias)]
         self.dense = [_zeros(group) for group in (w.cross_down, w.cross_up, w.pair_weight, w.pair_bias)]
-        self.gate_sum = torch.zeros(len(p.gate), p.levels, p.sources + 1, device=p.device)
+        # Groups of towers cover it; only cross="side" adds to it.
+        make = torch.zeros if p.structure.cross == "side" else torch.empty
+        self.gate_sum = make(len(p.gate), p.levels, p.sources + 1, device=p.device)
 
     def flatten(self) -> list[Tensor]:
         """In the order and the types of the weights."""

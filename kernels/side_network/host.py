@@ -130,4 +130,5 @@ def _grad_x(p: Parameters, chunk: Data) -> list[Tensor]:
 def _no_links(p: Parameters) -> Tensor:
     """The op's third result: nothing on a GPU; for the interpreter the size that it has on CPU tensors."""
     size = links_size(p.levels, p.rank, p.embedding, p.structure.cross, p.device)
-    return torch.zeros(len(p.gate), size, device=p.device)
+    make = torch.zeros if size else torch.empty  # an empty tensor needs no launch
+    return make(len(p.gate), size, device=p.device)

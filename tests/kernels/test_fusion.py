@@ -9,6 +9,7 @@ import torch
 from judging import judge_all
 
 from crossan_fast.kernels import fusion
+from crossan_fast.kernels.fusion import host
 from crossan_fast.ops.fusion import FusionWeights, fusion_reference
 from crossan_fast.ops.fusion import fusion as fusion_op
 
@@ -163,6 +164,30 @@ def test_full_precision_weights_under_half_precision_compute():
     halves = embeddings.bfloat16()
     truth = reference(embeddings, weights, grad, dtype=torch.float64)
     judge_all(NAMES, out, lambda: reference(halves, rounded, grad, dtype=torch.bfloat16), truth)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+def test_what_all_items_count_is_added_up_by_torch_or_by_programs(missing, counted, monkeypatch):
+    embeddings, weights = make(150, 2, 8, 8, torch.float32)
+    grad = torch.randn(150, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    options = {
+        "present": some_present(150, 2) if missing else None,
+        "counts": torch.arange(150, device=DEVICE) if counted else None,
+        "dtype": torch.float32,
+    }
+    few = kernel(embeddings, weights, grad, **options)
+    monkeypatch.setattr(host, "_FEW", 0)
+    for many, own in zip(kernel(embeddings, weights, grad, **options), few, strict=True):
+        torch.testing.assert_close(many, own)
+
+
+def test_the_balance_is_left_out_where_it_is_not_asked_for():
+    embeddings, weights = make(5, 2, 8, 8, torch.float32)
+    for backend in ("triton", "eager"):
+        asked = fusion_op(embeddings, weights, backend=backend)
+        left_out = fusion_op(embeddings, weights, balance=False, backend=backend)
+        assert left_out.balance is None and torch.equal(left_out.items, asked.items)
 
 
 def test_registered_op_passes_opcheck():

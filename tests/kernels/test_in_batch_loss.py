@@ -9,7 +9,7 @@ import pytest
 import torch
 from judging import judge_all, together
 
-from crossan_fast.kernels import in_batch_loss
+from crossan_fast.kernels import _streaming_loss, in_batch_loss
 from crossan_fast.ops.deduplicate import deduplicate_reference
 from crossan_fast.ops.in_batch_loss import in_batch_loss as in_batch_loss_op
 from crossan_fast.ops.in_batch_loss import in_batch_loss_reference
@@ -50,6 +50,17 @@ def kernel(*inputs):
     loss, lse = in_batch_loss.forward(*inputs)
     gradients = in_batch_loss.backward(torch.tensor(0.7, device=DEVICE), lse, *inputs)
     return [out.cpu() for out in (loss, *gradients)]
+
+
+def test_one_program_or_several_write_the_same_loss(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    slots = torch.randint(0, 30, (9, 5), generator=generator)
+    users, items = torch.randn(9, 4, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    inputs = (users, items, slots, torch.bincount(slots.flatten(), minlength=30), -torch.rand(30))
+    one = kernel(*inputs)
+    monkeypatch.setattr(_streaming_loss, "_ROWS", 16)
+    for several, alone in zip(kernel(*inputs), one, strict=True):
+        torch.testing.assert_close(several, alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

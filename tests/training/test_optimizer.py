@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from crossan_fast import CrossanConfig, CrossanModel, Modality
 from crossan_fast.training.optimizer import (
     PARTS,
+    ClippedByStep,
     clip_gradients,
     decays,
+    gradient_norm,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
@@ -90,6 +93,27 @@ def test_clipping_keeps_the_direction(model: CrossanModel) -> None:
         clip_gradients(parameters, norm)
         for parameter, gradient in zip(parameters, fresh, strict=True):
             torch.testing.assert_close(parameter.grad, gradient * factor)
+
+
+@pytest.mark.parametrize("norm", [0.5, 1e9])
+def test_the_fused_step_clips_alike(norm: float) -> None:
+    """Two steps, of other gradients: the second goes by its own norm."""
+    drawn, results = [torch.randn(4, 3), torch.randn(5), 9 * torch.randn(4, 3), torch.randn(5)], []
+    for clipped in (None, ClippedByStep(norm, torch.device("cpu"))):
+        parameters = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5))]
+        # So large an eps that a step depends on its gradients' size.
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, eps=1.0, fused=True)
+        for gradients in (drawn[:2], drawn[2:]):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            if clipped is None:
+                clip_gradients(parameters, norm)
+            else:
+                clipped.prepare(optimizer, gradient_norm(parameters))
+            optimizer.step()
+        results.append(parameters)
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7)
 
 
 def test_state_without_pickle_round_trips(model: CrossanModel) -> None:
