@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from crossan_fast._checks import check_tensor, describe, nearest
 from crossan_fast.cache.staging import Rows
@@ -237,6 +238,27 @@ def in_parts(
     else:
         ahead = cache.prefetch_stored(iter(parts), device)
         yield from ((part, rows) for part, (_, rows) in zip(parts, ahead, strict=True))
+
+
+def embed_in_chunks(
+    embed: Callable[[Source], Tensor],
+    config: CrossanConfig,
+    cache: HiddenStateCache,
+    catalogue: Source,
+    size: int,
+) -> Tensor:
+    """`embed` of all items, a chunk's states at a time; the backward gathers them again."""
+    assert catalogue.ids is not None
+    device, chunks = catalogue.ids.device, []
+
+    def of_chunk(ids: Tensor, present: Tensor | None) -> Tensor:
+        return embed(replace(cached(config, cache, device, ids), present=present))
+
+    for places in torch.arange(len(catalogue.ids), device=device).split(size):
+        ids = catalogue.ids[places]
+        present = None if catalogue.present is None else catalogue.present[places]
+        chunks.append(checkpoint(of_chunk, ids, present, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(chunks)
 
 
 def cached(

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from crossan_fast import _scores, _sources, distributed, iisan, ops
 from crossan_fast._checks import check_range, check_tensor, describe
 from crossan_fast._dropping import drop_by_history, drop_by_item
 from crossan_fast._finite import first_of_step
+from crossan_fast._growing import extend, remove
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
 from crossan_fast._sources import Gathered, ReadAhead, Source
-from crossan_fast.config import CrossanConfig
+from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.explain import explain
 from crossan_fast.hub import Pretrained
 from crossan_fast.modules.fusion import Momef, concat, make_concat, make_head
@@ -194,8 +194,7 @@ class CrossanModel(Popularity, Pretrained):
         _sources.check_ids(self.config, item_ids, self._device(), self.process_group is None)
         _sources.check_given(states, cache, present, gathered)
         item_ids, ahead = item_ids.to(torch.int64), ReadAhead(gathered, capacity)
-        read = self.config.loss == "in_batch" or self.config.id_embedding
-        known = self._known_items(cache, read)
+        known = self._known_items(cache, self.config.loss == "in_batch" or self.config.id_embedding)
         if known is not None:
             _sources.check_range(item_ids, known, cache)
         if cache is not None and item_ids.device.type == "cpu":  # as in check_ids
@@ -277,7 +276,11 @@ class CrossanModel(Popularity, Pretrained):
             source = replace(read, present=source.present, items=source.items)
             embeddings, balance = self._encode(source, counts)
         else:
-            embeddings, balance = self._fuse(self._embed_in_chunks(cache, source), source, counts)
+            embeddings, balance = self._fuse(
+                _sources.embed_in_chunks(self._embed, self.config, cache, source, CATALOGUE_CHUNK),
+                source,
+                counts,
+            )
         if self.config.deduplicate:
             by_place = rows_of(embeddings, places)
         else:
@@ -365,6 +368,21 @@ class CrossanModel(Popularity, Pretrained):
             unknown=unknown,
         )
 
+    def extend(self, modality: Modality, *, share: float = 1e-7, freeze: bool = True) -> CrossanModel:
+        """A copy with one more modality, which starts where this model is: to rounding, or to `share`.
+
+        Its cross gates are closed, and with `concat` its columns zero. Train with a cache that has it.
+
+        Args:
+            share: ◊ at most what MOMEF gives the new expert at first, where an item has every modality.
+            freeze: the towers and heads that are here need no gradient, until `requires_grad_(True)`.
+        """
+        return extend(self, modality, share, freeze)
+
+    def remove(self, name: str) -> CrossanModel:
+        """A copy without a modality: what this model is on items that lack it. Refused for IISAN's pairs."""
+        return remove(self, name)
+
     def explain(self, items: Sequence[str | int] | None, cache: HiddenStateCache) -> dict[str, Any]:
         """Gates of the levels, and expert weights of the items; see `crossan_fast.explain`."""
         return explain(self, items, cache)
@@ -402,21 +420,6 @@ class CrossanModel(Popularity, Pretrained):
                 backend=self.backend_for("fusion"),
             )
         return _scores.as_items(self.config, fused.items), fused.balance
-
-    def _embed_in_chunks(self, cache: HiddenStateCache, catalogue: Source) -> Tensor:
-        """Embeddings of all items, a chunk's states at a time; the backward gathers them again."""
-        device, chunks = self._device(), []
-
-        def embed(ids: Tensor, present: Tensor | None) -> Tensor:
-            source = _sources.cached(self.config, cache, device, ids)
-            return self._embed(replace(source, present=present))
-
-        assert catalogue.ids is not None
-        for part in torch.arange(len(catalogue.ids), device=device).split(CATALOGUE_CHUNK):
-            present = None if catalogue.present is None else catalogue.present[part]
-            ids = catalogue.ids[part]
-            chunks.append(checkpoint(embed, ids, present, use_reentrant=False, preserve_rng_state=False))
-        return torch.cat(chunks)
 
     def _encode_ids(self, cache: HiddenStateCache, ids: Tensor, gathered: Gathered | None) -> Tensor:
         source = _sources.cached(self.config, cache, self._device(), ids, gathered)

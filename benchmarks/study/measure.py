@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import results, timing
 from benchmarks.memory import peak_added
-from benchmarks.recipes.scientific import p20
+from benchmarks.recipes.records import p20
 from benchmarks.study.methods import Method, make_model, trainable
 from benchmarks.study.worlds import World
 from crossan_fast._sources import ReadAhead

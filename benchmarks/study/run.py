@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from benchmarks.recipes.scientific import append
+from benchmarks.recipes.records import append
 from benchmarks.recipes.tabulate import read
 from benchmarks.study import measure, table
 from benchmarks.study.methods import METHODS, Method
