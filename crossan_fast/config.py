@@ -344,6 +344,8 @@ def _at_least(name: str, value: object, low: int) -> None:
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     if value < low:
         raise ValueError(f"{name}: expected at least {low}, got {value}")
+    if value >= 2**31:  # no weight has a side as long; of a damaged file, torch's refusal names nothing
+        raise ValueError(f"{name}: expected less than 2^31, got {value}")
 
 
 def _number(name: str, value: object) -> float:

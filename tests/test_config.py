@@ -57,6 +57,7 @@ def test_iisan_is_one_class_with_other_values():
         ),
         ({"embeding_dim": 8}, ValueError, r"unknown config key 'embeding_dim'; did you mean 'embedding_dim'"),
         ({"embedding_dim": 0}, ValueError, r"embedding_dim: expected at least 1, got 0"),
+        ({"expert_expansion": 2**63}, ValueError, r"expert_expansion: expected less than 2\^31, got 92"),
         ({"bottleneck": 64.0}, TypeError, r"bottleneck: expected an integer, got 64.0"),
         ({"cross": "all"}, ValueError, r"cross: expected one of \['backbone', 'side', 'none'\], got 'all'"),
         ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
