@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from judging import Reordered, Shuffled, TermByTerm, in_several_orders, judge
+from judging import FURTHER, Reordered, Shuffled, TermByTerm, in_several_orders, judge
 from torch import Tensor
 
 from crossan_fast.ops import SequenceEncoderBlock, SequenceEncoderWeights
@@ -169,8 +169,8 @@ class Mutated(Reordered):
 
 def judged(problem: Problem, dtype: torch.dtype) -> tuple[Cast, list[Any], list[Tensor]]:
     """The cast to `dtype`, plain torch's runs in it, and what is true of the values that it leaves."""
-    runs = in_several_orders(lambda: problem(lambda t: t.to(dtype)))
-    return lambda t: t.to(dtype), runs, problem(lambda t: t.to(dtype).double())
+    truth = problem(lambda t: t.to(dtype).double())
+    return lambda t: t.to(dtype), in_several_orders(lambda: problem(lambda t: t.to(dtype)), truth), truth
 
 
 def refused(found: list[Tensor], runs: list[Any], truth: list[Tensor]) -> bool:
@@ -191,6 +191,18 @@ def test_another_order_passes(name: str, dtype: torch.dtype) -> None:
         with order:
             found = problem(cast)
         assert not refused(found, runs, truth)
+
+
+@pytest.mark.parametrize(("growth", "orders"), [(0.0, 4), (0.3, 4), (0.4, 4 + FURTHER)])
+def test_more_orders_are_taken_where_they_disagree(growth: float, orders: int) -> None:
+    truth, calls = torch.ones(5, dtype=torch.float64), 0
+
+    def run() -> list[Tensor]:
+        nonlocal calls
+        calls += 1
+        return [truth + 1e-3 * (1 + growth * (calls - 1))]
+
+    assert len(in_several_orders(run, [truth])) == calls == orders
 
 
 def test_the_truth_rounded_passes() -> None:
