@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from crossan_fast._checks import nearest
 from crossan_fast.config import CrossanConfig, Modality
-from crossan_fast.modules.fusion import Concat, Momef
+from crossan_fast.modules.fusion import Momef
 
 if TYPE_CHECKING:
     from crossan_fast.model import CrossanModel
@@ -92,7 +92,7 @@ def _carry(old: CrossanModel, new: CrossanModel) -> list[int]:
         for own, other in zip(fresh.experts.parameters(), trained.experts.parameters(), strict=True):
             own[kept] = other[from_]
         fresh.router.weight[kept] = _moved(trained.router.weight[from_], len(there), len(here), kept, from_)
-    elif isinstance(fresh, Concat) and isinstance(trained, Concat):
+    elif isinstance(fresh, nn.Linear) and isinstance(trained, nn.Linear):
         fresh.bias.copy_(trained.bias)
         fresh.weight.copy_(_moved(trained.weight, len(there), len(here), kept, from_))
     return kept

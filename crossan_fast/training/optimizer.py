@@ -85,7 +85,7 @@ def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """`[len(parameters)]`, 0 where there is no gradient."""
     found = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
     none = parameters[0].new_zeros(()) if any(p.grad is None for p in parameters) else None
-    return torch.stack([none if p.grad is None else next(found) for p in parameters])
+    found = iter(torch._foreach_norm([grad for p in parameters if (grad := p.grad) is not None]))
 
 
 def clip_gradients(
