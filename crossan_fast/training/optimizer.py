@@ -84,8 +84,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps:
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """`[len(parameters)]`, 0 where there is no gradient."""
     found = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
-    none = parameters[0].new_zeros(()) if any(p.grad is None for p in parameters) else None
-    found = iter(torch._foreach_norm([grad for p in parameters if (grad := p.grad) is not None]))
+    none = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
+    return torch.stack([none if p.grad is None else next(found) for p in parameters])
 
 
 def clip_gradients(
