@@ -211,6 +211,9 @@ class CrossanModel(Popularity, Pretrained):
             refuse_without_negatives(item_ids, unique)
         return self._in_batch(item_ids, unique, self._drop(source, unique.ids))
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
         if ahead.gathered is None:
             _sources.place(cache, ids.device)
@@ -238,12 +241,9 @@ class CrossanModel(Popularity, Pretrained):
                 raise ValueError("deduplicate: process_group shares distinct items, expected true, got false")
             # On the CPU a batch has as many slots as distinct items, equal shapes or not.
             equal = self.equal_batches and item_ids.device.type != "cpu"
+            backend = self.backend_for("deduplicate")
             unique, embeddings = distributed.gather_negatives(
-                unique,
-                embeddings,
-                self.process_group,
-                equal=equal,
-                backend=self.backend_for("deduplicate"),
+                unique, embeddings, self.process_group, equal=equal, backend=backend
             )
         log_popularity = self._log_popularity(unique.ids)
         with span("loss"):
