@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("crossan_fast", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+TESTED = ("MANIFEST.in", "constraints.txt", "tests", "benchmarks", "docs", ".ci")
 
 
 def run(*command: str, cwd: Path, **options) -> str:
@@ -45,7 +46,7 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("packaging")
     tree = base / "tree"
     tree.mkdir()
-    for part in PARTS:
+    for part in (*PARTS, *TESTED):
         source = ROOT / part
         if source.is_dir():
             shutil.copytree(source, tree / part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
@@ -56,6 +57,12 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
         archive.extractall(base / "unpacked", filter="data")
     (unpacked,) = (base / "unpacked").iterdir()
     (base / "again").mkdir()
+    for part in TESTED:
+        found = {path.relative_to(tree) for path in tree.glob(f"{part}/**/*") if path.is_file()}
+        assert (unpacked / part).exists() and all((unpacked / path).is_file() for path in found), part
+    # Tests of the unpacked tree, by its own settings and on its own package.
+    wanted = ("tests/test_config.py", "tests/training/test_batches.py")
+    run(sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *wanted, cwd=unpacked)
     return {"tree": build(tree, base, "wheel"), "sdist": build(unpacked, base / "again", "wheel")}
 
 
