@@ -13,9 +13,12 @@ from pathlib import Path
 from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import manifest_maker
 
 ROOT = Path(__file__).resolve().parent
 WANTED = [part for part in os.environ.get("CROSSAN_FAST_BUILD", "").replace(" ", "").split(",") if part]
+# setuptools has no setting for the name of what says which files the sdist holds.
+manifest_maker.template = ".manifest.in"
 
 
 class BuildLibraries(build_py):

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("crossan_fast", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-TESTED = ("MANIFEST.in", "constraints.txt", "tests", "benchmarks", "docs", ".ci")
+TESTED = (".manifest.in", "constraints.txt", "tests", "benchmarks", "docs", ".ci")
 
 
 def run(*command: str, cwd: Path, **options) -> str:
