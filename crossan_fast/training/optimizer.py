@@ -83,8 +83,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps:
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """`[len(parameters)]`, 0 where there is no gradient."""
-    found = iter(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
-    none = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device)
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    if len(norms) == len(parameters):
+        return torch.stack(norms)
+    none, found = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device), iter(norms)
     return torch.stack([none if p.grad is None else next(found) for p in parameters])
 
 
