@@ -117,7 +117,7 @@ def by_the_definition(model):
             model.towers.hidden(states, heads, present=present, **rows),
             strict=True,
         ):
-            layers = [head] if head.inner is None else [head.inner, head]
+            layers = [head.inner, head] if hasattr(head, "inner") else [head]
             for layer in layers:
                 h = F.linear(h, layer.weight, layer.bias)
             if present is not None:
@@ -243,10 +243,10 @@ def test_save_and_load(tmp_path):
     ("changes", "message"),
     [
         ({"blocks": 10**9}, r"blocks: the config says 10{9}, expected a size that the \d+ weights"),
-        ({"embedding_dim": 2**50}, "embedding_dim: the config says"),
+        ({"embedding_dim": 2**30}, "embedding_dim: the config says"),
         ({"embedding_dim": 1024}, "size mismatch for heads.text.weight"),
-        ({"bottleneck": 2**50}, "bottleneck: the config says"),
-        ({"expert_expansion": 2**40}, "size mismatch for fusion.experts.w1"),
+        ({"bottleneck": 2**30}, "bottleneck: the config says"),
+        ({"expert_expansion": 2**30}, "size mismatch for fusion.experts.w1"),
     ],
 )
 def test_a_config_costs_no_more_than_the_weights_beside_it(tmp_path, changes, message):

@@ -79,8 +79,7 @@ class HiddenStateCache:
         self._states = list(states)
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
-        self._masks: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
-        self._bare: dict[tuple[torch.device, tuple[int, ...]], Tensor | None] = {}
+        self._masks: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor | None, Tensor | None]] = {}
         self._names = names if isinstance(names, ItemNames) else ItemNames(self.num_items, names)
         self.catalogue = Catalogue.of(self._names)
         files, segments = (mapped.files, mapped.segments) if mapped else ((), ())
@@ -249,25 +248,28 @@ class HiddenStateCache:
 
         None where every item has all of them.
         """
-        chosen = tuple(range(len(self.modalities)) if modalities is None else modalities)
-        key = (exact_device(device), chosen)
-        if key not in self._masks:
-            rows = self.present[:, list(chosen)]
-            self._masks[key] = None if bool(rows[1:].all()) else rows.to(key[0])
-        return self._masks[key]
+        return self._looked_at(device, modalities)[0]
 
     def bare_mask(self, device: str | torch.device, modalities: Sequence[int] | None = None) -> Tensor | None:
         """Bool `[I + 1]` on `device`: items with none of `modalities` (default: all), which nothing embeds.
 
         None where every item has at least one; row 0 is False.
         """
+        return self._looked_at(device, modalities)[1]
+
+    def _looked_at(
+        self, device: str | torch.device, modalities: Sequence[int] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         chosen = tuple(range(len(self.modalities)) if modalities is None else modalities)
         key = (exact_device(device), chosen)
-        if key not in self._bare:
-            bare = ~self.present[:, list(chosen)].any(dim=1)
-            bare[0] = False
-            self._bare[key] = bare.to(key[0]) if bool(bare.any()) else None
-        return self._bare[key]
+        if key not in self._masks:
+            rows = self.present[:, list(chosen)]
+            bare = ~rows[1:].any(dim=1)
+            self._masks[key] = (
+                None if bool(rows[1:].all()) else rows.to(key[0]),
+                torch.nn.functional.pad(bare, (1, 0)).to(key[0]) if bool(bare.any()) else None,
+            )
+        return self._masks[key]
 
     def _finite_at(
         self, device: str | torch.device, ids: Tensor | None

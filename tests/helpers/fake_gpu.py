@@ -77,7 +77,7 @@ def on_fake_gpu(cache: HiddenStateCache, mode: FakeTensorMode, everything: bool)
         return torch.empty_like(mode.from_tensor(tensor), device=GPU)
 
     columns = tuple(range(len(cache.modalities)))
-    cache._masks[GPU, columns] = None if everything else move(cache.present)
+    cache._masks[GPU, columns] = None if everything else move(cache.present), None
     scales = None if cache._scales is None else [move(scale) for scale in cache._scales]
     cache._loaded[GPU] = [move(states) for states in cache._states], scales
     cache._placement = Placement(GPU, "resident", "for a test")

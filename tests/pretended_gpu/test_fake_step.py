@@ -139,7 +139,7 @@ def fetches(table: Tensor, index: Tensor) -> Tensor:
 def test_a_fault_of_the_model_is_found(
     fault: Callable[[Tensor, Tensor], Tensor], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crossan_fast.model, "_rows", fault)
+    monkeypatch.setattr(crossan_fast.model, "rows_of", fault)
     with pytest.raises(
         (RuntimeError, DataDependentOutputException, DynamicOutputShapeException), match=message
     ):

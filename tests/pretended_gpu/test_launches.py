@@ -27,7 +27,7 @@ def test_a_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("side_network", "fusion", "loss"):
         assert all(counts[part, passes].triton_launches for passes in ("forward", "backward"))
     assert counts["optimizer", "update"].torch_ops
-    monkeypatch.setattr(crossan_fast.model, "_rows", lambda table, index: table[index] * table.sum().item())
+    monkeypatch.setattr(crossan_fast.model, "rows_of", lambda table, index: table[index] * table.sum().item())
     with pytest.raises(
         AssertionError, match=r"small: the host waits for the device at .*_local_scalar_dense"
     ):

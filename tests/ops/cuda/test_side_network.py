@@ -246,9 +246,9 @@ def test_errors_name_the_argument(ops, emulate):
         ({"static": changed(2, "side")}, ValueError, "cross: expected backbone or none"),
         ({"static": changed(3, "silu")}, ValueError, "activation: expected gelu or relu"),
         ({"static": changed(4, 0.0)}, ValueError, "temperature: expected a positive"),
-        ({"static": changed(5, torch.float32)}, TypeError, "dtype: expected float16 or bfloat16"),
-        ({"static": changed(6, 3)}, ValueError, "path: expected"),
-        ({"static": changed(7, -1)}, ValueError, "backward_items: expected"),
+        ({"static": changed(6, torch.float32)}, TypeError, "dtype: expected float16 or bfloat16"),
+        ({"static": changed(7, 3)}, ValueError, "path: expected"),
+        ({"static": changed(8, -1)}, ValueError, "backward_items: expected"),
     ]
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
