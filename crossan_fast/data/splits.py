@@ -160,7 +160,9 @@ def by_ratio(
     """Hold out the last share of each user's items for testing and the share before for validation.
 
     Args:
-        validation, test: shares, rounded down to whole items for each user; what is left trains.
+        validation, test: shares, rounded down to whole items for each user, as RecBole's `RS` has them: one
+            where the share is less than one item, test before validation, as long as that leaves an item to
+            train on; what is left trains.
         stride: see `leave_one_out`.
 
     Raises:
@@ -172,8 +174,14 @@ def by_ratio(
         )
     lengths, ends = interactions.lengths, interactions.offsets[1:]
     # A hair is added, since 0.1 of 10 is one item also where the product rounds below it.
-    in_test = np.floor(lengths * test + 1e-9).astype(np.int64)
-    in_validation = np.floor(lengths * validation + 1e-9).astype(np.int64)
+    in_test, in_validation = (
+        np.floor(lengths * share + 1e-9).astype(np.int64) for share in (test, validation)
+    )
+    trained = lengths - in_test - in_validation
+    for part in (in_test, in_validation):
+        more = (part == 0) & (trained > 1)
+        part += more
+        trained -= more
     first = ends - in_test - in_validation
     cuts = _Cuts(interactions.offsets[:-1], first, first, ends - in_test, ends)
     return _split(interactions, cuts, window, stride, f"by ratio, {validation} and {test} of each user", {})

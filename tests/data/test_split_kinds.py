@@ -115,15 +115,24 @@ def test_by_ratio(tmp_path: Path, validation: float, test: float) -> None:
     lengths = dict(zip(found.user_names, found.lengths.tolist(), strict=True))
 
     def part_of(user: str, place: int) -> int:
-        length = lengths[user]
-        tested = int(length * test + 1e-9)
-        return (
-            2 if place >= length - tested else int(place >= length - tested - int(length * validation + 1e-9))
-        )
+        parts = [0, int(lengths[user] * validation + 1e-9), int(lengths[user] * test + 1e-9)]
+        parts[0] = lengths[user] - sum(parts)
+        for part in (2, 1):
+            if parts[0] > 1 and not parts[part]:
+                parts[part], parts[0] = 1, parts[0] - 1
+        return sum(place >= end for end in (parts[0], parts[0] + parts[1]))
 
     check(by_ratio(found, WINDOW, validation, test), found, part_of)
     ten = build_interactions({"u": [f"i{k}" for k in range(10)]})
     assert by_ratio(ten, 3, 0.1, 0.3).test_target.tolist() == [8, 9, 10]
+
+
+def test_a_share_of_less_than_one_item_is_one_as_in_recbole() -> None:
+    """What RecBole 1.2's `_calcu_split_ids` gives: 5 items as 3, 1, 1; 2 as 1, 0, 1; 1 as 1, 0, 0."""
+    taken = {"five": [f"i{k}" for k in range(5)], "two": ["i5", "i6"], "one": ["i7"]}
+    split = by_ratio(build_interactions(taken, min_items=1), 3, 0.1, 0.1)
+    assert split.validation_target.tolist() == [4]
+    assert split.test_target.tolist() == [5, 7]
 
 
 def test_as_given(tmp_path: Path) -> None:
