@@ -177,7 +177,8 @@ def draw_encoders(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = list(dict.fromkeys(row["states"] for row in rows))
+    every = list(dict.fromkeys(row["states"] for row in rows))
+    kinds = [states for states in every if _has_a_line(rows, states)] or every
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(1 + 4 * len(kinds), 3.4), sharey=True, layout="constrained", squeeze=False
     )
@@ -201,6 +202,12 @@ def draw_encoders(rows: Sequence[Row], path: Path) -> None:
     axes[0][0].legend(frameon=False)
     figure.savefig(path, dpi=160)
     plt.close(figure)
+
+
+def _has_a_line(rows: Sequence[Row], states: str) -> bool:
+    """Whether some model was trained on these states with all subsets of two numbers of encoders."""
+    groups = grouped([row for row in rows if row["states"] == states], "model", "encoders")
+    return any(sum(map(bool, by_count(groups, model, "hr@10").values())) > 1 for model in MODELS)
 
 
 def _order(key: tuple[str, ...]) -> tuple[int, list[int]]:
