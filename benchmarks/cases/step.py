@@ -140,12 +140,13 @@ class StepBench:
         step = made.step
         plain = self._gradients(self.step("eager", deduplicate=False))
         found = self._gradients(step)
-        own = [accuracy.error(p, t) for p, t in zip(plain, self._truth, strict=True)]
         names = ["loss", *(f"gradient of {key}" for key, _ in step.model.named_parameters())]
+        names, (plain, found, truth) = accuracy.together(names, plain, found, self._truth)
+        own = [accuracy.error(p, t) for p, t in zip(plain, truth, strict=True)]
         cache, ids = self._checked
         places = ids.numel() if self.config.loss == "in_batch" else cache.num_items
         terms = places * sum(modality.width for modality in self.config.modalities)
-        accuracy.compare(name, names, found, self._truth, own, self.setting.dtype, terms)
+        accuracy.compare(name, names, found, truth, own, self.setting.dtype, terms)
         if made.graphed is not None:
             for _ in range(WARMUP + 2):
                 loss = made.graphed(self.batches[0], self.ahead)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, measure, memory, registry, results, timing
+from benchmarks import accuracy, ceilings, measure, memory, registry, results, timing
 from benchmarks.__main__ import main
 from benchmarks.cases import (
     _shared,
@@ -227,6 +227,32 @@ def test_a_loss_in_several_pieces_is_the_loss(monkeypatch):
     monkeypatch.setattr(in_batch_loss, "PART_ELEMENTS", 400)
     workload = in_batch_loss.build(6, Setting(CPU, torch.float32))
     workload.check("eager", workload.implementations["eager"]())
+
+
+def test_gates_are_judged_together_and_one_that_is_wrong_is_seen():
+    """Sums of few numbers err by chance, in this tower or in that; a mistake in one of them is no chance."""
+    names = ["weight", "towers.m0.cross.m1", "towers.m1.cross.m0", "towers.m1.gate"]
+    torch.manual_seed(0)
+    truth = [torch.randn(9, 9).double(), *(torch.randn(7).double() for _ in range(3))]
+    plain = [
+        t + e * t.norm() / t.numel() ** 0.5 for t, e in zip(truth, (1e-3, 1e-3, 2e-2, 1e-3), strict=True)
+    ]
+    lucky = [
+        plain[0],
+        *(t + e * t.norm() / 7**0.5 for t, e in zip(truth[1:], (2e-2, 1e-3, 1e-3), strict=True)),
+    ]
+    wrong = [lucky[0], truth[1] * 1.2, *lucky[2:]]
+
+    def judged(found: list[torch.Tensor]) -> None:
+        joined, (exact, own, ours) = accuracy.together(names, truth, plain, found)
+        assert joined == ["weight", "towers.m*.cross.m*", "towers.m*.gate"]
+        assert exact[1].shape == (14,)
+        errors = [accuracy.error(p, t) for p, t in zip(own, exact, strict=True)]
+        accuracy.compare("cpp", joined, ours, exact, errors, torch.bfloat16, terms=1)
+
+    judged(lucky)
+    with pytest.raises(CheckFailed, match=r"cpp: towers\.m\*\.cross\.m\* errs by"):
+        judged(wrong)
 
 
 def test_names_are_unique_and_every_case_has_an_op_and_sizes():
