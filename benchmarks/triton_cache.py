@@ -40,7 +40,6 @@ from crossan_fast._files import write_whole
 from crossan_fast._sources import ReadAhead
 from crossan_fast.kernels._common import record_launches
 from crossan_fast.ops import _registration
-from crossan_fast.ops._dispatch import Implementation
 from crossan_fast.training.feed import bucket
 
 MADE = "made_by.json"
@@ -110,30 +109,26 @@ def compile_case(
 @contextlib.contextmanager
 def _recorded(arch: int, only: frozenset[str] | None, called: set[tuple[str, str]]) -> Iterator[None]:
     """Within the block ops on CPU tensors take Triton's host functions, which compile and compute nothing."""
-    implementation = _registration.implementation
+    host_function = _registration.host_function
 
-    def recording(op: str, backend: str) -> Implementation:
-        found = implementation(op, backend)
+    def recording(op: str, part: str, backend: str) -> Callable[..., Any]:
+        function = host_function(op, part, backend)
         if backend != "triton":
-            return found
+            return function
 
-        def on_meta(part: str) -> Callable[..., Any]:
-            def call(*arguments: Any) -> Any:
-                called.add((op, part))
-                held = tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
-                results = getattr(found, part)(*held)
-                return tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), results)
+        def on_meta(*arguments: Any) -> Any:
+            called.add((op, part))
+            results = function(*tree_map_only(Tensor, lambda t: t.to("meta"), arguments))
+            return tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), results)
 
-            return call
-
-        return Implementation(on_meta("forward"), on_meta("backward"))
+        return on_meta
 
     def slots(ahead: ReadAhead, item_ids: Tensor) -> int:  # as training counts them for a GPU
         return ahead.capacity or bucket(item_ids.unique().numel() + 1, item_ids.numel() + 1)
 
     with (
         record_launches(arch, only),
-        mock.patch.object(_registration, "implementation", recording),
+        mock.patch.object(_registration, "host_function", recording),
         mock.patch.object(ReadAhead, "slots", slots),
     ):
         yield

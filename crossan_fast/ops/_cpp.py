@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,14 +16,13 @@ def find(op: str) -> Implementation | None:
     """See `_dispatch`."""
     if not _build.has_source("cpu", op):
         return None
-    forward, backward = (functools.partial(_call, name) for name in (op, f"{op}_backward"))
-    return Implementation(forward, backward, _refuses)
+    return Implementation(refuses=_refuses, library=library)
 
 
-def _call(name: str, *arguments: Any) -> Any:
-    """The library's op of that name, which has the registered one's schema."""
+def library() -> Any:
+    """The library's ops, compiled first where they have to be."""
     _build.load("cpu")
-    return getattr(torch.ops.crossan_fast_cpp, name)(*arguments)
+    return torch.ops.crossan_fast_cpp
 
 
 def _refuses(request: Request) -> str | None:

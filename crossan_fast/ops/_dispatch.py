@@ -137,12 +137,15 @@ class Implementation:
         backward: likewise of `<op>_backward`; None for ops without a gradient.
         refuses: why the backend can't serve a request, or None where it can.
         not_by_default: why `auto` passes it over although it can, or None.
+        library: loads a compiled library and gives its ops, which have the schemas of those registered: one
+            of the pass's name runs where there is no function. None: there is no library.
     """
 
-    forward: Callable[..., Any]
+    forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
     refuses: Callable[[Request], str | None] = lambda request: None
     not_by_default: str | None = None
+    library: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +168,17 @@ class Choice:
         return _passes.joined(self.backend, self.backward or self.backend)
 
 
-def implementation(op: str, backend: str) -> Implementation:
-    """The host functions behind a choice that was made."""
+def host_function(op: str, part: str, backend: str) -> Callable[..., Any]:
+    """What runs `part` of an op, `forward` or `backward`, by the choice that was made."""
     found = _find(op, backend)
     if isinstance(found, str):
         raise BackendUnavailable(f"{op}: backend {backend!r}: {found}")
-    return found
+    function: Callable[..., Any] | None = getattr(found, part)
+    if function is None and found.library is not None:
+        function = getattr(found.library(), op if part == "forward" else f"{op}_backward").default
+    if function is None:
+        raise BackendUnavailable(f"{op}: backend {backend!r}: has no {part}")
+    return function
 
 
 @functools.cache

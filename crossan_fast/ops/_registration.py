@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from crossan_fast._checks import describe
 from crossan_fast.ops import _passes
-from crossan_fast.ops._dispatch import implementation
+from crossan_fast.ops._dispatch import host_function
 
 _LIBRARY = torch.library.Library("crossan_fast", "FRAGMENT")
 
@@ -36,8 +36,9 @@ def define(schema: str, fake: Callable[..., Any], *, one_device: bool = True) ->
     """Register `crossan_fast::<schema>` with one argument more, `str backend`; returns the op.
 
     A call runs the `forward` of the op's implementation by that backend, or its `backward` where the name
-    ends so, and hands it the schema's arguments as they came. Implementations read them and return fresh
-    tensors. A backend may be two names, of the passes (`_passes.joined`).
+    ends so (in a compiled library its op of that name), with the schema's arguments as they came.
+    Implementations read them and return fresh tensors. A backend may be two names, of the passes
+    (`_passes.joined`).
 
     Args:
         schema: `name(Tensor x, …) -> …`, without the backend.
@@ -57,7 +58,7 @@ def define(schema: str, fake: Callable[..., Any], *, one_device: bool = True) ->
         _check_devices(names, arguments, _pick(arguments, places))
         *given, backend = arguments
         with torch._C._DisableAutocast():
-            return getattr(implementation(key, _passes.of(backend, part)), part)(*given)
+            return host_function(key, part, _passes.of(backend, part))(*given)
 
     def checked_fake(*arguments):
         _check_devices(names, arguments, _pick(arguments, places))

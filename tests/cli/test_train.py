@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from compiled_ops import needs_cpp
 
+import crossan_fast
 from crossan_fast import cli
 from crossan_fast.cli import COMMANDS, main
+from crossan_fast.ops import _registration
+
+PACKAGE = Path(crossan_fast.__file__).parent
 
 
 def test_train_prints_each_epoch_and_the_protocol(
@@ -29,6 +36,45 @@ def test_train_prints_each_epoch_and_the_protocol(
     assert f"parameters to train: {results['parameters']:,}" in printed
     assert main([*arguments, "epochs=3", "--resume"]) == 0
     assert "goes on behind epoch 2" in capsys.readouterr().out
+
+
+def id_road() -> list[str]:
+    """The files that ids cross by CONTRIBUTING.md, in its order."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    road = text.partition("An **id**")[2].partition("A **cached row**")[0]
+    return re.findall(r"^\d+\. `([\w/.]+)`", road, re.MULTILINE)
+
+
+@needs_cpp
+def test_ids_take_the_road_that_the_contributors_page_shows(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who calls whom, from the command to the kernel: no file between that the page does not name."""
+    road, stacks = id_road(), []
+    whole = _registration.host_function
+
+    def host_function(op: str, part: str, backend: str):
+        function = whole(op, part, backend)
+        if (op, part) == ("side_network", "forward"):
+            assert function is torch.ops.crossan_fast_cpp.side_network.default  # none between the two
+            frame, stack = sys._getframe(1), []
+            while frame is not None:
+                stack.append(frame.f_code.co_filename)
+                frame = frame.f_back
+            stacks.append(stack[::-1])
+        return function
+
+    monkeypatch.setattr(_registration, "host_function", host_function)
+    options = [f"run={tmp_path / 'run'}", "epochs=1", "backend=cpp", "device=cpu"]
+    assert main(["train", str(run_folder / "config.yaml"), *options]) == 0
+    crossed = [path for path in map(Path, stacks[0]) if PACKAGE in path.parents]
+    named = [f"crossan_fast/{path.relative_to(PACKAGE)}" for path in crossed]
+    # Each at the last place it stands in: the check of devices, too, is the registration's.
+    last = list(dict.fromkeys(reversed(named)))[::-1]
+    steps = [path for path in last if not path.startswith("crossan_fast/cli/")]
+    assert len(road) <= 11
+    assert steps == [path for path in road if path in steps] and "crossan_fast/model.py" in steps
+    assert steps[-1] == "crossan_fast/ops/_registration.py" == road[-2]
 
 
 @pytest.mark.parametrize(

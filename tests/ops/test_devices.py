@@ -13,7 +13,6 @@ from torch import Tensor
 from crossan_fast import CrossanConfig, CrossanModel, Modality, ops
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.ops import _cuda, _registration
-from crossan_fast.ops._dispatch import Implementation
 
 META = torch.device("meta")
 WIDTHS = (6, 9)
@@ -201,7 +200,7 @@ def probe() -> Iterator[Any]:
 
     op = _registration.define("probe(Tensor[] states, Tensor weight, Tensor? ids) -> Tensor", fake)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registration, "implementation", lambda *key: Implementation(run))
+        patch.setattr(_registration, "host_function", lambda *key: run)
         yield lambda *arguments: op(*arguments, "cpp")
 
 

@@ -9,7 +9,6 @@ them, until a GPU's measurement shows where they beat Triton; ask for them with 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from typing import Any
@@ -31,10 +30,11 @@ def find(op: str) -> Implementation | None:
     module: Any = importlib.import_module(name) if importlib.util.find_spec(name) else None
     own = getattr(module, "refuses", lambda request: None)
     return Implementation(
-        getattr(module, "forward", functools.partial(_call, op)),
-        getattr(module, "backward", functools.partial(_call, f"{op}_backward")),
+        getattr(module, "forward", None),
+        getattr(module, "backward", None),
         lambda request: own(request) or refuses(request),
         _UNMEASURED,
+        library,
     )
 
 
@@ -42,11 +42,6 @@ def library() -> Any:
     """The library's ops, compiled first where they have to be."""
     _build.load("cuda")
     return torch.ops.crossan_fast_cuda
-
-
-def _call(name: str, *arguments: Any) -> Any:
-    """The library's op of that name, which has the registered one's schema."""
-    return getattr(library(), name)(*arguments)
 
 
 def refuses(request: Request) -> str | None:
