@@ -45,6 +45,39 @@ def test_the_files_that_the_contributors_page_names_are_there() -> None:
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+CSRC = ROOT / "csrc"
+# The CPU's kernels: numbers alone, from pointers.
+PLAIN = [
+    *("gemm.cpp", "streaming_softmax.cpp", "fusion/kernels.cpp"),
+    *(f"sequence_encoder/{name}.cpp" for name in ("forward", "backward")),
+    *(f"side_network/{name}.cpp" for name in ("forward", "backward", "coupled_forward", "coupled_backward")),
+]
+BORDERS = {"border.h", "library.h", "ranking_border.h", "streaming_loss.h"}
+
+
+def included(path: Path, seen: set[Path]) -> Iterator[str]:
+    """What a file of csrc/cpu includes from elsewhere, through the headers of csrc."""
+    seen.add(path)
+    for kind, name in re.findall(
+        r'^#include ([<"])([\w/.]+)', path.read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        here = [folder / name for folder in (path.parent, CSRC / "cpu", CSRC) if (folder / name).exists()]
+        if kind == "<" or not here:
+            yield name
+        elif here[0] not in seen:
+            yield from included(here[0], seen)
+
+
+def test_the_cpus_kernels_need_no_header_of_torch() -> None:
+    headers = [path for path in (CSRC / "cpu").rglob("*.h") if path.name not in BORDERS]
+    assert len(headers) > 20
+    for path in [*(CSRC / "cpu" / name for name in PLAIN), *headers]:
+        assert not [name for name in included(path, set()) if name.startswith(("ATen/", "c10/", "torch/"))], (
+            path
+        )
+    assert "ATen/core/Tensor.h" in list(included(CSRC / "cpu" / "side_network" / "border.cpp", set()))
+
+
 def test_a_long_function_is_found_and_a_kernel_is_not() -> None:
     long = "def work():\n" + "    pass\n" * FUNCTION_LINES
     assert list(long_functions(ast.parse(long))) == [f"work: {FUNCTION_LINES + 1} lines"]

@@ -1,5 +1,8 @@
 #include "parallel.h"
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <exception>
 
 // The entry that g++ calls for a parallel region. Called by name, clang reaches the runtime that torch brings too: its
@@ -32,6 +35,11 @@ struct Region {
 };
 
 }  // namespace
+
+int64_t workers_for(int64_t tasks) {
+  if (threads_lost.load()) return 1;
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tasks));
+}
 
 void run_region(int64_t workers, void (*work)(const void*, int64_t), const void* context) {
   Region region{workers, work, context, {}, {}};

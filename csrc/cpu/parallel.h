@@ -1,9 +1,6 @@
-// Threads of torch's own pool, as many as torch.set_num_threads says.
+// Threads of torch's own pool, as many as torch.set_num_threads says. No header of torch's is needed: see parallel.cpp.
 #pragma once
 
-#include <ATen/Parallel.h>
-
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -17,10 +14,8 @@ namespace crossan_fast {
 inline std::atomic<bool> threads_started{false};
 inline std::atomic<bool> threads_lost{false};
 
-inline int64_t workers_for(int64_t tasks) {
-  if (threads_lost.load()) return 1;
-  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tasks));
-}
+// How many of torch's threads to use for so many tasks, at least one.
+int64_t workers_for(int64_t tasks);
 
 // work(context, worker) for each of `workers` on threads of their own; the first exception is thrown again.
 void run_region(int64_t workers, void (*work)(const void* context, int64_t worker), const void* context);
