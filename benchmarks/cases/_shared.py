@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases.side_network import CATALOGUE
-from benchmarks.operators import ExactOperator, set_count
-from benchmarks.registry import Floor, Setting, Workload
+from benchmarks.operators import ExactOperator, Operator, Part, Tensors, set_count
+from benchmarks.registry import Case, Floor, Setting, Workload, register
 
 WINDOW, WIDTH = 10, 64
 USERS = 12_076  # of the Scientific data
@@ -53,6 +54,28 @@ def matmul_floors(rows: int, columns: int, element: int) -> dict[str, Floor]:
     }
 
 
+def loss_operator(
+    setting: Setting,
+    one_set: Callable[[], Tensors],
+    call: Callable[[Tensors, Tensors, str], Tensors],
+    floors: Mapping[str, Floor],
+    split: Callable[[Tensors, Tensors], Iterator[Part]],
+    peers: Mapping[str, Callable[[Tensors, Tensors], Tensors]] | None = None,
+) -> Operator:
+    """A loss of users and items, the first two tensors of a set; arguments as `Operator`."""
+    return Operator(
+        setting=setting,
+        weights=[],
+        sets=[one_set() for _ in range(set_count(floors["forward"].bytes, setting.device))],
+        call=call,
+        cotangents=[torch.ones((), device=setting.device)],
+        floors=floors,
+        differentiable=2,
+        split=split,
+        peers=peers,
+    )
+
+
 def ranking_inputs(users: int, setting: Setting, generator: torch.Generator, exact: bool) -> list[Tensor]:
     """Users, items, targets and histories; with `exact` small integers, whose products any type holds."""
 
@@ -69,8 +92,23 @@ def ranking_inputs(users: int, setting: Setting, generator: torch.Generator, exa
     return [values(users), values(CATALOGUE + 1), targets, history]
 
 
-def ranking_workload(op: str, rank: Rank, users: int, setting: Setting) -> Workload:
-    """`rank` of users against the catalogue, on `ranking_inputs`."""
+def register_ranking(op: str, rank: Rank) -> None:
+    """A case for each of `RANKING_BATCHES`: `rank` of so many users against the catalogue."""
+    for users, importance in RANKING_BATCHES:
+        register(
+            Case(
+                name=f"{op}/users={users},items={CATALOGUE},d={WIDTH}",
+                build=partial(_ranking_workload, op, rank, users),
+                dtypes=("fp32", "bf16") if users == USERS else ("fp32",),
+                tags=frozenset({"ranking", "paper"} if users == USERS else {"ranking", "batch"}),
+                importance=importance,
+                compiled=users == USERS,
+                reference_bytes=4.0 * 3 * users * 4096,
+            )
+        )
+
+
+def _ranking_workload(op: str, rank: Rank, users: int, setting: Setting) -> Workload:
     generator = setting.generator(f"{op}/{users}")
     element = setting.dtype.itemsize
     products = 2.0 * users * CATALOGUE * WIDTH

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases._shared import LOSS_BATCHES, PART_ELEMENTS, WIDTH, WINDOW, matmul_floors
+from benchmarks.cases._shared import LOSS_BATCHES, PART_ELEMENTS, WIDTH, WINDOW, loss_operator, matmul_floors
 from benchmarks.cases.side_network import CATALOGUE
-from benchmarks.operators import Operator, Part, set_count
+from benchmarks.operators import Part
 from benchmarks.registry import Case, Setting, Unavailable, Workload, register
 from crossan_fast.ops import full_loss
 
@@ -38,17 +38,8 @@ def build(users: int, setting: Setting) -> Workload:
             cut = slice(start, start + step)
             yield Part([u[cut], items, targets[cut]], cotangents, weight=targets[cut].numel() / rows)
 
-    return Operator(
-        setting=setting,
-        weights=[],
-        sets=[one_set() for _ in range(set_count(floors["forward"].bytes, device))],
-        call=call,
-        cotangents=[torch.ones((), device=device)],
-        floors=floors,
-        differentiable=2,
-        split=split,
-        peers={"liger": _liger, "cce": _cce},
-    ).workload(
+    peers = {"liger": _liger, "cce": _cce}
+    return loss_operator(setting, one_set, call, floors, split, peers).workload(
         notes=["liger and cce express this loss; the in-batch one, with a mask and count a row, they can't"]
     )
 

@@ -14,10 +14,11 @@ from benchmarks.cases._shared import (
     WIDTH,
     WINDOW,
     distinct_sequences,
+    loss_operator,
     matmul_floors,
 )
 from benchmarks.cases.side_network import CATALOGUE
-from benchmarks.operators import Operator, Part, set_count
+from benchmarks.operators import Part
 from benchmarks.registry import Case, Setting, Workload, register
 from crossan_fast.ops import deduplicate, in_batch_loss
 
@@ -48,16 +49,7 @@ def build(users: int, setting: Setting) -> Workload:
             cut = slice(start, start + step)
             yield Part([u[cut], items, slots[cut]], cotangents, weight=slots[cut].shape[0] / users)
 
-    return Operator(
-        setting=setting,
-        weights=[],
-        sets=[one_set() for _ in range(set_count(floors["forward"].bytes, device))],
-        call=call,
-        cotangents=[torch.ones((), device=device)],
-        floors=floors,
-        differentiable=2,
-        split=split,
-    ).workload()
+    return loss_operator(setting, one_set, call, floors, split).workload()
 
 
 for batch, importance in LOSS_BATCHES:

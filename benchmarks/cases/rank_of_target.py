@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor
 
-from benchmarks.cases._shared import RANKING_BATCHES, USERS, WIDTH, ranking_workload
-from benchmarks.cases.side_network import CATALOGUE
-from benchmarks.registry import Case, Setting, Workload, register
+from benchmarks.cases._shared import register_ranking
 from crossan_fast.ops import rank_of_target
 
 
-def build(users: int, setting: Setting) -> Workload:
-    def rank(inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
-        return [rank_of_target(*inputs, backend=backend)]
-
-    return ranking_workload("rank_of_target", rank, users, setting)
+def rank(inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+    return [rank_of_target(*inputs, backend=backend)]
 
 
-for count, importance in RANKING_BATCHES:
-    register(
-        Case(
-            name=f"rank_of_target/users={count},items={CATALOGUE},d={WIDTH}",
-            build=partial(build, count),
-            dtypes=("fp32", "bf16") if count == USERS else ("fp32",),
-            tags=frozenset({"ranking", "paper"} if count == USERS else {"ranking", "batch"}),
-            importance=importance,
-            compiled=count == USERS,
-            reference_bytes=4.0 * 3 * count * 4096,
-        )
-    )
+register_ranking("rank_of_target", rank)
