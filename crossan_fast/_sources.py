@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
 
 _ID_DTYPES = (torch.int64, torch.int32)
+# Items of a catalogue that are encoded at once: their states are on the device where the cache is not.
+CATALOGUE_CHUNK = 2048
 # What `cache.prefetch` or `cache.prefetch_stored` read ahead.
 Gathered = Mapping[str, Tensor] | Rows
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
     from crossan_fast.model import CrossanModel
 
-_CHUNK = 2048
-
 
 @torch.no_grad()
 def explain(
@@ -109,7 +107,7 @@ def _of_items(model: CrossanModel, rows: Tensor, cache: HiddenStateCache) -> tup
     router = cast(Momef, own(model.fusion)).router
     found = []
     with evaluating(model):
-        for part in rows.split(_CHUNK):
+        for part in rows.split(_sources.CATALOGUE_CHUNK):
             source = _sources.cached(config, cache, device, part)
             embeddings = model.towers(
                 source.states,

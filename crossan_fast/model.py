@@ -17,7 +17,7 @@ from crossan_fast._growing import extend, remove
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
-from crossan_fast._sources import Gathered, ReadAhead, Source
+from crossan_fast._sources import CATALOGUE_CHUNK, Gathered, ReadAhead, Source
 from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.explain import explain
 from crossan_fast.hub import Pretrained
@@ -32,9 +32,6 @@ from crossan_fast.recommend import Recommendations, Unknown, recommend
 
 if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
-
-# Items of a catalogue that are encoded at once: their states are on the device where the cache is not.
-CATALOGUE_CHUNK = 2048
 
 
 class CrossanModel(Popularity, Pretrained):

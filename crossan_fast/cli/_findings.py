@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from crossan_fast._modes import evaluating
+from crossan_fast._sources import CATALOGUE_CHUNK
 from crossan_fast.cache import HiddenStateCache
-from crossan_fast.model import CATALOGUE_CHUNK, CrossanModel
+from crossan_fast.model import CrossanModel
 from crossan_fast.training import RunFolder, Task, open_task
 from crossan_fast.training.evaluation import excluded, metrics_of
 from crossan_fast.training.ranking import rank_targets

@@ -19,7 +19,7 @@ from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.config import CrossanConfig
 from crossan_fast.data import Split
-from crossan_fast.model import CATALOGUE_CHUNK, CrossanModel
+from crossan_fast.model import CrossanModel
 from crossan_fast.training.list_metrics import list_metrics
 from crossan_fast.training.processes import Processes
 from crossan_fast.training.ranking import Ranking, Users, users_of
@@ -208,7 +208,7 @@ def _catalogue(model: CrossanModel, cache: HiddenStateCache, known: int, process
     if processes.size == 1:
         return model.encode_catalogue(cache, ids=ids)
     # Shares are cut where `encode_catalogue` cuts.
-    chunks = ids.split(CATALOGUE_CHUNK)[processes.rank :: processes.size]
+    chunks = ids.split(_sources.CATALOGUE_CHUNK)[processes.rank :: processes.size]
     items = torch.zeros(known + 1, model.config.embedding_dim, device=device)
     if chunks:
         mine = torch.cat(chunks)
