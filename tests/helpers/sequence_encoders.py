@@ -1,10 +1,12 @@
-"""Problems for the sequence encoder's tests: random weights and masks, and a run with all gradients."""
+"""For the sequence encoder's tests: random weights and masks, a run with all gradients, a small module."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from crossan_fast import CrossanConfig, Modality
+from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.ops import SequenceEncoderBlock, SequenceEncoderWeights, sequence_encoder
 
 SEED = torch.tensor(-(2**40) - 12345)
@@ -40,3 +42,15 @@ def run(items, mask, flat, heads, function=sequence_encoder, **kwargs) -> list[T
     cotangent = torch.randn(users.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     found = torch.autograd.grad(users, leaves, cotangent.to(users.dtype))
     return [users.detach(), *found]
+
+
+def encoder(**overrides) -> SequenceEncoder:
+    torch.manual_seed(3)
+    config = CrossanConfig([Modality("text", 4, 2)], embedding_dim=16, window=5, **overrides)
+    module = SequenceEncoder(config)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+MASK = torch.arange(5) >= torch.tensor([[0], [2], [5], [4]])
