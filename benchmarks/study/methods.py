@@ -8,10 +8,11 @@ from typing import Literal, cast
 import torch
 
 from benchmarks.study.adaptation import Adaptation, adapt
-from benchmarks.study.models import IdModel, LiveModel, TrainedModel
+from benchmarks.study.models import LiveModel, TrainedModel
 from benchmarks.study.worlds import World
 from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.model import CrossanModel
+from crossan_fast.sasrec import SasRec
 from crossan_fast.training import OptimizerConfig
 
 Kind = Literal["trained", "uncached", "cached", "ids"]
@@ -97,7 +98,7 @@ def make_model(method: Method, world: World, seed: int) -> CrossanModel:
     if method.kind == "cached":
         model = CrossanModel(config, backend=method.backend)
     elif method.kind == "ids":
-        model = IdModel(config, world.cache.num_items, backend=method.backend)
+        model = SasRec(config, world.cache.num_items, backend=method.backend)
     elif method.kind == "uncached":
         model = LiveModel(config, world.backbones().values(), backend=method.backend)
     else:

@@ -1,4 +1,7 @@
-"""`CrossanModel` with another source of items; loss, sequence encoder and evaluation are its own."""
+"""`CrossanModel` with encoders in the loop; loss, sequence encoder and evaluation are its own.
+
+Its other kin, SASRec by ids, is the library's (`crossan_fast.sasrec`).
+"""
 
 from __future__ import annotations
 
@@ -62,18 +65,3 @@ class TrainedModel(_Uncached):
         for backbone in self.towers:
             found |= cast(Backbone, backbone).last(source.ids)
         return torch.stack([self.heads[name](found[name]) for name in self.config.modality_names], dim=1)
-
-
-class IdModel(_Uncached):
-    """SASRec: an embedding an item, no states at all."""
-
-    def __init__(self, config: CrossanConfig, num_items: int, backend: str = "auto") -> None:
-        super().__init__(config, backend)
-        del self.towers, self.heads, self.fusion
-        self.items = nn.Embedding(num_items + 1, config.embedding_dim)
-        nn.init.xavier_normal_(self.items.weight)
-
-    def _encode(self, source: Source, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        assert source.ids is not None
-        embeddings: Tensor = self.items(source.ids)
-        return embeddings, None

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crossan_fast.cli._forms import USERS, USERS_COLUMNS, add_column_options, columns_of
 from crossan_fast.cli._output import add_json, show, table
+
+if TYPE_CHECKING:
+    from crossan_fast.model import CrossanModel
+    from crossan_fast.training import EvaluationConfig, Result, Task, TrainConfig, TrainedSasRec
 
 VERIFY = "when the cache's bytes are compared with their checksums (default: as the run's config has it)"
 
@@ -60,22 +64,34 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--baselines",
-        action="store_true",
-        help="also what popularity, and the neighbours of the last item by the model's embeddings, reach",
+        nargs="*",
+        choices=("popularity", "neighbours", "sasrec"),
+        help="also what others reach: popularity, and the neighbours of the last item by the model's "
+        "embeddings (both where none is named). sasrec, SASRec by ids, has to be named: it is trained first, "
+        "on the run's training data and with its settings",
     )
+    parser.add_argument(
+        "--sasrec-epochs",
+        type=int,
+        metavar="N",
+        help="of sasrec at most so many; a better validation NDCG that fails to come ends it before "
+        "(default: 100)",
+    )
+    parser.add_argument("--sasrec-seed", type=int, metavar="N", help="of sasrec (default: the run's seed)")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics."""
     from crossan_fast.training import RunFolder, open_task
+    from crossan_fast.training.baselines import BASELINES
     from crossan_fast.training.population import Population
     from crossan_fast.training.result import comparison
     from crossan_fast.training.train_config import SplitConfig
 
+    _refuse_idle_options(args)
     folder = RunFolder(args.run)
-    config = folder.read_config()
-    config = dataclasses.replace(config, **_given(args, "cache", "device", "verify"))
+    config = own = dataclasses.replace(folder.read_config(), **_given(args, "cache", "device", "verify"))
     if columns := columns_of(args, USERS_COLUMNS):
         config = dataclasses.replace(config, columns=columns)
     if args.users:
@@ -84,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     protocol = dataclasses.replace(config.evaluation, **_given(args, "filter_history", "candidates"))
     model = folder.load_model(args.checkpoint, backend=config.backend)
     held = folder.read_population()
-    task = open_task(config, held.catalogue if held is not None and args.catalogue == "run" else None)
+    catalogue = None if held is None else held.catalogue
+    task = open_task(config, catalogue if args.catalogue == "run" else None)
     if held is not None:
         held.require_bases(task.cache, model.config.modality_names)
     model.to(task.device)
@@ -92,16 +109,52 @@ def run(args: argparse.Namespace) -> int:
     if held is not None and (difference := held.difference(Population.of(task))):
         note = f"not what the run was evaluated on: {difference}"
         result = dataclasses.replace(result, note="; ".join(filter(None, (result.note, note))))
-    if not args.baselines:
+    if args.baselines is None:
         mrr = f"MRR {100 * result.metrics['mrr']:.2f} %"
         lines = (task.describe(), result.protocol, table(comparison({"": result})), mrr)
         show(args, result.to_dict(), "\n".join(lines))
         return 0
-    others = task.evaluate_baselines(model, args.split, protocol, k=args.k, lists=args.lists)
+    trained = None
+    if "sasrec" in args.baselines:
+        same = config == own and args.catalogue == "run"
+        trained = _train_sasrec(args, own, task if same else open_task(own, catalogue))
+    others = _others(args, task, model, protocol, trained)
     values = {**result.to_dict(), "baselines": {name: other.to_dict() for name, other in others.items()}}
-    compared = table(comparison({"this run": result, **others}))
-    show(args, values, f"{task.describe()}\n{result.protocol}\n{compared}")
+    compared = [task.describe(), result.protocol, table(comparison({"this run": result, **others}))]
+    if trained is not None:
+        name = BASELINES["sasrec"]
+        values["baselines"][name]["trained"] = trained.to_dict()
+        compared.append(f"{name}: {trained}")
+    show(args, values, "\n".join(compared))
     return 0
+
+
+def _refuse_idle_options(args: argparse.Namespace) -> None:
+    """Raise for an option of a baseline that is not asked for."""
+    for option, value in (("--sasrec-epochs", args.sasrec_epochs), ("--sasrec-seed", args.sasrec_seed)):
+        if value is not None and "sasrec" not in (args.baselines or ()):
+            raise ValueError(f"{option}: goes with --baselines sasrec, which was not asked for")
+
+
+def _train_sasrec(args: argparse.Namespace, config: TrainConfig, task: Task) -> TrainedSasRec:
+    from crossan_fast.training import train_sasrec
+
+    options = {"epochs": args.sasrec_epochs, "seed": args.sasrec_seed}
+    return train_sasrec(config, task, **{name: value for name, value in options.items() if value is not None})
+
+
+def _others(
+    args: argparse.Namespace,
+    task: Task,
+    model: CrossanModel,
+    protocol: EvaluationConfig,
+    trained: TrainedSasRec | None,
+) -> dict[str, Result]:
+    options = {"names": args.baselines} if args.baselines else {}
+    sasrec = None if trained is None else trained.model
+    return task.evaluate_baselines(
+        model, args.split, protocol, k=args.k, lists=args.lists, sasrec=sasrec, **options
+    )
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.processes import Processes, join_processes
 from crossan_fast.training.result import Result
 from crossan_fast.training.run_folder import RunFolder
+from crossan_fast.training.sasrec import TrainedSasRec, train_sasrec
 from crossan_fast.training.step import TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
 from crossan_fast.training.train_config import EvaluationConfig, OptimizerConfig, TrainConfig, load_config
@@ -25,6 +26,7 @@ __all__ = [
     "TensorBoard",
     "TrainConfig",
     "TrainStep",
+    "TrainedSasRec",
     "Trainer",
     "TrainingError",
     "WeightsAndBiases",
@@ -35,4 +37,5 @@ __all__ = [
     "make_optimizer",
     "open_task",
     "train",
+    "train_sasrec",
 ]

@@ -28,7 +28,8 @@ from crossan_fast.data import (
     split_files,
 )
 from crossan_fast.model import CrossanModel
-from crossan_fast.training.baselines import evaluate_baselines
+from crossan_fast.sasrec import SasRec
+from crossan_fast.training.baselines import UNTRAINED, evaluate_baselines
 from crossan_fast.training.evaluation import embeddable, evaluate, fitting_cutoffs
 from crossan_fast.training.processes import Processes
 from crossan_fast.training.result import Part, Result
@@ -95,12 +96,14 @@ class Task:
         part: Part,
         protocol: EvaluationConfig,
         *,
+        names: Sequence[str] = UNTRAINED,
+        sasrec: SasRec | None = None,
         k: Sequence[int] | None = None,
         lists: bool = False,
     ) -> dict[str, Result]:
-        """See `crossan_fast.training.evaluate_baselines`; arguments as those of `evaluate`."""
+        """See `crossan_fast.training.evaluate_baselines`; other arguments as those of `evaluate`."""
         options = self._options(protocol, k, lists)
-        return evaluate_baselines(model, self.cache, self.split, part, **options)
+        return evaluate_baselines(model, self.cache, self.split, part, names=names, sasrec=sasrec, **options)
 
     def _options(self, protocol: EvaluationConfig, k: Sequence[int] | None, lists: bool) -> dict[str, Any]:
         return {

@@ -92,3 +92,53 @@ def test_lists_and_baselines_share_table_and_protocol(
     assert f"{100 * result['metrics']['hr@5']:.2f}" in own[1]
     assert sum(line.startswith("popularity") for line in lines) == len(own)
     assert sum(line.startswith("last item's neighbours") for line in lines) == len(own)
+
+
+def test_sasrec_is_trained_when_it_is_named(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_folder / "run"
+    wanted = ("--k", "1", "5", "--baselines", "sasrec", "popularity", "--sasrec-epochs", "40")
+    assert main(["evaluate", "--run", str(run), "--json", *wanted, "--sasrec-seed", "0"]) == 0
+    shown = capsys.readouterr()
+    assert "trains vectors of 16 numbers for 24 items on the run's 30 training sequences" in shown.err
+    result = json.loads(shown.out)
+    assert list(result["baselines"]) == ["SASRec by ids", "popularity"]
+    sasrec, popularity = result["baselines"].values()
+    assert sasrec["metrics"]["hr@5"] > 0.9 > 0.5 > popularity["metrics"]["hr@5"], "the next item is certain"
+    trained = sasrec.pop("trained")
+    assert trained["most"] == 40 and trained["epochs"] <= 40 and trained["settings"]["seed"] == 0
+    assert sasrec["protocol"] == popularity["protocol"] == result["protocol"]
+    # Another protocol, and users whom the run never saw, are what it is judged on, not what it is chosen by.
+    assert main(["evaluate", "--run", str(run), *wanted, "--filter-history", "none"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    own = [line for line in printed if line.startswith("SASRec by ids")]
+    assert len(own) == 3, "two cut-offs, and how it was trained"
+    assert "parameters, best epoch" in own[2] and "learning_rate 0.01" in own[2] and "seed 0" in own[2]
+    assert f"best epoch {trained['best_epoch']} of {trained['epochs']}" in own[2]
+
+
+def test_sasrec_for_other_users_is_trained_on_the_run_s(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = tmp_path / "others.tsv"
+    others.write_text(
+        "".join(f"new{i}\t" + " ".join(f"b{i + j:02}" for j in range(6)) + "\n" for i in range(9))
+    )
+    wanted = ("--k", "1", "--baselines", "sasrec", "--sasrec-epochs", "40")
+    found = evaluate(capsys, run_folder / "run", *wanted, "--users", str(others))
+    sasrec = found["baselines"]["SASRec by ids"]
+    assert sasrec["users"] == 9 and sasrec["metrics"]["hr@1"] > 0.8
+    own = evaluate(capsys, run_folder / "run", *wanted)["baselines"]["SASRec by ids"]
+    for name in ("best_epoch", "validation"):
+        assert sasrec["trained"][name] == own["trained"][name], "the same training"
+
+
+def test_wrong_baselines_are_refused(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["evaluate", "--run", str(run_folder / "run"), "--baselines"]
+    with pytest.raises(SystemExit):
+        main([*command, "popularity", "sasrek"])
+    assert "did you mean 'sasrec'?" in capsys.readouterr().err
+    for option in ("--sasrec-epochs", "--sasrec-seed"):
+        assert main([*command, "popularity", option, "3"]) == 2
+        assert f"{option}: goes with --baselines sasrec" in capsys.readouterr().err
+    assert main([*command, "sasrec", "--sasrec-epochs", "0"]) == 2
+    assert "epochs: expected an integer of at least 1, got 0" in capsys.readouterr().err
