@@ -66,17 +66,20 @@ class Columns:
         wishes: column names by role; a number stands for the column at that place, from 1, of a table
             without a header.
         roles: those that may be wished for.
+        argument: what the wishes are called in a message.
 
     Raises:
         ValueError: an unknown role, with the nearest known one.
     """
 
-    def __init__(self, wishes: Mapping[str, str | int] | None, roles: Collection[str]) -> None:
+    def __init__(
+        self, wishes: Mapping[str, str | int] | None, roles: Collection[str], argument: str = "columns"
+    ) -> None:
         self._wishes = {role: str(name) for role, name in (wishes or {}).items() if name not in (None, "")}
         for role in self._wishes:
             if role not in roles:
                 raise ValueError(
-                    f"columns: expected some of {', '.join(roles)}, got {role!r}{nearest(role, roles)}"
+                    f"{argument}: expected some of {', '.join(roles)}, got {role!r}{nearest(role, roles)}"
                 )
 
     @property

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from crossan_fast._checks import nearest
-from crossan_fast._suggest import nearest_of_all, suggesting
+from crossan_fast._suggest import suggesting
 from crossan_fast._untrusted import parse_yaml, read_settings
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.opening import Verify
 from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.data.columns import ITEMS_ROLES, USERS_ROLES, Columns
+from crossan_fast.training.keys import nearest_of_all
 
 DATA_VARIABLE = "CROSSAN_FAST_DATA"
 
@@ -231,7 +232,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", {**CrossanConfig.defaults(self.model), **self.model})
         Columns(self.columns, USERS_ROLES)
-        Columns(self.item_columns, ITEMS_ROLES)
+        Columns(self.item_columns, ITEMS_ROLES, "item_columns")
         for name in ("batch_size", "epochs", "evaluate_every", "log_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         if self.split.by == "leave_one_out" and self.evaluation.users is None:
