@@ -19,6 +19,8 @@ from crossan_fast.modules.fusion import Momef
 if TYPE_CHECKING:
     from crossan_fast.model import CrossanModel
 
+SHARE = 1e-7  # of a new expert at first, at most
+
 
 @torch.no_grad()
 def extend(model: CrossanModel, modality: Modality, share: float, freeze: bool) -> CrossanModel:

@@ -13,7 +13,7 @@ from crossan_fast import _scores, _sources, distributed, iisan, ops
 from crossan_fast._checks import check_range, check_tensor, describe
 from crossan_fast._dropping import drop_by_history, drop_by_item
 from crossan_fast._finite import first_of_step
-from crossan_fast._growing import extend, remove
+from crossan_fast._growing import SHARE, extend, remove
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
@@ -365,7 +365,7 @@ class CrossanModel(Popularity, Pretrained):
             unknown=unknown,
         )
 
-    def extend(self, modality: Modality, *, share: float = 1e-7, freeze: bool = True) -> CrossanModel:
+    def extend(self, modality: Modality, *, share: float = SHARE, freeze: bool = True) -> CrossanModel:
         """A copy with one more modality, which starts where this model is: to rounding, or to `share`.
 
         Its cross gates are closed, and with `concat` its columns zero. Train with a cache that has it.

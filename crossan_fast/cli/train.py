@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         first = trainer.processes.first
         if first:
             print(trainer.task.describe())
-            print(f"parameters to train: {sum(p.numel() for p in trainer.model.parameters()):,}")
+            to_train = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+            print(f"parameters to train: {to_train:,}")
             if trainer.device.type == "cuda":
                 print(f"step: {trainer.eager_because or 'captured in CUDA graphs'}")
         if args.profile is not None:

@@ -13,7 +13,10 @@ from crossan_fast.training.train_config import TrainConfig, flatten
 
 _RESULTS = ("best_epoch", "epochs", "precision", "parameters", "validation", "test", "versions")
 # Where files lie on the machine that trained is nobody else's business.
-_PLACES = ("cache", "users", "items", "run", "data", "evaluation.users", "split.validation", "split.test")
+_PLACES = (
+    *("cache", "users", "items", "run", "data", "init_from"),
+    *("evaluation.users", "split.validation", "split.test"),
+)
 
 
 def record_of(task: Task, config: TrainConfig, results: Mapping[str, Any], run: str) -> dict[str, Any]:

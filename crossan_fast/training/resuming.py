@@ -50,7 +50,11 @@ def refuse_others(held: Population | None, task: Task, modalities: Sequence[str]
         )
 
 
-def name_of_run(config: TrainConfig, population: Population) -> str:
-    """Of all that binds a run's numbers, so that equal runs write equal files."""
+def name_of_run(config: TrainConfig, population: Population, origin: str = "") -> str:
+    """Of all that binds a run's numbers, so that equal runs write equal files.
+
+    Args:
+        origin: names the run that it starts from; '': none.
+    """
     bound = {key: value for key, value in flatten(config.to_dict()) if key not in _FREE}
-    return digest_of([bound, asdict(population)])[:16]
+    return digest_of([bound, asdict(population), *([origin] if origin else [])])[:16]

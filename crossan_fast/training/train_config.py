@@ -173,6 +173,11 @@ class TrainConfig:
         items: items file for titles in recommendations; None: names alone.
         data: what `${data}` in `cache`, `users`, `items` and other files stands for; None: CROSSAN_FAST_DATA.
         modalities: names of the cache's modalities to use, in this order; None: all.
+        init_from: folder of a finished run whose best weights this one starts from. Modalities that it lacks
+            are added as by `CrossanModel.extend`, those that the config lacks are removed; what else the
+            config says of weights has to be as it was there.
+        freeze: with `init_from`, modalities whose towers and heads stay as they are; None: those that were
+            there, where others are added.
         model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults. What
             is left out is filled in, so that two configs of one model are equal.
         split, optimizer, evaluation: see there.
@@ -206,6 +211,8 @@ class TrainConfig:
     items: str | None = None
     data: str | None = None
     modalities: tuple[str, ...] | None = None
+    init_from: str | None = None
+    freeze: tuple[str, ...] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     split: SplitConfig = field(default_factory=SplitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -240,6 +247,8 @@ class TrainConfig:
         if self.evaluation.users is not None:
             kind = self.split.by
             _check(kind == "leave_one_out", "split.by", "leave_one_out, with evaluation.users", kind)
+        if self.freeze is not None:
+            _check(self.init_from is not None, "freeze", "null without init_from", self.freeze)
         _check(self.patience is None or self.patience >= 1, "patience", "at least 1 or null", self.patience)
         _check(0 <= self.seed < 2**31, "seed", "0 to 2^31 - 1", self.seed)
 

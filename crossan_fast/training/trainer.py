@@ -14,7 +14,6 @@ import torch
 from tqdm.auto import tqdm
 
 from crossan_fast._sources import ReadAhead
-from crossan_fast.model import CrossanModel
 from crossan_fast.serialization import record_training, save_model
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.callbacks import (
@@ -39,6 +38,7 @@ from crossan_fast.training.record import record_of
 from crossan_fast.training.result import Part, Result
 from crossan_fast.training.resuming import name_of_run, refuse_changes, refuse_others
 from crossan_fast.training.run_folder import RunFolder, versions
+from crossan_fast.training.starting import start
 from crossan_fast.training.step import REMEDY, NotFinite, TrainingError, TrainStep
 from crossan_fast.training.task import Task, open_task
 from crossan_fast.training.train_config import TrainConfig
@@ -81,8 +81,11 @@ class Trainer:
         self.config = config = replace(config, precision=self.precision.name)
         self.monitor = f"ndcg@{self._cutoff()}"
         torch.manual_seed(config.seed)
-        model = CrossanModel(config.crossan_config(self.task.cache), backend=config.backend)
-        self.model = model.to(self.device)
+        begun = start(config, self.task, self.folder)
+        if config.init_from is not None:
+            self.config = config = replace(config, freeze=begun.frozen)
+        self._origin = begun.run
+        self.model = begun.model.to(self.device)
         self.model.set_popularity(self.task.split)
         # Rows that the host has to gather are drawn on the host.
         on_host = self.device.type == "cuda" and self.task.cache.tier != "resident"
@@ -219,7 +222,8 @@ class Trainer:
         fresh = population is None
         if population is None:
             population = Population.of(self.task)
-            population = replace(population, run=name_of_run(self._stated(self.config), population))
+            name = name_of_run(self._stated(self.config), population, self._origin)
+            population = replace(population, run=name)
         self._run_id = population.run
         if self.processes.first:
             self.folder.write_config(self.config, self._run_id)
