@@ -24,7 +24,9 @@ DropoutScope = Literal["item", "history"]
 Activation = Literal["gelu", "relu"]
 Head = Literal["one", "two"]
 Fusion = Literal["momef", "concat"]
-Loss = Literal["in_batch", "full"]
+Loss = Literal["in_batch", "full", "sampled"]
+Targets = Literal["all", "last"]
+NegativeSampling = Literal["uniform", "popularity"]
 Scores = Literal["dot", "cosine"]
 Attention = Literal["sdpa", "xformers"]
 
@@ -128,7 +130,10 @@ class CrossanConfig:
         attention_heads: heads of each block; divides `embedding_dim`.
         dropout: of the sequence encoder.
         attention: `sdpa`, or `xformers` (packed sequences, CUDA only).
-        loss: `in_batch` or `full`.
+        loss: `in_batch`, `full` or `sampled`: against places of the batch, the catalogue, or draws from it.
+        targets: ◊ `all` items of a row behind its first, each predicted from those before it, or the `last`.
+        negatives: N, items that `sampled` draws a step, with replacement, for all its rows.
+        negative_sampling: `uniform`, or by `popularity`, which is taken off the logits as in batch.
         scores: ◊ `dot`, or `cosine`: items are unit vectors wherever they appear, users unit vectors.
         temperature: ◊ scores are divided by it, in training and after; `cosine` wants some 0.05 to 0.2.
         label_smoothing: ε: the target's share of a loss's labels is 1 − ε, all of a row's columns share ε.
@@ -158,6 +163,9 @@ class CrossanConfig:
     dropout: float = 0.1
     attention: Attention = "sdpa"
     loss: Loss = "in_batch"
+    targets: Targets = "all"
+    negatives: int = 1024
+    negative_sampling: NegativeSampling = "uniform"
     scores: Scores = "dot"
     temperature: float = 1.0
     label_smoothing: float = 0.0
@@ -251,6 +259,8 @@ class CrossanConfig:
             ("fusion", Fusion),
             ("attention", Attention),
             ("loss", Loss),
+            ("targets", Targets),
+            ("negative_sampling", NegativeSampling),
             ("scores", Scores),
         ):
             value = getattr(self, name)
@@ -263,6 +273,7 @@ class CrossanConfig:
             "window",
             "blocks",
             "attention_heads",
+            "negatives",
         ):
             _at_least(name, getattr(self, name), 1)
         for name in ("dropout", "modality_dropout", "label_smoothing"):
@@ -305,6 +316,8 @@ class CrossanConfig:
             )
         if self.label_smoothing and not self.deduplicate:
             raise ValueError("label_smoothing: works on distinct items, expected deduplicate=true, got false")
+        if self.loss == "sampled" and not self.deduplicate:
+            raise ValueError("loss: 'sampled' works on distinct items, expected deduplicate=true, got false")
         if self.cross == "none" and self.cross_projection != "identity":
             raise ValueError(
                 f"cross_projection: cross='none' has no cross terms to project, expected 'identity', "

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from crossan_fast import _scores, _sources, distributed, iisan, ops
+from crossan_fast import _losses, _scores, _sources, iisan, ops
 from crossan_fast._checks import check_range, check_tensor, describe
-from crossan_fast._dropping import drop_by_history, drop_by_item
 from crossan_fast._finite import first_of_step
 from crossan_fast._growing import SHARE, extend, remove
+from crossan_fast._losses import CATALOGUE_CHUNK
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
+from crossan_fast._sampling import Sampler
 from crossan_fast._sources import CATALOGUE_CHUNK, Gathered, ReadAhead, Source
 from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.explain import explain
 from crossan_fast.hub import Pretrained
 from crossan_fast.modules.fusion import Momef, concat, make_concat, make_head
-from crossan_fast.modules.id_embedding import IdEmbedding, rows_of
+from crossan_fast.modules.id_embedding import IdEmbedding
 from crossan_fast.modules.linear import own
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
@@ -73,6 +74,7 @@ class CrossanModel(Popularity, Pretrained):
         self.sequence_encoder = SequenceEncoder(config)
         self.process_group: torch.distributed.ProcessGroup | None = None
         self.equal_batches = False
+        self._sampler = Sampler()
 
     # -- items and users -------------------------------------------------------------------------------
 
@@ -191,13 +193,20 @@ class CrossanModel(Popularity, Pretrained):
         _sources.check_ids(self.config, item_ids, self._device(), self.process_group is None)
         _sources.check_given(states, cache, present, gathered)
         item_ids, ahead = item_ids.to(torch.int64), ReadAhead(gathered, capacity)
-        known = self._known_items(cache, self.config.loss == "in_batch" or self.config.id_embedding)
+        known = self._known_items(cache, self.config.loss != "full" or self.config.id_embedding)
         if known is not None:
             _sources.check_range(item_ids, known, cache)
         if cache is not None and item_ids.device.type == "cpu":  # as in check_ids
             _sources.refuse_bare(self.config, cache, item_ids, "item_ids")
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
-            return self._full(item_ids, cache, known)
+            return _losses.full(self, item_ids, cache, known)
+        if self.config.loss == "sampled":
+            if cache is None or known is None:
+                raise ValueError(
+                    "cache: loss='sampled' draws from the catalogue, expected a cache, got states"
+                )
+            drawn = self._sampler.draw(self, item_ids, cache, known, ahead)
+            return _losses.sampled(self, item_ids, drawn, self._read(cache, drawn.unique.ids, ReadAhead()))
         unique = ops.deduplicate(item_ids, ahead.slots(item_ids), backend=self.backend_for("deduplicate"))
         if cache is not None:
             source = self._read(cache, unique.ids, ahead)
@@ -206,7 +215,7 @@ class CrossanModel(Popularity, Pretrained):
             source = _sources.of_batch(self.config, states, present, unique)
         if item_ids.device.type == "cpu" and self.process_group is None:  # as in check_ids
             refuse_without_negatives(item_ids, unique)
-        return self._in_batch(item_ids, unique, self._drop(source, unique.ids))
+        return _losses.in_batch(self, item_ids, unique, source)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -215,88 +224,6 @@ class CrossanModel(Popularity, Pretrained):
         if ahead.gathered is None:
             _sources.place(cache, ids.device)
         return _sources.cached(self.config, cache, ids.device, ids, ahead.gathered)
-
-    def _in_batch(self, item_ids: Tensor, unique: ops.Deduplicated, source: Source) -> CrossanOutput:
-        deduplicate, slots = self.config.deduplicate, unique.slots
-        histories = None
-        if self._drops("history"):
-            histories, embeddings, balance = self._thinned(unique, source)
-            by_place = rows_of(embeddings, slots)
-        elif deduplicate:
-            embeddings, balance = self._encode(source, unique.counts)
-            by_place = rows_of(embeddings, slots)
-            if item_ids.device.type != "cpu":
-                # Gathered as it is read: a part of `by_place` is copied, and so is its gradient.
-                histories = embeddings[slots[:, :-1]]
-        else:
-            flat = slots.reshape(-1)
-            embeddings, balance = self._encode(source.repeated(flat), (flat != 0).to(torch.int64))
-            by_place = embeddings.reshape(*item_ids.shape, -1)
-        users = self.encode_users(by_place[:, :-1] if histories is None else histories, item_ids[:, :-1] != 0)
-        if self.process_group is not None:
-            if not deduplicate:
-                raise ValueError("deduplicate: process_group shares distinct items, expected true, got false")
-            # On the CPU a batch has as many slots as distinct items, equal shapes or not.
-            equal = self.equal_batches and item_ids.device.type != "cpu"
-            backend = self.backend_for("deduplicate")
-            unique, embeddings = distributed.gather_negatives(
-                unique, embeddings, self.process_group, equal=equal, backend=backend
-            )
-        log_popularity = self._log_popularity(unique.ids)
-        with span("loss"):
-            if deduplicate:
-                columns = (users, embeddings, unique.slots, unique.counts, log_popularity)
-                loss = ops.in_batch_loss(*columns, backend=self.backend_for("in_batch_loss"))
-                smoothing = self.config.label_smoothing
-                loss = _scores.smooth_in_batch(loss, smoothing, users, embeddings, unique, log_popularity)
-            else:
-                loss = ops.in_batch_loss_by_place(users, by_place, item_ids, log_popularity[slots])
-        return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
-
-    def _full(self, item_ids: Tensor, cache: HiddenStateCache | None, known: int | None) -> CrossanOutput:
-        if cache is None or known is None:
-            raise ValueError("cache: loss='full' scores the whole catalogue, expected a cache, got states")
-        device = item_ids.device
-        catalogue = torch.arange(known + 1, device=device)
-        places, bare = item_ids, _sources.bare_in(self.config, cache, device)
-        if bare is not None:  # what nothing embeds is no candidate
-            kept = ~bare[: known + 1]
-            catalogue, places = catalogue[kept], torch.where(kept, kept.cumsum(0) - 1, 0)[item_ids]
-        counts = (catalogue != 0).to(torch.int64)
-        held = _sources.present_in(self.config, cache, device)
-        exists = None if held is None else held[catalogue]
-        source = self._drop(Source((), None, catalogue, exists, catalogue), catalogue)
-        _sources.place(cache, device)
-        if _sources.read_by_id(cache, device):
-            ids = None if len(catalogue) == cache.num_items + 1 else catalogue
-            read = _sources.cached(self.config, cache, device, ids)
-            source = replace(read, present=source.present, items=source.items)
-            embeddings, balance = self._encode(source, counts)
-        else:
-            embeddings, balance = self._fuse(
-                _sources.embed_in_chunks(self._embed, self.config, cache, source, CATALOGUE_CHUNK),
-                source,
-                counts,
-            )
-        if self.config.deduplicate:
-            by_place = rows_of(embeddings, places)
-        else:
-            placed = source.repeated(places.reshape(-1))
-            read = _sources.cached(self.config, cache, device, placed.ids)
-            placed = replace(read, present=placed.present, items=placed.items)
-            by_place = self._encode(placed, None)[0].reshape(*item_ids.shape, -1)
-        histories = by_place[:, :-1]
-        if self._drops("history"):
-            unique = ops.deduplicate(
-                item_ids, ReadAhead().slots(item_ids), backend=self.backend_for("deduplicate")
-            )
-            histories, _, _ = self._thinned(unique, _sources.cached(self.config, cache, device, unique.ids))
-        users = self.encode_users(histories, item_ids[:, :-1] != 0)
-        targets = torch.where(places[:, :-1] != 0, places[:, 1:], 0)
-        with span("loss"):
-            loss = ops.full_loss(users, embeddings, targets, backend=self.backend_for("full_loss"))
-            loss = _scores.smooth_full(loss, self.config.label_smoothing, users, embeddings, targets)
-        return CrossanOutput(self._total(loss, item_ids, balance), users, by_place)
 
     def check_finite(self, output: CrossanOutput | None = None) -> None:
         """Raise for the first tensor that holds NaN or inf: for a training loop of one's own.
@@ -421,27 +348,6 @@ class CrossanModel(Popularity, Pretrained):
     def _encode_ids(self, cache: HiddenStateCache, ids: Tensor, gathered: Gathered | None) -> Tensor:
         source = _sources.cached(self.config, cache, self._device(), ids, gathered)
         return self._encode(source, None)[0]
-
-    def _total(self, loss: Tensor, item_ids: Tensor, balance: Tensor | None) -> Tensor:
-        if self.process_group is not None:
-            loss = loss * distributed.row_share(item_ids, self.process_group)
-        if balance is None or not self.config.load_balance:
-            return loss
-        return loss + self.config.load_balance * balance
-
-    def _drops(self, scope: str) -> bool:
-        config = self.config
-        return bool(self.training and config.modality_dropout and config.modality_dropout_scope == scope)
-
-    def _drop(self, source: Source, ids: Tensor) -> Source:
-        return drop_by_item(self.config, source, ids) if self._drops("item") else source
-
-    def _thinned(self, unique: ops.Deduplicated, source: Source) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Histories' items `[B, S, d]` with what a dropout by history leaves of them; the distinct items
-        `[U, d]` with all that they have; the balance."""
-        pairs = drop_by_history(self.config, source, unique, self.backend_for("deduplicate"))
-        embeddings, balance = self._encode(pairs.source, pairs.counts)
-        return rows_of(embeddings, pairs.inputs), rows_of(embeddings, pairs.candidates), balance
 
     def _device(self) -> torch.device:
         return next(self.parameters()).device

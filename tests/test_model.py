@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
+from crossan_fast._losses import dropped
 from crossan_fast._sources import Source
 
 ITEMS, LEVELS = 15, 3
@@ -211,10 +212,10 @@ def test_an_absent_modality_adds_nothing():
 def test_modality_dropout_never_drops_the_last():
     model = make_model(small(modality_dropout=0.9)).train()
     exists = torch.tensor([[False, False], [True, False], [False, True], *[[True, True]] * 200])
-    kept = model._drop(Source((), None, None, exists), torch.arange(len(exists))).present
+    kept = dropped(model, Source((), None, None, exists), torch.arange(len(exists))).present
     assert (kept <= exists).all() and kept[1:].any(dim=1).all() and not kept[0].any()
     assert 0 < (kept[3:].sum(1) == 2).float().mean() < 0.2
-    assert torch.equal(model.eval()._drop(exists, torch.arange(len(exists))), exists)
+    assert torch.equal(dropped(model.eval(), exists, torch.arange(len(exists))), exists)
 
 
 @pytest.mark.parametrize("head", ["one", "two"])

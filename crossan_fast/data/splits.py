@@ -33,6 +33,7 @@ from crossan_fast.data.catalogue import Catalogue
 from crossan_fast.data.interactions import Interactions
 
 Ints = npt.NDArray[np.int64]
+Stride = int | str | None  # a number, or "prefixes"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Split:
         )
 
 
-def leave_one_out(interactions: Interactions, window: int, *, stride: int | None = None) -> Split:
+def leave_one_out(interactions: Interactions, window: int, *, stride: Stride = None) -> Split:
     """Hold out each user's last item for testing and the one before for validation.
 
     Of each user the last `interactions.max_items` items count, where that is None the last `window` + 3, or
@@ -127,7 +128,7 @@ def by_time(
     validation: str | float,
     test: str | float,
     *,
-    stride: int | None = None,
+    stride: Stride = None,
 ) -> Split:
     """Train on what happened before one moment, validate up to another, test from there on.
 
@@ -155,7 +156,7 @@ def by_time(
 
 
 def by_ratio(
-    interactions: Interactions, window: int, validation: float, test: float, *, stride: int | None = None
+    interactions: Interactions, window: int, validation: float, test: float, *, stride: Stride = None
 ) -> Split:
     """Hold out the last share of each user's items for testing and the share before for validation.
 
@@ -187,7 +188,7 @@ def by_ratio(
     return _split(interactions, cuts, window, stride, f"by ratio, {validation} and {test} of each user", {})
 
 
-def as_given(interactions: Interactions, window: int, *, stride: int | None = None) -> Split:
+def as_given(interactions: Interactions, window: int, *, stride: Stride = None) -> Split:
     """The split that the source came with: its files, or its column of labels.
 
     A target's history is all of its user's training items, for a test target also the validation items.
@@ -204,7 +205,7 @@ def as_given(interactions: Interactions, window: int, *, stride: int | None = No
 
 
 def hold_out_users(
-    trained: Interactions, evaluated: Interactions, window: int, *, stride: int | None = None
+    trained: Interactions, evaluated: Interactions, window: int, *, stride: Stride = None
 ) -> Split:
     """Train on everything of some users, and evaluate on others, whose last item tests and the one before
     validates.
@@ -251,7 +252,7 @@ class _Cuts(NamedTuple):
 
 
 def _by_labels(
-    interactions: Interactions, labels: npt.NDArray[np.int8], window: int, stride: int | None, kind: str
+    interactions: Interactions, labels: npt.NDArray[np.int8], window: int, stride: Stride, kind: str
 ) -> Split:
     """Labels that rise within each user."""
     starts, ends = interactions.offsets[:-1], interactions.offsets[1:]
@@ -265,14 +266,14 @@ def _split(
     interactions: Interactions,
     cuts: _Cuts,
     window: int,
-    stride: int | None,
+    stride: Stride,
     kind: str,
     left_out: Mapping[str, int],
 ) -> Split:
     if window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
-    if stride is not None and not 1 <= stride <= window:
-        raise ValueError(f"stride: expected 1 to the window's {window}, got {stride}")
+    if stride not in (None, "prefixes") and not (isinstance(stride, int) and 1 <= stride <= window):
+        raise ValueError(f"stride: expected 1 to the window's {window}, or 'prefixes', got {stride!r}")
     ids = interactions.ids
     if not cuts.start.size:
         raise ValueError("interactions: expected at least one user, got none")
@@ -334,14 +335,16 @@ def _held_out(ids: Ints, starts: Ints, first: Ints, end: Ints, window: int) -> _
     )
 
 
-def _windows(starts: Ints, ends: Ints, window: int, stride: int | None) -> tuple[Ints, Ints]:
+def _windows(starts: Ints, ends: Ints, window: int, stride: Stride) -> tuple[Ints, Ints]:
     """Beginnings and ends of the windows of training: each user's last, and those a stride further back."""
     if stride is None:
         return starts, ends
-    # So many that the oldest reaches back to the user's first item.
-    counts = 1 + np.maximum(0, -(-(ends - starts - window - 1) // stride))
+    if isinstance(stride, int):  # so many that the oldest reaches back to the user's first item
+        step, counts = stride, 1 + np.maximum(0, -(-(ends - starts - window - 1) // stride))
+    else:  # prefixes: the shortest has two items, but for a user with a single one
+        step, counts = 1, np.maximum(1, ends - starts - 1)
     back = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(starts, counts), np.repeat(ends, counts) - stride * back
+    return np.repeat(starts, counts), np.repeat(ends, counts) - step * back
 
 
 def last_items(ids: Ints, starts: Ints, ends: Ints, width: int) -> Ints:

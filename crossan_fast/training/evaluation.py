@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crossan_fast import _sources
 from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast._losses import CATALOGUE_CHUNK
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.config import CrossanConfig

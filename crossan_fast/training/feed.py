@@ -20,16 +20,17 @@ def feed(
     device: torch.device,
     *,
     slots: bool = True,
+    gather: bool = True,
     backend: str = "auto",
 ) -> Iterator[tuple[Tensor, ReadAhead]]:
     """An epoch's `(item_ids on device, what was read ahead)`, by where the cache's states are.
 
     Resident on a GPU: the op reads rows by id; batches come with their number of slots in buckets
     (`slots`: off where shapes have to agree between processes). Pinned or memory-mapped for a GPU: the next
-    batches' distinct rows are gathered in the background; `batches` must then be on the CPU, since the host
-    reads the rows. On the CPU: the next batch's pages are read from disk meanwhile. Memory-mapped files that
-    fit the free memory are read whole in the background, too. `backend` is that of `ops.deduplicate` on the
-    host.
+    batches' distinct rows are gathered in the background (`gather`: off where a step reads others, too);
+    `batches` must then be on the CPU, since the host reads the rows. On the CPU: the next batch's pages are
+    read from disk meanwhile. Memory-mapped files that fit the free memory are read whole in the background,
+    too. `backend` is that of `ops.deduplicate` on the host.
     """
     if cache.tier == "mmap":
         cache.warm()
@@ -41,6 +42,9 @@ def feed(
         for item_ids, count in zip(batches.epoch(number), counts, strict=True):
             capacity = None if count is None else bucket(count, item_ids.numel() + 1)
             yield item_ids, ReadAhead(capacity=capacity)
+    elif not gather:
+        for item_ids in batches.epoch(number):
+            yield item_ids.to(device, non_blocking=True), ReadAhead()
     else:
         yield from _gathered(batches.epoch(number), cache, device, backend)
 

@@ -123,6 +123,8 @@ def _floor(trainer: Trainer, items: float) -> tuple[float, str]:
     config, cache = trainer.model.config, trainer.task.cache
     if config.loss == "full":
         items = trainer.task.split.num_items
+    elif config.loss == "sampled":
+        items = min(items + config.negatives, trainer.task.split.num_items)
     operations = 3 * sum(4 * config.bottleneck * tower.width * config.num_levels for tower in config.towers)
     size = torch.empty(0, dtype=cache.dtype).element_size()
     moved = 2 * sum(m.levels * m.width * size for m in config.modalities)

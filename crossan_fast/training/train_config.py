@@ -107,13 +107,14 @@ class SplitConfig:
             numbers as the file's; of `ratio` shares, 0.1 each where they are left out; of `given` the files,
             where they are not the users file's own siblings (X.train.inter, X.valid.inter, X.test.inter).
         stride: 1 to the window: train on a window every so many items of a history, whose `max_items` None
-            then keeps whole; None: on each user's last window.
+            then keeps whole; `prefixes`: on one that ends at each item but the first, which `model.targets:
+            last` counts once each; None: on each user's last window.
     """
 
     by: SplitKind = "leave_one_out"
     validation: float | str | None = None
     test: float | str | None = None
-    stride: int | None = None
+    stride: int | str | None = None
 
     def __post_init__(self) -> None:
         given = [value for value in (self.validation, self.test) if value is not None]
@@ -130,7 +131,8 @@ class SplitConfig:
             _check(len(names) in (0, 2), "split.validation, split.test", "two files, or none", given)
         else:
             _check(not given, "split.validation, split.test", "neither, with split.by leave_one_out", given)
-        _check(self.stride is None or self.stride >= 1, "split.stride", "at least 1 or null", self.stride)
+        right = self.stride in (None, "prefixes") or (isinstance(self.stride, int) and self.stride >= 1)
+        _check(right, "split.stride", "at least 1, prefixes or null", self.stride)
 
 
 @suggesting

@@ -99,8 +99,11 @@ class Trainer:
         )
         _refuse_lonely(self.model.config.loss, self.batches)
         # What a target is told from in training, at most.
-        drawn = config.batch_size * sequences.shape[1]
-        self.columns = self.task.cache.num_items if self.model.config.loss == "full" else drawn
+        self.columns = {
+            "in_batch": config.batch_size * sequences.shape[1],
+            "full": self.task.cache.num_items,
+            "sampled": self.model.config.negatives + 1,
+        }[self.model.config.loss]
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.step = TrainStep(
             self.model,
@@ -190,7 +193,10 @@ class Trainer:
         """The batches of an epoch, 1, 2, …; see `crossan_fast.training.feed`."""
         alone = self.processes.size == 1
         backend = self.model.backend_for("deduplicate", torch.device("cpu"))
-        return feed(self.batches, epoch, self.task.cache, self.device, slots=alone, backend=backend)
+        # Other losses read items that their batch does not name.
+        gather = self.model.config.loss == "in_batch"
+        batches, cache = self.batches, self.task.cache
+        return feed(batches, epoch, cache, self.device, slots=alone, gather=gather, backend=backend)
 
     def _begin(self, resume: bool, say: Callable[[str], None]) -> None:
         held = self.folder.last.exists()

@@ -61,7 +61,7 @@ def test_methods_differ_by_how_they_encode_items_alone(name: str, world: World) 
     method = METHODS[name]
     model = make_model(method, world, 0)
     # The loss and what it reads are CrossanModel's own, whatever the method.
-    for own in ("forward", "_in_batch", "encode_users", "_log_popularity", "_total", "encode_catalogue"):
+    for own in ("forward", "encode_users", "_log_popularity", "encode_catalogue"):
         assert getattr(type(model), own) is getattr(CrossanModel, own)
     shared, reference = config_of(method, world), config_of(METHODS["crossan_fast"], world)
     for field in ("modalities", "embedding_dim", "window", "blocks", "attention_heads", "dropout", "loss"):

@@ -43,7 +43,10 @@ def log(
 
 
 def check(
-    split: Split, interactions: Interactions, part_of: Callable[[str, int], int], stride: int | None = None
+    split: Split,
+    interactions: Interactions,
+    part_of: Callable[[str, int], int],
+    stride: int | str | None = None,
 ) -> None:
     """`part_of(user, place)` says to which part the event at a place of a user's sequence belongs."""
     train, rows = [], {1: [], 2: []}
@@ -53,8 +56,10 @@ def check(
         kept = [row for place, row in enumerate(sequence) if part_of(user, place) == 0]
         np.add.at(counts, kept, 1)
         ends = [len(kept)] if kept else []
-        while stride is not None and ends and ends[-1] > WINDOW + 1:
+        while isinstance(stride, int) and ends and ends[-1] > WINDOW + 1:
             ends.append(ends[-1] - stride)
+        while stride == "prefixes" and ends and ends[-1] > 2:
+            ends.append(ends[-1] - 1)
         train += [kept[max(0, end - WINDOW - 1) : end] for end in ends]
         for place, row in enumerate(sequence):
             part = part_of(user, place)
@@ -81,8 +86,8 @@ def check(
     assert split.num_users == interactions.num_users
 
 
-@pytest.mark.parametrize("stride", [None, 1, 3, WINDOW])
-def test_by_time(tmp_path: Path, stride: int | None) -> None:
+@pytest.mark.parametrize("stride", [None, 1, 3, WINDOW, "prefixes"])
+def test_by_time(tmp_path: Path, stride: int | str | None) -> None:
     found, events = log(tmp_path)
     times: dict[str, list[int]] = {}
     for user, _, time, _ in events:
@@ -143,8 +148,8 @@ def test_as_given(tmp_path: Path) -> None:
     check(as_given(found, WINDOW), found, lambda user, place: labels[user][place])
 
 
-@pytest.mark.parametrize("stride", [1, 3, WINDOW])
-def test_windows_slide_over_long_histories(stride: int) -> None:
+@pytest.mark.parametrize("stride", [1, 3, WINDOW, "prefixes"])
+def test_windows_slide_over_long_histories(stride: int | str) -> None:
     rng = np.random.default_rng(1)
     sequences = {
         f"u{u}": [f"i{i}" for i in rng.integers(0, 9, size=n)] for u, n in enumerate([3, 4, 7, 8, 40])
@@ -199,7 +204,8 @@ def test_bad_splits_are_named(tmp_path: Path) -> None:
             r"expected two shares above 0, together below 1, got 0.5 and 0.5",
         ),
         (lambda: as_given(plain, 3), r"expected a source with a split of its own: a column x_label or split"),
-        (lambda: leave_one_out(plain, 3, stride=0), r"stride: expected 1 to the window's 3, got 0"),
+        (lambda: leave_one_out(plain, 3, stride=0), r"stride: expected 1 to the window's 3, .* got 0"),
+        (lambda: leave_one_out(plain, 3, stride="prefix"), r"stride: .*, or 'prefixes', got 'prefix'"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

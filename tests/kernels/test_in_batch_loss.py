@@ -9,6 +9,7 @@ import pytest
 import torch
 from judging import judge_all, together
 
+from crossan_fast._losses import last_alone
 from crossan_fast.kernels import _streaming_loss, in_batch_loss
 from crossan_fast.ops.deduplicate import deduplicate_reference
 from crossan_fast.ops.in_batch_loss import in_batch_loss as in_batch_loss_op
@@ -50,6 +51,19 @@ def kernel(*inputs):
     loss, lse = in_batch_loss.forward(*inputs)
     gradients = in_batch_loss.backward(torch.tensor(0.7, device=DEVICE), lse, *inputs)
     return [out.cpu() for out in (loss, *gradients)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_last_places_alone_against_draws(dtype):
+    """As `targets="last"` and `loss="sampled"` call it: padding between a row's items, columns of no draw."""
+    users, items, slots, counts, log_popularity = make(9, 5, 20, 60, torch.float32)
+    users, slots = last_alone(users, slots)
+    drawn = torch.arange(len(counts)) % 3
+    inputs = (users.to(dtype), items.to(dtype), slots, drawn, log_popularity)
+    truth = reference(*inputs, dtype=torch.float64)
+    actual = kernel(*inputs)
+    judge_all(RESULTS, actual, lambda: reference(*inputs, dtype=dtype), truth)
+    assert actual[1][:, -1].any() and not actual[1][:, :-1].any(), "the others are no rows"
 
 
 def test_one_program_or_several_write_the_same_loss(monkeypatch):

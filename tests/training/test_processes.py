@@ -75,6 +75,8 @@ def test_two_processes_train_as_one(values: dict[str, Any], tmp_path: Path) -> N
     in_batch = settings(values, tmp_path, "in_batch")
     full = settings(values, tmp_path, "full", model={"loss": "full"})
     iisan = settings(values, tmp_path, "iisan", model={"architecture": "iisan"})
+    last = settings(values, tmp_path, "last", model={"targets": "last"})
+    sampled = settings(values, tmp_path, "sampled", model={"loss": "sampled", "negatives": 20})
     fewer, more = (settings(values, tmp_path, run, epochs=1) for run in ("fewer", "more"))
     masked = settings(values, tmp_path, "masked", model={"dropout": 0.3})
     short = settings(values, tmp_path, "short", model={"dropout": 0.3}, epochs=1)
@@ -83,6 +85,7 @@ def test_two_processes_train_as_one(values: dict[str, Any], tmp_path: Path) -> N
     tested = train(TrainConfig.from_dict(trained), progress=False)
     runs = [(in_batch, False), (full, False), (iisan, False), (fewer, False), ({**more, "epochs": 2}, True)]
     runs += [(masked, False), (short, False), ({**short, "epochs": 2}, True), (trained, True)]
+    runs += [(last, False), (sampled, False)]
     two_processes(runs, tmp_path)
 
     for number, (run, _) in enumerate(runs):
@@ -97,7 +100,7 @@ def test_two_processes_train_as_one(values: dict[str, Any], tmp_path: Path) -> N
     # One process's weights, ranked by two: equal, not near, since shares are cut where one process cuts.
     again = json.loads(RunFolder(trained["run"]).results.read_text())
     assert (again["validation"], again["test"]) == (tested["validation"], tested["test"])
-    for run in (in_batch, full, iisan):
+    for run in (in_batch, full, iisan, last):
         alone = {**run, "run": run["run"] + "-alone"}
         results = train(TrainConfig.from_dict(alone), progress=False)
         assert_same(alone, run)

@@ -46,6 +46,7 @@ def make(tmp_path: Path) -> Make:
     [
         ({}, 20, 20, "leave-one-out"),
         ({"split": {"stride": 3}}, 60, 20, "leave-one-out"),
+        ({"split": {"stride": "prefixes"}}, 180, 20, "leave-one-out"),
         ({"split": {"by": "time", "validation": "2020-03-11", "test": "2020-03-12"}}, 20, 20, "by time, at"),
         ({"split": {"by": "ratio", "validation": 0.25, "test": 0.25}}, 20, 60, "by ratio, 0.25 and 0.25"),
         ({"split": {"by": "given"}}, 20, 20, "as given"),
@@ -95,6 +96,7 @@ def test_bad_settings_are_named(make: Make, tmp_path: Path) -> None:
         ({"by": "time", "test": 3}, r"split.validation, split.test: expected two moments"),
         ({"by": "ratio", "test": "late"}, r"split.test: expected a share, with split.by ratio, got 'late'"),
         ({"validation": 3}, r"expected neither, with split.by leave_one_out"),
+        ({"stride": "prefix"}, r"split.stride: expected at least 1, prefixes or null, got 'prefix'"),
         ({"strid": 3}, r"unknown config key 'split.strid'; did you mean 'split.stride'"),
     ):
         with pytest.raises(ValueError, match=message):

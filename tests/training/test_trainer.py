@@ -26,9 +26,12 @@ def with_values(values: dict[str, Any], **changes: Any) -> TrainConfig:
     return TrainConfig.from_dict({**values, **changes})
 
 
-@pytest.mark.parametrize("loss", ["in_batch", "full"])
+@pytest.mark.parametrize("loss", ["in_batch", "full", "sampled", "prefixes"])
 def test_training_learns_the_ring(values: dict[str, Any], loss: str) -> None:
-    values["model"] |= {"loss": loss, "dropout": 0.0}
+    values["model"] |= {"loss": "in_batch" if loss == "prefixes" else loss, "dropout": 0.0, "negatives": 20}
+    if loss == "prefixes":
+        values["model"] |= {"targets": "last"}
+        values["split"] = {"stride": "prefixes"}
     results = train(with_values(values, epochs=25), progress=False)
     assert results["test"]["metrics"]["hr@10"] > 0.9, "chance is about a third"
     assert results["test"]["split"] == "test"
@@ -65,8 +68,8 @@ def test_the_run_folder_holds_everything(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "ids"),
-    [("in_batch", False), ("full", False), ("in_batch", True)],
-    ids=["in_batch", "full", "ids"],
+    [("in_batch", False), ("full", False), ("sampled", False), ("in_batch", True)],
+    ids=["in_batch", "full", "sampled", "ids"],
 )
 def test_resuming_continues_bit_for_bit(values: dict[str, Any], tmp_path: Path, loss: str, ids: bool) -> None:
     """Weights, optimizer state, dropout's generator and the log: four epochs are two and two."""
