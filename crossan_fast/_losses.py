@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 from crossan_fast import _scores, _sources, distributed, ops
 from crossan_fast._dropping import drop_by_history, drop_by_item
 from crossan_fast._profiling import span
-from crossan_fast._sampling import Drawn
 from crossan_fast._sources import ReadAhead, Source
 from crossan_fast.modules.id_embedding import rows_of
 from crossan_fast.output import CrossanOutput
@@ -50,17 +49,21 @@ def in_batch(
     return CrossanOutput(_total(model, loss, item_ids, balance), users, by_place)
 
 
-def sampled(model: CrossanModel, item_ids: Tensor, drawn: Drawn, source: Source) -> CrossanOutput:
-    """`loss="sampled"`: a target against items that are drawn, each as often as it was.
+def sampled(
+    model: CrossanModel, item_ids: Tensor, cache: HiddenStateCache | None, known: int | None, ahead: ReadAhead
+) -> CrossanOutput:
+    """`loss="sampled"`: a target against items that are drawn of 1 to `known`, each as often as it was.
 
     Args:
         item_ids: `[B, S + 1]`.
-        source: what there is of the items `drawn.unique.ids`.
+        ahead: see `Sampler.draw`.
     """
-    unique = drawn.unique
-    source = dropped(model, source, unique.ids)
+    if cache is None or known is None:
+        raise ValueError("cache: loss='sampled' draws from the catalogue, expected a cache, got states")
+    unique, counts, log_chance = model._sampler.draw(model, item_ids, cache, known, ahead)
+    source = dropped(model, model._read(cache, unique.ids, ReadAhead()), unique.ids)
     users, by_place, embeddings, balance = _encoded(model, item_ids, unique, source)
-    loss = _against(model, users, embeddings, unique._replace(counts=drawn.counts), drawn.log_chance)
+    loss = _against(model, users, embeddings, unique._replace(counts=counts), log_chance)
     return CrossanOutput(_total(model, loss, item_ids, balance), users, by_place)
 
 

@@ -201,12 +201,7 @@ class CrossanModel(Popularity, Pretrained):
         if self.config.loss == "full":  # every item is encoded: there is nothing to deduplicate
             return _losses.full(self, item_ids, cache, known)
         if self.config.loss == "sampled":
-            if cache is None or known is None:
-                raise ValueError(
-                    "cache: loss='sampled' draws from the catalogue, expected a cache, got states"
-                )
-            drawn = self._sampler.draw(self, item_ids, cache, known, ahead)
-            return _losses.sampled(self, item_ids, drawn, self._read(cache, drawn.unique.ids, ReadAhead()))
+            return _losses.sampled(self, item_ids, cache, known, ahead)
         unique = ops.deduplicate(item_ids, ahead.slots(item_ids), backend=self.backend_for("deduplicate"))
         if cache is not None:
             source = self._read(cache, unique.ids, ahead)

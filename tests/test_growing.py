@@ -44,7 +44,7 @@ def make_model(names, **values):
 def test_an_extended_model_starts_where_it_was_and_trains_what_is_new(values):
     model = make_model(("text", "image"), **values)
     cache, wider = make_cache(("text", "image")), make_cache(WIDTHS)
-    grown = model.extend(Modality("sound", 6, LEVELS))
+    grown = model.extend(Modality("sound", 6, LEVELS), share=1e-7)
     assert grown.config.modality_names == ("text", "image", "sound")
     exact = {"rtol": 0, "atol": 0} if "fusion" in values or "iisan" in values else {"rtol": 0, "atol": 1e-5}
     if exact["atol"] == 0:  # zeros are added, in another order perhaps
@@ -60,6 +60,16 @@ def test_an_extended_model_starts_where_it_was_and_trains_what_is_new(values):
     assert grown.towers["sound"].down.weight.grad is not None
     grown.requires_grad_(True)
     assert not any(p is q for p in grown.parameters() for q in model.parameters())
+
+
+def test_by_default_a_new_expert_has_a_hundredth():
+    model, grown = (make_model(("text", "image")) for _ in range(2))
+    cache, grown = make_cache(WIDTHS), grown.extend(Modality("sound", 6, LEVELS))
+    assert (grown.explain(None, cache)["expert_weight"][:, 2] <= 0.01).all()
+    assert (grown.explain(None, cache)["expert_weight"][:, 2] > 1e-4).all()
+    want, have = model.encode_catalogue(make_cache(("text", "image"))), grown.encode_catalogue(cache)
+    new = grown.remove("text").remove("image").encode_catalogue(make_cache(("sound",)))
+    assert (have - want).abs().max() <= 0.01 * (want.abs().max() + new.abs().max())
 
 
 @pytest.mark.parametrize("values", CASES[:-1], ids=str)
