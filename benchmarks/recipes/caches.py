@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from crossan_fast.cache import HiddenStateCache, convert_cache, write_cache
+from crossan_fast.cache.levels import evenly
 from crossan_fast.cli import main as crossan_fast
 from crossan_fast.training import load_config
 
@@ -26,6 +27,7 @@ class Recipe:
         tokens: kept of each text.
         centred: whether it trains on `centred` states.
         basis: dimensions of the basis that it trains in; None: all.
+        levels: of each modality that it trains on, of those encoded, evenly spaced; None: all.
         variants: settings by name, beside the recipe's own.
     """
 
@@ -34,6 +36,7 @@ class Recipe:
     tokens: int = 30
     centred: bool = False
     basis: int | None = None
+    levels: int | None = None
     variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
@@ -43,7 +46,13 @@ class Recipe:
     @property
     def suffix(self) -> str:
         """What its cache's name has behind that of the encoders' own states."""
-        return ("-centred" if self.centred else "") + (f"-{self.basis}" if self.basis else "")
+        kept = f"-levels{self.levels}" if self.levels else ""
+        return ("-centred" if self.centred else "") + (f"-{self.basis}" if self.basis else "") + kept
+
+    @property
+    def cached_levels(self) -> int:
+        """How many levels of an encoder there are: what is precomputed has one."""
+        return max(int(spec.partition("levels=")[2].partition(":")[0] or 1) for spec in self.modalities)
 
 
 _VIEWS = tuple(f"{view}={{encoder}}:pool={view}:levels=7:column=title" for view in ("mean", "cls"))
@@ -86,12 +95,25 @@ def cache_of(recipe: Recipe, overrides: Sequence[str] = ()) -> Path:
         whole, folder = folder, folder.with_name(f"{folder.name}-centred")
         if not folder.exists():
             write_centred(whole, folder)
-    if recipe.basis is None or all(m.width == recipe.basis for m in HiddenStateCache.open(folder).modalities):
-        return folder
-    whole, folder = folder, folder.with_name(f"{folder.name}-{recipe.basis}")
-    if not folder.exists():
-        convert_cache(whole, folder, basis=recipe.basis)
+    if recipe.basis and any(m.width != recipe.basis for m in HiddenStateCache.open(folder).modalities):
+        whole, folder = folder, folder.with_name(f"{folder.name}-{recipe.basis}")
+        if not folder.exists():
+            convert_cache(whole, folder, basis=recipe.basis)
+    if recipe.levels:
+        whole, folder = folder, folder.with_name(f"{folder.name}-levels{recipe.levels}")
+        if not folder.exists():
+            write_levels(whole, folder, recipe.levels)
     return folder
+
+
+def write_levels(whole: Path, folder: Path, levels: int) -> None:
+    """A cache of the same items with so many of its levels, evenly spaced, first and last included."""
+    cache = HiddenStateCache.open(whole)
+    chosen = list(evenly(levels, cache.modalities[0].levels - 1))
+    states = cache.gather(torch.arange(cache.num_items + 1))
+    kept = {name: held[:, chosen].contiguous() for name, held in states.items()}
+    names = list(cache.item_names[1:])
+    write_cache(folder, kept, present=cache.present, item_names=names, dtype=cache.dtype)
 
 
 def write_centred(whole: Path, folder: Path) -> None:

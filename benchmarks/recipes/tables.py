@@ -57,7 +57,7 @@ def protocol(rows: Sequence[Row]) -> str:
     )
 
 
-def ablations_table(rows: Sequence[Row]) -> str:
+def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
     """Every recipe and what was tried on it: a table a data set, a line a setting, best validation first."""
     lines = ["# Recipes, and what was tried on them"]
     for data in dict.fromkeys(row["data"] for row in rows):
@@ -87,7 +87,29 @@ def ablations_table(rows: Sequence[Row]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         for name, hits, gain in PUBLISHED.get(data, ()):
             lines.append(f"| {name} | | | | | | | {hits} | {gain} |")
+    if retention:
+        lines.append(retention_table(retention).rstrip("\n"))
     return "\n".join([*lines, "", "Drawn by `python -m benchmarks.recipes.tabulate`."]) + "\n"
+
+
+def retention_table(rows: Sequence[Row]) -> str:
+    """Markdown: what is left of test HR@10 where every item lacks a modality, means over seeds."""
+    lines = ["", "## Without a modality at test time", ""]
+    lines += [_head(["data", "modality dropout", "seeds", "HR@10", "without", "HR@10", "retained"])]
+    for key, group in grouped(rows, "data", "cache", "modality_dropout", "scope", "without").items():
+        _, cache, share, scope, missing = key
+        retained = statistics.fmean(float(row["retention_hr@10"]) for row in group)
+        cells = [
+            cache,
+            f"{share} by {scope}" if scope else "none",
+            " ".join(sorted(row["seed"] for row in group)),
+            spread([float(row["whole_hr@10"]) for row in group]),
+            missing,
+            spread(of(group, "hr@10")),
+            f"{100 * retained:.0f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.recipes import tables
+from benchmarks.recipes.ablations import RETENTION
 from benchmarks.recipes.basis import BASES
 from benchmarks.recipes.caches import RECIPES
 from benchmarks.recipes.encoders import ROWS
@@ -191,7 +192,8 @@ def main() -> None:
     losses, epochs = by_loss(runs), by_loss(read(EPOCHS))
     write_whole(TABLE, table(losses, epochs))
     draw(epochs, CURVE)
-    write_whole(ABLATIONS_TABLE, tables.ablations_table(sorted(runs, key=_recipe)))
+    retention = read(RETENTION) if RETENTION.is_file() else []
+    write_whole(ABLATIONS_TABLE, tables.ablations_table(sorted(runs, key=_recipe), retention))
     if BASES.is_file():
         write_whole(BASIS_TABLE, basis_table(read(BASES)))
     if ROWS.is_file():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.recipes import basis, caches, encoders, records, run, tables, tabulate
+from benchmarks.recipes import ablations, basis, caches, encoders, records, run, tables, tabulate
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.data import leave_one_out, read_interactions, read_items
@@ -55,6 +55,8 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs.csv")
     monkeypatch.setattr(run, "EPOCHS", tmp_path / "epochs.csv")
+    monkeypatch.setattr(ablations, "RUNS", tmp_path / "runs.csv")
+    monkeypatch.setattr(ablations, "RETENTION", tmp_path / "retention.csv")
     monkeypatch.setattr(encoders, "ROWS", tmp_path / "encoders.csv")
     return tmp_path
 
@@ -103,6 +105,55 @@ def test_settings_with_a_name_keep_their_curve(shop: Path, monkeypatch: pytest.M
         ("scientific2k", "recipe", "4"),
     ]
     assert records.read(shop / "runs.csv")[0]["setting"] == "recipe"
+
+
+def test_ablations_run_by_themselves(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["sampled, uniform", "modality dropout by history", "prefixes", "one level", "learning rate 3e-3"]
+    arguments = ["ablations", "scientific2k", "--seeds", "0", "--only", *names]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--list"])
+    assert ablations.main() == 0
+    listed = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == names[:3], "there is one level, and the recipe has that learning rate"
+    given = [value for value in GIVEN if value != "patience=null"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--set", *given])
+    assert ablations.main() == 0
+    said = capsys.readouterr().out
+    assert (
+        "4 of 4 runs to go, time known after the first" in said and "1 of 4 runs to go, about 0 min" in said
+    )
+    assert ablations.main() == 0
+    assert "runs to go" not in capsys.readouterr().out
+    rows = records.read(shop / "runs.csv")
+    assert len(rows) == 4 and sum("model.loss=sampled" in row["setting"] for row in rows) == 1
+    retention = records.read(shop / "retention.csv")
+    assert [(row["scope"], row["without"]) for row in retention] == [
+        (scope, encoder) for scope in ("", "history") for encoder in encoders.ENCODERS
+    ]
+    for row, trained in zip(retention[::3], (rows[0], rows[2]), strict=True):
+        assert row["whole_hr@10"] == trained["test_hr@10"]
+    first = retention[0]
+    assert float(first["retention_hr@10"]) == pytest.approx(
+        float(first["test_hr@10"]) / float(first["whole_hr@10"]), abs=1e-4
+    )
+    written = tables.ablations_table(rows, retention)
+    assert "| whole-centred | 0.3 by history | 0 |" in written and "| none | 0 |" in written
+
+
+def test_what_a_missing_modality_and_fewer_levels_leave(shop: Path) -> None:
+    states = torch.arange(26.0)[:, None, None] + torch.arange(7.0)[:, None] * torch.ones(8)
+    states[0] = 0
+    write_cache(shop / "deep", {"mean": states, "cls": -states}, dtype="fp32")
+    caches.write_levels(shop / "deep", shop / "three", 3)
+    held = HiddenStateCache.open(shop / "three")
+    ids = torch.arange(26)
+    assert torch.equal(held.gather(ids)["cls"], -states[:, [0, 3, 6]])
+    left = ablations.without(held, "cls")
+    assert left.present[1:].tolist() == [[True, False]] * 25 and not left.present[0].any()
+    assert torch.equal(left.gather(ids)["mean"], held.gather(ids)["mean"])
+    assert replace(caches.RECIPES["scientific4k"], levels=3).suffix == "-128-levels3"
+    assert [caches.RECIPES[name].cached_levels for name in ("scientific4k", "scientific2k")] == [7, 1]
 
 
 def test_states_are_centred_each_modality_by_itself(shop: Path) -> None:

@@ -1,0 +1,172 @@
+"""Everything that is worth trying on a recipe, one change at a time, unattended.
+
+    python -m benchmarks.recipes.ablations scientific2k --seeds 0
+    python -m benchmarks.recipes.ablations scientific2k --list
+    python -m benchmarks.recipes.tabulate
+
+The recipe comes first, then each of `ABLATIONS` that fits it, seed by seed; what is recorded is not trained
+again, and a run that was cut off goes on. It says before each run how many are left and for about how long.
+Of the recipe and of those that drop modalities, what is left of HR@10 when a modality is missing from every
+item at test time goes to retention.csv. Data as for `benchmarks.recipes.run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.recipes.caches import RECIPES, Recipe
+from benchmarks.recipes.records import RESULTS, Job, append, carry_out
+from benchmarks.recipes.run import PLAIN, RUNS, jobs
+from crossan_fast.cache import HiddenStateCache
+from crossan_fast.training import load_config
+from crossan_fast.training.trainer import Trainer
+
+RETENTION = RESULTS / "retention.csv"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Attributes:
+    settings: laid over the recipe's.
+    levels: kept of the cache's, evenly spaced; None: all.
+    """
+
+    settings: tuple[str, ...] = ()
+    levels: int | None = None
+
+    def of(self, recipe: Recipe) -> Recipe:
+        return recipe if self.levels is None else replace(recipe, levels=self.levels)
+
+
+_ITEM = ("model.modality_dropout=0.3",)
+_HISTORY = (*_ITEM, "model.modality_dropout_scope=history")
+_PREFIXES = ("split.stride=prefixes", "model.targets=last")
+
+ABLATIONS: dict[str, Ablation] = {
+    "ids": Ablation(("model.id_embedding=true",)),
+    "modality dropout by item": Ablation(_ITEM),
+    "modality dropout by history": Ablation(_HISTORY),
+    "cosine, temperature 0.1": Ablation(("model.scores=cosine", "model.temperature=0.1")),
+    "cosine, temperature 0.2": Ablation(("model.scores=cosine", "model.temperature=0.2")),
+    "label smoothing": Ablation(("model.label_smoothing=0.1",)),
+    "window 20": Ablation(("model.window=20",)),
+    "window 50": Ablation(("model.window=50",)),
+    "prefixes": Ablation(_PREFIXES),
+    "sampled, uniform": Ablation(("model.loss=sampled",)),
+    "sampled, by popularity": Ablation(("model.loss=sampled", "model.negative_sampling=popularity")),
+    "full softmax": Ablation(("model.loss=full",)),
+    "two-layer heads": Ablation(("model.head=two",)),
+    "one level": Ablation(levels=1),
+    "three levels": Ablation(levels=3),
+    "bottleneck 16": Ablation(("model.bottleneck=16",)),
+    "bottleneck 256": Ablation(("model.bottleneck=256",)),
+    "top 1": Ablation(("model.top_k=1",)),
+    "top 1, load balance": Ablation(("model.top_k=1", "model.load_balance=0.01")),
+    "load balance": Ablation(("model.load_balance=0.01",)),
+    "relu adapters": Ablation(("model.activation=relu",)),
+    "no cross terms": Ablation(("model.cross=none",)),
+    "cross terms from towers": Ablation(("model.cross=side",)),
+    "low-rank cross terms": Ablation(("model.cross_projection=low_rank",)),
+    "concat": Ablation(("model.fusion=concat",)),
+    "dropout 0.1": Ablation(("model.dropout=0.1",)),
+    "dropout 0.5": Ablation(("model.dropout=0.5",)),
+    "learning rate 1e-3": Ablation(("optimizer.learning_rate=1e-3",)),
+    "learning rate 3e-3": Ablation(("optimizer.learning_rate=3e-3",)),
+    "learning rate 3e-3, average 0.995": Ablation(
+        ("optimizer.learning_rate=3e-3", "optimizer.average=0.995")
+    ),
+}
+
+
+def fitting(recipe: Recipe, names: Sequence[str]) -> list[str]:
+    """Those of `names` that change something of a recipe."""
+    plain, found = load_config(recipe.config), []
+    for name in names:
+        ablation = ABLATIONS[name]
+        fewer = ablation.levels is not None and ablation.levels < recipe.cached_levels
+        if fewer or load_config(recipe.config, ablation.settings) != plain:
+            found.append(name)
+    return found
+
+
+def plan(recipe: Recipe, names: Sequence[str], overrides: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """The recipe and its ablations, a seed's runs before the next seed's."""
+    made = []
+    for seed in seeds:
+        made += jobs(recipe, PLAIN, overrides, [seed])
+        for name in names:
+            ablation = ABLATIONS[name]
+            made += jobs(ablation.of(recipe), PLAIN, [*ablation.settings, *overrides], [seed])
+    return made
+
+
+def keep_retention(trainer: Trainer) -> None:
+    """Append what is left without each modality, of a run that drops modalities or might have."""
+    model, config = trainer.model.config, trainer.config
+    if len(model.modalities) < 2:
+        return
+    whole = trainer.evaluate("test").metrics
+    rows = []
+    for missing in model.modality_names:
+        task = replace(trainer.task, cache=without(trainer.task.cache, missing))
+        left = task.evaluate(trainer.model, "test", config.evaluation).metrics
+        rows.append(
+            {
+                "data": config.path("users").parent.name,
+                "cache": config.path("cache").name,
+                "modality_dropout": model.modality_dropout,
+                "scope": model.modality_dropout_scope if model.modality_dropout else "",
+                "seed": config.seed,
+                "without": missing,
+                **{f"test_{name}": round(left[name], 6) for name in ("hr@10", "ndcg@10")},
+                **{f"whole_{name}": round(whole[name], 6) for name in ("hr@10", "ndcg@10")},
+                "retention_hr@10": round(left["hr@10"] / whole["hr@10"], 4),
+            }
+        )
+    append(RETENTION, rows)
+
+
+def without(cache: HiddenStateCache, name: str) -> HiddenStateCache:
+    """The same items, in memory, none of which has modality `name`."""
+    ids = torch.arange(cache.num_items + 1)
+    states, present = dict(cache.gather(ids)), cache.present.clone()
+    present[:, [modality.name for modality in cache.modalities].index(name)] = False
+    states[name] = torch.zeros_like(states[name])
+    return HiddenStateCache.from_tensors(states, present, list(cache.item_names))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes.ablations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=ABLATIONS, help="default: all that change something")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides")
+    parser.add_argument("--list", action="store_true", help="name them, and train nothing")
+    args = parser.parse_args()
+    recipe = RECIPES[args.recipe]
+    names = fitting(recipe, args.only or list(ABLATIONS))
+    if args.list:
+        for name in names:
+            print(f"{name}: {' '.join(ABLATIONS[name].settings) or f'{ABLATIONS[name].levels} levels'}")
+        return 0
+    measured = {" ".join([*dropped, *args.overrides]) for dropped in ((), _ITEM, _HISTORY)} | {PLAIN}
+
+    def finished(trainer: Trainer, job: Job) -> None:
+        if job.which["setting"] in measured:
+            keep_retention(trainer)
+
+    carry_out(plan(recipe, names, args.overrides, args.seeds), RUNS, finished=finished)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
