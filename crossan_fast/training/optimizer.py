@@ -14,7 +14,7 @@ from crossan_fast.model import CrossanModel
 from crossan_fast.training.train_config import OptimizerConfig
 
 # As in torch's clip_grad_norm_.
-_CLIP_EPS = 1e-6
+CLIP_EPS = 1e-6
 PARTS = ("side_network", "fusion", "sequence_encoder")
 
 
@@ -81,13 +81,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, warmup_steps:
     return share
 
 
-def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """`[len(parameters)]`, 0 where there is no gradient."""
+def each_norm(parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+    """The norm of each gradient, `[]`, 0 where there is none."""
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
     if len(norms) == len(parameters):
-        return torch.stack(norms)
+        return norms
     none, found = torch.zeros((), dtype=parameters[0].dtype, device=parameters[0].device), iter(norms)
-    return torch.stack([none if p.grad is None else next(found) for p in parameters])
+    return [none if p.grad is None else next(found) for p in parameters]
+
+
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """`[len(parameters)]`, 0 where there is no gradient."""
+    return torch.stack(tuple(each_norm(parameters)))
 
 
 def clip_gradients(
@@ -103,7 +108,7 @@ def clip_gradients(
     if norm is None or (total.device.type == "cpu" and not norm < float(total) < math.inf):
         return total
     gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, (norm / (total + _CLIP_EPS)).clamp(max=1.0))
+    torch._foreach_mul_(gradients, (norm / (total + CLIP_EPS)).clamp(max=1.0))
     return total
 
 
@@ -115,7 +120,7 @@ class ClippedByStep:
 
     def __init__(self, norm: float, device: torch.device) -> None:
         self._norm = norm
-        self._eps = torch.full((), _CLIP_EPS / norm, device=device)
+        self._eps = torch.full((), CLIP_EPS / norm, device=device)
 
     def prepare(self, optimizer: torch.optim.Optimizer, total: Tensor) -> None:
         """Have the optimizer's next step clip gradients whose `gradient_norm` is `total`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,10 +16,13 @@ from crossan_fast._profiling import span
 from crossan_fast._sources import ReadAhead
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.model import CrossanModel
+from crossan_fast.ops._dispatch import choose
 from crossan_fast.training.averaging import WeightAverage
 from crossan_fast.training.optimizer import (
+    CLIP_EPS,
     ClippedByStep,
     clip_gradients,
+    each_norm,
     gradient_norms,
     set_learning_rate,
 )
@@ -110,6 +114,7 @@ class TrainStep:
         self._clipped: ClippedByStep | None = None
         if self.device.type == "cuda" and config.clip_norm is not None:
             self._clipped = ClippedByStep(config.clip_norm, self.device)
+        self._by_kernel = self.device.type == "cuda" and _triton_judges(model, self._parameters)
         self._one: Tensor | None = None  # where backwards begin: one tensor, not one a step
 
     def __call__(self, item_ids: Tensor, ahead: ReadAhead = NOTHING_AHEAD) -> Tensor:
@@ -166,6 +171,10 @@ class TrainStep:
     def update(self, loss: Tensor) -> None:
         """Clip what `forward_backward` left of a batch with this loss and apply it."""
         with span("optimizer"):
+            if self._by_kernel:
+                self._judge_by_kernel(loss)
+                self.optimizer.step()
+                return
             norms = gradient_norms(self._parameters)
             if self._clipped is None:
                 self.gradient_norm = clip_gradients(self._parameters, self._config.clip_norm, norms)
@@ -197,6 +206,26 @@ class TrainStep:
             self.unsound += self._stopped
         return True
 
+    def _judge_by_kernel(self, loss: Tensor) -> None:
+        """What `update` and `_judge` do of torch's ops on a GPU."""
+        from crossan_fast.kernels._judging import judge
+
+        skip = bool(self._config.skip_nonfinite)
+        verdict = judge(
+            each_norm(self._parameters),
+            loss if self.group is None else None,
+            self._norms,
+            self._stopped,
+            self.skipped if skip else self.unsound,
+            self._config.clip_norm,
+            CLIP_EPS,
+            skip,
+        )
+        self.gradient_norm = verdict.norm
+        # AdamW's own switches: it divides as it reads, and changes nothing in a step that is left out.
+        self.optimizer.grad_scale = verdict.divisor  # type: ignore[attr-defined]
+        self.optimizer.found_inf = verdict.bad  # type: ignore[attr-defined]
+
     def first_bad_gradient(self) -> str:
         """On a GPU, which is waited for: the first that was not finite, in the model's order, in words."""
         found = dict(zip(map(id, self._parameters), self._norms.tolist(), strict=True))
@@ -217,3 +246,13 @@ class TrainStep:
         return (
             first_nonfinite((*self.model.named_parameters(), *self.model.named_buffers(), *gradients)) or ""
         )
+
+
+def _triton_judges(model: CrossanModel, parameters: Sequence[nn.Parameter]) -> bool:
+    """On a GPU: whether one Triton kernel clips and judges, as where the loss is Triton's."""
+    backend = model.backend_for("in_batch_loss")
+    if choose("in_batch_loss", "cuda", torch.float32, (), backend).backend != "triton":
+        return False
+    from crossan_fast.kernels._judging import MOST
+
+    return len(parameters) <= MOST and all(p.dtype == torch.float32 for p in parameters)
