@@ -52,6 +52,7 @@ def narrow(x, dtype: tl.constexpr):
         # mantissa, which would carry into the sign; arithmetic makes none.
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
+        bits &= 0xFFFF0000  # what is left of a rounded zero is a subnormal number, which it takes for another
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 

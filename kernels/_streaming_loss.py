@@ -22,6 +22,8 @@ from crossan_fast.kernels._common import (
 
 # Rows per program of the cheap per-row kernels, and programs that count rows.
 _ROWS, _COUNTERS = 1024, 32
+# Rows up to which a launch that narrows users costs more than reading them wide.
+_FEW = 4096
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Problem:
     """One loss: rows `[R, d]`, columns `[C, d]`, and what says which column a row predicts.
 
     Attributes:
-        users: `[R, d]`, contiguous.
-        items: `[C, d]`, contiguous, of the users' dtype.
+        users: `[R, d]`, contiguous, of the items' dtype or a wider one.
+        items: `[C, d]`, contiguous, of the dtype to compute in.
         slots: int64, `[R]` targets, or `[B, places]` with R = B · (places − 1) where `counts` is given.
         counts: int64 `[C]`, or None for the full softmax.
         log_popularity: fp32 `[C]`, or None.
@@ -80,6 +82,14 @@ class Problem:
     counts: Tensor | None = None
     log_popularity: Tensor | None = None
 
+    @staticmethod
+    def of(users: Tensor, items: Tensor, *rest: Tensor) -> Problem:
+        """From tensors of any strides, users `[..., d]`; `rest` is slots and what follows."""
+        rows = users.reshape(-1, users.shape[-1])
+        if rows.shape[0] > _FEW or torch.promote_types(rows.dtype, items.dtype) != rows.dtype:
+            rows = rows.to(items.dtype)
+        return Problem(rows.contiguous(), items.contiguous(), *(tensor.contiguous() for tensor in rest))
+
     @property
     def in_batch(self) -> bool:
         return self.counts is not None
@@ -90,7 +100,7 @@ class Problem:
 
     def config(self, run: Callable[[Config], object], backward: bool) -> Config:
         """The table's tile for this problem, or the one `run` is fastest with where autotuning is on."""
-        device, dtype, (rows, width) = self.users.device, self.users.dtype, self.users.shape
+        device, dtype, (rows, width) = self.users.device, self.items.dtype, self.users.shape
         tf32 = dot_precision(dtype) == "tf32"
         sizes = (bucket(rows), bucket(self.items.shape[0]), self.places, width)
         choices = candidates(device_class(device), dtype, tf32, width, backward)
@@ -106,7 +116,7 @@ class Problem:
             "BLOCK_D": power_of_two(self.users.shape[1]),
             "BLOCK_Q": power_of_two(touched),
             "BLOCK_S": power_of_two(self.places),
-            "PRECISION": dot_precision(self.users.dtype),
+            "PRECISION": dot_precision(self.items.dtype),
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
@@ -194,7 +204,7 @@ def _backward(tile: Config, grad_loss: Tensor, lse: Tensor, problem: Problem) ->
     coefficient = users.new_empty(rows, dtype=torch.float32)
     row_blocks, column_blocks = cdiv(rows, tile.rows), cdiv(columns, tile.columns)
     # A share of 1/2^20 is a subnormal number in fp16; times 2^14 it is not, and a share of 1 still fits.
-    scale = 2.0**14 if users.dtype == torch.float16 else 1.0
+    scale = 2.0**14 if items.dtype == torch.float16 else 1.0
     walks = (
         (kernels.backward_rows_kernel, users, row_blocks, column_blocks),
         (kernels.backward_columns_kernel, items, column_blocks, row_blocks),

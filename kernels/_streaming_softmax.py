@@ -24,13 +24,22 @@ import triton
 import triton.language as tl
 
 from crossan_fast.kernels._blocks import load_block
-from crossan_fast.kernels._common import dot, pick
+from crossan_fast.kernels._common import dot, narrow, pick
 
 # Not −inf: 0 · −inf in the membership product is NaN. Exact as "no weight": exp(−1e30 − finite) is 0.
 BLOCKED = tl.constexpr(-1e30)
 
 # Sizes that vary from batch to batch must not each compile a kernel of their own: `do_not_specialize` below.
 # `width` stays specialised, as its divisibility decides how wide the loads are.
+
+
+@triton.jit
+def load_users(users, items, index_r, rows, width, BLOCK_D: tl.constexpr):
+    """A block of users in the items' type, `[index_r, BLOCK_D]`."""
+    user = load_block(users, index_r, rows, width, BLOCK_D)
+    if user.dtype != items.dtype.element_ty:
+        user = narrow(user.to(tl.float32), items.dtype.element_ty)
+    return user
 
 
 @triton.jit
@@ -131,7 +140,7 @@ def forward_kernel(
     """Running maximum and sum of one block of rows over one part of the columns."""
     part = tl.program_id(1)
     index_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
+    user = load_users(users, items, index_r, rows, width, BLOCK_D)  # [BR, d]
     target, valid = row_targets(slots, index_r, rows, places, IN_BATCH)
     own_logit, _ = target_logits(
         user, items, log_popularity, target, valid, columns, width, IN_BATCH, BLOCK_D
@@ -275,7 +284,7 @@ def backward_rows_kernel(
     """
     part = tl.program_id(1)
     index_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
+    user = load_users(users, items, index_r, rows, width, BLOCK_D)  # [BR, d]
     target, valid = row_targets(slots, index_r, rows, places, IN_BATCH)
     log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
     gradient = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
@@ -364,7 +373,7 @@ def backward_columns_kernel(
             member = membership(index_r, first, places, BLOCK_Q)  # [BR, BQ]
             blocked = own_columns(slots, own, first, sequences, places, begin_column, BLOCK_Q, BLOCK_C)
             logit = dot(tl.trans(blocked), tl.trans(member), logit, PRECISION)
-        user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
+        user = load_users(users, items, index_r, rows, width, BLOCK_D)  # [BR, d]
         target, _ = row_targets(slots, index_r, rows, places, IN_BATCH)
         log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
         missing = tl.load(coefficient + index_r, mask=index_r < rows, other=0.0) * SCALE
@@ -400,7 +409,7 @@ def store_block(
     else:
         gradient = gradient * row_gradient(grad_loss, counted, COUNTERS)
     mask = (index < size)[:, None] & (index_d < width)[None, :]
-    tl.store(out + offset, gradient.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offset, narrow(gradient, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["size", "parts", "second_size", "second_parts"])
@@ -418,11 +427,16 @@ def sum_parts_kernel(
 ):
     """Sum the parts of one gradient, or of two, in their order, and scale."""
     which = tl.program_id(1)
-    partial, out = pick(partials, which), pick(outs, which)
+    partial = pick(partials, which)
     size = tl.where(which == 0, size, second_size)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sum_ = tl.zeros([BLOCK], dtype=tl.float32)
     for part in range(tl.where(which == 0, parts, second_parts)):
         sum_ += tl.load(partial + tl.cast(part, tl.int64) * size + index, mask=index < size, other=0.0)
     sum_ = sum_ * row_gradient(grad_loss, counted, COUNTERS)
-    tl.store(out + index, sum_.to(out.dtype.element_ty), mask=index < size)
+    # The two may differ in type.
+    if which == 0:
+        tl.store(outs[0] + index, narrow(sum_, outs[0].dtype.element_ty), mask=index < size)
+    else:
+        last = outs[len(outs) - 1]
+        tl.store(last + index, narrow(sum_, last.dtype.element_ty), mask=index < size)

@@ -10,19 +10,13 @@ from crossan_fast.kernels._streaming_loss import Problem
 
 
 def _problem(users: Tensor, items: Tensor, slots: Tensor, counts: Tensor, log_popularity: Tensor) -> Problem:
-    return Problem(
-        users.reshape(-1, users.shape[-1]).contiguous(),
-        items.to(users.dtype).contiguous(),
-        slots.contiguous(),
-        counts.contiguous(),
-        log_popularity.to(torch.float32).contiguous(),
-    )
+    return Problem.of(users, items, slots, counts, log_popularity.to(torch.float32))
 
 
 def forward(
     users: Tensor, items: Tensor, slots: Tensor, counts: Tensor, log_popularity: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `in_batch_loss_reference` for the arguments.
+    """See `in_batch_loss_reference` for the arguments; it computes in the items' type.
 
     Returns:
         (the loss, fp32; log-sum-exp of each row `[B, S]`, fp32, +inf where a row has no target).
@@ -43,4 +37,4 @@ def backward(
     """Gradients of `users` and `items`, each in its own dtype; `lse` is the forward's."""
     problem = _problem(users, items, slots, counts, log_popularity)
     grad_users, grad_items = _streaming_loss.backward(grad_loss, lse.contiguous(), problem)
-    return grad_users.view(users.shape), grad_items.to(items.dtype)
+    return grad_users.view(users.shape).to(users.dtype), grad_items

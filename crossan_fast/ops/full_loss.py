@@ -53,8 +53,10 @@ def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "
         raise ValueError(f"targets: expected the shape of users without d, got {describe(targets)}")
     check_range("targets", targets, 0, items.shape[0] - 1)
     dtype = compute_dtype(device.type, torch.promote_types(users.dtype, items.dtype))
-    users, items = users.to(dtype).reshape(-1, users.shape[-1]), items.to(dtype)
+    users, items = users.reshape(-1, users.shape[-1]), items.to(dtype)
     choice = choose("full_loss", device.type, dtype, (), backend)
+    if choice.backend != "triton":  # which narrows users as it reads them
+        users = users.to(dtype)
     if choice.backend == "eager":
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(device.type, enabled=False):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crossan_fast._checks import FLOATS, check_integer, check_range, check_tensor, check_weights, describe
+from crossan_fast.ops import _passes
 from crossan_fast.ops._contracts import FusionWeights
 from crossan_fast.ops._dispatch import choose, compute_dtype
 from crossan_fast.ops._registration import define, differentiate, on_one_device
@@ -234,9 +235,12 @@ def _keep(ctx, arguments, output):
 
 def _backward(ctx, grad_items, _, grad_probability, *__):
     items, probability, present, counts, logits, embeddings, *weights = ctx.saved_tensors
+    if grad_probability is None:
+        by_triton = _passes.of(ctx.backend, "backward") == "triton"  # where an empty one spares a launch
+        grad_probability = probability.new_empty(0) if by_triton else torch.zeros_like(probability)
     grad_embeddings, *grad_weights = _fusion_backward(
         torch.zeros_like(items) if grad_items is None else grad_items,
-        torch.zeros_like(probability) if grad_probability is None else grad_probability,
+        grad_probability,
         logits,
         embeddings,
         weights,

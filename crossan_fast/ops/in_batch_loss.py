@@ -127,8 +127,10 @@ def in_batch_loss(
     check_range("slots", slots, 0, items.shape[0] - 1)
     check_range("counts", counts, 0)
     dtype = compute_dtype(device.type, torch.promote_types(users.dtype, items.dtype))
-    users, items = users.to(dtype), items.to(dtype)
+    items = items.to(dtype)
     choice = choose("in_batch_loss", device.type, dtype, (), backend)
+    if choice.backend != "triton":  # which narrows users as it reads them
+        users = users.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     if choice.backend == "eager":
         with torch.autocast(device.type, enabled=False):

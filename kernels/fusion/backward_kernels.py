@@ -105,16 +105,17 @@ def items_kernel(
 
     # Router: from the shares, and from the mean probabilities of the load-balance loss.
     grad_logit = share * (grad_share - tl.sum(share * grad_share, axis=1)[:, None])
-    if total is None:
-        everything = total_weight(present, counts, count, index_m, M)
-    else:
-        everything = tl.load(total)
-    weight = tl.where(mask_n, 1.0, 0.0) / everything
-    if counts is not None:
-        weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
-    grad_mean = tl.load(grad_probability + index_m, mask=index_m < M, other=0.0).to(tl.float32)
-    grad_p = weight[:, None] * grad_mean[None, :]
-    grad_logit += probability * (grad_p - tl.sum(probability * grad_p, axis=1)[:, None])
+    if grad_probability is not None:
+        if total is None:
+            everything = total_weight(present, counts, count, index_m, M)
+        else:
+            everything = tl.load(total)
+        weight = tl.where(mask_n, 1.0, 0.0) / everything
+        if counts is not None:
+            weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
+        grad_mean = tl.load(grad_probability + index_m, mask=index_m < M, other=0.0).to(tl.float32)
+        grad_p = weight[:, None] * grad_mean[None, :]
+        grad_logit += probability * (grad_p - tl.sum(probability * grad_p, axis=1)[:, None])
     grad_logit = narrow(grad_logit, DTYPE)  # [BN, BM]
     offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
     tl.store(grad_logits + offset, grad_logit, mask=mask_n[:, None] & (index_m < M)[None, :])

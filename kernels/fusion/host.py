@@ -180,11 +180,15 @@ def backward(
     counts: Tensor | None,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Gradients of `embeddings`, then of `weights`, each in its tensor's own dtype."""
+    """Gradients of `embeddings`, then of `weights`, each in its tensor's own dtype.
+
+    An empty `grad_probability`: the load-balance loss has no part in the gradient.
+    """
     if embeddings.shape[0] == 0:
         return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (embeddings, *weights)]
     call = _Call(embeddings, FusionWeights(*weights), present, top_k, counts, dtype)
-    grads = (grad_items.contiguous(), grad_probability.contiguous())
+    balanced = grad_probability.contiguous() if grad_probability.numel() else None
+    grads = (grad_items.contiguous(), balanced)
 
     def run(tile: Config) -> list[Tensor]:
         return _backward(tile, call, *grads, logits.contiguous())
@@ -193,7 +197,7 @@ def backward(
 
 
 def _backward(
-    tile: Config, call: _Call, grad_items: Tensor, grad_probability: Tensor, logits: Tensor
+    tile: Config, call: _Call, grad_items: Tensor, grad_probability: Tensor | None, logits: Tensor
 ) -> list[Tensor]:
     p, weights = _Problem(call, tile), call.weights
     grad_embeddings = torch.empty_like(p.embeddings)
@@ -204,7 +208,7 @@ def _backward(
             (cdiv(p.count, tile.items),),
             grad_items,
             grad_probability,
-            _total(p, call, logits),
+            None if grad_probability is None else _total(p, call, logits),
             p.embeddings,
             logits,
             p.router[0],

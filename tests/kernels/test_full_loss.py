@@ -69,6 +69,15 @@ def test_matches_float64(shape, dtype):
         assert not grad_items[0].any(), "padding is no candidate"
 
 
+def test_wider_users_are_narrowed_as_they_are_read():
+    users, items, targets = make(77, 20, 210, torch.bfloat16)
+    wide = users.float() + 1e-5 * torch.randn(users.shape)
+    found, expected = kernel(wide, items, targets), kernel(wide.bfloat16(), items, targets)
+    assert found[1].dtype == torch.float32 and not torch.equal(found[1], found[1].bfloat16().float())
+    for own, theirs in zip(found, expected, strict=True):
+        assert torch.equal(own.to(theirs.dtype), theirs)
+
+
 def test_log_sum_exp_of_rows_with_and_without_a_target():
     users, items, targets = make(30, 16, 90, torch.float32)
     _, lse = forward(users, items, targets)

@@ -190,6 +190,20 @@ def test_the_balance_is_left_out_where_it_is_not_asked_for():
         assert left_out.balance is None and torch.equal(left_out.items, asked.items)
 
 
+@pytest.mark.parametrize("count", [21, 41])
+def test_without_a_gradient_of_the_balance_it_is_that_of_zeros(count, monkeypatch):
+    monkeypatch.setattr(host, "_FEW", 30)
+    embeddings, weights = make(count, 3, 20, 24, torch.float32)
+    call = (embeddings, weights, some_present(count, 3), None, None, torch.float32)
+    items, _, probability, logits = fusion.forward(*call)
+    found, expected = (
+        fusion.backward(torch.ones_like(items), grad, logits, *call)
+        for grad in (probability[:0], torch.zeros_like(probability))
+    )
+    for own, theirs in zip(found, expected, strict=True):
+        assert torch.equal(own, theirs)
+
+
 def test_registered_op_passes_opcheck():
     embeddings, weights = make(5, 2, 8, 8, torch.float32)
     tensors = [t.requires_grad_() for t in weights]

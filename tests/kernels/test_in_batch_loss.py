@@ -103,6 +103,20 @@ def test_matches_float64(shape, dtype):
         assert loss.dtype == torch.float32 and grad_users.dtype == grad_items.dtype == dtype
 
 
+@pytest.mark.parametrize("few", [4096, 7])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_wider_users_are_narrowed_as_they_are_read(dtype, few, monkeypatch):
+    """As under autocast, where the sequence encoder's are fp32: the numbers of users narrowed before."""
+    monkeypatch.setattr(_streaming_loss, "_FEW", few)
+    users, items, *rest = make(13, 7, 20, 150, dtype, capacity=160)
+    wide = users.float() + 1e-5 * torch.randn_like(users.float())
+    found, expected = kernel(wide, items, *rest), kernel(wide.to(dtype), items, *rest)
+    assert found[1].dtype == torch.float32 and found[2].dtype == dtype
+    assert few < 13 * 7 or not torch.equal(found[1], found[1].to(dtype).float()), "it is rounded no more"
+    for own, theirs in zip(found, expected, strict=True):
+        assert torch.equal(own.to(theirs.dtype), theirs)
+
+
 def test_log_sum_exp_is_infinite_exactly_where_a_row_has_no_target():
     inputs = make(6, 5, 16, 30, torch.float32)
     _, lse = forward(*inputs)
@@ -175,6 +189,8 @@ def test_registered_op_passes_opcheck_and_compiles_with_dynamic_sizes():
     op = torch.ops.crossan_fast.in_batch_loss.default
     users, items, *rest = (t.to(DEVICE) for t in make(4, 3, 8, 20, torch.float32))
     torch.library.opcheck(op, (users.requires_grad_(), items.requires_grad_(), *rest, "triton"))
+    narrow = items.detach().bfloat16().requires_grad_()
+    torch.library.opcheck(op, (users.detach().requires_grad_(), narrow, *rest, "triton"))
 
     op = functools.partial(in_batch_loss_op, backend="triton")
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
