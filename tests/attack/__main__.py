@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +54,10 @@ def _parts(args: argparse.Namespace) -> dict[str, list[Callable[[], Tally]]]:
     """By part, its attacks."""
     backends = {"cpp": args.calls, "eager": args.calls // 10, "triton": args.triton_calls}
     faults, kinds = _faults()
+
+    def asked(command: str) -> bool:
+        return args.kills is None or command in args.kills
+
     return {
         "calls": [partial(_in_processes, "calls", b, args.seed, count) for b, count in backends.items()],
         "raw": [partial(_raw_calls, args.calls, args.seed)],
@@ -64,7 +68,8 @@ def _parts(args: argparse.Namespace) -> dict[str, list[Callable[[], Tally]]]:
             for command in (faults if args.faults is None else args.faults)
             for kind in kinds
         ],
-        "kills": [partial(_killed, command) for command in (_kills() if args.kills is None else args.kills)],
+        "kills": [partial(_killed, command) for command in _kills() if asked(command)]
+        + [partial(_killed_at_random, c, args.seed, args.points) for c in _random_kills() if asked(c)],
     }
 
 
@@ -82,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--files", type=int, default=10_000, help="hostile files of each format")
     parser.add_argument("--faults", nargs="*", metavar="COMMAND", help="whose calls fail (default: all)")
     parser.add_argument("--kills", nargs="*", metavar="COMMAND", help="what is killed (default: all)")
+    parser.add_argument("--points", type=int, default=50, help="random moments that each is killed at")
     parser.add_argument(
         "--soak",
         type=int,
@@ -175,15 +181,17 @@ def _raw_calls(count: int, seed: int) -> Tally:
     return tally
 
 
-def _soak(steps: int) -> list[Tally]:
+def _soak(steps: int) -> Iterator[Tally]:
+    """Its tallies as they grow: the last of a name is the whole, or what was done when it was ended."""
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, str(ROOT / "tests" / "attack" / "soak.py"), str(steps), folder]
-        done = subprocess.run(words, cwd=ROOT, env=os.environ | QUIET, stdout=subprocess.PIPE, text=True)
-    tallies = [Tally.from_json(line) for line in done.stdout.splitlines()]
-    if done.returncode:
-        crash = {"crashed": f"status {done.returncode}"}
-        tallies.append(Tally("one process that goes on", 1, Counter(crashed=1), crash))
-    return tallies
+        going = subprocess.Popen(words, cwd=ROOT, env=os.environ | QUIET, stdout=subprocess.PIPE, text=True)
+        assert going.stdout is not None
+        with going:
+            yield from map(Tally.from_json, going.stdout)
+    if going.returncode:
+        crash = {"crashed": f"status {going.returncode}"}
+        yield Tally("one process that goes on", 1, Counter(crashed=1), crash)
 
 
 def _formats() -> list[str]:
@@ -214,6 +222,20 @@ def _killed(command: str) -> Tally:
     else:
         tally.tried = int(done.stdout)
     return tally
+
+
+def _random_kills() -> list[str]:
+    import kills
+
+    return [*kills.COMMANDS, kills.LIBRARY]
+
+
+def _killed_at_random(command: str, seed: int, points: int) -> Tally:
+    with tempfile.TemporaryDirectory() as folder:
+        done = run_python("tests/attack/kills.py", command, str(seed), str(points), folder)
+    if done.returncode:
+        return Tally(f"killed at random moments, {command}", 1, Counter(lost=1), {"lost": done.stderr[-400:]})
+    return Tally.from_json(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Makes every call in turn that changes files fail, and checks what is left; run with the shim preloaded.
+"""Makes every call that changes files fail in turn, and checks what is left; run with the shim preloaded.
 
     LD_PRELOAD=shim.so python faults.py COMMAND KIND FOLDER
 
-For each n a child carries COMMAND out while its n-th call below its folder fails. What it leaves must be the
-old state or the new one; an error must say what is wrong; a child that says nothing must have done its work;
-and the command must then succeed and leave nothing else behind. Prints a tally. A program of its own:
-the shim is armed in children that are forked, one thread each.
+For each n a child carries COMMAND out while its n-th call below its folder fails, or kills it. What it leaves
+must be the old state or the new one; an error must say what is wrong; a child that says nothing must have
+done its work; and the command must then succeed and leave nothing else behind. Prints a tally. A program of
+its own: the shim is armed in children that are forked, one thread each.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from crossan_fast.cache import CacheError
 from crossan_fast.training import OptimizerConfig, make_optimizer
 from crossan_fast.training.checkpoint import save_checkpoint
 
-KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EINTR": errno.EINTR, "SHORT": -1}
+KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EINTR": errno.EINTR, "SHORT": -1, "SIGKILL": -2}
 FAILED, UNNAMED = 10, 11
 
 
@@ -106,6 +107,8 @@ def main(command: str, kind: str, root: Path, most: int = 1000) -> Tally:
         reached, status = _child(shim, run, place, KINDS[kind], number)
         if not reached:
             break
+        if kind == "SIGKILL" and status == -signal.SIGKILL:
+            status = FAILED
         tally.add(_lost(status, place, run, state_of, old, new, files), f"call {number}: {_said(place)}")
         shutil.rmtree(place)
         (root / f"{place.name}.said").unlink(missing_ok=True)

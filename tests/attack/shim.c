@@ -1,11 +1,13 @@
 // Makes the n-th call that changes files below a folder fail: preloaded, and armed from Python through ctypes.
 //
-// Kinds: an errno, once; ENOSPC from the n-th on, as a disk stays full; SHORT, a write of half the bytes.
+// Kinds: an errno, once; ENOSPC from the n-th on, as a disk stays full; SHORT, a write of half the bytes; KILL, the
+// process is killed in the call's place.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,6 +16,7 @@
 #include <unistd.h>
 
 #define SHORT -1
+#define KILL -2
 
 static char folder[PATH_MAX];
 static int kind;
@@ -45,6 +48,7 @@ static int due(int concerned) {
   if (left < 0 || !concerned) return 0;
   const long place = seen++;
   if (kind == 0) return 0;
+  if (kind == KILL && place == left) raise(SIGKILL);
   return place == left || (kind == ENOSPC && place > left);
 }
 

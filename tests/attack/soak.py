@@ -2,7 +2,8 @@
 
     python soak.py STEPS FOLDER
 
-Prints a tally a line; how it goes, it says on the error stream.
+Prints its tallies as they are after each tenth of the work, one a line, so that what was done is known of a
+process that is ended early; how it goes, it says on the error stream.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def watched(what: str, times: int, work: Callable[[int], None]) -> Tally:
+def watched(
+    what: str, times: int, work: Callable[[int], None], tell: Callable[[Tally], None] = lambda tally: None
+) -> Tally:
     """`work` so many times; lost are the tenths, from the second on, in which the process came to hold more.
 
-    Memory is compared with what was held after the first tenth, which fills caches.
+    Memory is compared with what was held after the first tenth, which fills caches. `tell` hears of each.
     """
     tally, before = Tally(what), (0, 0, 0)
     for tenth in range(10):
@@ -60,10 +63,11 @@ def watched(what: str, times: int, work: Callable[[int], None]) -> Tally:
         elif now[0] > before[0] + SLACK or now[1:] != before[1:]:
             tally.lost["grew"] += 1
             tally.examples.setdefault("grew", f"after {tally.tried}: {before} → {now}")
+        tell(tally)
     return tally
 
 
-def attack(steps: int, work: Path) -> list[Tally]:
+def attack(steps: int, work: Path, tell: Callable[[Tally], None]) -> None:
     """`steps` training steps of a tiny model; for each hundred of them each file opened and saved."""
     torch.manual_seed(0)
     kill_points.one_run(work)
@@ -90,13 +94,10 @@ def attack(steps: int, work: Path) -> list[Tally]:
         save_checkpoint(work / "last.safetensors", small, small_optimizer, {"index": index})
         load_weights(work / "last.safetensors", backend="eager")
 
-    return [
-        watched("training steps in one process", steps, one_step),
-        watched("openings and savings in one process", steps // STEPS_AN_OPENING, open_and_save),
-    ]
+    watched("training steps in one process", steps, one_step, tell)
+    watched("openings and savings in one process", steps // STEPS_AN_OPENING, open_and_save, tell)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for found in attack(int(sys.argv[1]), Path(sys.argv[2])):
-        print(found.to_json(), flush=True)
+    attack(int(sys.argv[1]), Path(sys.argv[2]), lambda tally: print(tally.to_json(), flush=True))

@@ -45,16 +45,18 @@ def test_a_hostile_file_is_read_as_it_was_or_named(form: str, tmp_path: Path) ->
 
 
 @needs_cc
-@pytest.mark.parametrize("kind", ["EIO", "SHORT"])
+@pytest.mark.parametrize("kind", ["EIO", "SHORT", "SIGKILL"])
 def test_any_failing_call_of_a_save_leaves_the_old_model_or_the_new(kind: str) -> None:
     assert survived(faulty("save", kind))
 
 
 @needs_cpp
-def test_ops_have_the_same_bits_from_anywhere() -> None:
+@pytest.mark.parametrize("methods", [(), pytest.param(("spawn", "forkserver"), marks=pytest.mark.long)])
+def test_ops_and_rows_have_the_same_bits_from_anywhere(methods: tuple[str, ...]) -> None:
     """In a process of its own: it forks."""
     path = [str(HERE), str(HERE.parent / "helpers")]
-    script = f"import sys; sys.path[:0] = {path!r}; import threads; print(threads.attack(3, ()).to_json())"
+    script = f"import sys; sys.path[:0] = {path!r}; import threads; "
+    script += f"print(threads.attack(3, {methods!r}).to_json())"
     done = run_python("-c", script)
     assert survived(Tally.from_json(done.stdout.splitlines()[-1]))
 
@@ -62,7 +64,14 @@ def test_ops_have_the_same_bits_from_anywhere() -> None:
 def test_a_process_that_grows_is_found() -> None:
     files: list[int] = []
     assert soak.watched("nothing", 20, lambda index: None).survived == 20
-    grown = soak.watched("files", 20, lambda index: files.append(os.open(__file__, os.O_RDONLY)))
+    told: list[int] = []
+    grown = soak.watched(
+        "files",
+        20,
+        lambda index: files.append(os.open(__file__, os.O_RDONLY)),
+        lambda tally: told.append(tally.tried),
+    )
+    assert told == list(range(2, 21, 2))
     assert grown.lost["grew"] == 9 and "after 4" in grown.examples["grew"]
     for file in files:
         os.close(file)

@@ -1,19 +1,25 @@
-"""Ops from several threads, after a fork, in spawned processes, on more or fewer threads: the same bits."""
+"""Ops and rows from several threads, after a fork, in spawned processes, on more or fewer threads: the same
+bits.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import random
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 
 import calls
+import kill_points
 import torch
 from tally import Tally
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from crossan_fast import _build
+from crossan_fast import HiddenStateCache, _build
 from crossan_fast.ops._dispatch import OPS
 
 DRAWN = 3  # calls of each op
@@ -102,6 +108,34 @@ def in_a_new_process(seed: int, method: str) -> list[str]:
         return list(pool.apply(digests, (seed,)))
 
 
+class RowsOf(Dataset[str]):
+    """A cache's rows, each as the digest of what a process reads."""
+
+    def __init__(self, cache: HiddenStateCache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return self.cache.num_items + 1
+
+    def __getitem__(self, item: int) -> str:
+        return _digest(list(self.cache.gather(torch.tensor([item])).values()))
+
+
+def in_loaders(cache: HiddenStateCache, method: str) -> list[str]:
+    """Rows of a cache that this process has open and has read, from a loader's worker processes."""
+    loader = DataLoader(RowsOf(cache), None, num_workers=2, multiprocessing_context=method)
+    return list(loader)
+
+
+def rows(methods: tuple[str, ...], tally: Tally) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        kill_points.old_build(Path(folder))
+        cache = HiddenStateCache.open(Path(folder) / "c")
+        expected = [RowsOf(cache)[item] for item in range(cache.num_items + 1)]
+        for method in ("fork", *methods):
+            _compare(tally, f"a loader by {method}", expected, in_loaders(cache, method))
+
+
 def attack(seed: int, methods: tuple[str, ...] = ("spawn", "forkserver")) -> Tally:
     """Every op's bits from everywhere, against those of one thread."""
     tally = Tally("ops from other threads and processes")
@@ -117,6 +151,7 @@ def attack(seed: int, methods: tuple[str, ...] = ("spawn", "forkserver")) -> Tal
         _compare(tally, "fork", expected, in_a_fork(seed))
         for method in methods:
             _compare(tally, method, expected, in_a_new_process(seed, method))
+        rows(methods, tally)
     finally:
         torch.set_num_threads(before)
     return tally

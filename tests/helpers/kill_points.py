@@ -40,10 +40,15 @@ def states(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 2, 3)).astype(np.float32)
 
 
-def build(where: Path, first: np.ndarray, second: np.ndarray, dtype: str = "int8") -> None:
+def inputs(where: Path, first: np.ndarray, second: np.ndarray) -> None:
+    """What a cache is built of; writing it is no part of what is killed."""
     np.save(where / "a.npy", first)
     np.save(where / "b.npy", second)
-    items = ItemTable([f"i{k}" for k in range(len(first))], {}, where)
+
+
+def build(where: Path, dtype: str = "int8") -> None:
+    count = len(np.load(where / "a.npy", mmap_mode="r"))
+    items = ItemTable([f"i{k}" for k in range(count)], {}, where)
     specs = [f"{name}={where / name}.npy:precomputed" for name in "ab"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -59,24 +64,30 @@ def build(where: Path, first: np.ndarray, second: np.ndarray, dtype: str = "int8
         )
 
 
+def old_inputs(where: Path) -> None:
+    inputs(where, states(0, 4), states(1, 4))
+
+
 def old_build(where: Path) -> None:
-    build(where, states(0, 4), states(1, 4))
+    old_inputs(where)
+    build(where)
 
 
-def new_build(where: Path, dtype: str = "int8") -> None:
+def new_inputs(where: Path) -> None:
     """One modality of two items changed, one of them gone bad; one item more."""
     first = states(0, 5)
     first[1] += 1
     first[2] = np.nan
-    build(where, first, states(1, 5), dtype)
+    inputs(where, first, states(1, 5))
 
 
-def new_build_fp32(where: Path) -> None:
-    new_build(where, "fp32")
+def old_build_of_new_inputs(where: Path) -> None:
+    old_build(where)
+    new_inputs(where)
 
 
-def no_cache(where: Path) -> None:
-    pass
+def build_fp32(where: Path) -> None:
+    build(where, "fp32")
 
 
 def convert(where: Path) -> None:
@@ -99,6 +110,11 @@ def old_basis(where: Path) -> None:
     os.rename(where / "out", where / "c")
 
 
+def old_basis_of_new_inputs(where: Path) -> None:
+    old_basis(where)
+    new_inputs(where)
+
+
 def two_caches(where: Path) -> None:
     old_build(where)
     convert_cache(where / "c", where / "out", "fp16")
@@ -106,7 +122,8 @@ def two_caches(where: Path) -> None:
 
 def one_run(where: Path) -> None:
     """A cache, and users to train on it."""
-    build(where, states(0, 12), states(1, 12))
+    inputs(where, states(0, 12), states(1, 12))
+    build(where)
     (where / "users.tsv").write_text(
         "".join(f"u{k}\ti{k} i{k + 4} i{k + 8} i{(k + 1) % 4}\n" for k in range(4))
     )
@@ -139,9 +156,9 @@ def run_of(folder: Path) -> State:
 
 
 COMMANDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = {
-    "first": (no_cache, old_build, "c"),
-    "change": (old_build, new_build, "c"),
-    "change-in-a-basis": (old_basis, new_build_fp32, "c"),
+    "first": (old_inputs, build, "c"),
+    "change": (old_build_of_new_inputs, build, "c"),
+    "change-in-a-basis": (old_basis_of_new_inputs, build_fp32, "c"),
     "basis": (two_caches, basis, "out"),
     "overwrite": (two_caches, convert, "out"),
     "overwrite-without-swapping": (two_caches, convert_without_swapping, "out"),
