@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from crossan_fast.cache import HiddenStateCache
     from crossan_fast.model import CrossanModel
 
-# Items of a catalogue that are encoded at once: their states are on the device where the cache is not.
-CATALOGUE_CHUNK = 2048
-
 
 def in_batch(
     model: CrossanModel, item_ids: Tensor, unique: ops.Deduplicated, source: Source
@@ -202,7 +199,7 @@ def _catalogue(
         source = replace(read, present=source.present, items=source.items)
         embeddings, balance = model._encode(source, counts)
     else:
-        chunks = _sources.embed_in_chunks(model._embed, config, cache, source, CATALOGUE_CHUNK)
+        chunks = _sources.embed_in_chunks(model._embed, config, cache, source, _sources.CATALOGUE_CHUNK)
         embeddings, balance = model._fuse(chunks, source, counts)
     return embeddings, source, balance
 

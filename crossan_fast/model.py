@@ -13,7 +13,6 @@ from crossan_fast import _losses, _scores, _sources, iisan, ops
 from crossan_fast._checks import check_range, check_tensor, describe
 from crossan_fast._finite import first_of_step
 from crossan_fast._growing import SHARE, extend, remove
-from crossan_fast._losses import CATALOGUE_CHUNK
 from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span

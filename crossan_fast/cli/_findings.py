@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from crossan_fast._losses import CATALOGUE_CHUNK
 from crossan_fast._modes import evaluating
 from crossan_fast._sources import CATALOGUE_CHUNK
 from crossan_fast.cache import HiddenStateCache

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from crossan_fast import _sources
 from crossan_fast._checks import check_tensor, describe, nearest
-from crossan_fast._losses import CATALOGUE_CHUNK
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.config import CrossanConfig
