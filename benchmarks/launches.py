@@ -180,7 +180,8 @@ def count(case: Case, compiling: bool = True) -> list[Row]:
         stack.enter_context(PretendedGpu())
         for module in (crossan_fast.model, crossan_fast.training.step):
             stack.enter_context(mock.patch.object(module, "span", parts.span))
-        stack.enter_context(mock.patch.object(ops, "deduplicate", parts.of("deduplicate", ops.deduplicate)))
+        for name in ("deduplicate", "batch_rows"):
+            stack.enter_context(mock.patch.object(ops, name, parts.of(name, getattr(ops, name))))
         step, item_ids = _step(case)
         step(item_ids)  # kernels compile, AdamW makes its state
         parts.counts.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def in_batch(
     source = dropped(model, source, unique.ids)
     if not model.config.deduplicate:
         return _by_place(model, item_ids, unique, source)
-    users, by_place, embeddings, balance = _encoded(model, item_ids, unique, source)
+    users, by_place, embeddings, balance, log_popularity = _encoded(model, item_ids, unique, source)
     if model.process_group is not None:
         # On the CPU a batch has as many slots as distinct items, equal shapes or not.
         equal = model.equal_batches and item_ids.device.type != "cpu"
@@ -42,7 +42,9 @@ def in_batch(
         unique, embeddings = distributed.gather_negatives(
             unique, embeddings, model.process_group, equal=equal, backend=backend
         )
-    loss = _against(model, users, embeddings, unique, model._log_popularity(unique.ids))
+    if log_popularity is None or model.process_group is not None:  # else the batch's own
+        log_popularity = model._log_popularity(unique.ids)
+    loss = _against(model, users, embeddings, unique, log_popularity)
     return CrossanOutput(_total(model, loss, item_ids, balance), users, by_place)
 
 
@@ -59,7 +61,7 @@ def sampled(
         raise ValueError("cache: loss='sampled' draws from the catalogue, expected a cache, got states")
     unique, counts, log_chance = model._sampler.draw(model, item_ids, cache, known, ahead)
     source = dropped(model, model._read(cache, unique.ids, ReadAhead()), unique.ids)
-    users, by_place, embeddings, balance = _encoded(model, item_ids, unique, source)
+    users, by_place, embeddings, balance, _ = _encoded(model, item_ids, unique, source)
     loss = _against(model, users, embeddings, unique._replace(counts=counts), log_chance)
     return CrossanOutput(_total(model, loss, item_ids, balance), users, by_place)
 
@@ -132,22 +134,41 @@ def last_alone(users: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
     return tuple(apart)
 
 
-def _encoded(
-    model: CrossanModel, item_ids: Tensor, unique: ops.Deduplicated, source: Source
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Users `[B, S, d]`, items by place `[B, S + 1, d]` and distinct `[U, d]`, and the balance."""
-    slots, histories = unique.slots, None
+class _Encoded(NamedTuple):
+    """Attributes:
+    users: `[B, S, d]`.
+    by_place: items by place `[B, S + 1, d]`.
+    items: distinct ones `[U, d]`.
+    balance: what `fusion` says of it.
+    log_popularity: of the distinct items, where it came with their rows.
+    """
+
+    users: Tensor
+    by_place: Tensor
+    items: Tensor
+    balance: Tensor | None
+    log_popularity: Tensor | None
+
+
+def _encoded(model: CrossanModel, item_ids: Tensor, unique: ops.Deduplicated, source: Source) -> _Encoded:
+    slots, histories, mask, log_popularity = unique.slots, None, None, None
     if drops(model, "history"):
         histories, embeddings, balance = _thinned(model, unique, source)
         by_place = rows_of(embeddings, slots)
     else:
         embeddings, balance = model._encode(source, unique.counts)
-        by_place = rows_of(embeddings, slots)
-        if item_ids.device.type != "cpu":
-            # Gathered as it is read: a part of `by_place` is copied, and so is its gradient.
-            histories = embeddings[slots[:, :-1]]
-    users = model.encode_users(by_place[:, :-1] if histories is None else histories, item_ids[:, :-1] != 0)
-    return users, by_place, embeddings, balance
+        if item_ids.device.type == "cpu":
+            by_place = rows_of(embeddings, slots)
+        elif model.config.loss == "sampled":  # its columns need no popularity, or another
+            by_place, histories = rows_of(embeddings, slots), embeddings[slots[:, :-1]]
+        else:
+            backend = model.backend_for("batch_rows")
+            embeddings, histories, by_place, mask, log_popularity = ops.batch_rows(
+                embeddings, slots, unique.ids, model._known_shares(), backend=backend
+            )
+    histories = by_place[:, :-1] if histories is None else histories
+    users = model.encode_users(histories, item_ids[:, :-1] != 0 if mask is None else mask)
+    return _Encoded(users, by_place, embeddings, balance, log_popularity)
 
 
 def _against(

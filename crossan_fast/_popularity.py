@@ -109,10 +109,13 @@ class Popularity(nn.Module):
             )
         return known
 
-    def _log_popularity(self, ids: Tensor) -> Tensor:
+    def _known_shares(self) -> Tensor:
         if self.item_popularity.numel() == 0:
             raise ValueError("item_popularity: loss='in_batch' needs set_popularity(counts) first")
-        return torch.log(self.item_popularity[ids])
+        return self.item_popularity
+
+    def _log_popularity(self, ids: Tensor) -> Tensor:
+        return torch.log(self._known_shares()[ids])
 
     def _require_rows(self, cache: HiddenStateCache) -> None:
         """Raise ValueError where a cache's rows are not those of the id embedding, grown ones apart."""

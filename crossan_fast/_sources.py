@@ -242,6 +242,13 @@ def in_parts(
         yield from ((part, rows) for part, (_, rows) in zip(parts, ahead, strict=True))
 
 
+def read(config: CrossanConfig, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
+    """A batch's distinct items, from the cache or as they were read ahead of it."""
+    if ahead.gathered is None:
+        place(cache, ids.device)
+    return cached(config, cache, ids.device, ids, ahead.gathered)
+
+
 def embed_in_chunks(
     embed: Callable[[Source], Tensor],
     config: CrossanConfig,

@@ -215,9 +215,7 @@ class CrossanModel(Popularity, Pretrained):
         __call__ = forward
 
     def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
-        if ahead.gathered is None:
-            _sources.place(cache, ids.device)
-        return _sources.cached(self.config, cache, ids.device, ids, ahead.gathered)
+        return _sources.read(self.config, cache, ids, ahead)
 
     def check_finite(self, output: CrossanOutput | None = None) -> None:
         """Raise for the first tensor that holds NaN or inf: for a training loop of one's own.

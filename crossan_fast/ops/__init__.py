@@ -8,6 +8,7 @@ from crossan_fast.ops._contracts import (
     SideNetworkWeights,
 )
 from crossan_fast.ops._dispatch import BackendUnavailable, FallbackWarning, check_backend, has_kernel
+from crossan_fast.ops.batch_rows import BatchRows, batch_rows, batch_rows_reference
 from crossan_fast.ops.deduplicate import Deduplicated, deduplicate, deduplicate_reference
 from crossan_fast.ops.full_loss import full_loss, full_loss_reference
 from crossan_fast.ops.fusion import FusionOutput, fusion, fusion_reference
@@ -20,6 +21,7 @@ from crossan_fast.ops.topk_scores import TopK, topk_scores, topk_scores_referenc
 
 __all__ = [
     "BackendUnavailable",
+    "BatchRows",
     "Deduplicated",
     "FallbackWarning",
     "FusionOutput",
@@ -29,6 +31,8 @@ __all__ = [
     "SideNetworkStructure",
     "SideNetworkWeights",
     "TopK",
+    "batch_rows",
+    "batch_rows_reference",
     "check_backend",
     "deduplicate",
     "deduplicate_reference",

@@ -64,6 +64,7 @@ _ORDER: dict[str, dict[str, str | Callable[[], str]]] = {
 
 # Where torch's own kernels are what an op is meant to run on, with the reason; no warning is due there.
 EAGER_BY_DESIGN = {
+    ("batch_rows", "cpu"): "a CPU's step gathers rows by torch's embedding, whose launches cost nothing",
     ("gather_convert", "cpu"): "the CPU's kernels read rows by id, nothing has to be gathered",
     ("gather_convert", "cuda"): "copies and torch's products; csrc/cuda's one pass is not yet measured",
 }

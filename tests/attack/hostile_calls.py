@@ -63,6 +63,15 @@ def _floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype)
 
 
+def _batch_rows(rng: random.Random) -> dict[str, Any]:
+    return {
+        "embeddings": _floats(6, 4, dtype=rng.choice(FLOATS)),
+        "slots": torch.tensor([[0, 1, 2, 3], [0, 0, 4, 5]]),
+        "ids": torch.tensor([0, 1, 2, 5, 6, 7]),
+        "popularity": torch.rand(8) + 0.1,
+    }
+
+
 def _deduplicate(rng: random.Random) -> dict[str, Any]:
     return {"item_ids": torch.randint(0, 9, (3, 4)), "capacity": rng.choice([None, 13])}
 
@@ -176,6 +185,7 @@ def _side_network(rng: random.Random) -> dict[str, Any]:
 
 
 _DRAWS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
+    "batch_rows": _batch_rows,
     "deduplicate": _deduplicate,
     "full_loss": _full_loss,
     "fusion": _fusion,

@@ -53,6 +53,11 @@ def sequence_encoder() -> tuple[Any, ...]:
     )
 
 
+def batch_rows() -> tuple[Any, ...]:
+    slots, ids = torch.tensor([[0, 1, 2], [3, 1, 4]]), torch.arange(5)
+    return ops.batch_rows, (torch.randn(5, D), slots, ids, torch.ones(7)), {}
+
+
 def in_batch_loss() -> tuple[Any, ...]:
     unique = ops.deduplicate(torch.tensor([[0, 1, 2], [3, 1, 4]]), 7)
     users, items = torch.randn(2, 2, D), torch.randn(7, D)
@@ -89,6 +94,7 @@ CASES = (
     side_network,
     fusion,
     sequence_encoder,
+    batch_rows,
     in_batch_loss,
     in_batch_loss_by_place,
     full_loss,

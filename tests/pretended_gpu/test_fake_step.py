@@ -143,7 +143,7 @@ def test_a_fault_of_the_model_is_found(
     with pytest.raises(
         (RuntimeError, DataDependentOutputException, DynamicOutputShapeException), match=message
     ):
-        step()
+        step(loss="full")
 
 
 def test_a_look_from_a_kernel_s_host_function_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
