@@ -200,7 +200,7 @@ def _compile(recipe: Recipe, work: Path, folder: Path) -> Path:
 
     name = f"crossan_fast_{recipe.part}"
     try:
-        with _environment(), _toolkit(recipe.toolkit):
+        with _environment(work), _toolkit(recipe.toolkit):
             cpp_extension.load(
                 name,
                 [str(unit) for unit in _units(recipe, work)],
@@ -265,17 +265,23 @@ def ninja_on_path() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """Where ninja is found and compilers speak English, as what they say is read."""
-    before = os.environ.get("LC_ALL")
-    os.environ["LC_ALL"] = "C"
+def _environment(work: Path) -> Iterator[None]:
+    """Where ninja is found, compilers speak English, as what they say is read, and draft in `work`.
+
+    A compiler that is killed leaves its drafts, which go with that folder.
+    """
+    settings = {"LC_ALL": "C", "TMPDIR": str(work)}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         with ninja_on_path():
             yield
     finally:
-        del os.environ["LC_ALL"]
-        if before is not None:
-            os.environ["LC_ALL"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

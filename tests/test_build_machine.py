@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,6 +105,35 @@ def test_what_the_compiler_said_against_the_sources_is_kept_in_any_language(prob
 )
 def test_only_errors_at_a_line_are_against_the_sources(said, kept):
     assert _library.against_sources(said) == kept
+
+
+@needs_compiler
+def test_a_killed_builder_and_compiler_leave_nothing_after_the_next_build(probe, tmp_path, monkeypatch):
+    """Neither in the build's folder nor, of the compiler's drafts, in the one for temporary files."""
+    drafts, flag = tmp_path / "drafts", tmp_path / "kill"
+    drafts.mkdir()
+    monkeypatch.setenv("TMPDIR", str(drafts))
+    real = shutil.which(_build.compiler())
+    kill = 'touch "$TMPDIR/ccdraft.s"; kill -9 $BUILDER $$'
+    asked = f'case " $* " in *" -c "*) if rm {flag}; then {kill}; fi;; esac'
+    monkeypatch.setenv("CXX", str(script(tmp_path / "bin" / "c++", f'{asked}\nexec {real} "$@"')))
+    flag.touch()
+    text = f"""
+import os
+from pathlib import Path
+from crossan_fast import _build
+_build.CSRC = Path({str(_build.CSRC)!r})
+_build.PARTS["probe"] = _build.Part("probe", ("probe",), lambda: ["-O0"])
+os.environ["BUILDER"] = str(os.getpid())
+_build.load("probe")
+"""
+    for status in (-signal.SIGKILL, 0):
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True)
+        assert done.returncode == status, done.stderr
+    left = [path.name for folder in (tmp_path / "built").iterdir() for path in folder.iterdir()]
+    assert sorted(left) == ["builder", "crossan_fast_probe.so", "stamp.json"]
+    assert not list(drafts.iterdir())
+    assert os.environ["TMPDIR"] == str(drafts)
 
 
 @needs_compiler

@@ -1,4 +1,4 @@
-"""Kills builds on first use at random moments: a builder, its group, a compiler, one of several processes.
+"""Kills builds on first use at random moments: a builder, or all of a build, a compiler, one of several.
 
 The library is a small one of a few sources without torch's headers. Whoever is left, and whoever comes next,
 must have the library; and nothing but it, its stamp and the lock may then be there, nor a compiler's drafts.
@@ -27,7 +27,7 @@ SOURCE = '#include <map>\n#include <string>\nextern "C" size_t crossan_fast_prob
 PATIENCE = 120.0  # seconds for what a killed builder had started to end
 
 # By kind: how many processes ask for the library at once, and which is killed.
-KINDS = {"builder": 1, "group": 1, "compiler": 1, "builder with waiters": 4, "one of eight": 8}
+KINDS = {"builder": 1, "all of a build": 1, "compiler": 1, "builder with waiters": 4, "one of eight": 8}
 
 
 def attack(name: str, seed: int, points: int, root: Path) -> Tally:
@@ -91,8 +91,9 @@ def _killed(kind: str, place: Path, rng: random.Random, moment: float) -> tuple[
     victim, met = rng.choice(asking) if kind == "one of eight" else asking[0], True
     if kind == "builder with waiters":
         victim = _builder(place) or victim
-    if kind == "group":
-        os.killpg(victim, signal.SIGKILL)
+    if kind == "all of a build":
+        for process in _processes(victim):
+            _kill(process)
     elif kind == "compiler":
         below = [process for process in _processes(victim) if process != victim]
         met = bool(below)
