@@ -146,7 +146,12 @@ def _accuracy_cells(method: Method, accuracies: dict[str, list[Row]]) -> list[st
     ]
     epochs = statistics.fmean(float(row["learned_epochs"]) for row in found)
     seeds = "" if len(found) == 1 else f", {len(found)} seeds"
-    return [*cells, f"{epochs:.3g} epochs{seeds}"]
+    return [*cells, f"{epochs:.3g} epochs{seeds}{', still rising' if rising(found) else ''}"]
+
+
+def rising(rows: list[Row]) -> bool:
+    """Whether a run was stopped while its last epoch was still its best: no figure of where it would end."""
+    return any(float(row["best_epoch"]) >= float(row["learned_epochs"]) for row in rows)
 
 
 def _not_learned(costs: dict[str, Cost], accuracies: dict[str, list[Row]]) -> list[str]:
@@ -219,13 +224,18 @@ def draw(rows: list[Row], path: Path) -> None:
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, values, logarithmic) in zip(axes, panels, strict=True):
         shown = [name for name in names if name in values]
-        axis.barh(
+        bars = axis.barh(
             [names.index(name) for name in shown],
             [values[name] for name in shown],
             color=[_COLOURS[METHODS[name].kind] for name in shown],
         )
-        for name in shown:
-            axis.text(values[name], names.index(name), f" {_figures(values[name])}", va="center", fontsize=7)
+        for name, bar in zip(shown, bars, strict=True):
+            label, start = f" {_figures(values[name])}", values[name]
+            if values is hits and rising(found := accuracies[METHODS[name].learns_as]):
+                epochs = statistics.fmean(float(row["learned_epochs"]) for row in found)
+                bar.set(hatch="///", alpha=0.4, edgecolor="white")
+                label, start = f"{label} after {epochs:.3g} epochs, still rising", 0.0
+            axis.text(start, names.index(name), label, va="center", fontsize=7)
         axis.set_title(title, fontsize=9)
         axis.set_yticks(range(len(names)), [METHODS[name].title for name in names], fontsize=8)
         axis.margins(x=0.3)

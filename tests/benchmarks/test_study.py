@@ -204,6 +204,33 @@ def test_claims_are_judged_by_ratios() -> None:
     assert "| IISAN, cached, eager | 1/2.0 | ≤ 1/1.43: met | 1/2.0 | ≤ 1/1.25: met |" in lines
 
 
+def test_accuracies_that_were_still_rising_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {
+        "phase": "accuracy",
+        "seed": "0",
+        "device": "a cpu",
+        "threads": "1",
+        "torch": "2",
+        "commit": "c",
+    }
+    common |= {"precision": "fp32", "date": "2026-01-01", "users": "9", "candidates": "8"}
+    common |= {"filter_history": "none", "test_ndcg@10": "0.1", "memory_bytes": "", "test_hr@10": "0.25"}
+    rising = common | {"method": "crossan_fast", "learned_epochs": "8", "best_epoch": "8"}
+    settled = common | {"method": "sasrec_id", "learned_epochs": "20.0", "best_epoch": "14"}
+    assert [table.rising([row]) for row in (rising, settled)] == [True, False]
+    page = table.markdown([rising, settled], "study-x")
+    assert "| 25.00 | 10.00 | 8 epochs, still rising |" in page and "| 20 epochs |" in page
+    from matplotlib.axes import Axes
+
+    drawn: list[str] = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: drawn.append(text))
+    table.draw([rising, settled], tmp_path / "bars.png")
+    assert [text for text in drawn if "still rising" in text] == [" 25 after 8 epochs, still rising"] * 3
+    assert " 25" in drawn, "the settled one"
+
+
 def test_the_papers_encoders_have_the_papers_parameters() -> None:
     """195 M with full fine-tuning, as the papers print it."""
     found = 0
