@@ -2,7 +2,7 @@
 
 from crossan_fast.training.baselines import evaluate_baselines
 from crossan_fast.training.batches import Batches
-from crossan_fast.training.callbacks import Callback, TensorBoard, WeightsAndBiases
+from crossan_fast.training.callbacks import Callback, StepEnd, StepLog, TensorBoard, WeightsAndBiases
 from crossan_fast.training.evaluation import evaluate
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.processes import Processes, join_processes
@@ -22,6 +22,8 @@ __all__ = [
     "Processes",
     "Result",
     "RunFolder",
+    "StepEnd",
+    "StepLog",
     "Task",
     "TensorBoard",
     "TrainConfig",

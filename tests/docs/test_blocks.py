@@ -11,41 +11,19 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from doc_pages import PAGES, ROOT, blocks
 
 from crossan_fast import cli
 from crossan_fast.cache import build_cache
 from crossan_fast.cli._tiny_encoders import save_tiny_encoders
 from crossan_fast.data import make_shop, read_items
 from crossan_fast.training import TrainConfig, train
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-_FENCE = re.compile(
-    r"(?:^<!-- compiled only: (?P<why>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
-)
-
-
-@dataclass(frozen=True)
-class Block:
-    language: str
-    text: str
-    line: int
-    runs: bool
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    source = page.read_text(encoding="utf-8")
-    for found in _FENCE.finditer(source):
-        line = source.count("\n", 0, found.start("text"))
-        yield Block(found["language"], found["text"], line, found["why"] is None)
 
 
 @pytest.fixture(scope="session")
