@@ -97,7 +97,7 @@ def test_the_catalogue_is_gathered_in_chunks(
     cache: HiddenStateCache, out_of_reach: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The full softmax holds a chunk's states at a time, and gathers it again for the backward."""
-    monkeypatch.setattr("crossan_fast._losses.CATALOGUE_CHUNK", 16)
+    monkeypatch.setattr("crossan_fast._sources.CATALOGUE_CHUNK", 16)
     sizes: list[int] = []
     whole = HiddenStateCache.gather_stored
 

@@ -11,8 +11,7 @@ from fake_gpu import GPU, Watch, fake_gpu, on_fake_gpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-import crossan_fast.model
-from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
+from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality, _losses
 from crossan_fast.kernels import _streaming_loss
 from crossan_fast.kernels.side_network.data import Data
 from crossan_fast.output import CrossanOutput
@@ -139,7 +138,7 @@ def fetches(table: Tensor, index: Tensor) -> Tensor:
 def test_a_fault_of_the_model_is_found(
     fault: Callable[[Tensor, Tensor], Tensor], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crossan_fast.model, "rows_of", fault)
+    monkeypatch.setattr(_losses, "rows_of", fault)
     with pytest.raises(
         (RuntimeError, DataDependentOutputException, DynamicOutputShapeException), match=message
     ):
