@@ -153,7 +153,11 @@ class Recommender:
                 raise ValueError(f"expected rows 1 to {self.cache.num_items}, got {item}")
             return row
         if self._unknown == "error":
-            return self.cache.row_of(item)
+            try:
+                return self.cache.row_of(item)
+            except KeyError as error:
+                told, way = str(error.args[0]), "; unknown='skip' (--unknown skip) passes over such names"
+                raise KeyError(told if "did you mean" in told else told + way) from None
         row = self._row_of.get(item, 0)
         self.skipped += row == 0
         return row

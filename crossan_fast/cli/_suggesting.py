@@ -20,9 +20,9 @@ class SuggestingParser(argparse.ArgumentParser):
             from crossan_fast._checks import nearest
 
             name = wrong.partition("=")[0]
-            self.error(
-                f"unrecognized arguments: {' '.join(unknown)}{nearest(name, self._option_string_actions)}"
-            )
+            # Nearer than a key: all options share their hyphens.
+            hint = nearest(name, self._option_string_actions, cutoff=0.6)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed, unknown
 
     def error(self, message: str) -> NoReturn:

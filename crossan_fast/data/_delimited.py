@@ -42,7 +42,7 @@ class Delimited(Table):
         is_header = typed is not None or any(name in key_names for name in names)
         if is_header and (twice := next((name for name in names if name and names.count(name) > 1), None)):
             raise self.error(line, f"expected different column names, got {twice!r} twice")
-        self.header = names if is_header else None
+        self.header, self.first = names if is_header else None, names
         self.types = typed[1] if typed else None
         self._header_line = line if is_header else 0
         self.width = len(cells)

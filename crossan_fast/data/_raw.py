@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -147,7 +148,12 @@ class RawBuilder:
             if columns.by_place:
                 places = {r: columns.place(r, table.width, table.where) for r in NAMES}
                 return self._complete(table, {r: p for r, p in places.items() if p is not None})
+            lacking = columns.lacking(table.first)
+            if lacking and "did you mean" in lacking:
+                raise ValueError(f"{table.where}: {lacking}")
             if _is_tabbed(table) and table.width == 2:
+                if lacking:  # columns may be those of another file of a run
+                    warnings.warn(f"{table.where}: {lacking}; read without a header", stacklevel=2)
                 return None
             text = table.kind.removesuffix(" text")
             raise ValueError(

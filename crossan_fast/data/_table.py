@@ -30,6 +30,7 @@ class Table(ABC):
         source: its path, or what else it is.
         kind: what it was taken for.
         header: names of its columns, normalised; None where it has none.
+        first: the first line's cells, normalised, header or not; none of what has column names anyway.
         types: RecBole's, by column; None where it has none.
         width: how many columns.
     """
@@ -38,6 +39,7 @@ class Table(ABC):
     source: str
     kind: str
     header: list[str] | None
+    first: Sequence[str] = ()
     types: list[str] | None = None
     width: int
 

@@ -87,11 +87,27 @@ class Columns:
         """Whether every wish is a number."""
         return bool(self._wishes) and all(name.isdecimal() for name in self._wishes.values())
 
+    def lacking(self, first: Sequence[str]) -> str:
+        """What to say of a table without a header where columns are wished for by name; empty where none is.
+
+        Args:
+            first: the cells of its first line, which would be the header.
+        """
+        names = [name for name in self._wishes.values() if not name.isdecimal()]
+        if not names:
+            return ""
+        hint = next(filter(None, (nearest(normal(name), first) for name in names)), "")
+        line = ", ".join(first)
+        cut = line if len(line) <= 100 else line[:97] + "..."
+        wished = ", ".join(map(repr, names))
+        return f"expected a first line that names the columns, {wished} among them, got {cut}{hint}"
+
     def keys(self, role: str) -> set[str]:
-        """The names that make a first line a header where `role` has to be there."""
+        """The names that make a first line a header where `role` has to be there: its own, and all wishes."""
         if self.by_place:
             return set()
-        return {normal(self._wishes[role])} if role in self._wishes else set(NAMES[role])
+        wished = {normal(name) for name in self._wishes.values() if not name.isdecimal()}
+        return wished if role in self._wishes else wished | set(NAMES[role])
 
     def find(self, header: Sequence[str], role: str, where: str) -> int | None:
         """The place of the column that takes `role`, None where there is none.

@@ -132,6 +132,8 @@ def read_items(
 def _header(table: Table, columns: Columns) -> tuple[list[str], int]:
     """Names of the columns, `title` by that name whatever it is called, and the place of the items' names."""
     if table.header is None:
+        if lacking := columns.lacking(table.first):
+            raise ValueError(f"{table.where}: {lacking}")
         if columns.by_place:
             header = [f"column_{place}" for place in range(1, table.width + 1)]
             key, title = (columns.place(role, table.width, table.where) for role in ITEMS_ROLES)

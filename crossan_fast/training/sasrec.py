@@ -156,7 +156,7 @@ class _Training:
             sum(p.numel() for p in self.model.parameters()),
             self._settings(),
         )
-        self.say(f"SASRec by ids: {trained}")
+        self.say(f"SASRec by ids: {epoch} epochs, {trained.seconds:.1f} s, the best was epoch {best_epoch}")
         return trained
 
     def _announce(self) -> None:

@@ -349,3 +349,29 @@ def test_what_pyarrow_splits_is_as_it_would_be_without(write: Write, monkeypatch
     assert named(found[0]) == named(found[1]) and found[0].item_names == found[1].item_names
     assert np.array_equal(found[0].times, found[1].times)
     assert said[:3] == said[3:] and all("line" in message for message in said), said
+
+
+def test_a_misspelt_column_is_no_table_without_a_header(write: Write) -> None:
+    """Its header would be an item, or a user, and nobody would see it."""
+    items = write("artikel,bezeichnung\na,A lamp\nb,A rug\n", "items.csv")
+    with pytest.raises(
+        ValueError, match=r"first line that names the columns, 'artikl' among them, .*'artikel'\?"
+    ):
+        read_items(items, columns={"item": "artikl"})
+    with pytest.raises(ValueError, match=r"'zzz' among them, got artikel, bezeichnung$"):
+        read_items(items, columns={"item": "zzz"})
+    with pytest.raises(ValueError, match=r"expected a column of items' names, got artikel, bezeichnung \("):
+        read_items(items, columns={"title": "bezeichnung"})
+    assert read_items(items, columns={"item": "artikel"}).names == ["a", "b"]
+    assert read_items(items, columns={"item": 1}).names == ["artikel", "a", "b"], "as it was asked for"
+    users = write("buyer\tbasket\nanna\ta b c d e\n", "users.tsv")
+    with pytest.raises(ValueError, match=r"'byer' among them, got buyer, basket; did you mean 'buyer'"):
+        read_interactions(users, None, columns={"user": "byer"})
+    with pytest.raises(
+        ValueError, match=r"expected a column 'byer' for users, got buyer, basket; did you mean"
+    ):
+        read_interactions(users, None, columns={"user": "byer", "items": "basket"})
+    plain = write("anna\ta b c d e\n", "plain.tsv")
+    with pytest.warns(UserWarning, match=r"plain.tsv: .*'user_name' among them, .*; read without a header"):
+        found = read_interactions(plain, None, columns={"user": "user_name"})
+    assert named(found) == {"anna": list("abcde")}
