@@ -66,7 +66,7 @@ def _parts(args: argparse.Namespace) -> dict[str, list[Callable[[], Tally]]]:
         "faults": [
             partial(faulty, command, kind)
             for command in (faults if args.faults is None else args.faults)
-            for kind in kinds
+            for kind in (kinds if args.kinds is None else args.kinds)
         ],
         "kills": [partial(_killed, command) for command in _kills() if asked(command)]
         + [partial(_killed_at_random, c, args.seed, args.points) for c in _random_kills() if asked(c)],
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--files", type=int, default=10_000, help="hostile files of each format")
     parser.add_argument("--faults", nargs="*", metavar="COMMAND", help="whose calls fail (default: all)")
+    parser.add_argument("--kinds", nargs="*", help="how they fail: EIO, SIGKILL, … (default: every kind)")
     parser.add_argument("--kills", nargs="*", metavar="COMMAND", help="what is killed (default: all)")
     parser.add_argument("--points", type=int, default=50, help="random moments that each is killed at")
     parser.add_argument(
