@@ -160,7 +160,8 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         _logger.warning("building anew, since %s", reason)
     for left in folder.glob("work-*"):
         _logger.warning("removing %s, left by a build that was interrupted", left)
-        shutil.rmtree(left)
+        # What its builder had started may still write there, until it misses what is removed.
+        shutil.rmtree(left, ignore_errors=True)
     # A new one each time: nothing that was cut short is taken for whole, and torch, which remembers where a
     # process built before, compiles.
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,7 +178,8 @@ def make(recipe: Recipe, folder: Path, ahead_of_time: bool = False) -> BuildInfo
         put_in_place(made, library)
         _logger.warning("built the %s kernels in %.0f s, kept in %s", recipe.part, seconds, folder)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        for each in folder.glob("work-*"):  # this build's, and what was written after the removal above
+            shutil.rmtree(each, ignore_errors=True)
     info = BuildInfo(
         recipe.part,
         library.name,

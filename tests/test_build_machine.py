@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -134,6 +135,25 @@ _build.load("probe")
     assert sorted(left) == ["builder", "crossan_fast_probe.so", "stamp.json"]
     assert not list(drafts.iterdir())
     assert os.environ["TMPDIR"] == str(drafts)
+
+
+@needs_compiler
+def test_a_compiler_that_outlives_its_builder_stops_no_other_build(probe, monkeypatch):
+    """It may write to the folder of a build that was killed, while that is removed."""
+    folder, remove = _build.build_folder(probe), shutil.rmtree
+    (folder / "work-1").mkdir(parents=True)
+
+    def written_to(path, ignore_errors=False):
+        remove(path, ignore_errors)
+        if Path(path).name == "work-1" and not (folder / "seen").exists():
+            (folder / "seen").touch()
+            path.mkdir()
+            if not ignore_errors:
+                raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", written_to)
+    assert _build.problem("probe") is None
+    assert (folder / "seen").exists() and not list(folder.glob("work-*"))
 
 
 @needs_compiler

@@ -47,7 +47,9 @@ def attack(name: str, seed: int, points: int, root: Path) -> Tally:
         kind, place = kinds[tally.tried % len(kinds)], root / f"kill{number}"
         met, how = _killed(kind, place, rng, rng.random() * took)
         if met:
-            tally.add(how or _afterwards(place), f"kill {number}, {kind}")
+            how = how or _afterwards(place)
+            said = " ".join(path.read_text()[-200:] for path in place.glob("said*"))
+            tally.add(how, f"kill {number}, {kind}: {said}")
         shutil.rmtree(place, ignore_errors=True)
     return tally
 
