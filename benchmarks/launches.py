@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 import triton
 
+import crossan_fast._losses
 import crossan_fast.model
 import crossan_fast.training.step
 from benchmarks.pretended_gpu import GPU, PretendedGpu, observers
@@ -178,7 +179,7 @@ def count(case: Case, compiling: bool = True) -> list[Row]:
     with ExitStack() as stack:
         stack.enter_context(pretended_driver(parts.launched, compiling=compiling))
         stack.enter_context(PretendedGpu())
-        for module in (crossan_fast.model, crossan_fast.training.step):
+        for module in (crossan_fast._losses, crossan_fast.model, crossan_fast.training.step):
             stack.enter_context(mock.patch.object(module, "span", parts.span))
         for name in ("deduplicate", "batch_rows"):
             stack.enter_context(mock.patch.object(ops, name, parts.of(name, getattr(ops, name))))

@@ -16,15 +16,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from benchmarks.recipes.caches import RECIPES, Recipe
-from benchmarks.recipes.records import RESULTS, Job, append, carry_out
+from benchmarks.recipes.records import RESULTS, Job, append, carry_out, read
 from benchmarks.recipes.run import PLAIN, RUNS, jobs
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.training import load_config
-from crossan_fast.training.trainer import Trainer
+from crossan_fast.training.trainer import open_trainer
 
 RETENTION = RESULTS / "retention.csv"
 
@@ -105,30 +106,34 @@ def plan(recipe: Recipe, names: Sequence[str], overrides: Sequence[str], seeds: 
     return made
 
 
-def keep_retention(trainer: Trainer) -> None:
-    """Append what is left without each modality, of a run that drops modalities or might have."""
-    model, config = trainer.model.config, trainer.config
-    if len(model.modalities) < 2:
-        return
-    whole = trainer.evaluate("test").metrics
-    rows = []
-    for missing in model.modality_names:
-        task = replace(trainer.task, cache=without(trainer.task.cache, missing))
-        left = task.evaluate(trainer.model, "test", config.evaluation).metrics
-        rows.append(
-            {
-                "data": config.path("users").parent.name,
-                "cache": config.path("cache").name,
-                "modality_dropout": model.modality_dropout,
-                "scope": model.modality_dropout_scope if model.modality_dropout else "",
-                "seed": config.seed,
-                "without": missing,
-                **{f"test_{name}": round(left[name], 6) for name in ("hr@10", "ndcg@10")},
-                **{f"whole_{name}": round(whole[name], 6) for name in ("hr@10", "ndcg@10")},
-                "retention_hr@10": round(left["hr@10"] / whole["hr@10"], 4),
-            }
+def measure_retention(planned: Sequence[Job], path: Path) -> None:
+    """Append what is left without each modality, of the runs that `planned` names and `path` lacks."""
+    for job in planned:
+        if job.recorded(read(path) if path.is_file() else []):
+            continue
+        with open_trainer(load_config(job.config, job.overrides)) as trainer:
+            trainer.fit(
+                resume=True, progress=False, say=lambda line: None
+            )  # at once where it was trained here
+            names = trainer.model.config.modality_names
+            whole, left = trainer.evaluate("test").metrics, {}
+            for name in names if len(names) > 1 else ():
+                task = replace(trainer.task, cache=without(trainer.task.cache, name))
+                left[name] = task.evaluate(trainer.model, "test", trainer.config.evaluation).metrics
+        kept = ("hr@10", "ndcg@10")
+        append(
+            path,
+            [
+                {
+                    **job.which,
+                    "without": name,
+                    **{f"test_{metric}": round(found[metric], 6) for metric in kept},
+                    **{f"whole_{metric}": round(whole[metric], 6) for metric in kept},
+                    "retention_hr@10": round(found["hr@10"] / whole["hr@10"], 4),
+                }
+                for name, found in left.items()
+            ],
         )
-    append(RETENTION, rows)
 
 
 def without(cache: HiddenStateCache, name: str) -> HiddenStateCache:
@@ -158,13 +163,12 @@ def main() -> int:
         for name in names:
             print(f"{name}: {' '.join(ABLATIONS[name].settings) or f'{ABLATIONS[name].levels} levels'}")
         return 0
-    measured = {" ".join([*dropped, *args.overrides]) for dropped in ((), _ITEM, _HISTORY)} | {PLAIN}
-
-    def finished(trainer: Trainer, job: Job) -> None:
-        if job.which["setting"] in measured:
-            keep_retention(trainer)
-
-    carry_out(plan(recipe, names, args.overrides, args.seeds), RUNS, finished=finished)
+    planned = plan(recipe, names, args.overrides, args.seeds)
+    carry_out(planned, RUNS)
+    of = {" ".join([*dropped, *args.overrides]) or PLAIN for dropped in ((), _ITEM, _HISTORY)}
+    own = recipe.name + recipe.suffix if not args.overrides else None
+    measured = [job for job in planned if job.which["setting"] in of and own in (None, job.which["cache"])]
+    measure_retention(measured, RETENTION)
     return 0
 
 

@@ -17,6 +17,7 @@ from crossan_fast.training import RunFolder, load_config
 from crossan_fast.training.trainer import Trainer, open_trainer
 
 Row = dict[str, str]
+Finished = Callable[[Trainer], None]
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,13 @@ class Job:
         return any(all(row[key] == str(value) for key, value in self.which.items()) for row in rows)
 
 
-Finished = Callable[[Trainer, Job], None]
-
-
 def carry_out(
     jobs: Sequence[Job], path: Path, say: Callable[[str], None] = print, finished: Finished | None = None
 ) -> None:
     """Train what has no row in `path` yet, a row as each ends; says what is to do and for how long.
 
     Args:
-        finished: called with trainer and job after a run, behind its row.
+        finished: called with the trainer after a run, behind its row.
     """
     rows = read(path) if path.is_file() else []
     todo = [job for job in jobs if not job.recorded(rows)]
@@ -55,7 +53,7 @@ def carry_out(
             results = trainer.fit(resume=True, progress=False, say=lambda line: None)
             append(path, [summary(trainer.folder, **job.which)])
             if finished is not None:
-                finished(trainer, job)
+                finished(trainer)
         seconds.append(results["train_seconds"])
 
 

@@ -49,7 +49,7 @@ def jobs(recipe: Recipe, variant: str, overrides: Sequence[str], seeds: Sequence
 def run(recipe: Recipe, variant: str, overrides: Sequence[str], seeds: Sequence[int]) -> int:
     """Train what has no row yet; of settings with a name the curve is kept, too."""
 
-    def keep_curve(trainer: Trainer, job: Job) -> None:
+    def keep_curve(trainer: Trainer) -> None:
         append(EPOCHS, epoch_rows(trainer.folder, data=recipe.name, setting=variant))
 
     carry_out(jobs(recipe, variant, overrides, seeds), RUNS, finished=None if overrides else keep_curve)

@@ -95,13 +95,12 @@ def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
 def retention_table(rows: Sequence[Row]) -> str:
     """Markdown: what is left of test HR@10 where every item lacks a modality, means over seeds."""
     lines = ["", "## Without a modality at test time", ""]
-    lines += [_head(["data", "modality dropout", "seeds", "HR@10", "without", "HR@10", "retained"])]
-    for key, group in grouped(rows, "data", "cache", "modality_dropout", "scope", "without").items():
-        _, cache, share, scope, missing = key
+    lines += [_head(["cache", "setting", "seeds", "HR@10", "without", "HR@10", "retained"])]
+    for (cache, setting, missing), group in grouped(rows, "cache", "setting", "without").items():
         retained = statistics.fmean(float(row["retention_hr@10"]) for row in group)
         cells = [
             cache,
-            f"{share} by {scope}" if scope else "none",
+            setting if setting == PLAIN else f"`{setting}`",
             " ".join(sorted(row["seed"] for row in group)),
             spread([float(row["whole_hr@10"]) for row in group]),
             missing,

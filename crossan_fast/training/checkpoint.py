@@ -77,7 +77,7 @@ def load_checkpoint(
     """
     tensors, metadata = read_checkpoint(path)
     require_run(metadata, run, path)
-    if json.loads(metadata["config"]) != json.loads(model.config.to_json()):
+    if CrossanConfig.from_json(metadata["config"]) != model.config:  # a field that came later has its default
         raise ValueError(f"checkpoint: {path} holds another model than the config describes")
     expected = {_MODEL + name: value for name, value in model.state_dict().items()}
     if average is not None:

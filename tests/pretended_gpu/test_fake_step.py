@@ -11,7 +11,8 @@ from fake_gpu import GPU, Watch, fake_gpu, on_fake_gpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality, _losses
+import crossan_fast._losses
+from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality, _sampling
 from crossan_fast.kernels import _streaming_loss
 from crossan_fast.kernels.side_network.data import Data
 from crossan_fast.output import CrossanOutput
@@ -58,6 +59,10 @@ def step(
             OPTIMIZER,
             precision,
         )
+        if config.loss == "sampled":  # a first step brings what it draws by from the host
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_sampling, "_weights", lambda *_: torch.ones(ITEMS + 1, dtype=torch.float64))
+                model._sampler.ids(model, train.cache, ITEMS, GPU)
         with Watch():
             loss = train(item_ids)
     assert (loss.shape, loss.dtype, loss.device) == ((), torch.float32, GPU)
@@ -79,6 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "int8": {"stored": torch.int8},
     "fp8": {"stored": torch.float8_e4m3fn, "missing": True},
     "one modality": {"widths": (16,)},
+    "last targets": {"targets": "last", "missing": True},
 }
 
 
@@ -93,6 +99,8 @@ FP32 = ("plain", "missing, dropout of modalities", "cross=side", "iisan, widths 
         *((name, "bf16", "full") for name in FULL),
         *((name, "fp32", "in_batch") for name in FP32),
         ("plain", "fp32", "full"),
+        ("plain", "bf16", "sampled"),
+        ("missing, dropout of modalities", "fp32", "sampled"),
     ],
 )
 def test_a_step(name: str, precision: str, loss: str) -> None:
@@ -138,7 +146,7 @@ def fetches(table: Tensor, index: Tensor) -> Tensor:
 def test_a_fault_of_the_model_is_found(
     fault: Callable[[Tensor, Tensor], Tensor], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_losses, "rows_of", fault)
+    monkeypatch.setattr(crossan_fast._losses, "rows_of", fault)
     with pytest.raises(
         (RuntimeError, DataDependentOutputException, DynamicOutputShapeException), match=message
     ):

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import crossan_fast._losses
 from benchmarks import launches
 from benchmarks.pretended_gpu import GPU, PretendedGpu
 from benchmarks.pretended_gpu.driver import Launch, pretended_driver
-from crossan_fast import CrossanConfig, Modality, _losses
+from crossan_fast import CrossanConfig, Modality
 from crossan_fast.kernels._common import launch
 from crossan_fast.kernels._streaming_softmax import mean_kernel
 
@@ -27,7 +28,11 @@ def test_a_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("side_network", "fusion", "loss"):
         assert all(counts[part, passes].triton_launches for passes in ("forward", "backward"))
     assert counts["optimizer", "update"].torch_ops
-    monkeypatch.setattr(_losses, "rows_of", lambda table, index: table[index] * table.sum().item())
+
+    def waits(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return table[index] * table.sum().item()
+
+    monkeypatch.setattr(crossan_fast._losses, "rows_of", waits)
     with pytest.raises(
         AssertionError, match=r"small: the host waits for the device at .*_local_scalar_dense"
     ):

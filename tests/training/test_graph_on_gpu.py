@@ -71,7 +71,12 @@ def set_rate(step: TrainStep, rate: float) -> None:
         group["lr"].fill_(rate)
 
 
-OPTIONS = ({}, {"loss": "full"}, {"architecture": "iisan", "cross": "none", "fusion": "concat"})
+OPTIONS = (
+    {},
+    {"loss": "full"},
+    {"targets": "last"},
+    {"architecture": "iisan", "cross": "none", "fusion": "concat"},
+)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from crossan_fast._digests import unsealed
+from crossan_fast._digests import KEY, load_tensors, save_tensors, unsealed
+from crossan_fast._files import write_whole
 from crossan_fast.training import RunFolder, TrainConfig, Trainer, TrainingError, TrainStep, train
 from crossan_fast.training.checkpoint import load_checkpoint
 
@@ -290,6 +291,20 @@ def test_stating_a_default_is_no_change(values: dict[str, Any]) -> None:
 
 def test_resuming_nothing_starts(values: dict[str, Any]) -> None:
     assert len(quiet(with_values(values, epochs=1), resume=True).history) == 1
+
+
+def test_a_checkpoint_of_before_a_field_goes_on(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = RunFolder(with_values(values, epochs=1).run)
+    quiet(with_values(values, epochs=1))
+    tensors, metadata = load_tensors(folder.last, "checkpoint")
+    known = json.loads(metadata["config"])
+    del known["targets"], known["negatives"], metadata[KEY]
+    write_whole(folder.last, save_tensors(tensors, metadata | {"config": json.dumps(known)}))
+    assert len(quiet(with_values(values, epochs=2), resume=True).history) == 2
+    other = {"config": json.dumps(known | {"window": 4})}
+    write_whole(folder.last, save_tensors(tensors, metadata | other))
+    with pytest.raises(ValueError, match="holds another model than the config describes"):
+        quiet(with_values(values, epochs=3), resume=True)
 
 
 def test_a_damaged_checkpoint_is_named(values: dict[str, Any]) -> None:
