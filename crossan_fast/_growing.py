@@ -1,4 +1,4 @@
-"""A model with one modality more, which starts where the model was, or one fewer.
+"""A model with one modality more, which starts close to where the model was, or one fewer.
 
 What is trained already is kept by name; fusion's rows and columns are put where their experts now stand.
 """

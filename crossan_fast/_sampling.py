@@ -89,7 +89,7 @@ def _weights(model: CrossanModel, cache: HiddenStateCache, known: int) -> Tensor
             raise ValueError(
                 "item_popularity: negative_sampling='popularity' needs set_popularity(counts) first"
             )
-        weights = model.item_popularity[: known + 1].to("cpu", torch.float64)
+        weights = model.item_popularity[: known + 1].to("cpu", torch.float64, copy=True)
     weights[0] = 0
     bare = _sources.bare_in(model.config, cache, torch.device("cpu"))
     return weights if bare is None else weights.masked_fill(bare[: known + 1], 0)

@@ -164,6 +164,7 @@ def check_given(
     cache: HiddenStateCache | None,
     present: Tensor | None,
     gathered: Gathered | None,
+    loss: str,
 ) -> None:
     """Raise unless the arguments of `CrossanModel.forward` say once where a batch's states are."""
     if (states is None) == (cache is None):
@@ -173,6 +174,10 @@ def check_given(
         raise ValueError("present: goes with states; a cache holds its own")
     if gathered is not None and cache is None:
         raise ValueError("gathered: goes with cache, which it was read from; got states")
+    if gathered is not None and loss != "in_batch":
+        raise ValueError(
+            f"gathered: goes with loss='in_batch', which reads a batch's items alone; got {loss!r}"
+        )
 
 
 def refuse_empty(present: Tensor, what: str, names: Tensor | None = None) -> None:

@@ -318,6 +318,13 @@ class CrossanConfig:
             raise ValueError("label_smoothing: works on distinct items, expected deduplicate=true, got false")
         if self.loss == "sampled" and not self.deduplicate:
             raise ValueError("loss: 'sampled' works on distinct items, expected deduplicate=true, got false")
+        if self.loss != "sampled":
+            for name, default in (("negatives", 1024), ("negative_sampling", "uniform")):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"{name}: loss={self.loss!r} draws none, expected loss='sampled' or the default "
+                        f"{default!r}, got {value!r}"
+                    )
         if self.cross == "none" and self.cross_projection != "identity":
             raise ValueError(
                 f"cross_projection: cross='none' has no cross terms to project, expected 'identity', "

@@ -190,7 +190,7 @@ class CrossanModel(Popularity, Pretrained):
         if not return_loss:
             raise ValueError("return_loss: expected true, the output always has its loss; got false")
         _sources.check_ids(self.config, item_ids, self._device(), self.process_group is None)
-        _sources.check_given(states, cache, present, gathered)
+        _sources.check_given(states, cache, present, gathered, self.config.loss)
         item_ids, ahead = item_ids.to(torch.int64), ReadAhead(gathered, capacity)
         known = self._known_items(cache, self.config.loss != "full" or self.config.id_embedding)
         if known is not None:

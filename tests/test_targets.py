@@ -29,7 +29,9 @@ def make_cache(bare=()):
 
 def make_model(**values):
     torch.manual_seed(1)
-    values = {"dropout": 0.0, "window": 3, "negatives": len(DRAWS), **values}
+    if values.get("loss") == "sampled":
+        values = {"negatives": len(DRAWS), **values}
+    values = {"dropout": 0.0, "window": 3, **values}
     config = CrossanConfig([Modality("text", 6, LEVELS)], bottleneck=4, embedding_dim=8, **values)
     model = CrossanModel(config)
     model.set_popularity(torch.arange(ITEMS + 1))
@@ -84,8 +86,15 @@ def test_losses_are_torch_s(loss, targets, smoothing, backend, monkeypatch):
 def test_by_place_agrees_on_the_last_item():
     cache = make_cache()
     placed, distinct = (make_model(targets="last", deduplicate=kind) for kind in (False, True))
-    same_gradients(placed, placed(IDS, cache=cache).loss, placed(IDS, cache=cache).loss)
-    torch.testing.assert_close(placed(IDS, cache=cache).loss, distinct(IDS, cache=cache).loss)
+    losses = [model(IDS, cache=cache).loss for model in (placed, distinct)]
+    torch.testing.assert_close(*losses)
+    given = {"materialize_grads": True, "allow_unused": True}
+    gradients = [
+        torch.autograd.grad(loss, list(model.parameters()), **given)
+        for loss, model in zip(losses, (placed, distinct), strict=True)
+    ]
+    for have, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(have, expected)
 
 
 def test_what_a_row_holds_is_the_same_apart():
@@ -154,6 +163,14 @@ def test_many_draws_approach_the_full_softmax():
     torch.testing.assert_close(out.loss.detach(), torch.stack(losses).mean(), atol=5e-3, rtol=0)
 
 
+def test_drawing_leaves_the_popularity_as_it_is():
+    model, cache = make_model(loss="sampled", negative_sampling="popularity"), make_cache()
+    before = model.item_popularity.clone()
+    assert before.dtype == torch.float64 and before[0]
+    assert model(IDS, cache=cache).loss.isfinite()
+    assert torch.equal(model.item_popularity, before)
+
+
 def test_dropout_by_history_and_ids_go_with_draws():
     cache = make_cache()
     model = make_model(
@@ -171,6 +188,14 @@ def test_values_that_do_not_fit_are_named():
         make_model(loss="sampled", deduplicate=False)
     with pytest.raises(ValueError, match="negatives: expected at least 1, got 0"):
         make_model(negatives=0)
+    for values in ({"negatives": 50}, {"negative_sampling": "popularity"}):
+        with pytest.raises(
+            ValueError, match=r"negativ.*: loss='in_batch' draws none, expected loss='sampled'"
+        ):
+            make_model(**values)
+    sampled, cache = make_model(loss="sampled"), make_cache()
+    with pytest.raises(ValueError, match="gathered: goes with loss='in_batch'"):
+        sampled(IDS, cache=cache, gathered=cache.gather(IDS.flatten()))
     with pytest.raises(ValueError, match=r"targets: expected one of \['all', 'last'\], got 'first'"):
         make_model(targets="first")
     model = make_model(loss="sampled", negative_sampling="popularity")

@@ -272,7 +272,7 @@ def _split(
 ) -> Split:
     if window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
-    if stride not in (None, "prefixes") and not (isinstance(stride, int) and 1 <= stride <= window):
+    if stride not in (None, "prefixes") and not (type(stride) is int and 1 <= stride <= window):
         raise ValueError(f"stride: expected 1 to the window's {window}, or 'prefixes', got {stride!r}")
     ids = interactions.ids
     if not cuts.start.size:

@@ -131,7 +131,7 @@ class SplitConfig:
             _check(len(names) in (0, 2), "split.validation, split.test", "two files, or none", given)
         else:
             _check(not given, "split.validation, split.test", "neither, with split.by leave_one_out", given)
-        right = self.stride in (None, "prefixes") or (isinstance(self.stride, int) and self.stride >= 1)
+        right = self.stride in (None, "prefixes") or (type(self.stride) is int and self.stride >= 1)
         _check(right, "split.stride", "at least 1, prefixes or null", self.stride)
 
 
@@ -396,7 +396,11 @@ def _fit(hint: Any, value: Any, name: str) -> Any:
             return None
         first, *others = (a for a in inner if a is not type(None))
         if others:  # a number, or text
-            return value if isinstance(value, (int, float)) else _fit(str, value, name)
+            return (
+                value
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+                else _fit(str, value, name)
+            )
         return _fit(first, value, name)
     if origin is Literal:
         value = "off" if value is False and "off" in inner else value  # YAML reads a bare `off` so

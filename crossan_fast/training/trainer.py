@@ -54,7 +54,7 @@ class Trainer:
         task: what `open_task(config)` gave, where it is at hand already.
         processes: what `join_processes` gave. Several train on the batches of one: `batch_size` is that of
             the joined batch; rank 0 alone writes and speaks. A run may go on with another number of them; its
-            numbers then differ by dropout's draws and rounding alone.
+            numbers then differ by dropout's draws, those of `loss="sampled"`, and rounding alone.
 
     Attributes:
         model: being trained; after `fit`, the weights of the best epoch.
