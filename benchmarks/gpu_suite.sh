@@ -44,7 +44,7 @@ prepare() {
   fi
   part "build" 120 "$python" -c "
 import sys; from crossan_fast import _build
-sys.exit(_build.problem('${device/cpu/cpp}'))"
+sys.exit(_build.problem('$device'))"
   local carried="${CROSSAN_FAST_SUITE_TRITON_CACHE:-.triton-cache}"
   if [ -d "$carried" ]; then
     part "carried Triton cache" 20 "$python" -m benchmarks.triton_cache use "$carried"

@@ -202,6 +202,7 @@ def _backward(tile: Config, grad_loss: Tensor, lse: Tensor, problem: Problem) ->
     rows, columns, _, places, _ = problem.sizes()
     counted = users.new_empty(_COUNTERS, dtype=torch.int32)
     coefficient = users.new_empty(rows, dtype=torch.float32)
+    narrowed = None if users.dtype == items.dtype else torch.empty_like(users, dtype=items.dtype)
     row_blocks, column_blocks = cdiv(rows, tile.rows), cdiv(columns, tile.columns)
     # A share of 1/2^20 is a subnormal number in fp16; times 2^14 it is not, and a share of 1 still fits.
     scale = 2.0**14 if items.dtype == torch.float16 else 1.0
@@ -237,6 +238,7 @@ def _backward(tile: Config, grad_loss: Tensor, lse: Tensor, problem: Problem) ->
                 problem.log_popularity,
                 lse,
                 coefficient,
+                narrowed,
                 partial,
                 *problem.sizes(),
                 length,

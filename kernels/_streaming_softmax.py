@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossan_fast.kernels._blocks import load_block
+from crossan_fast.kernels._blocks import load_block, store_tile
 from crossan_fast.kernels._common import dot, narrow, pick
 
 # Not −inf: 0 · −inf in the membership product is NaN. Exact as "no weight": exp(−1e30 − finite) is 0.
@@ -260,6 +260,7 @@ def backward_rows_kernel(
     log_popularity,
     lse,
     coefficient,
+    narrowed,
     grad_users,
     rows,
     columns,
@@ -280,11 +281,15 @@ def backward_rows_kernel(
 ):
     """Gradient of one block of users over one part of the columns: Σ p·item − item[target].
 
-    `coefficient` takes what the target's own place adds to d logit, for the walk by columns.
+    For the walk by columns `coefficient` takes what the target's own place adds to d logit, and `narrowed`,
+    where users are wider than items, the users as they are multiplied.
     """
     part = tl.program_id(1)
     index_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     user = load_users(users, items, index_r, rows, width, BLOCK_D)  # [BR, d]
+    if narrowed is not None:
+        index_p = tl.where(part == 0, index_r, rows)  # by the first part alone
+        store_tile(narrowed, index_p, rows, tl.arange(0, BLOCK_D), width, width, user)
     target, valid = row_targets(slots, index_r, rows, places, IN_BATCH)
     log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
     gradient = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
@@ -334,6 +339,7 @@ def backward_columns_kernel(
     log_popularity,
     lse,
     coefficient,
+    narrowed,
     grad_items,
     rows,
     columns,
@@ -359,6 +365,8 @@ def backward_columns_kernel(
     part = tl.program_id(1)
     begin_column = tl.program_id(0) * BLOCK_C
     index_c = begin_column + tl.arange(0, BLOCK_C)
+    if narrowed is not None:
+        users = narrowed
     item = load_block(items, index_c, columns, width, BLOCK_D)  # [BC, d]
     bias = column_bias(counts, log_popularity, index_c, columns, IN_BATCH)
     gradient = tl.zeros([BLOCK_C, BLOCK_D], dtype=tl.float32)
@@ -373,7 +381,7 @@ def backward_columns_kernel(
             member = membership(index_r, first, places, BLOCK_Q)  # [BR, BQ]
             blocked = own_columns(slots, own, first, sequences, places, begin_column, BLOCK_Q, BLOCK_C)
             logit = dot(tl.trans(blocked), tl.trans(member), logit, PRECISION)
-        user = load_users(users, items, index_r, rows, width, BLOCK_D)  # [BR, d]
+        user = load_block(users, index_r, rows, width, BLOCK_D)  # [BR, d]
         target, _ = row_targets(slots, index_r, rows, places, IN_BATCH)
         log_sum = tl.load(lse + index_r, mask=index_r < rows, other=float("inf"))
         missing = tl.load(coefficient + index_r, mask=index_r < rows, other=0.0) * SCALE

@@ -22,6 +22,8 @@ def cases() -> Iterator[Case]:
 
 
 def call(rows: int, dtype: torch.dtype) -> None:
-    rest = (new(rows, 64, kind=dtype), new(20_315, 64, kind=dtype), new(rows, kind=torch.int64))
+    """A step's: the sequence encoder's users are fp32 under autocast, too."""
+    users, items = new(rows, 64, kind=torch.float32), new(20_315, 64, kind=dtype)
+    rest = (users, items, new(rows, kind=torch.int64))
     loss, lse = full_loss.forward(*rest)
     full_loss.backward(loss, lse, *rest)

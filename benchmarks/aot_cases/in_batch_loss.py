@@ -27,7 +27,8 @@ def cases() -> Iterator[Case]:
 
 
 def call(sequences: int, columns: int, dtype: torch.dtype) -> None:
-    users, items = new(sequences, 10, 64, kind=dtype), new(columns, 64, kind=dtype)
+    """A step's: the sequence encoder's users are fp32 under autocast, too."""
+    users, items = new(sequences, 10, 64, kind=torch.float32), new(columns, 64, kind=dtype)
     slots, counts = new(sequences, 11, kind=torch.int64), new(columns, kind=torch.int64)
     rest = (users, items, slots, counts, new(columns, kind=torch.float32))
     loss, lse = in_batch_loss.forward(*rest)
