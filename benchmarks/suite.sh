@@ -45,7 +45,7 @@ cases() { # cases NAME SECONDS ARGUMENT...
 
 finish() {
   echo "== table of $rows"
-  timeout 20 "$python" -m benchmarks report --short "$rows" || failed=1
+  timeout 20 "$python" -m benchmarks report --short "$rows" || { echo "== table: FAILED with status $?"; failed=1; }
   echo "== done in $SECONDS s, $([ "$failed" = 0 ] && echo 'nothing failed' || echo 'SOMETHING FAILED')"
   exit "$failed"
 }
