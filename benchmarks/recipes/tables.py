@@ -220,7 +220,7 @@ def draw_encoders(rows: Sequence[Row], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("test HR@10, %")
-    axes[0][0].legend(frameon=False)
+    max(axes[0], key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
