@@ -44,11 +44,15 @@ def deduplicate_reference(item_ids: Tensor, capacity: int | None = None) -> Dedu
     ids, inverse, counts = torch.unique(padded, sorted=True, return_inverse=True, return_counts=True)
     counts[0] = 0
     if capacity is not None:
-        if ids.numel() > capacity:
-            raise ValueError(f"capacity: {ids.numel()} slots needed (padding included), got {capacity}")
+        _check_fits(ids.numel(), capacity)
         ids = pad(ids, (0, capacity - ids.numel()))
         counts = pad(counts, (0, capacity - counts.numel()))
     return Deduplicated(ids, inverse[1:].reshape(item_ids.shape), counts)
+
+
+def _check_fits(needed: int, capacity: int) -> None:
+    if needed > capacity:
+        raise ValueError(f"capacity: {needed} slots needed (padding included), got {capacity}")
 
 
 def first_places(slots: Tensor, count: int) -> Tensor:
@@ -105,6 +109,9 @@ def deduplicate(item_ids: Tensor, capacity: int | None = None, *, backend: str =
     # A GPU has to be asked for the size, which saves nothing there; a traced op has to know it.
     if capacity is None and (not on_cpu or torch.compiler.is_compiling()):
         return deduplicate_reference(item_ids)
+    # The kernel, which on the CPU runs in the interpreter, cannot raise.
+    if on_cpu and capacity is not None and choice.backend == "triton" and not torch.compiler.is_compiling():
+        _check_fits(torch.unique(pad(item_ids.reshape(-1), (1, 0))).numel(), capacity)
     return Deduplicated(*_deduplicate(item_ids, capacity, choice.backend))
 
 

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from crossan_fast import ops as public
 from crossan_fast.kernels import _common, deduplicate
 from crossan_fast.ops._dispatch import Request
 from crossan_fast.ops._triton import refuses
@@ -51,6 +52,16 @@ def test_ids_beyond_the_capacity_become_padding(device, capacity):
     expected = deduplicate_without_waiting(item_ids, capacity)
     assert (expected.slots == 0).sum() > (item_ids == 0).sum()
     check(item_ids, capacity, device, expected)
+
+
+def test_where_the_interpreter_runs_it_they_are_refused_as_by_any_backend_of_the_cpu(device):
+    if torch.device(device).type != "cpu":
+        pytest.skip("a GPU would have to be asked how many ids there are")
+    item_ids = torch.tensor([[6, 0, 2, 2], [2, 8, 6, 3], [6, 1, 1, 7]])
+    with pytest.raises(ValueError, match="capacity: 7 slots needed"):
+        public.deduplicate(item_ids, 3, backend="triton")
+    found = public.deduplicate(item_ids, 7, backend="triton")
+    assert torch.equal(found.ids, torch.tensor([0, 1, 2, 3, 6, 7, 8]))
 
 
 def test_more_places_than_are_compared_are_sorted(device, monkeypatch):
