@@ -148,10 +148,11 @@ class RawBuilder:
             if columns.by_place:
                 places = {r: columns.place(r, table.width, table.where) for r in NAMES}
                 return self._complete(table, {r: p for r, p in places.items() if p is not None})
-            lacking = columns.lacking(table.first)
-            if lacking and "did you mean" in lacking:
+            lacking, pairs = columns.lacking(table.first), _is_tabbed(table) and table.width == 2
+            # A user's name may resemble a column's, but no header names several items.
+            if "did you mean" in lacking and not (pairs and _holds_sequences(table, 1)):
                 raise ValueError(f"{table.where}: {lacking}")
-            if _is_tabbed(table) and table.width == 2:
+            if pairs:
                 if lacking:  # columns may be those of another file of a run
                     warnings.warn(f"{table.where}: {lacking}; read without a header", stacklevel=2)
                 return None

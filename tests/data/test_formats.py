@@ -375,3 +375,7 @@ def test_a_misspelt_column_is_no_table_without_a_header(write: Write) -> None:
     with pytest.warns(UserWarning, match=r"plain.tsv: .*'user_name' among them, .*; read without a header"):
         found = read_interactions(plain, None, columns={"user": "user_name"})
     assert named(found) == {"anna": list("abcde")}
+    alike = write("user1\ta b c d e\nuser2\tb c d e f\n", "alike.tsv")
+    with pytest.warns(UserWarning, match=r"alike.tsv: .*'user' among them, .*; read without a header"):
+        found = read_interactions(alike, None, columns={"user": "user"})
+    assert named(found) == {"user1": list("abcde"), "user2": list("bcdef")}
