@@ -67,6 +67,14 @@ def test_the_signature_is_the_dataclass_own() -> None:
         ({"filter_histroy": "none"}, r"did you mean 'evaluation\.filter_history'"),
         ({"model": {"learning_rat": 1}}, r"did you mean 'optimizer\.learning_rate'"),
         ({"zzz": 1}, r"unknown config key 'zzz'$"),
+        ({"fields": {}}, r"unknown config key 'fields'$"),
+        ({"image_column": "x"}, r"unknown config key 'image_column'$"),
+        ({"file_col": "x"}, r"unknown config key 'file_col'$"),
+        ({"time": "x"}, r"'time'; did you mean 'columns\.time'\?"),
+        ({"title": "x"}, r"'title'; did you mean 'item_columns\.title'\?"),
+        ({"user": "x"}, r"'user'; did you mean 'users'"),
+        ({"item": "x"}, r"'item'; did you mean 'items'"),
+        ({"batch": 3}, r"'batch'; did you mean 'batch_size'"),
     ],
 )
 def test_config_keys(values: dict, message: str) -> None:

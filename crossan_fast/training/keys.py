@@ -13,6 +13,10 @@ _COLUMN = re.compile(r"(?:column_)?([a-z]+?)(?:_?id)?_?(?:stamp)?_?(?:col|column
 
 # How near a key of another section has to be: an exact name, or a slip of the hand in a long one.
 _SLIP = 0.8
+# How near the last resort has to be: at 0.6, `time` is still near `optimizer`.
+_NEAR = 0.65
+# Columns' roles that stand at the top of a config in place of `columns: {time: NAME}`.
+_BARE = ("time", "rating", "label", "title")
 
 
 def nearest_of_all(key: str, section: str, sections: Mapping[str, list[str]]) -> str:
@@ -36,13 +40,21 @@ def nearest_of_all(key: str, section: str, sections: Mapping[str, list[str]]) ->
         if nearest(key, sections[where], cutoff=1.0):
             return dotted(where, 1.0)
     slips = (dotted(where, _SLIP) for where in order)
-    return next(filter(None, slips), "") or dotted(section, 0.5)
+    if hint := next(filter(None, slips), ""):
+        return hint
+    if section == "" and key.lower() in _BARE:
+        return f"; did you mean {_of_role(key.lower())!r}?"
+    # A column's key of no known role (`image_column`) is near `item_columns` by its ending alone.
+    return "" if section == "" and _COLUMN.fullmatch(key.lower()) else dotted(section, _NEAR)
 
 
 def _column(key: str) -> str | None:
     """The setting of a column that a key at the top of a config means; None: it means none."""
     found = _COLUMN.fullmatch(key.lower())
-    role = None if found is None else found[1]
+    return None if found is None else _of_role(found[1])
+
+
+def _of_role(role: str) -> str | None:
     if role in USERS_ROLES:
         return f"columns.{role}"
     return f"item_columns.{role}" if role in ITEMS_ROLES else None
