@@ -83,7 +83,8 @@ def full(
         by_place = rows_of(embeddings, places)
     else:
         placed = source.repeated(places.reshape(-1))
-        read = _sources.cached(config, cache, device, placed.ids)
+        assert placed.ids is not None
+        read = model._read(cache, placed.ids, ReadAhead())
         placed = replace(read, present=placed.present, items=placed.items)
         by_place = model._encode(placed, None)[0].reshape(*item_ids.shape, -1)
     histories = by_place[:, :-1]
@@ -213,6 +214,10 @@ def _catalogue(
     held = _sources.present_in(config, cache, device)
     exists = None if held is None else held[catalogue]
     source = dropped(model, Source((), None, catalogue, exists, catalogue), catalogue)
+    if not model._reads_states:
+        source = replace(model._read(cache, catalogue, ReadAhead()), present=source.present)
+        embeddings, balance = model._encode(source, counts)
+        return embeddings, source, balance
     _sources.place(cache, device)
     if _sources.read_by_id(cache, device):
         ids = None if len(catalogue) == cache.num_items + 1 else catalogue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class CrossanModel(Popularity, Pretrained):
 
     # transformers' Trainer asks a model which of its inputs to count and to hand to metrics.
     main_input_name = "item_ids"
+    # Whether items are made of a cache's states, which then have to be where the model is.
+    _reads_states = True
 
     def __init__(self, config: CrossanConfig, backend: str = "auto") -> None:
         super().__init__()
@@ -139,13 +141,10 @@ class CrossanModel(Popularity, Pretrained):
         """
         device = self._device()
         self._require_rows(cache)
-        _sources.place(cache, device)
         if ids is None:
             ids = torch.arange(cache.num_items + 1, device=device)
         with evaluating(self), torch.no_grad():
-            chunks = [
-                self._encode_ids(cache, *part) for part in _sources.in_parts(cache, device, ids, batch_size)
-            ]
+            chunks = [self._encode_ids(cache, *part) for part in self._in_parts(cache, ids, batch_size)]
         if not chunks:
             return torch.zeros(0, self.config.embedding_dim, device=device)
         bare = _sources.bare_in(self.config, cache, device)
@@ -336,6 +335,13 @@ class CrossanModel(Popularity, Pretrained):
                 backend=self.backend_for("fusion"),
             )
         return _scores.as_items(self.config, fused.items), fused.balance
+
+    def _in_parts(
+        self, cache: HiddenStateCache, ids: Tensor, size: int
+    ) -> Iterator[tuple[Tensor, Gathered | None]]:
+        device = self._device()
+        _sources.place(cache, device)
+        return _sources.in_parts(cache, device, ids, size)
 
     def _encode_ids(self, cache: HiddenStateCache, ids: Tensor, gathered: Gathered | None) -> Tensor:
         source = _sources.cached(self.config, cache, self._device(), ids, gathered)

@@ -55,7 +55,8 @@ def evaluate_baselines(
         `model` for all of them.
 
     Raises:
-        ValueError: an unknown name; `sasrec` without its model; else as `evaluate`.
+        ValueError: an unknown name; `sasrec` without its model, or the model without its name; else as
+            `evaluate`.
     """
     for name in names:
         if name not in BASELINES:
@@ -64,6 +65,8 @@ def evaluate_baselines(
             )
     if "sasrec" in names and sasrec is None:
         raise ValueError("sasrec: expected the model of train_sasrec, which names asks for, got None")
+    if sasrec is not None and "sasrec" not in names:
+        raise ValueError(f"sasrec: goes with 'sasrec' among names, got {list(names)}")
     candidates = candidates_for(model.config, cache, split, part, candidates)
     protocol = Protocol(
         cache, split, part, tuple(k), filter_history, candidates, batch_size, lists, Processes()

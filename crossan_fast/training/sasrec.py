@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from crossan_fast._checks import check_integer
 from crossan_fast._sources import ReadAhead
+from crossan_fast.config import CrossanConfig
 from crossan_fast.sasrec import SasRec, by_ids
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.optimizer import make_optimizer
 from crossan_fast.training.precision import choose_precision
 from crossan_fast.training.step import REMEDY, TrainingError, TrainStep
 from crossan_fast.training.task import Task
-from crossan_fast.training.train_config import TrainConfig
+from crossan_fast.training.train_config import OptimizerConfig, TrainConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def train_sasrec(
 
     Args:
         config: of the run. Its window, `embedding_dim`, blocks, heads, dropout, loss, scores, batch size and
-            optimizer hold, but for the factors of side network and fusion, which aren't there.
+            optimizer and precision hold, but for the factors of side network and fusion, which aren't there.
         task: what `open_task` gave for the run's config.
         epochs: at most so many.
         patience: evaluations without a better validation metric before it stops; None: the run's, or 5 where
@@ -96,6 +97,7 @@ def train_sasrec(
 
     Raises:
         TrainingError: a loss or gradient is not finite.
+        ValueError: the run's precision is `tf32`, on a device without it.
     """
     check_integer("epochs", epochs, 1)
     patience = config.patience or PATIENCE if patience is None else patience
@@ -116,7 +118,7 @@ class _Training:
         self.model = SasRec(model_config, task.cache.num_items, config.backend).to(task.device)
         self.model.set_popularity(task.split)
         self.batches = Batches(task.split.train, config.batch_size, config.seed)
-        self.precision = choose_precision("auto", task.device).name
+        self.precision = choose_precision(config.precision, task.device).name
         settings = replace(config.optimizer, side_network=1.0, fusion=1.0, skip_nonfinite=0)
         optimizer = make_optimizer(self.model, settings)
         self.step = TrainStep(self.model, task.cache, optimizer, settings, self.precision)
@@ -185,12 +187,24 @@ class _Training:
 
     def _settings(self) -> dict[str, Any]:
         model, config = self.model.config, self.config
-        names = ("embedding_dim", "window", "blocks", "attention_heads", "dropout", "loss", "scores")
-        optimizer = asdict(config.optimizer)
+        names = ["embedding_dim", "window", "blocks", "attention_heads", "dropout", "loss", "targets"]
+        names += ["negatives", "negative_sampling"] if model.loss == "sampled" else []
+        stride = {} if config.split.stride is None else {"stride": config.split.stride}
         return {
-            **{name: getattr(model, name) for name in names},
+            **{name: getattr(model, name) for name in (*names, "scores")},
+            **_changed(model, "temperature", "label_smoothing"),
             "batch_size": config.batch_size,
-            **{name: optimizer[name] for name in ("learning_rate", "weight_decay")},
+            **stride,
+            **{name: getattr(config.optimizer, name) for name in ("learning_rate", "weight_decay")},
+            **_changed(
+                config.optimizer, "sequence_encoder", "betas", "eps", "warmup_steps", "clip_norm", "average"
+            ),
             "precision": self.precision,
             "seed": config.seed,
         }
+
+
+def _changed(config: CrossanConfig | OptimizerConfig, *names: str) -> dict[str, Any]:
+    """Fields that are not their defaults."""
+    defaults = {field.name: field.default for field in fields(config)}
+    return {name: value for name in names if (value := getattr(config, name)) != defaults[name]}

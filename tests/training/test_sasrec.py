@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crossan_fast import CrossanModel
+from crossan_fast import CrossanModel, Modality, _sources
 from crossan_fast.sasrec import SasRec, by_ids
 from crossan_fast.training import Task, TrainConfig, evaluate_baselines, open_task, train_sasrec
+from crossan_fast.training.train_config import SplitConfig
 
 
 @pytest.fixture
@@ -63,13 +64,56 @@ def test_the_loss_is_that_of_its_definition(config: TrainConfig) -> None:
     assert vectors.grad is not None and bool((vectors.grad[1:] != 0).all()) and not vectors.grad[0].any()
 
 
-def test_states_are_not_read(config: TrainConfig, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_id", [True, False])
+@pytest.mark.parametrize(
+    "model", [{}, {"loss": "full"}, {"loss": "full", "deduplicate": False}, {"loss": "sampled"}]
+)
+def test_states_are_not_read(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], by_id: bool
+) -> None:
+    """By any loss, nor where the catalogue is encoded; also as on a GPU that the cache is not resident on."""
+    config = changed(config, **model)
+    task = open_task(config)
+
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("read")
 
-    for name in ("states", "scales", "gather_stored", "prefetch_stored"):
+    for name in ("states", "scales", "gather", "gather_stored", "prefetch", "prefetch_stored", "to"):
         monkeypatch.setattr(type(task.cache), name, never)
-    assert train_sasrec(config, task, epochs=1).epochs == 1
+    monkeypatch.setattr(_sources, "read_by_id", lambda cache, device: by_id)
+    trained = train_sasrec(config, task, epochs=1)
+    assert trained.epochs == 1
+    encoded = trained.model.encode_catalogue(task.cache, batch_size=7)
+    assert torch.equal(encoded[1:], trained.model.items.weight.detach()[1:]) and not encoded[0].any()
+
+
+def test_settings_say_what_holds(config: TrainConfig) -> None:
+    plain = train_sasrec(config, open_task(config), epochs=1).settings
+    assert plain["targets"] == "all" and plain["warmup_steps"] == 3 and plain["precision"] == "fp32"
+    for name in ("negatives", "stride", "temperature", "label_smoothing", "average", "clip_norm"):
+        assert name not in plain, f"{name} is as by default, or says nothing"
+    model = {"loss": "sampled", "targets": "last", "negatives": 50, "negative_sampling": "popularity"}
+    model |= {"label_smoothing": 0.1, "scores": "cosine", "temperature": 0.2}
+    optimizer = replace(config.optimizer, average=0.9, clip_norm=None, warmup_steps=0)
+    config = replace(changed(config, **model), optimizer=optimizer, split=SplitConfig(stride="prefixes"))
+    config = replace(config, precision="bf16", max_items=None)
+    trained = train_sasrec(config, open_task(config), epochs=1)
+    wanted = {**model, "stride": "prefixes", "average": 0.9, "clip_norm": None, "precision": "bf16"}
+    assert {name: trained.settings.get(name, "none") for name in wanted} == wanted
+    assert "warmup_steps" not in trained.settings
+    assert "targets last, negatives 50, negative_sampling popularity" in str(trained)
+
+
+def test_a_cache_that_grew_names_what_it_lacks(config: TrainConfig, task: Task) -> None:
+    small = SasRec(by_ids(config.crossan_config(task.cache)), task.cache.num_items - 2)
+    lacks = r"cache: SasRec has vectors for items 1 to 28, got item 30"
+    with pytest.raises(ValueError, match=lacks):
+        small.encode_catalogue(task.cache)
+    known = torch.tensor([28, 3])
+    assert torch.equal(small.encode_catalogue(task.cache, ids=known), small.items.weight.detach()[known])
+    small.set_popularity(task.split)
+    with pytest.raises(ValueError, match=lacks):
+        small(task.split.train[:7], cache=task.cache)
 
 
 def test_a_seed_is_a_result_and_leaves_torch_s_generator(config: TrainConfig, task: Task) -> None:
@@ -120,7 +164,18 @@ def test_wrong_wishes_are_refused(config: TrainConfig, task: Task) -> None:
     with pytest.raises(ValueError, match="sasrec: expected the model of train_sasrec"):
         evaluate_baselines(model, task.cache, task.split, names=["sasrec"])
     small = SasRec(by_ids(model.config), task.cache.num_items)
-    with pytest.raises(ValueError, match="folder: SasRec is not saved"):
-        small.save_pretrained("anywhere")
+    with pytest.raises(ValueError, match=r"sasrec: goes with 'sasrec' among names, got \['popularity'\]"):
+        evaluate_baselines(model, task.cache, task.split, names=["popularity"], sasrec=small)
+    for message, call in (
+        ("folder: SasRec is not saved", lambda: small.save_pretrained("anywhere")),
+        ("repo_id: SasRec is not saved", lambda: small.push_to_hub("any/where")),
+        ("folder: SasRec is not loaded", lambda: SasRec.from_pretrained("anywhere")),
+        ("state_dict: SasRec has no place", lambda: SasRec.from_iisan({})),
+        ("modality: SasRec has no towers", lambda: small.extend(Modality("audio", 4, 3))),
+        ("name: SasRec has no towers .*'text'", lambda: small.remove("text")),
+        ("items: SasRec has no gates", lambda: small.explain(None, task.cache)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     with pytest.raises(ValueError, match="item_ids: SASRec knows items by nothing else"):
         small.encode_items({m.name: torch.zeros(2, m.levels, m.width) for m in model.config.modalities})
