@@ -94,6 +94,11 @@ def _results(record: Mapping[str, Any]) -> list[str]:
             lines += [f"## {part.capitalize()}", "", f"{found['protocol']}.", ""]
             lines += [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
             lines += ["| " + " | ".join(f"{found['metrics'][name]:.4f}" for name in names) + " |", ""]
+    if (origin := record.get("started_from")) is not None:
+        if not isinstance(origin, str):
+            raise TypeError(f"started_from: expected text, got {origin!r}")
+        name = f"run `{origin}`" if origin else "another run, whose name was not kept"
+        lines += ["## Start", "", f"Training started from the weights of {name}, not from random ones.", ""]
     if data := record.get("data"):
         lines += [
             "## Data",

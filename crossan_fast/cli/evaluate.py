@@ -106,9 +106,10 @@ def run(args: argparse.Namespace) -> int:
         held.require_bases(task.cache, model.config.modality_names)
     model.to(task.device)
     result = task.evaluate(model, args.split, protocol, k=args.k, lists=args.lists)
-    if held is not None and (difference := held.difference(Population.of(task))):
-        note = f"not what the run was evaluated on: {difference}"
-        result = dataclasses.replace(result, note="; ".join(filter(None, (result.note, note))))
+    if held is not None:
+        difference = held.difference(Population.of(task))
+        other = f"not what the run was evaluated on: {difference}" if difference else ""
+        result = result.noting(held.note, other)
     if args.baselines is None:
         mrr = f"MRR {100 * result.metrics['mrr']:.2f} %"
         lines = (task.describe(), result.protocol, table(comparison({"": result})), mrr)

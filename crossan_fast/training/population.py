@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from crossan_fast._checks import check_integer
 from crossan_fast._digests import sealed, unsealed
@@ -19,6 +20,8 @@ from crossan_fast.data import Catalogue
 from crossan_fast.training.task import Task
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_OF_ORIGIN = ("origin", "note")
+_WHOSE = ("run", *_OF_ORIGIN)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Population:
     bases: by name, digests of the bases that modalities of the cache are stored in.
     run: names the run, the same for runs of one config and population; its files carry it. '' in runs of
         before they did.
+    origin: names the run whose weights it started from; '' where that is none, or has no name.
+    note: what its results have to say of that run; '' where there is nothing.
     """
 
     items: int
@@ -40,6 +45,8 @@ class Population:
     sequences: str
     bases: Mapping[str, str] = field(default_factory=dict, compare=False)
     run: str = field(default="", compare=False)
+    origin: str = field(default="", compare=False)
+    note: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, task: Task) -> Population:
@@ -70,6 +77,10 @@ class Population:
             return f"{sizes} as before, but other {'names' if self.names != now.names else 'sequences'}"
         return f"{sizes} before, {now._sizes()} now"
 
+    def data(self) -> dict[str, Any]:
+        """Plain values of what it is, without whose and where that came from."""
+        return {name: value for name, value in asdict(self).items() if name not in _WHOSE}
+
     def require_bases(self, cache: HiddenStateCache, names: Sequence[str]) -> None:
         """Raise where a cache has modalities `names` in another basis than the run's model was trained on.
 
@@ -97,7 +108,9 @@ class Population:
         return f"{self.users:,} users of {self.used:,} of {self.items:,} items"
 
     def write(self, path: Path) -> None:
-        write_whole(path, json.dumps(sealed(asdict(self)), indent=2) + "\n")
+        # Of no origin it is as a version of before origins were kept reads it.
+        kept = {name: value for name, value in asdict(self).items() if value or name not in _OF_ORIGIN}
+        write_whole(path, json.dumps(sealed(kept), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Population | None:
@@ -120,8 +133,9 @@ class Population:
         for name, value in (("names", self.names), ("sequences", self.sequences), *self.bases.items()):
             if not isinstance(value, str) or not _DIGEST.fullmatch(value):
                 raise ValueError(f"{name}: expected 64 hexadecimal digits, got {value!r}")
-        if not isinstance(self.run, str):
-            raise TypeError(f"run: expected text, got {self.run!r}")
+        for name in _WHOSE:
+            if not isinstance(text := getattr(self, name), str):
+                raise TypeError(f"{name}: expected text, got {text!r}")
 
 
 def _digests(cache: HiddenStateCache) -> dict[str, str]:

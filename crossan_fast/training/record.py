@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,19 @@ _PLACES = (
 )
 
 
-def record_of(task: Task, config: TrainConfig, results: Mapping[str, Any], run: str) -> dict[str, Any]:
-    """Encoders with pooling and levels, digests of the data, settings, metrics with protocols, versions."""
-    population = asdict(Population.of(task))
-    del population["run"]
+def record_of(
+    task: Task, config: TrainConfig, results: Mapping[str, Any], held: Population
+) -> dict[str, Any]:
+    """Encoders with pooling and levels, digests of the data, settings, metrics with protocols, versions.
+
+    Args:
+        held: the run's, which names it and the run that it started from.
+    """
     return {
-        "run": run,
+        "run": held.run,
+        **({} if config.init_from is None else {"started_from": held.origin}),
         "sources": {name: _shared(source) for name, source in task.cache.sources.items()},
-        "data": population,
+        "data": Population.of(task).data(),
         "settings": {key: value for key, value in flatten(config.to_dict()) if key not in _PLACES},
         **{key: results[key] for key in _RESULTS},
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from crossan_fast._tables import text_table
@@ -39,6 +39,10 @@ class Result:
     held_out: str = "leave-one-out"
     lists: dict[str, float] = field(default_factory=dict)
     by_target: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def noting(self, *notes: str) -> Result:
+        """With more to know, behind its own note; empty ones are nothing."""
+        return replace(self, note="; ".join(filter(None, (self.note, *notes))))
 
     @property
     def protocol(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from crossan_fast._digests import digest_of
 from crossan_fast.training.population import Population
@@ -31,8 +30,11 @@ _FREE = (
 def refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
     """Raise ValueError where a run's config differs in what changes numbers."""
     before, after = dict(flatten(old.to_dict())), dict(flatten(new.to_dict()))
+    # Where the other run lies says nothing of what it is, and no weight of it is read again.
+    started = (old.init_from is None) != (new.init_from is None)
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and key not in _FREE:
+        differs = started if key == "init_from" else before.get(key) != after.get(key)
+        if differs and key not in _FREE:
             raise ValueError(
                 f"{key}: the run was made with {before.get(key)!r}, expected the same to go on with it, "
                 f"got {after.get(key)!r}"
@@ -50,11 +52,13 @@ def refuse_others(held: Population | None, task: Task, modalities: Sequence[str]
         )
 
 
-def name_of_run(config: TrainConfig, population: Population, origin: str = "") -> str:
+def name_of_run(config: TrainConfig, population: Population) -> str:
     """Of all that binds a run's numbers, so that equal runs write equal files.
 
     Args:
-        origin: names the run that it starts from; '': none.
+        population: its origin stands for `init_from`, which says where that lies.
     """
     bound = {key: value for key, value in flatten(config.to_dict()) if key not in _FREE}
-    return digest_of([bound, asdict(population), *([origin] if origin else [])])[:16]
+    if config.init_from is not None:
+        bound["init_from"] = population.origin
+    return digest_of([bound, {**population.data(), "run": ""}])[:16]

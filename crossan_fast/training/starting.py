@@ -1,10 +1,11 @@
-"""A run's model at its first step: fresh, or from a finished run, with the modalities that the config has."""
+"""A run's model at its first step: fresh, or from another run, with the modalities that the config has."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -38,12 +39,14 @@ class Start(NamedTuple):
     """Attributes:
     model: on the CPU; what `frozen` names of it needs no gradient.
     frozen: names of modalities whose towers and heads stay as they are.
-    run: names the run that it starts from, '' where that is none, or has no name.
+    origin: names the run that it started from, '' where that is none, or has no name.
+    note: what this run's results have to say of that one, '' where there is nothing.
     """
 
     model: CrossanModel
     frozen: tuple[str, ...]
-    run: str = ""
+    origin: str = ""
+    note: str = ""
 
 
 def start(config: TrainConfig, task: Task, folder: RunFolder) -> Start:
@@ -59,7 +62,9 @@ def start(config: TrainConfig, task: Task, folder: RunFolder) -> Start:
     if folder.last.exists():
         model = CrossanModel(wanted, backend=config.backend)
         held = folder.read_config().freeze if config.freeze is None else config.freeze
-        return Start(model, _freeze(model, held or ()))
+        began = folder.read_population()
+        whence = ("", "") if began is None else (began.origin, began.note)
+        return Start(model, _freeze(model, held or ()), *whence)
     source = RunFolder(config.resolve("init_from", config.init_from))
     trained = source.load_model("best", backend=config.backend)
     population = Population.read(source.population)
@@ -73,7 +78,43 @@ def start(config: TrainConfig, task: Task, folder: RunFolder) -> Start:
         task.cache.catalogue.require(trained.catalogue, "init_from", "; its id embedding is by row")
     grown = set(names) - set(before)
     frozen = _freeze(model, (kept if grown else ()) if config.freeze is None else config.freeze)
-    return Start(model, frozen, "" if population is None else population.run)
+    origin = "" if population is None else population.run
+    return Start(model, frozen, origin, _note(source, population, task, config))
+
+
+def _note(source: RunFolder, held: Population | None, task: Task, config: TrainConfig) -> str:
+    """Says that a run may have been trained on what another holds out; empty where it was not.
+
+    It was not where both split the same sequences in the same way. Which targets others have in common
+    their digests do not say.
+    """
+    said = f"started from {f'run {held.run}' if held and held.run else 'a run without a name'}"
+    if held is None or not source.config.is_file():
+        return f"{said}, which does not say what it was trained on: these targets may be among it"
+    notes = [] if not held.note else [held.note]
+    now = Population.of(task)
+    # Rows mean the same items where the catalogue has but grown.
+    same = task.split.catalogue.starts_with(held.catalogue) and held.sequences == now.sequences
+    why = [] if same else [held.difference(now)]
+    before, after = _targets(source.read_config()), _targets(config)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            why.append(f"{key} {before.get(key)!r} before, {after.get(key)!r} now")
+    if why:
+        notes.append(f"{said}, which may have been trained on these targets: {', '.join(why)}")
+    return "; ".join(notes)
+
+
+def _targets(config: TrainConfig) -> dict[str, Any]:
+    """The settings that say where a user's targets begin, which sequences do not show; files by name.
+
+    Users who are trained on are no held-out ones (`hold_out_users`), so that sequences do show these.
+    """
+    split = config.split
+    found: dict[str, Any] = {"split.by": split.by}
+    for key, value in (("split.validation", split.validation), ("split.test", split.test)):
+        found[key] = Path(value).name if split.by == "given" and isinstance(value, str) else value
+    return found
 
 
 def _refuse_other_states(before: CrossanConfig, wanted: CrossanConfig, kept: Sequence[str], run: str) -> None:

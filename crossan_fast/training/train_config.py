@@ -175,9 +175,9 @@ class TrainConfig:
         items: items file for titles in recommendations; None: names alone.
         data: what `${data}` in `cache`, `users`, `items` and other files stands for; None: CROSSAN_FAST_DATA.
         modalities: names of the cache's modalities to use, in this order; None: all.
-        init_from: folder of a finished run whose best weights this one starts from. Modalities that it lacks
-            are added as by `CrossanModel.extend`, those that the config lacks are removed; what else the
-            config says of weights has to be as it was there.
+        init_from: folder of a run whose best weights this one starts from: those of its best epoch so far,
+            where it has not ended. Modalities that it lacks are added as by `CrossanModel.extend`, those that
+            the config lacks are removed; what else the config says of weights has to be as it was there.
         freeze: with `init_from`, modalities whose towers and heads stay as they are; None: those that were
             there, where others are added.
         model: fields of `CrossanConfig` but `modalities`; `architecture: iisan` brings IISAN's defaults. What

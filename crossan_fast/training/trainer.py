@@ -84,7 +84,7 @@ class Trainer:
         begun = start(config, self.task, self.folder)
         if config.init_from is not None:
             self.config = config = replace(config, freeze=begun.frozen)
-        self._origin = begun.run
+        self._begun = begun.origin, begun.note
         self.model = begun.model.to(self.device)
         self.model.set_popularity(self.task.split)
         # Rows that the host has to gather are drawn on the host.
@@ -174,7 +174,8 @@ class Trainer:
 
     def evaluate(self, part: Part) -> Result:
         """Rank the held-out targets with the model as it is, under the config's protocol."""
-        return self.task.evaluate(self.model, part, self.config.evaluation, processes=self.processes)
+        result = self.task.evaluate(self.model, part, self.config.evaluation, processes=self.processes)
+        return result.noting(self._begun[1])
 
     def _cutoff(self) -> int:
         """The largest of 1 to 10 that cuts the candidates; with a warning where the config's reach beyond."""
@@ -205,6 +206,8 @@ class Trainer:
                 f"run: {self.folder.path} holds a run; pass --resume to go on with it, or another run=FOLDER"
             )
         say(f"precision: {self.precision}")
+        if self._begun[1]:
+            say(f"warning: {self._begun[1]}")
         population = self.folder.read_population()
         if held:
             refuse_changes(self._stated(self.folder.read_config()), self._stated(self.config))
@@ -227,10 +230,10 @@ class Trainer:
         self.processes.wait()
         fresh = population is None
         if population is None:
-            population = Population.of(self.task)
-            name = name_of_run(self._stated(self.config), population, self._origin)
-            population = replace(population, run=name)
-        self._run_id = population.run
+            origin, note = self._begun
+            population = replace(Population.of(self.task), origin=origin, note=note)
+            population = replace(population, run=name_of_run(self._stated(self.config), population))
+        self._population, self._run_id = population, population.run
         if self.processes.first:
             self.folder.write_config(self.config, self._run_id)
             if fresh:
@@ -394,7 +397,7 @@ class Trainer:
         }
         if self.processes.first:
             self.folder.write_results(results)
-            record_training(self.folder.best, record_of(self.task, self.config, results, self._run_id))
+            record_training(self.folder.best, record_of(self.task, self.config, results, self._population))
             if results["diverged"]:
                 warnings.warn(warning(self.history, self.columns), RuntimeWarning, stacklevel=3)
         return results

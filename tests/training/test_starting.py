@@ -1,4 +1,4 @@
-"""A run that starts from a finished one, with an encoder more, or one fewer."""
+"""A run that starts from another one, with an encoder more, or one fewer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from crossan_fast import CrossanModel, HiddenStateCache
+from crossan_fast._digests import sealed
 from crossan_fast._growing import SHARE
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.cli import main
 from crossan_fast.training import RunFolder, TrainConfig, Trainer
 
+PARTS = ("validation", "test")
 OLD = ("towers.text", "towers.image", "heads.text", "heads.image")
 
 
@@ -125,6 +127,112 @@ def test_a_run_with_one_encoder_fewer_starts_at_what_is_left(
     for name, value in want.state_dict().items():
         assert torch.equal(smaller.model.state_dict()[name], value), name
     assert smaller.config.freeze == ()
+
+
+def test_a_run_says_where_the_other_may_have_seen_its_targets(
+    values: dict[str, Any], old: Trainer, wider: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_ = {"init_from": str(old.folder.path), "epochs": 1}
+    same = fitted(values, **from_, cache=wider, modalities=["text", "image", "sound"])
+    assert [json.loads(same.folder.results.read_text())[part]["note"] for part in PARTS] == ["", ""]
+    # All but the first user: the rest's targets are those of the other run.
+    fewer = tmp_path / "fewer.tsv"
+    fewer.write_text("".join(Path(values["users"]).read_text().splitlines(keepends=True)[1:]))
+    ratio = {"by": "ratio", "validation": 0.2, "test": 0.2}
+    seen = f"started from run {old.folder.run()}, which may have been trained on these targets: "
+    cases = [
+        ({"users": str(fewer)}, "48 users of 30 of 30 items before, 47 users of 30 of 30 items now"),
+        ({"min_items": 6}, "48 users of 30 of 30 items before, 36 users of 30 of 30 items now"),
+        ({"split": ratio}, "split.by 'leave_one_out' before, 'ratio' now"),
+    ]
+    for number, (changes, why) in enumerate(cases):
+        said: list[str] = []
+        run = made(values, **from_, **changes, run=str(tmp_path / f"run{number}"))
+        run.fit(progress=False, say=said.append)
+        results = json.loads(run.folder.results.read_text())
+        for part in PARTS:
+            assert results[part]["note"].startswith(seen) and why in results[part]["note"]
+            assert results[part]["note"] in results[part]["protocol"]
+        assert f"warning: {results['test']['note']}" in said
+        assert results["test"]["note"] in (run.folder.best / "README.md").read_text()
+    assert main(["evaluate", "--run", str(run.folder.path)]) == 0
+    assert results["test"]["note"] in capsys.readouterr().out
+    # What a run started from may have seen, one that starts from that may have seen, too.
+    behind = made(values, split=ratio, epochs=1, init_from=str(run.folder.path), run=str(tmp_path / "behind"))
+    assert behind.evaluate("test").note == results["test"]["note"]
+    run.folder.population.unlink()
+    unknown = made(values, split=ratio, epochs=1, init_from=str(run.folder.path), run=str(tmp_path / "x"))
+    assert "does not say what it was trained on" in unknown.evaluate("test").note
+
+
+def test_more_rows_that_name_no_targets_are_no_news(
+    values: dict[str, Any], old: Trainer, tmp_path: Path
+) -> None:
+    cache = HiddenStateCache.open(values["cache"])
+    states = {m.name: s.clone() for m, s in zip(cache.modalities, cache.states("cpu"), strict=True)}
+    grown = {name: torch.cat([state, state[1:3]]) for name, state in states.items()}
+    write_cache(tmp_path / "grown", grown, item_names=[*cache.item_names[1:], "new", "newer"])
+    from_ = {"cache": str(tmp_path / "grown"), "init_from": str(old.folder.path)}
+    trainer = made(values, **from_, run=str(tmp_path / "wide"))
+    assert trainer.task.split.num_items == 32 and trainer.evaluate("test").note == ""
+
+
+def test_held_out_users_that_the_other_run_trained_on_are_told(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    lines = Path(values["users"]).read_text().splitlines(keepends=True)
+    for name, part in (("most", lines[8:]), ("more", lines[4:]), ("held", lines[:8])):
+        (tmp_path / f"{name}.tsv").write_text("".join(part))
+    held = {"evaluation": {"users": str(tmp_path / "held.tsv")}, "epochs": 1}
+    for name in ("most", "more"):
+        old = fitted(values, **held, users=str(tmp_path / f"{name}.tsv"), run=str(tmp_path / name))
+        given = {"users": str(tmp_path / "most.tsv"), "init_from": str(old.folder.path)}
+        note = made(values, **held, **given, run=str(tmp_path / "new")).evaluate("test").note
+        assert bool(note) == (name == "more")
+    sizes = "48 users of 30 of 30 items"
+    # All 48 users train or are held out in both; the other run knew four of the held-out ones.
+    assert note.endswith(f"may have been trained on these targets: {sizes} as before, but other sequences")
+
+
+def test_the_record_names_the_run_it_started_from(
+    values: dict[str, Any], old: Trainer, tmp_path: Path
+) -> None:
+    assert "started_from" not in json.loads((old.folder.best / "training.json").read_text())
+    from_ = {"init_from": str(old.folder.path), "min_items": 6}
+    straight = fitted(values, **from_, run=str(tmp_path / "straight"), epochs=2)
+    fitted(values, **from_, run=str(tmp_path / "cut"), epochs=1)
+    name = old.folder.run()
+    old.folder.path.rename(tmp_path / "moved")
+    resumed = fitted(values, True, **from_, run=str(tmp_path / "cut"), epochs=2)
+    for trainer in (straight, resumed):
+        record = json.loads((trainer.folder.best / "training.json").read_text())
+        assert record["started_from"] == name
+        assert f"from the weights of run `{name}`" in (trainer.folder.best / "README.md").read_text()
+        assert json.loads(trainer.folder.population.read_text())["origin"] == name
+        assert f"run {name}, which may have" in record["test"]["note"]
+    assert straight.folder.population.read_bytes() == resumed.folder.population.read_bytes()
+    forged = {**{key: value for key, value in record.items() if key != "sha256"}, "started_from": [name]}
+    (resumed.folder.best / "training.json").write_text(json.dumps(sealed(forged)))
+    with pytest.raises(ValueError, match=r"training\.json: expected .* started_from: expected text"):
+        CrossanModel.from_pretrained(resumed.folder.best)
+
+
+def test_where_the_other_run_lies_is_no_part_of_a_run(
+    values: dict[str, Any], old: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = ["old", "./old", str(old.folder.path)]
+    runs = [fitted(values, init_from=place, run=f"r{n}", epochs=1) for n, place in enumerate(places)]
+    assert len({run.folder.run() for run in runs}) == 1
+    assert runs[0].folder.run() not in ("", old.folder.run())
+    old.folder.path.rename(tmp_path / "moved")
+    resumed = fitted(values, True, init_from="moved", run="r0", epochs=2)
+    assert [entry["epoch"] for entry in resumed.history] == [1, 2]
+    with pytest.raises(ValueError, match=r"(freeze|init_from): the run was made with .* got None"):
+        fitted(values, True, init_from=None, run="r0", epochs=3)
+    fresh = fitted(values, run="fresh", epochs=1)
+    with pytest.raises(ValueError, match=r"(freeze|init_from): the run was made with None"):
+        fitted(values, True, init_from="moved", run=str(fresh.folder.path), epochs=2)
 
 
 @pytest.mark.parametrize(
