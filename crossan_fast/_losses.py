@@ -21,20 +21,33 @@ if TYPE_CHECKING:
     from crossan_fast.model import CrossanModel
 
 
+class Encoded(NamedTuple):
+    """Attributes:
+    users: `[B, S, d]`.
+    by_place: items by place `[B, S + 1, d]`.
+    items: distinct ones `[U, d]`.
+    balance: what `fusion` says of it.
+    log_popularity: of the distinct items, where it came with their rows.
+    """
+
+    users: Tensor
+    by_place: Tensor
+    items: Tensor
+    balance: Tensor | None
+    log_popularity: Tensor | None
+
+
 def in_batch(
-    model: CrossanModel, item_ids: Tensor, unique: ops.Deduplicated, source: Source
+    model: CrossanModel, item_ids: Tensor, unique: ops.Deduplicated, encoded: Encoded
 ) -> CrossanOutput:
     """`loss="in_batch"`: a target against the places of the batch.
 
     Args:
         item_ids: `[B, S + 1]`.
         unique: of `item_ids`.
-        source: what there is of the items `unique.ids`.
+        encoded: of them.
     """
-    source = dropped(model, source, unique.ids)
-    if not model.config.deduplicate:
-        return _by_place(model, item_ids, unique, source)
-    users, by_place, embeddings, balance, log_popularity = _encoded(model, item_ids, unique, source)
+    users, by_place, embeddings, balance, log_popularity = encoded
     if model.process_group is not None:
         # On the CPU a batch has as many slots as distinct items, equal shapes or not.
         equal = model.equal_batches and item_ids.device.type != "cpu"
@@ -61,7 +74,7 @@ def sampled(
         raise ValueError("cache: loss='sampled' draws from the catalogue, expected a cache, got states")
     unique, counts, log_chance = model._sampler.draw(model, item_ids, cache, known, ahead)
     source = dropped(model, model._read(cache, unique.ids, ReadAhead()), unique.ids)
-    users, by_place, embeddings, balance, _ = _encoded(model, item_ids, unique, source)
+    users, by_place, embeddings, balance, _ = model._encoded(item_ids, unique, source)
     loss = _against(model, users, embeddings, unique._replace(counts=counts), log_chance)
     return CrossanOutput(_total(model, loss, item_ids, balance), users, by_place)
 
@@ -92,7 +105,7 @@ def full(
         unique = ops.deduplicate(
             item_ids, ReadAhead().slots(item_ids), backend=model.backend_for("deduplicate")
         )
-        histories, _, _ = _thinned(model, unique, _sources.cached(config, cache, device, unique.ids))
+        histories, _, _ = thinned(model, unique, _sources.cached(config, cache, device, unique.ids))
     users = model.encode_users(histories, item_ids[:, :-1] != 0)
     targets = torch.where(places[:, :-1] != 0, places[:, 1:], 0)
     scored = users
@@ -135,43 +148,6 @@ def last_alone(users: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
     return tuple(apart)
 
 
-class _Encoded(NamedTuple):
-    """Attributes:
-    users: `[B, S, d]`.
-    by_place: items by place `[B, S + 1, d]`.
-    items: distinct ones `[U, d]`.
-    balance: what `fusion` says of it.
-    log_popularity: of the distinct items, where it came with their rows.
-    """
-
-    users: Tensor
-    by_place: Tensor
-    items: Tensor
-    balance: Tensor | None
-    log_popularity: Tensor | None
-
-
-def _encoded(model: CrossanModel, item_ids: Tensor, unique: ops.Deduplicated, source: Source) -> _Encoded:
-    slots, histories, mask, log_popularity = unique.slots, None, None, None
-    if drops(model, "history"):
-        histories, embeddings, balance = _thinned(model, unique, source)
-        by_place = rows_of(embeddings, slots)
-    else:
-        embeddings, balance = model._encode(source, unique.counts)
-        if item_ids.device.type == "cpu":
-            by_place = rows_of(embeddings, slots)
-        elif model.config.loss == "sampled":  # its columns need no popularity, or another
-            by_place, histories = rows_of(embeddings, slots), embeddings[slots[:, :-1]]
-        else:
-            backend = model.backend_for("batch_rows")
-            embeddings, histories, by_place, mask, log_popularity = ops.batch_rows(
-                embeddings, slots, unique.ids, model._known_shares(), backend=backend
-            )
-    histories = by_place[:, :-1] if histories is None else histories
-    users = model.encode_users(histories, item_ids[:, :-1] != 0 if mask is None else mask)
-    return _Encoded(users, by_place, embeddings, balance, log_popularity)
-
-
 def _against(
     model: CrossanModel, users: Tensor, items: Tensor, unique: ops.Deduplicated, log_popularity: Tensor
 ) -> Tensor:
@@ -187,7 +163,7 @@ def _against(
         return _scores.smooth_in_batch(loss, smoothing, users, items, unique, log_popularity)
 
 
-def _by_place(
+def by_place(
     model: CrossanModel, item_ids: Tensor, unique: ops.Deduplicated, source: Source
 ) -> CrossanOutput:
     """`in_batch` with an embedding and a column for every place."""
@@ -230,7 +206,7 @@ def _catalogue(
     return embeddings, source, balance
 
 
-def _thinned(
+def thinned(
     model: CrossanModel, unique: ops.Deduplicated, source: Source
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Histories' items `[B, S, d]` with what a dropout by history leaves of them; the distinct items `[U, d]`

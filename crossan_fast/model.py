@@ -22,7 +22,7 @@ from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.explain import explain
 from crossan_fast.hub import Pretrained
 from crossan_fast.modules.fusion import Momef, concat, make_concat, make_head
-from crossan_fast.modules.id_embedding import IdEmbedding
+from crossan_fast.modules.id_embedding import IdEmbedding, rows_of
 from crossan_fast.modules.linear import own
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
 from crossan_fast.modules.side_network import SideNetwork
@@ -208,13 +208,36 @@ class CrossanModel(Popularity, Pretrained):
             source = _sources.of_batch(self.config, states, present, unique)
         if item_ids.device.type == "cpu" and self.process_group is None:  # as in check_ids
             refuse_without_negatives(item_ids, unique)
-        return _losses.in_batch(self, item_ids, unique, source)
+        source = _losses.dropped(self, source, unique.ids)
+        if not self.config.deduplicate:
+            return _losses.by_place(self, item_ids, unique, source)
+        return _losses.in_batch(self, item_ids, unique, self._encoded(item_ids, unique, source))
 
     if TYPE_CHECKING:
         __call__ = forward
 
     def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
         return _sources.read(self.config, cache, ids, ahead)
+
+    def _encoded(self, item_ids: Tensor, unique: ops.Deduplicated, source: Source) -> _losses.Encoded:
+        slots, histories, mask, log_popularity = unique.slots, None, None, None
+        if _losses.drops(self, "history"):
+            histories, embeddings, balance = _losses.thinned(self, unique, source)
+            by_place = rows_of(embeddings, slots)
+        else:
+            embeddings, balance = self._encode(source, unique.counts)
+            if item_ids.device.type == "cpu":
+                by_place = rows_of(embeddings, slots)
+            elif self.config.loss == "sampled":  # its columns need no popularity, or another
+                by_place, histories = rows_of(embeddings, slots), embeddings[slots[:, :-1]]
+            else:
+                backend = self.backend_for("batch_rows")
+                embeddings, histories, by_place, mask, log_popularity = ops.batch_rows(
+                    embeddings, slots, unique.ids, self._known_shares(), backend=backend
+                )
+        histories = by_place[:, :-1] if histories is None else histories
+        users = self.encode_users(histories, item_ids[:, :-1] != 0 if mask is None else mask)
+        return _losses.Encoded(users, by_place, embeddings, balance, log_popularity)
 
     def check_finite(self, output: CrossanOutput | None = None) -> None:
         """Raise for the first tensor that holds NaN or inf: for a training loop of one's own.

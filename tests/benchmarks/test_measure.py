@@ -190,8 +190,8 @@ def test_the_check_sees_one_wrong_element(monkeypatch, place):
         partial(side_network.build_gather, SMALL, torch.int8),
         partial(side_network.build_gather, SMALL, torch.float8_e4m3fn),
         partial(side_network.build_gather, SMALL, torch.bfloat16),
-        partial(topk_scores.build, 3),
-        partial(rank_of_target.build, 3),
+        partial(_shared._ranking_workload, "topk_scores", topk_scores.rank, 3),
+        partial(_shared._ranking_workload, "rank_of_target", rank_of_target.rank, 3),
         partial(deduplicate.build, 7),
     ],
 )

@@ -42,7 +42,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             True,
             CPU,
             "fp32",
-            "in bf16 CPUs are faster for the full softmax with AMX alone, see benchmarks/results/",
+            "of CPUs those with AMX alone are faster in bf16, by nearly a third for the full softmax and a "
+            "seventh at most else, see benchmarks/results/",
         ),
         (True, torch.device("mps"), "fp32", "mps has no matrix units for bf16"),
     ],
@@ -124,14 +125,15 @@ def test_a_resumed_run_computes_as_it_began(values: dict[str, Any]) -> None:
         train(changed, resume=True, progress=False)
 
 
-def test_no_cpu_measured_is_faster_in_bf16_but_for_the_full_softmax_with_amx() -> None:
-    """Which is why fp32 is the CPU's default: our steps and epochs, the latest row of each."""
+def test_no_cpu_measured_gains_much_in_bf16_but_for_the_full_softmax_with_amx() -> None:
+    """Which is why fp32 is the CPU's default: our steps and epochs, the latest row of each; without AMX no
+    gain that a repeated run would not take back, with it a seventh at most."""
     for path in RESULTS.glob("*cores*.csv"):
-        latest = {}
+        latest, least = {}, 0.85 if "amx" in path.name else 0.9
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 pays = "AMX" in row["device"] and "loss=full" in row["case"]
                 if row["case"].startswith(("step/", "epoch/")) and row["backend"] == "cpp" and not pays:
                     latest[row["case"], row["dtype"]] = float(row["p50_ms"])
         pairs = [(time, latest[case, "fp32"]) for (case, kind), time in latest.items() if kind == "bf16"]
-        assert pairs and all(bf16 > 0.9 * fp32 for bf16, fp32 in pairs), path.name
+        assert pairs and all(bf16 > least * fp32 for bf16, fp32 in pairs), path.name
