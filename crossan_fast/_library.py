@@ -272,6 +272,7 @@ def _environment(work: Path) -> Iterator[None]:
 
     A compiler that is killed leaves its drafts, which go with that folder.
     """
+    tempfile.gettempdir()  # Python keeps what it finds first, and that folder will be gone
     settings = {"LC_ALL": "C", "TMPDIR": str(work)}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,3 +283,14 @@ def test_a_toolkit_of_another_cuda_is_refused_before_it_compiles(monkeypatch, tm
     assert reason is not None and "holds CUDA 11.8, torch is built with 13.0 (install that toolkit" in reason
     monkeypatch.setattr(_build.torch.version, "cuda", "11.7")
     assert _build.PARTS["cuda"].missing() is None
+
+
+def test_python_s_own_temporary_folder_is_not_the_build_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked for once a process, and a build may be what first asks: its folder goes when it ends."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with _library._environment(tmp_path):
+        assert os.environ["TMPDIR"] == str(tmp_path)
+        assert Path(tempfile.gettempdir()) != tmp_path
+    assert Path(tempfile.gettempdir()) != tmp_path

@@ -159,6 +159,8 @@ def main() -> int:
     args = parser.parse_args()
     recipe = RECIPES[args.recipe]
     names = fitting(recipe, args.only or list(ABLATIONS))
+    if idle := [name for name in args.only or () if name not in names]:
+        print(f"left out, as {args.recipe} is so already: {', '.join(idle)}", file=sys.stderr)
     if args.list:
         for name in names:
             print(f"{name}: {' '.join(ABLATIONS[name].settings) or f'{ABLATIONS[name].levels} levels'}")

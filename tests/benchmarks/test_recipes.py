@@ -114,8 +114,10 @@ def test_ablations_run_by_themselves(
     arguments = ["ablations", "scientific2k", "--seeds", "0", "--only", *names]
     monkeypatch.setattr(sys, "argv", [*arguments, "--list"])
     assert ablations.main() == 0
-    listed = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    output = capsys.readouterr()
+    listed = [line.partition(":")[0] for line in output.out.splitlines()]
     assert listed == names[:3], "there is one level, and the recipe has that learning rate"
+    assert output.err.endswith("left out, as scientific2k is so already: one level, learning rate 3e-3\n")
     given = [value for value in GIVEN if value != "patience=null"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--set", *given])
     assert ablations.main() == 0
