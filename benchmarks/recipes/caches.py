@@ -25,7 +25,7 @@ class Recipe:
         name: of its folder in the data, and of its config beside this file.
         modalities: for `cache build`; `{encoder}` stands for MiniLM's folder, `{data}` for the data set's.
         tokens: kept of each text.
-        centred: whether it trains on `centred` states.
+        centred: whether it trains on centred states.
         basis: dimensions of the basis that it trains in; None: all.
         levels: of each modality that it trains on, of those encoded, evenly spaced; None: all.
         variants: settings by name, beside the recipe's own.
@@ -94,7 +94,7 @@ def cache_of(recipe: Recipe, overrides: Sequence[str] = ()) -> Path:
     if recipe.centred:
         whole, folder = folder, folder.with_name(f"{folder.name}-centred")
         if not folder.exists():
-            write_centred(whole, folder)
+            convert_cache(whole, folder, centre=True)
     if recipe.basis and any(m.width != recipe.basis for m in HiddenStateCache.open(folder).modalities):
         whole, folder = folder, folder.with_name(f"{folder.name}-{recipe.basis}")
         if not folder.exists():
@@ -114,29 +114,6 @@ def write_levels(whole: Path, folder: Path, levels: int) -> None:
     kept = {name: held[:, chosen].contiguous() for name, held in states.items()}
     names = list(cache.item_names[1:])
     write_cache(folder, kept, present=cache.present, item_names=names, dtype=cache.dtype)
-
-
-def write_centred(whole: Path, folder: Path) -> None:
-    """A cache of the same items whose states are centred and scaled, each modality and level by itself.
-
-    The mean over the items is taken away, and what is left divided by the root mean square of its entries:
-    CLIP's states have most of their norm in common, and several times MiniLM's.
-    """
-    cache = HiddenStateCache.open(whole)
-    states, present = cache.gather(torch.arange(cache.num_items + 1)), cache.present
-    centred = {}
-    for column, (name, held) in enumerate(states.items()):
-        there = present[1:, column]
-        known = held[1:].float()[there]
-        mean = known.mean(dim=0)
-        known = known - mean
-        size = known.square().mean(dim=(0, 2)).sqrt()  # [L]
-        # The same for every item, as the embedded class token is, but for rounding: nothing is left of it.
-        size[size <= 1e-4 * mean.square().mean(dim=1).sqrt()] = torch.inf
-        out = torch.zeros(held.shape)
-        out[1:][there] = known / size[:, None]
-        centred[name] = out
-    write_cache(folder, centred, present=present, item_names=list(cache.item_names[1:]), dtype=cache.dtype)
 
 
 def _encoder() -> Path:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from crossan_fast._digests import hash_range
+from crossan_fast.cache.centring import Centring
 from crossan_fast.cache.format import (
     DIGESTS,
     NAMES,
@@ -21,7 +22,9 @@ from crossan_fast.cache.format import (
     Records,
     Segment,
     basis_file,
+    centre_file,
 )
+from crossan_fast.cache.frame import Frame
 
 
 def read_committed(folder: Path, meta: CacheMeta, name: str, *, compare: bool = True) -> bytes:
@@ -79,14 +82,23 @@ def read_records(folder: Path, meta: CacheMeta) -> Records | None:
     return np.frombuffer(read_committed(folder, meta, DIGESTS), np.uint8).reshape(shape)
 
 
-def read_bases(folder: Path, meta: CacheMeta) -> dict[str, torch.Tensor]:
-    """By modality name, the bases fp32 `[k, D]` of those stored in one."""
-    bases = {}
+def read_frames(folder: Path, meta: CacheMeta) -> dict[str, Frame]:
+    """By modality name, how those are kept that are not kept as their encoders gave them."""
+
+    def numbers(name: str, rows: int) -> torch.Tensor:
+        values = np.frombuffer(read_committed(folder, meta, name), "<f4")
+        return torch.from_numpy(values.astype(np.float32)).view(rows, -1)
+
+    frames = {}
     for modality in meta.modalities:
+        centring = basis = None
+        if modality.name in meta.centred:
+            centring = Centring.unpacked(numbers(centre_file(modality), modality.levels))
         if modality.name in meta.full_widths:
-            values = np.frombuffer(read_committed(folder, meta, basis_file(modality)), "<f4")
-            bases[modality.name] = torch.from_numpy(values.astype(np.float32)).view(modality.width, -1)
-    return bases
+            basis = numbers(basis_file(modality), modality.width)
+        if frame := Frame(centring, basis):
+            frames[modality.name] = frame
+    return frames
 
 
 def placed(segments: Sequence[Segment]) -> Iterator[tuple[int, Segment]]:

@@ -40,7 +40,7 @@ from crossan_fast.cache.format import (
 
 _TEXTS = (META, BUILDING, REPORT)
 _WHOLE = "|".join(name.removesuffix(".bin") for name in (PRESENT, DIGESTS))
-_DATA = re.compile(rf"([A-Za-z0-9_-]+\.(states|scales|basis)|{_WHOLE})(\.\d+)?\.bin")
+_DATA = re.compile(rf"([A-Za-z0-9_-]+\.(states|scales|basis|centre)|{_WHOLE})(\.\d+)?\.bin")
 T = TypeVar("T")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 

@@ -8,6 +8,8 @@
     <name>.basis.bin     float32 [k, D], orthonormal rows, of a modality that is stored as coordinates in them
                          alone: its states file is [I + 1, L, k], and coordinates · basis are the states that
                          the encoder gave, as far as these rows hold them
+    <name>.centre.bin    float32 [L, D + 1], of a modality that is stored centred alone: each level's mean
+                         over the items, and the number that what is left of a state was multiplied with
     <name>.scales.bin    float32 [I + 1, L], for int8 and fp8 alone: value = stored · scale
     digests.bin          uint8 [I + 1, M, 32], what row i of modality m was made from, or was to be and could
                          not (see `crossan_fast.cache.build.digests`), zeros where that is not known; only
@@ -22,7 +24,8 @@ behind those bytes; to change old rows a file is written anew beside the old one
 rename. So a crash or a full disk leaves the old cache as it was, and who has it open keeps its bytes. No file
 is a pickle.
 
-Version 2 of the format; version 1 had no digests and no numbers, and is read as well.
+Version 2 of the format, or 3 where a modality is stored centred; version 1 had no digests and no numbers, and
+is read as well.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ from crossan_fast._untrusted import is_whole, read_json
 from crossan_fast.config import Modality
 
 FORMAT = "crossan_fast.hidden_states"
-VERSION = 2
-_READ = (1, VERSION)
+VERSION = 3
+_READ = (1, 2, VERSION)
 
 META = "meta.json"
 NAMES = "items.txt"
@@ -135,6 +138,10 @@ def basis_file(modality: Modality) -> str:
     return f"{modality.name}.basis.bin"
 
 
+def centre_file(modality: Modality) -> str:
+    return f"{modality.name}.centre.bin"
+
+
 def row_bytes(modality: Modality, dtype: torch.dtype) -> int:
     """Bytes of one row of `<name>.states.bin`."""
     return modality.levels * modality.width * dtype.itemsize
@@ -162,6 +169,7 @@ class CacheMeta:
         versions: by file name, the number in the name that it has on disk; 0, none, where it is not listed.
         digests: whether the cache says what its rows were encoded from.
         full_widths: of modalities that are stored in a basis `[k, D]`, D by name; k is the modality's width.
+        centred: names of modalities whose states are centred.
     """
 
     dtype: torch.dtype
@@ -173,6 +181,7 @@ class CacheMeta:
     versions: Mapping[str, int] = field(default_factory=dict)
     digests: bool = False
     full_widths: Mapping[str, int] = field(default_factory=dict)
+    centred: frozenset[str] = frozenset()
 
     def file(self, name: str) -> str:
         """The name on disk of file `name`."""
@@ -189,6 +198,9 @@ class CacheMeta:
                 sizes[scales_file(modality)] = rows * modality.levels * 4
             if modality.name in self.full_widths:
                 sizes[basis_file(modality)] = modality.width * self.full_widths[modality.name] * 4
+            if modality.name in self.centred:
+                full = self.full_widths.get(modality.name, modality.width)
+                sizes[centre_file(modality)] = modality.levels * (full + 1) * 4
         if self.digests:
             sizes[DIGESTS] = rows * len(self.modalities) * RECORD_BYTES
         return sizes
@@ -201,7 +213,7 @@ class CacheMeta:
         """Canonical JSON, with a checksum of itself."""
         body: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.centred else 2,  # what reads no centred states refuses them
             "dtype": dtype_name(self.dtype),
             "num_items": self.num_items,
             "modalities": [
@@ -210,6 +222,7 @@ class CacheMeta:
                     "width": m.width,
                     "levels": m.levels,
                     **({"full_width": self.full_widths[m.name]} if m.name in self.full_widths else {}),
+                    **({"centred": True} if m.name in self.centred else {}),
                     "source": dict(self.sources.get(m.name, {})),
                 }
                 for m in self.modalities
@@ -256,6 +269,7 @@ class CacheMeta:
                 versions=dict(body.get("versions", {})),
                 digests=DIGESTS in body["files"],
                 full_widths={m["name"]: m["full_width"] for m in body["modalities"] if "full_width" in m},
+                centred=frozenset(m["name"] for m in body["modalities"] if _flag(m, "centred")),
             )
             meta.check()
             return meta
@@ -364,6 +378,13 @@ def read_journal(folder: Path) -> Any:
 def _check_whole(what: str, value: object, low: int, high: int) -> None:
     if not is_whole(value, low, high):
         raise ValueError(f"{what}: expected a whole number from {low} to {high}, got {value!r}")
+
+
+def _flag(held: Mapping[str, Any], name: str) -> bool:
+    value = held.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected true or false, got {value!r}")
+    return value
 
 
 def _progress(folder: Path) -> str:

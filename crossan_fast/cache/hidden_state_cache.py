@@ -53,7 +53,8 @@ class HiddenStateCache:
         dtype: the storage dtype: float32, float16, bfloat16, float8_e4m3fn or int8 (float64 in memory only).
         present: bool `[I + 1, M]` on the CPU; row 0 is all False. Absent modalities' states are zeros.
         sources: by modality name, how its states were made (encoder, pooling, layers).
-        bases: by name, of modalities kept as coordinates in one: fp32 `[k, D]`, D the encoder's width.
+        frames: by name, of modalities not kept as their encoder gave them; `project` brings states there.
+        bases: of these, the bases fp32 `[k, D]` of those kept as coordinates in one, D the encoder's width.
         folder: where it was opened, or None.
     """
 
@@ -75,7 +76,8 @@ class HiddenStateCache:
         self.dtype = states[0].dtype
         self.present = present
         self.folder = folder
-        self.sources, self.bases = dict(sources or {}), dict(mapped.bases if mapped else {})
+        self.sources, self.frames = dict(sources or {}), dict(mapped.frames if mapped else {})
+        self.bases = {name: f.basis for name, f in self.frames.items() if f.basis is not None}
         self._states = list(states)
         self._scales = list(scales) if scales is not None else None
         self._loaded: dict[torch.device, tuple[list[Tensor], list[Tensor] | None]] = {}
@@ -99,7 +101,7 @@ class HiddenStateCache:
 
         Args:
             verify: when bytes are compared with their checksums: small files now and a row's segment (1 to 64
-                MiB) before its first use (`lazy`), everything now (`open`, or True), or nothing but bases
+                MiB) before its first use (`lazy`), everything now (`open`, or True), or nothing but frames
                 ever (`off`, or False). Files that do not fit the memory are read once more by `lazy`.
 
         Raises:

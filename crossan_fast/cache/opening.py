@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import nearest
-from crossan_fast.cache.contents import read_bases, read_present
+from crossan_fast.cache.contents import read_frames, read_present
 from crossan_fast.cache.format import (
     NAMES,
     CacheMeta,
@@ -19,6 +19,7 @@ from crossan_fast.cache.format import (
     scales_file,
     states_file,
 )
+from crossan_fast.cache.frame import Frame
 from crossan_fast.cache.names import ItemNames
 from crossan_fast.cache.segments import CheckedSegments
 from crossan_fast.cache.tiers import MappedFile
@@ -38,7 +39,7 @@ class Mapped:
         states, scales: mapped, for each modality in order; scales of int8 and fp8 alone.
         present: bool `[I + 1, M]`, in memory.
         names: of rows 1..I.
-        bases: by modality name.
+        frames: by modality name.
         files: those of `states`, then of `scales`.
         segments: theirs, to be compared before their first use; none where that is done, or not wanted.
     """
@@ -47,7 +48,7 @@ class Mapped:
     scales: list[Tensor] | None
     present: Tensor
     names: ItemNames
-    bases: dict[str, Tensor]
+    frames: dict[str, Frame]
     files: list[MappedFile]
     segments: list[CheckedSegments]
 
@@ -99,7 +100,7 @@ def map_folder(folder: Path, meta: CacheMeta, verify: Verify) -> Mapped:
         factors or None,
         torch.from_numpy(read_present(folder, meta, compare=verify != "off")),
         item_names,
-        read_bases(folder, meta),
+        read_frames(folder, meta),
         files,
         segments,
     )

@@ -33,6 +33,7 @@ from crossan_fast.cache.format import (
     Records,
     Segment,
     basis_file,
+    centre_file,
     dtype_name,
     is_quantized,
     row_bytes,
@@ -41,6 +42,7 @@ from crossan_fast.cache.format import (
     states_file,
     storage_dtype,
 )
+from crossan_fast.cache.frame import Frame
 from crossan_fast.cache.quantize import quantize
 from crossan_fast.cache.validate import checked_present, checked_states, reject_nonfinite
 from crossan_fast.config import Modality
@@ -70,7 +72,7 @@ class CacheWriter:
         anew: files of `base` (by name, without numbers) whose old rows change: they are copied under their
             next number first, which takes their room once more until `commit`.
         digests: whether the cache is to have records of its inputs; of `base`'s too, it is written anew.
-        bases: by name, fp32 `[k, D]`, of a new cache's modalities that have one; `base` keeps its own.
+        frames: by name, of a new cache's modalities that have one; `base` keeps its own.
         going_on: take the files as an earlier writer with the same arguments left them.
 
     Raises:
@@ -88,7 +90,7 @@ class CacheWriter:
         *,
         anew: Collection[str] = (),
         digests: bool = False,
-        bases: Mapping[str, Tensor] | None = None,
+        frames: Mapping[str, Frame] | None = None,
         going_on: bool = False,
     ) -> None:
         self.folder = Path(folder)
@@ -96,14 +98,19 @@ class CacheWriter:
         self._anew = {*anew, DIGESTS} & base.segments.keys() if base else set()
         versions = dict(base.versions) if base else {}
         versions |= {name: versions.get(name, 0) + 1 for name in self._anew}
-        bases = dict(bases or {})
+        fresh = dict(frames or {})
         self._target = CacheMeta(
             storage_dtype(dtype),
             num_items,
             tuple(modalities),
             versions=versions,
             digests=digests,
-            full_widths=base.full_widths if base else {name: b.shape[1] for name, b in bases.items()},
+            full_widths=base.full_widths
+            if base
+            else {name: frame.basis.shape[1] for name, frame in fresh.items() if frame.basis is not None},
+            centred=base.centred
+            if base
+            else frozenset(name for name, frame in fresh.items() if frame.centring is not None),
         )
         self._target.check()
         self._descriptors: dict[str, int] = {}
@@ -115,9 +122,11 @@ class CacheWriter:
             else:
                 self._reserve()
             for modality in modalities:
-                if modality.name in bases:
-                    data = bases[modality.name].contiguous().numpy().reshape(-1).view(np.uint8).data
-                    self._put(basis_file(modality), data, 0)
+                frame = fresh.get(modality.name, Frame())
+                if frame.basis is not None:
+                    self._put(basis_file(modality), _bytes(frame.basis), 0)
+                if frame.centring is not None:
+                    self._put(centre_file(modality), _bytes(frame.centring.packed()), 0)
         except BaseException:
             self.close()
             if created:
@@ -362,6 +371,10 @@ def write_in_chunks(
         stored, scales = to_storage(block, dtype)
         reject_nonfinite(stored, modality.name, names, start, f" (once stored as {dtype_name(dtype)})")
         writer.write(modality, range(start, stop), stored, scales)
+
+
+def _bytes(numbers: Tensor) -> memoryview:
+    return numbers.contiguous().numpy().reshape(-1).view(np.uint8).data
 
 
 def _allocate(descriptor: int, size: int) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TypeVar
@@ -23,6 +23,7 @@ from crossan_fast.cache.build.plan import existing_cache, specs_for
 from crossan_fast.cache.convert import convert_cache, expand_cache
 from crossan_fast.cache.folders import reclaim
 from crossan_fast.cache.format import REPORT, dtype_name
+from crossan_fast.cache.frame import Frame
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache
 from crossan_fast.cli._forms import ITEMS, ITEMS_COLUMNS, add_column_options, columns_of
@@ -65,12 +66,15 @@ ids: which item each row is: MMRec's i_id_mapping.csv (a column of names, one of
 """
 
 _CONVERT = """\
-Rewrite a cache: in another storage dtype, as coordinates in a basis, or both.
+Rewrite a cache: centred, as coordinates in a basis, in another storage dtype, or several of these.
 
+--centre takes the mean over the items away from states and gives what is left one size, each level by itself:
+most of many encoders' states is the same for every item. Train on the new cache; a model of the old one can't
+read it. --centre text image does so for these modalities alone.
 --basis 128 keeps the 128 dimensions of each modality that hold most of its energy, all levels counting alike;
 --energy 0.99 as few as hold that share; with NAME= of that modality alone. A model of the new cache has
-towers of that width: k of D dimensions take k / D of the bytes and of the towers' time. The basis stays in
-the cache, and what `cache build` appends to it, or encodes again, lands in it.
+towers of that width: k of D dimensions take k / D of the bytes and of the towers' time. Basis and
+means stay in the cache, and what `cache build` appends to it, or encodes again, lands there.
 """
 
 _EXAMPLE = """\
@@ -157,13 +161,16 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     convert = commands.add_parser(
         "convert",
-        help="rewrite a cache in another storage dtype, such as fp8 or int8, or in a basis of its own",
+        help="rewrite a cache centred, in a basis of its own, or in another dtype, such as fp8 or int8",
         description=_CONVERT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     convert.add_argument("folder", type=Path)
     convert.add_argument("--out", required=True, type=Path, help="folder of the new cache")
-    convert.add_argument("--dtype", choices=DTYPES, help="storage (with a basis: default the cache's own)")
+    convert.add_argument("--dtype", choices=DTYPES, help="storage (default: the cache's own)")
+    convert.add_argument(
+        "--centre", "--center", nargs="*", metavar="NAME", help="modalities to centre (default: all)"
+    )
     sizes = convert.add_mutually_exclusive_group()
     sizes.add_argument("--basis", nargs="+", metavar="[NAME=]K", help="dimensions to keep")
     sizes.add_argument("--energy", nargs="+", metavar="[NAME=]SHARE", help="share of energy to keep")
@@ -287,6 +294,8 @@ def _described(cache: HiddenStateCache) -> Iterator[dict[str, str]]:
     for column, modality in enumerate(cache.modalities):
         basis = cache.bases.get(modality.name)
         of = "" if basis is None else f" (coordinates in a basis, of width {basis.shape[1]})"
+        if cache.frames.get(modality.name, Frame()).centring is not None:
+            of += " (centred)"
         yield {
             "modality": modality.name,
             "levels": str(modality.levels),
@@ -316,8 +325,11 @@ def _convert(args: argparse.Namespace) -> int:
     before = HiddenStateCache.open(args.folder)
     basis, energy = _sizes("basis", args.basis, int), _sizes("energy", args.energy, float)
     chosen = basis or energy or {}
-    passes = len(before.modalities) + 2 * (
-        len(chosen) if isinstance(chosen, dict) else len(before.modalities)
+    centre = False if args.centre is None else args.centre or True
+    passes = len(before.modalities) + 2 * sum(
+        len(asked) if isinstance(asked, dict | list) else len(before.modalities)
+        for asked in (chosen, centre)
+        if asked is not False
     )
     with tqdm(total=(before.num_items + 1) * passes, unit="row", disable=args.no_progress or None) as bar:
         errors = convert_cache(
@@ -326,6 +338,7 @@ def _convert(args: argparse.Namespace) -> int:
             args.dtype,
             basis=basis,
             energy=energy,
+            centre=centre,
             overwrite=args.overwrite,
             progress=bar.update,
         )
@@ -333,6 +346,11 @@ def _convert(args: argparse.Namespace) -> int:
     sizes = [f"{dtype_name(c.dtype)} {c.nbytes / 1e6:.1f} MB" for c in (before, after)]
     print(f"{args.out}: {' -> '.join(sizes)}")
     for name, error in errors.items():
+        centring = after.frames.get(name, Frame()).centring
+        if centring is not None and name not in before.frames:
+            flat = [str(level) for level, s in enumerate(centring.scale.tolist()) if not s]
+            said = f"; the same for every item, and zeros now: level {', '.join(flat)}" if flat else ""
+            print(f"  {name}: centred{said}")
         if name in after.bases and name not in before.bases:
             k, width = after.bases[name].shape
             shares = after.sources[name][ENERGY]
@@ -342,7 +360,7 @@ def _convert(args: argparse.Namespace) -> int:
             )
         print(f"  {name}: relative error {error:.2e}")
     if args.run is not None:
-        _print_cost(args.run, args.folder, args.out, after.bases.keys() - before.bases.keys())
+        _print_cost(args.run, before, args.out)
     return 0
 
 
@@ -363,19 +381,22 @@ def _sizes(what: str, given: list[str] | None, kind: type[Number]) -> Number | d
     return by_name
 
 
-def _print_cost(run: Path, before: Path, after: Path, new_bases: Collection[str]) -> None:
+def _print_cost(run: Path, before: HiddenStateCache, after: Path) -> None:
     """HR@10 of a run's best model on either cache, both splits, in the run's own protocol.
 
-    A model as wide as the encoders' states reads what a new basis holds of them, made as wide again: it loses
-    what the basis loses.
+    A model of the states as they were reads what the new cache holds of them, in the old one's frames: it
+    loses what a new basis loses.
     """
+    assert before.folder is not None
+    frames = HiddenStateCache.open(after).frames
+    changed = any(frame.without(before.frames.get(name, Frame())) for name, frame in frames.items())
     with passing_folder(after.resolve()) as folder:
-        if new_bases:
-            expand_cache(after, folder / "wide", new_bases)
+        if changed:
+            expand_cache(after, folder / "wide", before.frames)
             after = folder / "wide"
-        _print_hits(run, before, after)
-    if new_bases:
-        print("  (of a model of all dimensions; one trained on the new cache may lose less)")
+        _print_hits(run, before.folder, after)
+    if changed:
+        print("  (of a model of the states as they were; one trained on the new cache may lose less)")
 
 
 def _print_hits(run: Path, before: Path, after: Path) -> None:
@@ -392,7 +413,7 @@ def _print_hits(run: Path, before: Path, after: Path) -> None:
             dataclasses.replace(config, cache=str(cache)), None if held is None else held.catalogue
         )
         if held is not None:
-            held.require_bases(task.cache, model.config.modality_names)
+            held.require_frames(task.cache, model.config.modality_names)
         for split, values in found.items():
             result = task.evaluate(model.to(task.device), split, config.evaluation, k=(10,))
             values.append(result.metrics["hr@10"])

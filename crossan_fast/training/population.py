@@ -15,7 +15,6 @@ from crossan_fast._digests import sealed, unsealed
 from crossan_fast._files import write_whole
 from crossan_fast._untrusted import MAX_BYTES, read_json
 from crossan_fast.cache import HiddenStateCache
-from crossan_fast.cache.basis import digest
 from crossan_fast.data import Catalogue
 from crossan_fast.training.task import Task
 
@@ -31,7 +30,7 @@ class Population:
     users: how many have sequences.
     used: how many items these name, the candidates unless the config ranks all.
     sequences: digest of the users' sequences as rows, targets included.
-    bases: by name, digests of the bases that modalities of the cache are stored in.
+    bases: by name, digests of the bases and centrings that modalities of the cache are stored in.
     run: names the run, the same for runs of one config and population; its files carry it. '' in runs of
         before they did.
     origin: names the run whose weights it started from; '' where that is none, or has no name.
@@ -81,10 +80,10 @@ class Population:
         """Plain values of what it is, without whose and where that came from."""
         return {name: value for name, value in asdict(self).items() if name not in _WHOSE}
 
-    def require_bases(self, cache: HiddenStateCache, names: Sequence[str]) -> None:
-        """Raise where a cache has modalities `names` in another basis than the run's model was trained on.
+    def require_frames(self, cache: HiddenStateCache, names: Sequence[str]) -> None:
+        """Raise where a cache has modalities `names` in another frame than the run's model was trained on.
 
-        Numbers of the same shape, which mean other directions of the states.
+        Numbers of the same shape, which mean other states.
         """
         there = _digests(cache)
         for name in names:
@@ -139,8 +138,10 @@ class Population:
 
 
 def _digests(cache: HiddenStateCache) -> dict[str, str]:
-    return {name: digest(basis) for name, basis in cache.bases.items()}
+    return {name: frame.digest() for name, frame in cache.frames.items()}
 
 
-def _said(basis: str | None) -> str:
-    return "states in no basis" if basis is None else f"coordinates in basis {basis[:12]}"
+def _said(frame: str | None) -> str:
+    if frame is None:
+        return "states as their encoder gave them"
+    return f"states in basis or centring {frame[:12]}"

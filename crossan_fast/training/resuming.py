@@ -45,7 +45,7 @@ def refuse_others(held: Population | None, task: Task, modalities: Sequence[str]
     """Raise ValueError where a run's items or users are not those of the task."""
     if held is None:
         return
-    held.require_bases(task.cache, modalities)
+    held.require_frames(task.cache, modalities)
     if difference := held.difference(Population.of(task)):
         raise ValueError(
             f"cache, users: expected those of the run to go on with it, got others: {difference}"

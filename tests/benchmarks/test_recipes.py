@@ -157,24 +157,6 @@ def test_what_a_missing_modality_and_fewer_levels_leave(shop: Path) -> None:
     assert [caches.RECIPES[name].cached_levels for name in ("scientific4k", "scientific2k")] == [7, 1]
 
 
-def test_states_are_centred_each_modality_by_itself(shop: Path) -> None:
-    same = torch.full((26, 1, 8), 0.1)  # as an embedded class token is
-    same[0] = 0
-    write_cache(shop / "same", {"cls": same}, dtype="fp16")
-    caches.write_centred(shop / "same", shop / "nothing")
-    assert not HiddenStateCache.open(shop / "nothing").gather(torch.arange(26))["cls"].any()
-    caches.write_centred(shop / "whole", shop / "centred")
-    before, cache = HiddenStateCache.open(shop / "whole"), HiddenStateCache.open(shop / "centred")
-    ids = torch.arange(26)
-    for name, states in cache.gather(ids).items():
-        known = before.gather(ids)[name][1:].double()
-        known = known - known.mean(dim=0)
-        known = known / known.square().mean().sqrt()
-        torch.testing.assert_close(states[1:].double(), known, atol=1e-6, rtol=1e-6)
-        assert not states[0].any()
-    assert cache.item_names == before.item_names and torch.equal(cache.present, before.present)
-
-
 def test_the_study_of_encoders_has_every_subset(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "STATES", {"centred": replace(encoders.RECIPE, basis=4)})
     given = [*GIVEN, "epochs=1"]

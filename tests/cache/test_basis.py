@@ -148,7 +148,8 @@ def test_a_quantized_cache_gets_a_basis(tmp_path: Path, states: dict[str, Tensor
 
 def test_wide_again_is_the_projection(tmp_path: Path, states: dict[str, Tensor]) -> None:
     convert_cache(tmp_path / "c", tmp_path / "b", basis=6)
-    expand_cache(tmp_path / "b", tmp_path / "w", ["text"])
+    before = {"image": HiddenStateCache.open(tmp_path / "b").frames["image"]}
+    expand_cache(tmp_path / "b", tmp_path / "w", before)
     cache, wide = HiddenStateCache.open(tmp_path / "b"), HiddenStateCache.open(tmp_path / "w", verify=True)
     assert [m.width for m in wide.modalities] == [24, 6] and list(wide.bases) == ["image"]
     rows, kept = wide.gather(torch.arange(61)), cache.gather(torch.arange(61))
@@ -294,7 +295,7 @@ def test_a_flipped_bit_of_the_basis_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({}, ValueError, "dtype, basis, energy: expected at least one of them, got none"),
+        ({}, ValueError, "dtype, basis, energy, centre: expected at least one of them, got none"),
         (
             {"basis": 4, "energy": 0.9},
             ValueError,

@@ -411,8 +411,8 @@ def test_folders_that_are_no_cache(tmp_path: Path, shared_cache: tuple[Path, dic
     with pytest.raises(CorruptCacheError, match=r"not a cache's meta.json"):
         HiddenStateCache.open(tmp_path)
     text = (shared_cache[0] / "meta.json").read_text()
-    (tmp_path / "meta.json").write_text(text.replace('"version": 2', '"version": 3'))
-    with pytest.raises(CacheError, match="expected format version 2 or before, got 3"):
+    (tmp_path / "meta.json").write_text(text.replace('"version": 2', '"version": 4'))
+    with pytest.raises(CacheError, match="expected format version 3 or before, got 4"):
         HiddenStateCache.open(tmp_path)
     (tmp_path / "meta.json").write_text(text.replace('"num_items": 23', '"num_items": 22'))
     with pytest.raises(CorruptCacheError, match="its checksum does not fit its content"):

@@ -240,6 +240,8 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "versions below zero": lambda body: body.update(versions={"present.bin": -1}),
     "versions that are a path": lambda body: body.update(versions={"present.bin": "../../1"}),
     "full width below the basis": lambda body: modality(body, full_width=2),
+    "centred as text": lambda body: modality(body, centred="no"),
+    "centred without a centre": lambda body: modality(body, centred=True),
     "a dtype that is a list": lambda body: body.update(dtype=["int8"]),
     "a source that is none": lambda body: modality(body, source=3),
 }

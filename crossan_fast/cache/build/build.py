@@ -16,11 +16,11 @@ from crossan_fast._files import locked
 from crossan_fast.cache.build.digests import HALF
 from crossan_fast.cache.build.finish import BuildReport, Outcome, commit
 from crossan_fast.cache.build.journal import Journal
-from crossan_fast.cache.build.passes import BasisPass, Items, Pass, plan_passes
+from crossan_fast.cache.build.passes import FramedPass, Items, Pass, plan_passes
 from crossan_fast.cache.build.plan import BuildPlan, existing_cache, specs_for
 from crossan_fast.cache.build.runner import Runner, Settings, refuse_missing
 from crossan_fast.cache.build.specs import ModalitySpec
-from crossan_fast.cache.contents import read_bases
+from crossan_fast.cache.contents import read_frames
 from crossan_fast.cache.folders import remove_leftovers
 from crossan_fast.cache.format import BUILDING, NAMES, CacheMeta, check_item_names
 from crossan_fast.cache.tiers import exact_device
@@ -81,7 +81,7 @@ def build_cache(
     base = existing_cache(folder)
     compute_dtype = compute_dtype or _compute_dtype_of(base)
     specs = specs_for(modalities, base)
-    passes = _in_bases(plan_passes(specs, items, max_length, lowercase), folder, base)
+    passes = _in_frames(plan_passes(specs, items, max_length, lowercase), folder, base)
     settings = Settings(batch_size, _device(device), _COMPUTE[compute_dtype], strict, progress, journal_every)
     plan = BuildPlan.make(specs, passes, items, base, folder, dtype, compute_dtype, re_encode)
     refuse_missing(plan, items, strict)
@@ -99,12 +99,12 @@ def _check_arguments(items: Items, batch_size: int, compute_dtype: str | None) -
     check_item_names(items.names)
 
 
-def _in_bases(passes: Sequence[Pass], folder: Path, base: CacheMeta | None) -> list[Pass]:
+def _in_frames(passes: Sequence[Pass], folder: Path, base: CacheMeta | None) -> list[Pass]:
     """Passes whose states are appended to the cache `base` as it stores them."""
-    if base is None or not base.full_widths:
+    frames = {} if base is None else read_frames(folder, base)
+    if base is None or not frames:
         return list(passes)
-    bases = read_bases(folder, base)
-    return [BasisPass(work, bases, base.sources) for work in passes]
+    return [FramedPass(work, frames, base.sources) for work in passes]
 
 
 def _compute_dtype_of(base: CacheMeta | None) -> str:

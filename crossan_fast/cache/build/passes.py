@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import nearest
-from crossan_fast.cache.basis import ENERGY, project
+from crossan_fast.cache.basis import ENERGY
 from crossan_fast.cache.build import digests
 from crossan_fast.cache.build.features import Array, match, open_features
 from crossan_fast.cache.build.inputs import BrokenInput
 from crossan_fast.cache.build.specs import DEFAULT_COLUMNS, ModalitySpec
 from crossan_fast.cache.format import CacheError
+from crossan_fast.cache.frame import Frame
 from crossan_fast.cache.levels import choose_levels, pool
 from crossan_fast.config import Modality
 
@@ -225,35 +226,37 @@ class ArrayPass:
         return [torch.stack(list(inputs))]
 
 
-class BasisPass:
-    """A pass whose states are appended to a cache in its bases: as coordinates in them.
+class FramedPass:
+    """A pass whose states are appended to a cache in its frames: centred, as coordinates in its bases.
 
     Args:
         inner: yields states as wide as the encoder's, or the array's.
-        bases: fp32 `[k, D]`, by the names of modalities that are stored in one.
+        frames: by the names of modalities that are stored in one.
         sources: of the cache.
 
     Raises:
-        CacheError: states of another width than a basis is for.
+        CacheError: states of another shape than a frame is for.
     """
 
     def __init__(
-        self, inner: Pass, bases: Mapping[str, Tensor], sources: Mapping[str, Mapping[str, Any]]
+        self, inner: Pass, frames: Mapping[str, Frame], sources: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        self._inner, self._bases = inner, [bases.get(m.name) for m in inner.modalities]
-        for modality, basis in zip(inner.modalities, self._bases, strict=True):
-            if basis is not None and modality.width != basis.shape[1]:
+        self._inner, self._frames = inner, [frames.get(m.name, Frame()) for m in inner.modalities]
+        widths = []
+        for modality, frame in zip(inner.modalities, self._frames, strict=True):
+            kept = modality.width if frame.basis is None else len(frame.basis)
+            if frame.width not in (None, modality.width):
                 raise CacheError(
-                    f"modality {modality.name!r}: the cache keeps {basis.shape[0]} coordinates of states of "
-                    f"width {basis.shape[1]}, got states of width {modality.width}"
+                    f"modality {modality.name!r}: the cache keeps {kept} coordinates of states of "
+                    f"width {frame.width}, got states of width {modality.width}"
                 )
+            widths.append(kept)
         self.modalities = tuple(
-            modality if basis is None else replace(modality, width=len(basis))
-            for modality, basis in zip(inner.modalities, self._bases, strict=True)
+            replace(modality, width=width) for modality, width in zip(inner.modalities, widths, strict=True)
         )
         # What the basis was measured to hold when it was chosen.
         self.records = {
-            name: {**record, ENERGY: sources[name].get(ENERGY)} if name in bases else record
+            name: {**record, ENERGY: sources[name][ENERGY]} if ENERGY in sources.get(name, {}) else record
             for name, record in inner.records.items()
         }
         self.threads, self.mixes_sizes = inner.threads, inner.mixes_sizes
@@ -265,8 +268,8 @@ class BasisPass:
         return self._inner.fingerprint
 
     def encode(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        found = zip(self._inner.encode(inputs), self._bases, strict=True)
-        return [states if basis is None else project(states, basis) for states, basis in found]
+        found = zip(self._inner.encode(inputs), self._frames, strict=True)
+        return [frame.project(states) if frame else states for states, frame in found]
 
 
 def plan_passes(specs: Sequence[ModalitySpec], items: Items, max_length: int, lowercase: bool) -> list[Pass]:

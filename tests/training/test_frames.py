@@ -1,4 +1,4 @@
-"""A model of coordinates in one basis reads no coordinates in another, whatever reads them to it."""
+"""A model of states in one basis, or centred, reads no others, whatever reads them to it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_another_basis_is_refused(
     assert main(["evaluate", "--run", settings["run"], "--cache", str(tmp_path / "int8")]) == 0
     own = held.bases[names[0]][:12]
     refused = (
-        f"cache: modality {names[0]!r}: expected coordinates in basis {own} as in the run's cache, got coord"
+        f"cache: modality {names[0]!r}: expected states in basis or centring {own} as in the run's "
+        "cache, got states in basis"
     )
     history = list(trainer.task.cache.item_names[1:3])
     other, run = str(tmp_path / "other"), ("--run", settings["run"])
@@ -58,4 +59,36 @@ def test_another_basis_is_refused(
     Path(other).rename(settings["cache"])
     with pytest.raises(ValueError, match=refused):
         Trainer(TrainConfig.from_dict({**settings, "epochs": 2})).fit(resume=True, progress=False)
-    held.require_bases(HiddenStateCache.open(tmp_path / "moved"), names)
+    held.require_frames(HiddenStateCache.open(tmp_path / "moved"), names)
+
+
+def test_a_run_on_centred_states(
+    values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line: convert, train, and what refuses states that are not centred."""
+    whole, out = values["cache"], str(tmp_path / "z")
+    assert main(["cache", "convert", whole, "--out", out, "--centre", "--no-progress"]) == 0
+    said = capsys.readouterr().out
+    names = [m.name for m in HiddenStateCache.open(whole).modalities]
+    assert all(f"{name}: centred" in said for name in names)
+    assert main(["cache", "info", out]) == 0
+    assert "(centred)" in capsys.readouterr().out
+    settings = {**values, "cache": out, "run": str(tmp_path / "run"), "epochs": 1}
+    Trainer(TrainConfig.from_dict(settings)).fit(progress=False)
+    held = RunFolder(settings["run"]).read_population()
+    assert held is not None and set(held.bases) == set(names)
+    assert main(["evaluate", "--run", settings["run"]]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--run", settings["run"], "--cache", whole]) == 2
+    message = capsys.readouterr().err
+    assert (
+        "expected states in basis or centring" in message and "states as their encoder gave them" in message
+    )
+    # And the other way round, with what centring costs a model of the states as they were: nothing.
+    raw = {**values, "run": str(tmp_path / "raw"), "epochs": 1}
+    Trainer(TrainConfig.from_dict(raw)).fit(progress=False)
+    again = ["cache", "convert", whole, "--out", str(tmp_path / "y"), "--center", names[0], "--no-progress"]
+    assert main([*again, "--run", raw["run"]]) == 0
+    said = capsys.readouterr().out
+    assert f"{names[0]}: centred" in said and f"{names[1]}: centred" not in said
+    assert said.count("(+0.00% relative)") == 2
