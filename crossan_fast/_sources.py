@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _ID_DTYPES = (torch.int64, torch.int32)
 # Items of a catalogue that are encoded at once: their states are on the device where the cache is not.
 CATALOGUE_CHUNK = 2048
+# Gives states `{name: [U, L, D_m]}` of the rows `[U]` of a catalogue.
+Encoder = Callable[[Tensor], Mapping[str, Tensor]]
 # What `cache.prefetch` or `cache.prefetch_stored` read ahead.
 Gathered = Mapping[str, Tensor] | Rows
 
@@ -130,6 +132,37 @@ def of_batch(
     return source
 
 
+def from_encoders(config: CrossanConfig, encoders: Sequence[Encoder], ids: Tensor) -> Source:
+    """The items `ids` `[U]`, whose states are made here, without gradient, by encoders that run now.
+
+    Raises:
+        ValueError, TypeError: as `dense`, of what the encoders gave together; on the CPU also NaN or inf.
+    """
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for index, encoder in enumerate(encoders):
+            made = encoder(ids)
+            if not isinstance(made, Mapping):
+                raise TypeError(
+                    f"encoders[{index}]: expected states by modality name, got {type(made).__name__}"
+                )
+            if twice := found.keys() & made.keys():
+                raise ValueError(f"encoders[{index}]: gave {sorted(twice)}, which one before it gave, too")
+            found |= made
+    if lacking := [name for name in config.modality_names if name not in found]:
+        raise ValueError(f"encoders: expected one that gives {lacking}, got states of {list(found)}")
+    source = dense(config, found, None, leading=1)
+    for name, states in zip(config.modality_names, source.states, strict=True):
+        if len(states) != len(ids) or states.device != ids.device:
+            raise ValueError(
+                f"encoders: states of {name!r}: expected a row for each of {len(ids)} ids on {ids.device}, "
+                f"got {describe(states)}"
+            )
+    source = replace(source, items=ids)
+    refuse_nonfinite(config, source, lambda n: f"that of item {int(ids[n])}")
+    return source
+
+
 def check_ids(config: CrossanConfig, item_ids: Tensor, device: torch.device, alone: bool) -> None:
     """Raise unless a batch's ids `[B, S + 1]` are rows that a model on `device` can train on.
 
@@ -164,14 +197,22 @@ def check_given(
     cache: HiddenStateCache | None,
     present: Tensor | None,
     gathered: Gathered | None,
+    encoders: Sequence[Encoder] | None,
     loss: str,
 ) -> None:
     """Raise unless the arguments of `CrossanModel.forward` say once where a batch's states are."""
-    if (states is None) == (cache is None):
-        given = "both" if states is not None else "neither"
-        raise ValueError(f"states, cache: expected one of the two, got {given}")
+    sources = {"states": states, "cache": cache, "encoders": encoders}
+    if len(given := [name for name, source in sources.items() if source is not None]) != 1:
+        raise ValueError(
+            f"states, cache, encoders: expected one of them, got {' and '.join(given) or 'none'}"
+        )
+    if encoders is not None:
+        if isinstance(encoders, str | Mapping) or not all(map(callable, encoders)):
+            raise TypeError("encoders: expected a list of functions from ids to states by modality name")
+        if loss != "in_batch":
+            raise ValueError(f"encoders: go with loss='in_batch', which takes a batch's items; got {loss!r}")
     if present is not None and states is None:
-        raise ValueError("present: goes with states; a cache holds its own")
+        raise ValueError("present: goes with states; a cache holds its own, encoders give every modality")
     if gathered is not None and cache is None:
         raise ValueError("gathered: goes with cache, which it was read from; got states")
     if gathered is not None and loss != "in_batch":

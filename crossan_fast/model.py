@@ -17,7 +17,7 @@ from crossan_fast._modes import evaluating
 from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
 from crossan_fast._sampling import Sampler
-from crossan_fast._sources import CATALOGUE_CHUNK, Gathered, ReadAhead, Source
+from crossan_fast._sources import CATALOGUE_CHUNK, Encoder, Gathered, ReadAhead, Source
 from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.explain import explain
 from crossan_fast.hub import Pretrained
@@ -162,6 +162,7 @@ class CrossanModel(Popularity, Pretrained):
         present: Tensor | None = None,
         gathered: Gathered | None = None,
         capacity: int | None = None,
+        encoders: Sequence[Encoder] | None = None,
         return_loss: bool = True,
     ) -> CrossanOutput:
         """One training step's loss.
@@ -177,6 +178,9 @@ class CrossanModel(Popularity, Pretrained):
                 ahead.
             capacity: how many distinct ids there are at most, padding counted; where it is known, a GPU need
                 not work on a slot for every place.
+            encoders: in place of `states`, with `loss="in_batch"`: called here, without gradient, with the
+                batch's distinct ids `[U]`, 0 among them for the padding; together they give each modality's
+                states `[U, L, D_m]`. Nothing is cached: what an encoder takes, every step takes.
             return_loss: always true: the targets are in `item_ids`. By this default transformers' Trainer
                 sees that evaluation has a loss without labels.
 
@@ -189,7 +193,7 @@ class CrossanModel(Popularity, Pretrained):
         if not return_loss:
             raise ValueError("return_loss: expected true, the output always has its loss; got false")
         _sources.check_ids(self.config, item_ids, self._device(), self.process_group is None)
-        _sources.check_given(states, cache, present, gathered, self.config.loss)
+        _sources.check_given(states, cache, present, gathered, encoders, self.config.loss)
         item_ids, ahead = item_ids.to(torch.int64), ReadAhead(gathered, capacity)
         known = self._known_items(cache, self.config.loss != "full" or self.config.id_embedding)
         if known is not None:
@@ -203,6 +207,8 @@ class CrossanModel(Popularity, Pretrained):
         unique = ops.deduplicate(item_ids, ahead.slots(item_ids), backend=self.backend_for("deduplicate"))
         if cache is not None:
             source = self._read(cache, unique.ids, ahead)
+        elif encoders is not None:
+            source = _sources.from_encoders(self.config, encoders, unique.ids)
         else:
             assert states is not None
             source = _sources.of_batch(self.config, states, present, unique)

@@ -315,7 +315,7 @@ def dense(**changes):
         (lambda: call(item_ids=IDS * 0), ValueError, r"item_ids: expected a row with a target, got none"),
         (lambda: call(item_ids=IDS[:0]), ValueError, r"item_ids: expected a row with a target, got none"),
         (lambda: call(item_ids=IDS.flip(1)), ValueError, r"item_ids: expected padding \(0\) on the left"),
-        (lambda: call(cache=None), ValueError, r"states, cache: expected one of the two, got neither"),
+        (lambda: call(cache=None), ValueError, r"states, cache, encoders: expected one of them, got none"),
         (lambda: call(present=torch.ones(3, 5, 2).bool()), ValueError, r"present: goes with states"),
         (lambda: dense(txt=torch.ones(1)), ValueError, r"unknown modality 'txt'; did you mean 'text'"),
         (

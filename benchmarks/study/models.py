@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.study.backbones import Backbone
-from crossan_fast._sources import Gathered, ReadAhead, Source
+from crossan_fast._sources import Gathered, ReadAhead, Source, from_encoders
 from crossan_fast.config import CrossanConfig
 from crossan_fast.model import CrossanModel
 
@@ -21,17 +21,15 @@ if TYPE_CHECKING:
 
 
 class _Uncached(CrossanModel):
-    """Reads nothing of the cache, which only says which items there are."""
-
-    def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
-        return Source((), None, ids, None)
-
     def _encode_ids(self, cache: HiddenStateCache, ids: Tensor, gathered: Gathered | None) -> Tensor:
         return self._encode(self._read(cache, ids, ReadAhead()), None)[0]
 
 
 class LiveModel(_Uncached):
-    """IISAN or CROSSAN uncached: frozen encoders give the states of a batch's distinct items."""
+    """IISAN or CROSSAN uncached: frozen encoders give the states of a batch's distinct items.
+
+    Of the cache nothing is read; it only says which items there are.
+    """
 
     def __init__(self, config: CrossanConfig, backbones: Iterable[Backbone], backend: str = "auto") -> None:
         super().__init__(config, backend)
@@ -43,10 +41,9 @@ class LiveModel(_Uncached):
         return self
 
     def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
-        found: dict[str, Tensor] = {}
-        for backbone in self.backbones:
-            found |= cast(Backbone, backbone).states(ids)
-        return Source([found[name] for name in self.config.modality_names], None, None, None)
+        """As `model(item_ids, encoders=…)` does; that the trainer hands over a cache changes nothing."""
+        encoders = [cast(Backbone, backbone).states for backbone in self.backbones]
+        return from_encoders(self.config, encoders, ids)
 
 
 class TrainedModel(_Uncached):
@@ -58,6 +55,9 @@ class TrainedModel(_Uncached):
     def __init__(self, config: CrossanConfig, backbones: Iterable[Backbone], backend: str = "auto") -> None:
         super().__init__(config, backend)
         self.towers = nn.ModuleList(backbones)  # type: ignore[assignment]
+
+    def _read(self, cache: HiddenStateCache, ids: Tensor, ahead: ReadAhead) -> Source:
+        return Source((), None, ids, None)
 
     def _embed(self, source: Source) -> Tensor:
         assert source.ids is not None

@@ -121,7 +121,9 @@ def test_convert_prints_what_a_run_loses_in_a_basis(
         assert "one trained on the new cache may lose less" in printed
     assert costs[1] > costs[0]  # random states need all their directions
     shrunk = run_folder / "basis7"
-    refused = r"cache: modality 'text': expected states as their encoder gave them as in the run's cache, got states in"
+    refused = (
+        "modality 'text': expected states as their encoder gave them as in the run's cache, got states in"
+    )
     with pytest.raises(ValueError, match=refused):
         run("convert", shrunk, "--out", run_folder / "basis-int8", "--dtype", "int8", *arguments)
     # The states made as wide again are gone.
