@@ -99,6 +99,8 @@ def attack(name: str, seed: int, points: int, root: Path) -> Tally:
         else:  # the machine had more time for this one
             took = min(took, time.monotonic() - began)
         shutil.rmtree(place)
+    if tally.tried < points:
+        print(f"{tally.what}: met at work {tally.tried} times of {points}", file=sys.stderr, flush=True)
     return tally
 
 
