@@ -85,6 +85,10 @@ example:
 """
 
 
+# Of what all items have in common: items that it is told from, and the share that is worth a word.
+_SAMPLE, _MUCH = 1000, 0.3
+
+
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `cache` and its commands."""
     parser = subparsers.add_parser(
@@ -296,15 +300,27 @@ def _described(cache: HiddenStateCache) -> Iterator[dict[str, str]]:
         of = "" if basis is None else f" (coordinates in a basis, of width {basis.shape[1]})"
         if cache.frames.get(modality.name, Frame()).centring is not None:
             of += " (centred)"
+        made = [f"{key}: {value}" for key, value in cache.sources.get(modality.name, {}).items()]
         yield {
             "modality": modality.name,
             "levels": str(modality.levels),
             "width": f"{modality.width}{of}",
             "items": f"{int(cache.present[:, column].sum())} of {cache.num_items} items",
-            "made of": "\n".join(
-                f"{key}: {value}" for key, value in cache.sources.get(modality.name, {}).items()
-            ),
+            "made of": "\n".join([*made, *_in_common(cache, column)]),
         }
+
+
+def _in_common(cache: HiddenStateCache, column: int) -> Iterator[str]:
+    """A line on what of a modality's states says nothing of any item, where that is much."""
+    name = cache.modalities[column].name
+    known = cache.present[:, column].nonzero()[:_SAMPLE, 0]
+    if len(known) < 2 or name in cache.frames:
+        return
+    states = cache.gather(known, "cpu")[name].double()
+    energy = states.square().sum(dim=2).mean(dim=0)
+    shares = torch.where(energy > 0, states.mean(dim=0).square().sum(dim=1) / energy, 0)
+    if (share := float(shares.mean())) >= _MUCH:
+        yield f"in common: {share:.0%} of the energy is the mean over items; see convert --centre"
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -63,6 +63,24 @@ def test_build_info_verify_convert(files: Path, capsys: pytest.CaptureFixture[st
     assert HiddenStateCache.open(files / "q").dtype == torch.int8
 
 
+def test_info_says_what_all_items_have_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = torch.randn(2001, 2, 8)
+    states[:, 1] += 3 * torch.eye(8)[0] * 8**0.5  # 9 of 10 parts of this level's energy, 0 of the other's
+    states[0] = 0
+    write_cache(
+        tmp_path / "c",
+        {"one": states, "two": torch.nn.functional.pad(torch.randn(2000, 1, 8), (0, 0, 0, 0, 1, 0))},
+    )
+    assert run("info", tmp_path / "c") == 0
+    described = capsys.readouterr().out
+    assert described.count("in common") == 1 and described.index(
+        "in common: 45% of the energy"
+    ) < described.index("two:")
+    assert run("convert", tmp_path / "c", "--out", tmp_path / "z", "--centre", "one", "--no-progress") == 0
+    assert run("info", tmp_path / "z") == 0
+    assert "in common" not in capsys.readouterr().out.split("one: 2 levels")[1]
+
+
 def test_convert_into_a_basis(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build(files, "--dtype", "fp32")
     convert = ("convert", files / "c", "--no-progress", "--out")
