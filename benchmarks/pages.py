@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import report, results
-from benchmarks.targets import Rows
+from benchmarks.study import table
+from benchmarks.targets import Rows, kinds
 from crossan_fast._files import write_whole
 
 _BLOCK = re.compile(r"(<!-- ([a-z]+):begin -->\n)(.*?)(<!-- \2:end -->)", re.DOTALL)
@@ -66,8 +67,18 @@ def _results(folder: Path, here: Path) -> str:
     return "\n\n".join(blocks)
 
 
+def _speed(folder: Path, here: Path) -> str:
+    return report.speed([rows for _, rows in _measured(folder) if "cpu" in kinds(_device(rows))])
+
+
 def _targets(folder: Path, here: Path) -> str:
-    return "\n\n".join("\n".join(report.targets(rows)) for _, rows in _measured(folder))
+    """Of GPUs; a CPU's are on the page of results."""
+    gpus = [rows for _, rows in _measured(folder) if "cuda" in kinds(_device(rows))]
+    return "\n\n".join("\n".join(report.targets(rows)) for rows in gpus) or "No GPU was measured yet."
+
+
+def _device(rows: Rows) -> str:
+    return next(iter(rows.values())).device
 
 
 def _aot(folder: Path, here: Path) -> str:
@@ -121,6 +132,11 @@ def _study(folder: Path, here: Path) -> str:
     )
 
 
+def _methods(folder: Path, here: Path) -> str:
+    path = folder / "study-minilm.csv"
+    return table.short(_read(path)) if path.is_file() else "Nothing is recorded yet."
+
+
 def _read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -128,6 +144,8 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 DRAWINGS: dict[str, Callable[[Path, Path], str]] = {
     "results": _results,
+    "methods": _methods,
+    "speed": _speed,
     "targets": _targets,
     "aot": _aot,
     "reliability": _reliability,

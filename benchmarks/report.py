@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import registry, results
 from benchmarks.registry import IMPLEMENTATIONS, OURS
 from benchmarks.results import Row
-from benchmarks.targets import TARGETS, Rows, kinds
+from benchmarks.targets import TARGETS, Rows, best, kinds
 from crossan_fast._files import write_whole
 
 # File name, title, which cases (a pattern that finds the number on the x axis), and what stands on that axis.
@@ -33,6 +33,8 @@ CURVES = (
         "items in the cache",
     ),
 )
+# What our backends are compared with.
+REFERENCES = ("eager", "compiled")
 _STYLE = {"eager": "#888888", "autocast": "#bbbbbb", "compiled": "#d08a2e"}
 
 
@@ -71,6 +73,39 @@ def targets(rows: Rows) -> list[str]:
     """A device's name, and what was asked of it beside what was measured; what was not is left out."""
     lines = [line for line in _verdicts(rows) if "| not measured |" not in line]
     return [f"**{next(iter(rows.values())).device}**", "", *lines]
+
+
+# What README shows of each CPU, in words.
+_SPEED = (
+    ("side network + MOMEF, 704 items, M = 4, D = 768", "item_encoder/N=704,M=4,D=768,L=7,r=64"),
+    ("training step, 64 users, M = 4, D = 768", "step/B=64,M=4,D=768,loss=in_batch"),
+    ("full-softmax step, 256 users, M = 2, D = 384", "step/B=256,M=2,D=384,loss=full"),
+    ("an epoch of the Scientific recipe", "epoch/data=scientific,B=64,M=2,D=384"),
+)
+
+
+def speed(devices: Sequence[Rows]) -> str:
+    """What a CPU takes in fp32 by plain torch, by compiled torch and by ours: a line a case and device."""
+    heads = ("fp32, forward + backward", "CPU", "eager ms", "compiled ms", "ours ms", "× eager", "× compiled")
+    lines = [f"| {' | '.join(heads)} | MB, eager → ours |", "| --- " * (len(heads) + 1) + "|"]
+    for what, case in _SPEED:
+        for rows in devices:
+            ours, light = best(rows, case, "fp32"), best(rows, case, "fp32", weighed=True)
+            eager, compiled = (rows.get((case, "fp32", b, ours.passes if ours else "")) for b in REFERENCES)
+            if ours is None or eager is None or eager.commit != ours.commit:
+                continue
+            if compiled is not None and compiled.commit != ours.commit:
+                compiled = None
+            times = (
+                _plain(eager),
+                _plain(compiled),
+                _plain(ours),
+                _ratio(eager, ours),
+                _ratio(compiled, ours),
+            )
+            memory = "" if light is None else f"{_memory(eager)} → {_memory(light)}"
+            lines.append(f"| {what} | {ours.device} | {' | '.join(times)} | {memory} |")
+    return "\n".join(lines)
 
 
 def _verdicts(rows: Rows) -> list[str]:
@@ -185,6 +220,11 @@ def summary(rows: Sequence[Row]) -> str:
         lines += [re.sub(r"\*\*|\| ---.*\|$", "", line) for line in _verdicts(latest)]
     lines += [re.sub(r"\| ---.*\|$", "", line) for line in table(latest)]
     return "\n".join(line for line in lines if line)
+
+
+def _plain(row: Row | None) -> str:
+    """Three figures at least, and no exponent."""
+    return "" if row is None else f"{row.p50_ms:,.0f}" if row.p50_ms >= 100 else f"{row.p50_ms:.3g}"
 
 
 def _time(row: Row | None) -> str:

@@ -102,6 +102,21 @@ def markdown(rows: list[Row], name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short(rows: list[Row]) -> str:
+    """A line a method, for README: what an epoch costs and what comes of it."""
+    costs, accuracies = costs_of(rows), accuracies_of(rows)
+    lines = ["| method | seconds an epoch | memory MB | trained parameters | HR@10 |", "| --- " * 5 + "|"]
+    for method in METHODS.values():
+        if (cost := costs.get(method.name)) is None:
+            continue
+        hits = _accuracy_cells(method, accuracies)[0]
+        if method.learns_as in accuracies and rising(accuracies[method.learns_as]):
+            hits = f"{hits}, still rising" if hits[0].isdigit() else hits
+        cells = (_figures(cost.seconds), _megabytes(str(cost.memory)), f"{cost.parameters:,.0f}", hits)
+        lines.append(f"| {method.title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _where(rows: list[Row], phase: str, what: str) -> str:
     found = [row for row in rows if row["phase"] == phase]
     if not found:

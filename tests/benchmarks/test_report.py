@@ -98,7 +98,10 @@ def test_every_target_names_registered_cases():
 def test_pages_are_drawn_from_the_files(tmp_path):
     readme, page = tmp_path / "README.md", tmp_path / "docs" / "results.md"
     page.parent.mkdir()
-    readme.write_text("# top\n<!-- targets:begin -->\nold\n<!-- targets:end -->\nend\n")
+    readme.write_text(
+        "# top\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nend\n"
+        "<!-- targets:begin -->\n<!-- targets:end -->\n"
+    )
     page.write_text(
         "<!-- results:begin -->\n<!-- results:end -->\n<!-- reliability:begin -->\n<!-- reliability:end -->\n"
     )
@@ -113,8 +116,12 @@ def test_pages_are_drawn_from_the_files(tmp_path):
     plot = folder / "some-cpu.items.png"
     assert pages.write(tmp_path, folder) == [plot, readme, page] and plot.stat().st_size > 1000
     short, long = readme.read_text(), page.read_text()
-    assert short.startswith("# top\n") and short.endswith("\nend\n") and "old" not in short
-    assert "| ≥ 2.9× | 3.0× (cpp) | met |" in short and "not measured" not in short
+    assert short.startswith("# top\n") and "\nend\n" in short and "old" not in short
+    assert (
+        "| Some CPU, 2 cores | 2,112 |  | 704 | 3.0 |  | 104.9 → 104.9 |" in short
+        and short.count("| Some CPU, 2 cores |") == 1
+    )
+    assert "No GPU was measured yet." in short and "| ≥ 2.9× | 3.0× (cpp) | met |" in long
     assert "| item_encoder/N=704,M=4,D=768,L=7,r=64 | fp32 | 2.11e+03 |  | 704 cpp | 3.0 |" in long
     assert "not measured" in long and "Nothing is recorded yet." in long
     assert "(../results/some-cpu.items.png)" in long
