@@ -85,8 +85,9 @@ example:
 """
 
 
-# Of what all items have in common: items that it is told from, and the share that is worth a word.
-_SAMPLE, _MUCH = 1000, 0.3
+# What all items have in common is told from so many, at most and at least: the mean of n independent ones has
+# 1 / n of the energy by chance. The last is the share that is worth a word.
+_SAMPLE, _FEW, _MUCH = 1000, 20, 0.3
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -234,6 +235,7 @@ def _build_from(items: ItemTable, args: argparse.Namespace) -> int:
             f"of {report.unknown} items it is not known what their rows were made from: changes of their "
             "inputs do not show; to encode them again, add --re-encode NAME... or --re-encode all"
         )
+    _say_what_is_in_common(args.out)
     return 0
 
 
@@ -256,6 +258,7 @@ def _import(args: argparse.Namespace) -> int:
         progress=not args.no_progress,
     )
     print(f"{report}\n{_summary(report.built)}")
+    _say_what_is_in_common(args.out)
     return 0
 
 
@@ -310,11 +313,18 @@ def _described(cache: HiddenStateCache) -> Iterator[dict[str, str]]:
         }
 
 
+def _say_what_is_in_common(folder: Path) -> None:
+    cache = HiddenStateCache.open(folder)
+    for column, modality in enumerate(cache.modalities):
+        for line in _in_common(cache, column):
+            print(f"  {modality.name}: {line}")
+
+
 def _in_common(cache: HiddenStateCache, column: int) -> Iterator[str]:
     """A line on what of a modality's states says nothing of any item, where that is much."""
     name = cache.modalities[column].name
     known = cache.present[:, column].nonzero()[:_SAMPLE, 0]
-    if len(known) < 2 or name in cache.frames:
+    if len(known) < _FEW or name in cache.frames:
         return
     states = cache.gather(known, "cpu")[name].double()
     energy = states.square().sum(dim=2).mean(dim=0)

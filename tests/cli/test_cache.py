@@ -81,6 +81,14 @@ def test_info_says_what_all_items_have_in_common(tmp_path: Path, capsys: pytest.
     assert "in common" not in capsys.readouterr().out.split("one: 2 levels")[1]
 
 
+def test_build_says_it_too(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "items.tsv").write_text("".join(f"item{k}\tAn item\n" for k in range(40)))
+    states = 3 + np.random.default_rng(0).normal(size=(40, 2, 4))
+    np.save(files / "states.npy", states.astype(np.float32))
+    build(files, "--dtype", "fp32")
+    assert re.search(r"audio: in common: [89]\d% of the energy", capsys.readouterr().out)
+
+
 def test_convert_into_a_basis(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build(files, "--dtype", "fp32")
     convert = ("convert", files / "c", "--no-progress", "--out")
