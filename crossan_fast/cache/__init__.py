@@ -9,8 +9,10 @@ from crossan_fast.cache.build import (
     build_cache,
     import_features,
 )
+from crossan_fast.cache.centring import Centring
 from crossan_fast.cache.convert import convert_cache
 from crossan_fast.cache.format import CacheError, CorruptCacheError, IncompleteCacheError
+from crossan_fast.cache.frame import Frame
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.levels import evenly
 from crossan_fast.cache.verify import verify_cache
@@ -20,7 +22,9 @@ __all__ = [
     "BrokenItemError",
     "BuildReport",
     "CacheError",
+    "Centring",
     "CorruptCacheError",
+    "Frame",
     "HiddenStateCache",
     "ImportReport",
     "IncompleteCacheError",
