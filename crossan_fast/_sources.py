@@ -132,6 +132,20 @@ def of_batch(
     return source
 
 
+def without_cache(
+    config: CrossanConfig,
+    states: Mapping[str, Tensor] | None,
+    present: Tensor | None,
+    encoders: Sequence[Encoder] | None,
+    unique: Deduplicated,
+) -> Source:
+    """The distinct items of a batch, of states or of encoders: `check_given` saw to it that there is one."""
+    if encoders is not None:
+        return from_encoders(config, encoders, unique.ids)
+    assert states is not None
+    return of_batch(config, states, present, unique)
+
+
 def from_encoders(config: CrossanConfig, encoders: Sequence[Encoder], ids: Tensor) -> Source:
     """The items `ids` `[U]`, whose states are made here, without gradient, by encoders that run now.
 

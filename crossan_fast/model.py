@@ -178,11 +178,9 @@ class CrossanModel(Popularity, Pretrained):
                 ahead.
             capacity: how many distinct ids there are at most, padding counted; where it is known, a GPU need
                 not work on a slot for every place.
-            encoders: in place of `states`, with `loss="in_batch"`: called here, without gradient, with the
-                batch's distinct ids `[U]`, 0 among them for the padding; together they give each modality's
-                states `[U, L, D_m]`. Nothing is cached: what an encoder takes, every step takes.
-            return_loss: always true: the targets are in `item_ids`. By this default transformers' Trainer
-                sees that evaluation has a loss without labels.
+            encoders: in place of `states`, with `loss="in_batch"`: called without gradient, once a step, with
+                the batch's distinct ids `[U]` (0: padding); together they give every modality `[U, L, D_m]`.
+            return_loss: always true, by which transformers' Trainer sees that there is a loss without labels.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named; a cache whose rows are not those of
@@ -205,13 +203,10 @@ class CrossanModel(Popularity, Pretrained):
         if self.config.loss == "sampled":
             return _losses.sampled(self, item_ids, cache, known, ahead)
         unique = ops.deduplicate(item_ids, ahead.slots(item_ids), backend=self.backend_for("deduplicate"))
-        if cache is not None:
-            source = self._read(cache, unique.ids, ahead)
-        elif encoders is not None:
-            source = _sources.from_encoders(self.config, encoders, unique.ids)
+        if cache is None:
+            source = _sources.without_cache(self.config, states, present, encoders, unique)
         else:
-            assert states is not None
-            source = _sources.of_batch(self.config, states, present, unique)
+            source = self._read(cache, unique.ids, ahead)
         if item_ids.device.type == "cpu" and self.process_group is None:  # as in check_ids
             refuse_without_negatives(item_ids, unique)
         source = _losses.dropped(self, source, unique.ids)
