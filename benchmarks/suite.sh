@@ -8,6 +8,7 @@ python="${CROSSAN_FAST_SUITE_PYTHON:-python3}"
 total="${CROSSAN_FAST_SUITE_SECONDS:-$total}"
 output="${CROSSAN_FAST_SUITE_OUTPUT:-${OUT:-benchmarks/results}}"
 failed=0
+cut=() # parts that lack rows, though nothing failed
 quick=()
 mkdir -p "$output"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # cases are importable even where the install is refused
@@ -22,13 +23,14 @@ part() {
   [ "$limit" -le "$room" ] || limit="$room"
   if [ "$limit" -lt 2 ]; then
     echo "== $name: no time left"
+    cut+=("$name")
     return
   fi
   echo "== $name (at most $limit s, $(left) s left)"
   timeout --kill-after=5 "$limit" "$@" || status=$?
   case "$status" in
     0) echo "== $name: $((SECONDS - began)) s" ;;
-    124 | 137) echo "== $name: stopped after $limit s" ;;
+    124 | 137) echo "== $name: stopped after $limit s"; cut+=("$name") ;;
     *) echo "== $name: FAILED with status $status"; failed=1 ;;
   esac
 }
@@ -46,6 +48,8 @@ cases() { # cases NAME SECONDS ARGUMENT...
 finish() {
   echo "== table of $rows"
   timeout 20 "$python" -m benchmarks report --short "$rows" || { echo "== table: FAILED with status $?"; failed=1; }
+  local part
+  for part in ${cut[@]+"${cut[@]}"}; do echo "== not to its end: $part"; done
   echo "== done in $SECONDS s, $([ "$failed" = 0 ] && echo 'nothing failed' || echo 'SOMETHING FAILED')"
   exit "$failed"
 }

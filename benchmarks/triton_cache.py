@@ -55,6 +55,7 @@ PATTERNS = (
     "full_loss/rows=",
     "step/B=1024,",
     "epoch/data=synthetic",
+    "batch_rows/users=64,",
 )
 
 

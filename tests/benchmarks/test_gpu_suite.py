@@ -17,7 +17,7 @@ STUB = """#!/usr/bin/env bash
 printf '%s\\x1f' "$@" >> "$ASKED"; printf '\\n' >> "$ASKED"
 case "$*" in
   *default_path*) echo stub.csv ;;
-  *"$FAILING"*) exit 3 ;;
+  *"$FAILING"*) exit "${STATUS:-3}" ;;
 esac
 """
 
@@ -78,6 +78,13 @@ def test_what_fails_stops_nothing_else(tmp_path):
     done, commands = suite(tmp_path, "bf16", failing="side_network/N=704")
     assert done.returncode == 1 and "SOMETHING FAILED" in done.stdout
     assert any("full_loss/rows=640," in command for command in commands)
+
+
+def test_what_is_cut_off_is_named_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("STATUS", "124")  # as `timeout` ends
+    done, _ = suite(tmp_path, "bf16", failing="full_loss/rows=640,")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-2] == "== not to its end: full softmax"
 
 
 def test_without_a_name_it_is_smoke_then_bf16(tmp_path):

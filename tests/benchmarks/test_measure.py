@@ -13,6 +13,7 @@ from benchmarks import accuracy, ceilings, measure, memory, registry, results, t
 from benchmarks.__main__ import main
 from benchmarks.cases import (
     _shared,
+    batch_rows,
     deduplicate,
     full_loss,
     fusion,
@@ -193,10 +194,11 @@ def test_the_check_sees_one_wrong_element(monkeypatch, place):
         partial(_shared._ranking_workload, "topk_scores", topk_scores.rank, 3),
         partial(_shared._ranking_workload, "rank_of_target", rank_of_target.rank, 3),
         partial(deduplicate.build, 7),
+        partial(batch_rows.build, 7),
     ],
 )
 def test_every_kind_of_case_passes_its_own_check(monkeypatch, build):
-    for module in (side_network, _shared, in_batch_loss, full_loss, deduplicate):
+    for module in (side_network, _shared, in_batch_loss, full_loss, deduplicate, batch_rows):
         monkeypatch.setattr(module, "CATALOGUE", 57)
     monkeypatch.setattr(side_network, "PART", 4)  # several pieces
     for dtype in (torch.float32, torch.bfloat16):
