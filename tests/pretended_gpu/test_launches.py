@@ -15,6 +15,7 @@ from benchmarks.pretended_gpu.driver import Launch, pretended_driver
 from crossan_fast import CrossanConfig, Modality
 from crossan_fast.kernels._common import launch
 from crossan_fast.kernels._streaming_softmax import mean_kernel
+from crossan_fast.training.train_config import ComputePrecision
 
 MODALITIES = (Modality("text", 32, 2), Modality("image", 32, 2))
 SMALL = launches.Case(
@@ -22,13 +23,18 @@ SMALL = launches.Case(
 )
 
 
-def test_a_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`count` checks each launch, and that the host never waits; a wait that is planted is found."""
-    counts = {(row.part, row.passes): row for row in launches.count(SMALL)}
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("loss", ["in_batch", "full"])
+def test_a_step_is_launched(loss: str, precision: ComputePrecision) -> None:
+    """`count` checks each launch, and that the host never waits."""
+    case = replace(SMALL, config=replace(SMALL.config, loss=loss), precision=precision)
+    counts = {(row.part, row.passes): row for row in launches.count(case)}
     for part in ("side_network", "fusion", "loss"):
         assert all(counts[part, passes].triton_launches for passes in ("forward", "backward"))
     assert counts["optimizer", "update"].torch_ops
 
+
+def test_a_planted_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def waits(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return table[index] * table.sum().item()
 
