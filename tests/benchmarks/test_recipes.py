@@ -153,7 +153,7 @@ def test_what_a_missing_modality_and_fewer_levels_leave(shop: Path) -> None:
     left = ablations.without(held, "cls")
     assert left.present[1:].tolist() == [[True, False]] * 25 and not left.present[0].any()
     assert torch.equal(left.gather(ids)["mean"], held.gather(ids)["mean"])
-    assert replace(caches.RECIPES["scientific4k"], levels=3).suffix == "-128-levels3"
+    assert replace(caches.RECIPES["scientific4k"], levels=3).suffix == "-centred-128-levels3"
     assert [caches.RECIPES[name].cached_levels for name in ("scientific4k", "scientific2k")] == [7, 1]
 
 
