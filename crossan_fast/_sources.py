@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -153,28 +153,40 @@ def from_encoders(config: CrossanConfig, encoders: Sequence[Encoder], ids: Tenso
         ValueError, TypeError: as `dense`, of what the encoders gave together; on the CPU also NaN or inf.
     """
     found: dict[str, Tensor] = {}
+    # On a GPU there may be a slot for every place of the batch; behind the items' are zeros.
+    asked = ids[: min(int(ids.count_nonzero()) + 1, len(ids))]
     with torch.no_grad():
         for index, encoder in enumerate(encoders):
-            made = encoder(ids)
+            made = encoder(asked.clone())
             if not isinstance(made, Mapping):
                 raise TypeError(
                     f"encoders[{index}]: expected states by modality name, got {type(made).__name__}"
                 )
             if twice := found.keys() & made.keys():
                 raise ValueError(f"encoders[{index}]: gave {sorted(twice)}, which one before it gave, too")
-            found |= made
+            found |= {name: _plain(states) for name, states in made.items()}
     if lacking := [name for name in config.modality_names if name not in found]:
         raise ValueError(f"encoders: expected one that gives {lacking}, got states of {list(found)}")
     source = dense(config, found, None, leading=1)
     for name, states in zip(config.modality_names, source.states, strict=True):
-        if len(states) != len(ids) or states.device != ids.device:
+        if len(states) != len(asked) or states.device != ids.device:
             raise ValueError(
-                f"encoders: states of {name!r}: expected a row for each of {len(ids)} ids on {ids.device}, "
+                f"encoders: states of {name!r}: expected a row for each of {len(asked)} ids on {ids.device}, "
                 f"got {describe(states)}"
             )
+    if len(asked) < len(ids):
+        slots = torch.arange(len(ids), device=ids.device)
+        source = replace(source, ids=slots.where(slots < len(asked), 0))
     source = replace(source, items=ids)
     refuse_nonfinite(config, source, lambda n: f"that of item {int(ids[n])}")
     return source
+
+
+def _plain(states: object) -> Any:
+    """States that autograd may keep, and whose maker it does not follow."""
+    if not isinstance(states, Tensor):
+        return states  # is refused by name
+    return states.clone() if states.is_inference() else states.detach()
 
 
 def check_ids(config: CrossanConfig, item_ids: Tensor, device: torch.device, alone: bool) -> None:
@@ -221,14 +233,17 @@ def check_given(
             f"states, cache, encoders: expected one of them, got {' and '.join(given) or 'none'}"
         )
     if encoders is not None:
-        if isinstance(encoders, str | Mapping) or not all(map(callable, encoders)):
-            raise TypeError("encoders: expected a list of functions from ids to states by modality name")
+        if not isinstance(encoders, list | tuple | torch.nn.ModuleList) or not all(map(callable, encoders)):
+            raise TypeError(
+                "encoders: expected a list of functions from ids to states by modality name, got "
+                f"{type(encoders).__name__}"
+            )
         if loss != "in_batch":
             raise ValueError(f"encoders: go with loss='in_batch', which takes a batch's items; got {loss!r}")
     if present is not None and states is None:
         raise ValueError("present: goes with states; a cache holds its own, encoders give every modality")
     if gathered is not None and cache is None:
-        raise ValueError("gathered: goes with cache, which it was read from; got states")
+        raise ValueError("gathered: goes with cache, which it was read from; got none")
     if gathered is not None and loss != "in_batch":
         raise ValueError(
             f"gathered: goes with loss='in_batch', which reads a batch's items alone; got {loss!r}"
@@ -395,6 +410,10 @@ def refuse_bare(config: CrossanConfig, cache: HiddenStateCache, ids: Tensor, wha
         )
 
 
+def _said(frame: str) -> str:
+    return f"states centred as {frame[:12]}" if frame else "states that are not centred"
+
+
 def _order(config: CrossanConfig, cache: HiddenStateCache) -> list[int]:
     held = {modality.name: modality for modality in cache.modalities}
     for modality in config.modalities:
@@ -404,4 +423,9 @@ def _order(config: CrossanConfig, cache: HiddenStateCache) -> list[int]:
             raise ValueError(f"cache: holds {list(held)}, expected modality {modality.name!r}{hint}")
         if (other.width, other.levels) != (modality.width, modality.levels):
             raise ValueError(f"cache: expected {modality}, got {other}")
+        if other.frame != modality.frame:
+            raise ValueError(
+                f"cache: modality {modality.name!r}: expected {_said(modality.frame)}, as the model was made "
+                f"for, got {_said(other.frame)}; CrossanConfig(cache.modalities) makes one for this cache"
+            )
     return [list(held).index(modality.name) for modality in config.modalities]

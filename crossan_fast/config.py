@@ -56,13 +56,18 @@ class Modality:
         name: letters, digits, `_` and `-`; the key in `states` and in the state dict.
         width: D_m, the encoder's hidden width.
         levels: L, how many pooled states of it are kept; the same for every modality of a model.
+        frame: of a centred cache's modality, a digest of what was taken away, so that a model of its states
+            reads no others; empty: states as their encoder gave them, or coordinates of these in a basis.
     """
 
     name: str
     width: int
     levels: int
+    frame: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.frame, str):
+            raise ValueError(f"Modality.frame: expected a digest as text, got {self.frame!r}")
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ValueError(f"Modality.name: expected letters, digits, '_' or '-', got {self.name!r}")
         _at_least("Modality.width", self.width, 1)
@@ -211,7 +216,10 @@ class CrossanConfig:
 
     def to_dict(self) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        plain["modalities"] = [asdict(m) for m in self.modalities]
+        plain["modalities"] = [
+            {key: value for key, value in asdict(m).items() if key != "frame" or value}
+            for m in self.modalities
+        ]
         return plain
 
     def to_json(self) -> str:
@@ -353,7 +361,7 @@ def _as_modality(value: object) -> Modality:
         for key in value:
             if key not in known:
                 raise ValueError(f"unknown modality key {key!r}{nearest(str(key), known)}")
-        if missing := known - set(value):
+        if missing := known - {"frame"} - set(value):
             raise ValueError(f"modality: missing {sorted(missing)}, got {dict(value)!r}")
         return Modality(**value)
     raise TypeError(f"modalities: expected Modality or a mapping of its fields, got {value!r}")

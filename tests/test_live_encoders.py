@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
+from crossan_fast._sources import from_encoders
 
 ITEMS, LEVELS = 12, 3
 WIDTHS = {"text": 10, "image": 6}
@@ -104,6 +105,8 @@ TEXT, IMAGE = torch.randn(7, LEVELS, 10), torch.randn(7, LEVELS, 6)
         ("text", TypeError, "encoders: expected a list of functions"),
         ({"text": gives({})}, TypeError, "encoders: expected a list of functions"),
         ([TEXT], TypeError, "encoders: expected a list of functions"),
+        (gives({}), TypeError, "encoders: expected a list of functions .*, got function"),
+        (nn.Sequential(nn.ReLU()), TypeError, "encoders: expected a list of functions .*, got Sequential"),
     ],
 )
 def test_what_does_not_fit_is_named(given: Any, error: type[Exception], message: str) -> None:
@@ -124,3 +127,41 @@ def test_one_source_alone_and_one_loss() -> None:
         model, encoders, _ = make(loss=loss)
         with pytest.raises(ValueError, match=f"encoders: go with loss='in_batch', .*got '{loss}'"):
             model(IDS, encoders=encoders)
+
+
+def test_what_an_encoder_does_to_its_arguments_and_modes_does_not_matter() -> None:
+    model, encoders, _ = make()
+    expected = model(IDS, encoders=encoders).loss
+
+    def in_place(ids: Tensor) -> dict[str, Tensor]:
+        found = encoders[0](ids)
+        ids.zero_()
+        return found
+
+    @torch.inference_mode()
+    def inferring(ids: Tensor) -> dict[str, Tensor]:
+        return encoders[1](ids)
+
+    loss = model(IDS, encoders=[in_place, inferring]).loss
+    loss.backward()
+    assert torch.equal(loss, expected)
+
+    def following(ids: Tensor) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            return {"text": encoders[0].linear(encoders[0].inputs[ids])}
+
+    model(IDS, encoders=[following, encoders[1]]).loss.backward()
+    assert all(p.grad is None for p in encoders[0].parameters())
+
+
+def test_slots_behind_the_distinct_items_are_not_encoded() -> None:
+    """As on a GPU, where a batch has a slot for every place."""
+    model, encoders, _ = make()
+    ids = torch.tensor([0, 1, 4, 9, 0, 0, 0])
+    found = from_encoders(model.config, encoders, ids)
+    assert encoders[0].asked[0].tolist() == [0, 1, 4, 9]
+    items = model._encode(found, None)[0]
+    assert items.shape == (7, 8)
+    with torch.no_grad():
+        full = model.encode_items({**encoders[0](ids[:4]), **encoders[1](ids[:4])})
+    torch.testing.assert_close(items[:4], full, rtol=1e-6, atol=1e-6)

@@ -142,7 +142,9 @@ def without(cache: HiddenStateCache, name: str) -> HiddenStateCache:
     states, present = dict(cache.gather(ids)), cache.present.clone()
     present[:, [modality.name for modality in cache.modalities].index(name)] = False
     states[name] = torch.zeros_like(states[name])
-    return HiddenStateCache.from_tensors(states, present, list(cache.item_names))
+    view = HiddenStateCache.from_tensors(states, present, list(cache.item_names))
+    view.modalities, view.frames = cache.modalities, cache.frames  # its numbers are the cache's
+    return view
 
 
 def main() -> int:

@@ -1,6 +1,5 @@
 """Frozen encoders' hidden states on disk: format, reading by id, writing; `build/`: from raw items."""
 
-from crossan_fast.cache.basis import project
 from crossan_fast.cache.build import (
     BrokenItemError,
     BuildReport,
@@ -33,7 +32,6 @@ __all__ = [
     "convert_cache",
     "evenly",
     "import_features",
-    "project",
     "verify_cache",
     "write_cache",
 ]

@@ -1,8 +1,8 @@
 """A modality's own basis: the few directions that hold nearly all of its states, and states as coordinates.
 
 A model meets states with linear maps alone, so towers of width k see of coordinates `V c` all that towers of
-width D see of the projected states `Vᵀ V c`. Nothing is centred: the padding and absent rows stay zeros, and
-the mean takes a direction for itself.
+width D see of the projected states `Vᵀ V c`. Nothing is centred here: the padding and absent rows stay zeros,
+and the mean takes a direction for itself, unless it was taken away before (`crossan_fast.cache.centring`).
 
 `V` are the leading eigenvectors of `Σ_l Σ_i c_il c_ilᵀ / E_l`, `E_l` the energy of level l: exact, and in as
 much memory for any number of items, five matrices of D × D float64 (0.7 GB at D = 4,096). A randomized SVD

@@ -17,11 +17,18 @@ from crossan_fast.cache.basis import Chunks
 from crossan_fast.config import Modality
 
 # A level whose states differ by less, relative to their mean, is one state and its rounding, as that of an
-# embedded class token: made of one size, the rounding would be all there is.
-_CONSTANT = 1e-4
+# embedded class token: made of one size, the rounding would be all there is. Half a step of the type they are
+# stored in, and of fp32 what states are computed to.
+_CONSTANT = {
+    torch.float32: 1e-4,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float8_e4m3fn: 2.0**-4,
+    torch.int8: 2.0**-6,  # of a row whose largest number is twice its root mean square
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Centring:
     """Attributes:
     mean: fp32 `[L, D]`.
@@ -33,7 +40,8 @@ class Centring:
 
     def apply(self, states: Tensor) -> Tensor:
         """fp32 `[..., L, D]` of `states`; in float64, so that a row's do not depend on its company."""
-        return ((states.double() - self.mean) * self.scale[:, None].double()).float()
+        mean, scale = self.mean.to(states.device), self.scale.to(states.device)
+        return ((states.double() - mean) * scale[:, None].double()).float()
 
     def undo(self, centred: Tensor) -> Tensor:
         """fp32 `[..., L, D]`: the states that `apply` was given."""
@@ -54,26 +62,27 @@ class Centring:
         return hashlib.sha256(str(list(values.shape)).encode() + values.numpy().tobytes()).hexdigest()
 
 
-def choose_centring(chunks: Chunks, modality: Modality) -> Centring:
+def choose_centring(chunks: Chunks, modality: Modality, dtype: torch.dtype) -> Centring:
     """The mean of a modality's states, and what makes the root mean square of what is left of a level 1.
 
     Args:
         chunks: called twice; yields the states `[n, L, D]` of items that have the modality, finite.
+        dtype: that they are stored in.
 
     Raises:
-        ValueError: no item has the modality.
+        ValueError: fewer than two items have the modality.
     """
     count, total = 0, torch.zeros(modality.levels, modality.width, dtype=torch.float64)
     for block in chunks():
         count += len(block)
         total += block.double().sum(dim=0)
-    if not count:
-        raise ValueError(f"centre: modality {modality.name!r}: no item has it, expected one at least")
+    if count < 2:
+        raise ValueError(f"centre: modality {modality.name!r}: expected two items that have it, got {count}")
     mean = (total / count).float()
     squares = torch.zeros(modality.levels, dtype=torch.float64)
     for block in chunks():
         squares += (block.double() - mean).square().sum(dim=(0, 2))
     size = (squares / (count * modality.width)).sqrt()
     common = mean.double().square().mean(dim=1).sqrt()
-    differs = (size > _CONSTANT * common) & (size >= torch.finfo(torch.float32).tiny)
+    differs = (size > _CONSTANT[dtype] * common) & (size >= torch.finfo(torch.float32).tiny)
     return Centring(mean, torch.where(differs, size.reciprocal(), 0).float())

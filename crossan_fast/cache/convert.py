@@ -69,10 +69,9 @@ def convert_cache(
             that before for each that gets a basis, and for each that is centred.
 
     Returns:
-        by modality, the error that conversion made relative to the states, once they are centred:
+        by modality, the error that storing made relative to the states, once they are centred:
         ‖new − old‖ / ‖old‖ over all rows, in the Frobenius norm; of coordinates, that of the states they
-        stand for. What a basis alone
-        holds of each level is in the new cache's `sources`, as `energy`.
+        stand for. What a basis alone holds of each level is in the new cache's `sources`, as `energy`.
 
     Raises:
         as `HiddenStateCache.open`; ValueError where a value overflows `dtype` (the item is named), `out` is
@@ -92,7 +91,7 @@ def convert_cache(
         for index, modality in enumerate(cache.modalities):
             name, centring, own = modality.name, None, None
             if name in to_centre:
-                centring = choose_centring(_chunks(cache, index, progress, alone=True), modality)
+                centring = choose_centring(_chunks(cache, index, progress, alone=True), modality, cache.dtype)
             if name in sizes:
                 own = choose_basis(_chunks(cache, index, progress, centring), modality, sizes[name])
             if frame := Frame(centring, own):
@@ -113,8 +112,10 @@ def _to_centre(cache: HiddenStateCache, centre: bool | Collection[str]) -> Colle
             )
         if name in cache.frames:
             already = "centred" if cache.frames[name].centring else "stored in a basis"
+            left = [other for other in known if other not in cache.frames]
             raise ValueError(
-                f"centre: modality {name!r} is {already} already; convert the cache that it was made from"
+                f"centre: modality {name!r} is {already} already, expected some of {left}; convert the cache "
+                "that it was made from"
             )
     return names
 

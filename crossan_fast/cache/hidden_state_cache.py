@@ -14,6 +14,7 @@ from crossan_fast.cache.ahead import gather_ahead
 from crossan_fast.cache.checked import CheckedRows
 from crossan_fast.cache.folders import at_one_moment
 from crossan_fast.cache.format import CacheMeta, dtype_name
+from crossan_fast.cache.frame import framed
 from crossan_fast.cache.loading import load
 from crossan_fast.cache.names import ItemNames
 from crossan_fast.cache.opening import Mapped, Verify, checked_verify, map_folder
@@ -117,7 +118,7 @@ class HiddenStateCache:
     def _mapped(cls, folder: Path, meta: CacheMeta, verify: Verify) -> HiddenStateCache:
         found = map_folder(folder, meta, verify)
         return cls(
-            meta.modalities,
+            framed(meta.modalities, found.frames),
             found.states,
             found.scales,
             found.present,
@@ -442,7 +443,7 @@ class HiddenStateCache:
         return self.device if device is None else exact_device(device)
 
     def __repr__(self) -> str:
-        of = {name: f" of {basis.shape[1]}" for name, basis in self.bases.items()}
+        of = {name: str(frame) for name, frame in self.frames.items()}
         parts = ", ".join(f"{m.name} {m.levels}×{m.width}{of.get(m.name, '')}" for m in self.modalities)
         kind = dtype_name(self.dtype) if self.dtype != torch.float64 else "fp64"
         return f"HiddenStateCache({self.num_items} items, {parts}, {kind}, {self.tier} on {self.device})"

@@ -27,6 +27,7 @@ from crossan_fast.cache.frame import Frame
 from crossan_fast.cache.hidden_state_cache import HiddenStateCache
 from crossan_fast.cache.verify import total_bytes, verify_cache
 from crossan_fast.cli._forms import ITEMS, ITEMS_COLUMNS, add_column_options, columns_of
+from crossan_fast.cli._in_common import in_common, say_what_is_in_common
 from crossan_fast.cli._output import table
 from crossan_fast.data.items import ItemTable, read_items
 
@@ -83,11 +84,6 @@ example:
     --modality text=sentence-transformers/all-MiniLM-L6-v2:pool=mean:levels=7 \\
     --modality image=google/vit-base-patch16-224:pool=cls:column=image_path
 """
-
-
-# What all items have in common is told from so many, at most and at least: the mean of n independent ones has
-# 1 / n of the energy by chance. The last is the share that is worth a word.
-_SAMPLE, _FEW, _MUCH = 1000, 20, 0.3
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -235,7 +231,7 @@ def _build_from(items: ItemTable, args: argparse.Namespace) -> int:
             f"of {report.unknown} items it is not known what their rows were made from: changes of their "
             "inputs do not show; to encode them again, add --re-encode NAME... or --re-encode all"
         )
-    _say_what_is_in_common(args.out)
+    say_what_is_in_common(args.out)
     return 0
 
 
@@ -258,7 +254,7 @@ def _import(args: argparse.Namespace) -> int:
         progress=not args.no_progress,
     )
     print(f"{report}\n{_summary(report.built)}")
-    _say_what_is_in_common(args.out)
+    say_what_is_in_common(args.out)
     return 0
 
 
@@ -298,6 +294,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _described(cache: HiddenStateCache) -> Iterator[dict[str, str]]:
     """A row a modality."""
+    common = in_common(cache)
     for column, modality in enumerate(cache.modalities):
         basis = cache.bases.get(modality.name)
         of = "" if basis is None else f" (coordinates in a basis, of width {basis.shape[1]})"
@@ -309,28 +306,8 @@ def _described(cache: HiddenStateCache) -> Iterator[dict[str, str]]:
             "levels": str(modality.levels),
             "width": f"{modality.width}{of}",
             "items": f"{int(cache.present[:, column].sum())} of {cache.num_items} items",
-            "made of": "\n".join([*made, *_in_common(cache, column)]),
+            "made of": "\n".join([*made, *common.get(modality.name, "").splitlines()]),
         }
-
-
-def _say_what_is_in_common(folder: Path) -> None:
-    cache = HiddenStateCache.open(folder)
-    for column, modality in enumerate(cache.modalities):
-        for line in _in_common(cache, column):
-            print(f"  {modality.name}: {line}")
-
-
-def _in_common(cache: HiddenStateCache, column: int) -> Iterator[str]:
-    """A line on what of a modality's states says nothing of any item, where that is much."""
-    name = cache.modalities[column].name
-    known = cache.present[:, column].nonzero()[:_SAMPLE, 0]
-    if len(known) < _FEW or name in cache.frames:
-        return
-    states = cache.gather(known, "cpu")[name].double()
-    energy = states.square().sum(dim=2).mean(dim=0)
-    shares = torch.where(energy > 0, states.mean(dim=0).square().sum(dim=1) / energy, 0)
-    if (share := float(shares.mean())) >= _MUCH:
-        yield f"in common: {share:.0%} of the energy is the mean over items; see convert --centre"
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -260,7 +260,7 @@ def test_each_width_is_trained_once_on_its_own_basis(tmp_path: Path, monkeypatch
             ("3", "1"),
         ]
     assert found[0]["energy"] == "mean=1.0000 cls=1.0000"
-    held = {m: HiddenStateCache.open("whole-3").sources[m]["energy"] for m in ("mean", "cls")}
+    held = {m: HiddenStateCache.open("whole-centred-3").sources[m]["energy"] for m in ("mean", "cls")}
     assert found[1]["energy"] == " ".join(f"{m}={sum(e) / 2:.4f}" for m, e in held.items())
     assert "cpu" not in found[0]["device"] and found[0]["filter_history"] == "none"
     written = tabulate.basis_table(found)

@@ -20,12 +20,11 @@ from crossan_fast.cache import (
     HiddenStateCache,
     build_cache,
     convert_cache,
-    project,
     verify_cache,
     write_cache,
 )
 from crossan_fast.cache import convert as convert_module
-from crossan_fast.cache.basis import expand
+from crossan_fast.cache.basis import expand, project
 from crossan_fast.cache.convert import expand_cache
 from crossan_fast.cache.quantize import dequantize, quantize
 from crossan_fast.data.items import ItemTable

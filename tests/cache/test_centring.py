@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from crossan_fast import CrossanConfig, CrossanModel
 from crossan_fast.cache import (
     CacheError,
     CorruptCacheError,
@@ -66,7 +68,9 @@ def states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]
 def test_each_level_is_centred_and_of_one_size(tmp_path: Path, states: dict[str, Tensor]) -> None:
     errors = convert_cache(tmp_path / "c", tmp_path / "z", centre=True)
     before, cache = HiddenStateCache.open(tmp_path / "c"), HiddenStateCache.open(tmp_path / "z", verify=True)
-    assert cache.modalities == before.modalities and cache.item_names == before.item_names
+    assert [replace(m, frame="") for m in cache.modalities] == list(before.modalities)
+    assert cache.modalities[0].frame == cache.frames["text"].digest() and "24, centred" in repr(cache)
+    assert cache.item_names == before.item_names
     assert torch.equal(cache.present, before.present) and cache.dtype == torch.float32
     rows = cache.gather(torch.arange(ITEMS + 1))
     for column, (name, old) in enumerate(states.items()):
@@ -158,7 +162,7 @@ def test_appended_and_corrected_items_land_where_the_others_are(tmp_path: Path, 
     for row in new[1:]:
         assert torch.equal(rows[row], expected[row - 1]), row
     assert appended(tmp_path, 30, texts).unchanged == 30
-    with pytest.raises(CacheError, match=r"'text'.* of states of width 12, got states of width 7"):
+    with pytest.raises(CacheError, match=r"keeps (5 coordinates of|centred) states of width 12, got .* 7"):
         appended(tmp_path, 30, np.ones((30, LEVELS, 7), np.float32))
 
 
@@ -201,7 +205,7 @@ def test_what_cannot_be_centred(tmp_path: Path, states: dict[str, Tensor]) -> No
         {"a": torch.ones(5, 1, 4) * absent[:, :1, None], "b": torch.zeros(5, 1, 4)},
         present=absent,
     )
-    with pytest.raises(ValueError, match="centre: modality 'b': no item has it"):
+    with pytest.raises(ValueError, match="centre: modality 'b': expected two items that have it, got 0"):
         convert_cache(tmp_path / "n", tmp_path / "d", centre=True)
     assert not (tmp_path / "d").exists()
 
@@ -214,3 +218,62 @@ def test_tiny_states_do_not_overflow(tmp_path: Path) -> None:
     convert_cache(tmp_path / "c", tmp_path / "z", centre=True)
     rows = HiddenStateCache.open(tmp_path / "z").gather(torch.arange(9))["a"]
     assert rows[1:, 0].square().mean().item() == pytest.approx(1, rel=1e-5) and not rows[:, 1].any()
+
+
+@pytest.mark.parametrize(("dtype", "flat"), [("fp32", 0), ("fp16", 1), ("bf16", 2), ("int8", 3), ("fp8", 4)])
+def test_rounding_is_not_made_of_one_size(tmp_path: Path, dtype: str, flat: int) -> None:
+    """Levels whose states differ by less than their type can say become zeros, the others do not."""
+    random = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 1, 64, generator=random)
+    sizes = torch.tensor([2e-4, 2e-3, 6e-3, 2e-2, 0.5])[
+        :, None
+    ]  # of what differs, each above the next type's step
+    states = common + sizes * torch.randn(201, 5, 64, generator=random)
+    states[0] = 0
+    write_cache(tmp_path / "c", {"a": states}, dtype=dtype)
+    convert_cache(tmp_path / "c", tmp_path / "z", "fp32", centre=True)
+    scale = HiddenStateCache.open(tmp_path / "z").frames["a"].centring
+    assert scale is not None and (scale.scale > 0).tolist() == [level >= flat for level in range(5)]
+
+
+def test_a_model_reads_states_in_its_own_frame_alone(tmp_path: Path, states: dict[str, Tensor]) -> None:
+    """Without a run, too: states of the same shape that mean others."""
+    convert_cache(tmp_path / "c", tmp_path / "z", centre=True)
+    convert_cache(tmp_path / "c", tmp_path / "one", centre=["text"])
+    raw, z, one = (HiddenStateCache.open(tmp_path / name) for name in ("c", "z", "one"))
+    model = CrossanModel(CrossanConfig(z.modalities, embedding_dim=8, bottleneck=4), backend="eager")
+    model.save_pretrained(tmp_path / "m")
+    model = CrossanModel.from_pretrained(tmp_path / "m", backend="eager")
+    assert model.encode_catalogue(z).shape == (ITEMS + 1, 8)
+    model.set_popularity(torch.ones(ITEMS + 1), z.catalogue)
+    ids = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert model(ids, cache=z).loss.isfinite()
+    for use in (
+        lambda: model.encode_catalogue(raw),
+        lambda: model(ids, cache=raw),
+        lambda: model.recommend([["1", "2"]], raw),
+        lambda: model.explain(None, raw),
+    ):
+        with pytest.raises(ValueError, match=r"'text': expected states centred as .*, got .* not centred"):
+            use()
+    with pytest.raises(ValueError, match=r"'image': expected states centred as .*, got .* not centred"):
+        model.encode_catalogue(one)
+    plain = CrossanConfig(raw.modalities, embedding_dim=8)
+    assert "frame" not in plain.to_json()
+    with pytest.raises(ValueError, match=r"'text': expected states that are not centred, .*got"):
+        CrossanModel(plain, backend="eager").encode_catalogue(z)
+    with pytest.raises(ValueError, match="frame: expected a digest as text, got 7"):
+        replace(z.modalities[0], frame=7)  # type: ignore[arg-type]
+
+
+def test_states_of_another_shape_are_not_projected(tmp_path: Path, states: dict[str, Tensor]) -> None:
+    convert_cache(tmp_path / "c", tmp_path / "z", centre=["text"], basis={"image": 4})
+    frames = HiddenStateCache.open(tmp_path / "z").frames
+    assert frames["image"].project(torch.randn(5, 2, 17)).shape == (5, 2, 4)  # a basis is of every level
+    for name, shape, expected in (
+        ("text", (5, 1, 24), "3, 24"),
+        ("text", (24,), "3, 24"),
+        ("image", (5, 16), "[?], 17"),
+    ):
+        with pytest.raises(ValueError, match=rf"states: expected \[\.\.\., {expected}\], got"):
+            frames[name].project(torch.randn(shape))

@@ -89,6 +89,18 @@ def test_build_says_it_too(files: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert re.search(r"audio: in common: [89]\d% of the energy", capsys.readouterr().out)
 
 
+def test_damaged_states_do_not_fail_what_has_nothing_to_do_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cache(tmp_path / "c", {"one": torch.nn.functional.pad(torch.randn(40, 1, 8), (0, 0, 0, 0, 1, 0))})
+    path = tmp_path / "c" / "one.states.bin"
+    damaged = bytearray(path.read_bytes())
+    damaged[100] ^= 1
+    path.write_bytes(damaged)
+    assert run("info", tmp_path / "c") == 0
+    assert re.search(r"one: 1 levels.*\n *not looked at: .*one\.states\.bin", capsys.readouterr().out)
+
+
 def test_convert_into_a_basis(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build(files, "--dtype", "fp32")
     convert = ("convert", files / "c", "--no-progress", "--out")

@@ -246,9 +246,10 @@ class FramedPass:
         for modality, frame in zip(inner.modalities, self._frames, strict=True):
             kept = modality.width if frame.basis is None else len(frame.basis)
             if frame.width not in (None, modality.width):
+                what = "centred" if frame.basis is None else f"{kept} coordinates of"
                 raise CacheError(
-                    f"modality {modality.name!r}: the cache keeps {kept} coordinates of states of "
-                    f"width {frame.width}, got states of width {modality.width}"
+                    f"modality {modality.name!r}: the cache keeps {what} states of width {frame.width}, got "
+                    f"states of width {modality.width}"
                 )
             widths.append(kept)
         self.modalities = tuple(
