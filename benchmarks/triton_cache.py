@@ -10,8 +10,9 @@ are those of the case itself.
 
 Triton finds a kernel again by a key of its own files and its compiled part, the kernel's source, the types of
 its arguments, the options, the target, and ptxas' version. The compiled part is another for every version of
-Python: fill with the Triton and the Python that the GPU's machine has. Where a folder lies is part of no key,
-but its lists of files name it, which `use` corrects; it also says whether the key is this Triton's.
+Python: fill with the Triton and the Python that the GPU's machine has, whatever the torch (CONTRIBUTING.md).
+Where a folder lies is part of no key, but its lists of files name it, which `use` corrects; it also says
+whether the key is this Triton's.
 """
 
 from __future__ import annotations
