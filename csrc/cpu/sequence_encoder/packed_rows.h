@@ -242,13 +242,17 @@ class Attention {
           dp[j] = dot(each, g, k + d);
         }
         exponentials(i + 1, lse[i][h]);
-        // Divided by their own sum, and the mean from the same products: what dp_j have in common then cancels, as
-        // it would not with ⟨g, mixed⟩ for the mean, or with a sum of p that is one only as nearly as lse is exact.
+        // What dp_j have in common cancels only as nearly as p sums to one, and a mean is rounded to its own size: so
+        // the first is taken off them all, and p, known but as nearly as lse, is divided by its own sum.
         const T share = T(1) / sum(whole(i + 1), p);
         for (int64_t j = 0; j <= i; ++j) p[j] *= share;
         keep(h, place, i, dp);
+        const T common = dp[0];
         T mean = 0;
-        for (int64_t j = 0; j <= i; ++j) mean += p[j] * dp[j];
+        for (int64_t j = 0; j <= i; ++j) {
+          dp[j] -= common;
+          mean += p[j] * dp[j];
+        }
         for (int64_t j = 0; j <= i; ++j) dp[j] = scale_ * p[j] * (dp[j] - mean);
         keep(h, place, i, p);
         for (int64_t j = 0; j <= i; ++j) {
