@@ -337,6 +337,15 @@ def test_the_paper_floor_is_performance_mds():
     assert states <= per_item.bytes / 1e6 <= 1.4 * states
 
 
+def test_a_batchs_floor_holds_the_products_of_weights_alone():
+    batch, none = (side_network.Shape(items=items).side_floors(4) for items in (704, 0))
+    # At the paper's d = r the head is one more level: 28 pairs of levels in each of four towers.
+    one_product = 2.0 * 64 * 768 * 64
+    assert none["forward"].flops == 4 * 28 * one_product
+    assert none["both"].flops == 3 * none["forward"].flops
+    assert none["both"].flops / batch["both"].flops == pytest.approx(0.2, abs=0.005)
+
+
 def test_a_file_of_another_layout_is_refused(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("a,b\n1,2\n")
