@@ -26,11 +26,13 @@ from crossan_fast import _build
 print("python", platform.python_version(), "torch", torch.__version__, "nvcc", _build.nvcc_version(), flush=True)
 info = _build.load("cuda")  # builds, links, and loads into this process
 ops = [n for n in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA") if n.startswith("crossan_fast_cuda::")]
-missing = [op for op in ("side_network", "fusion", "gather_convert", "deduplicate")
-           if not any(name.startswith(f"crossan_fast_cuda::{op}") for name in ops)]
+sources = [path.read_text() for path in Path("csrc/cuda").rglob("*.cpp")]
+defined = {name for text in sources for name in re.findall(r'\.def\(\s*"(\w+)\(Tensor', text)}
+missing = sorted(defined - {name.partition("::")[2] for name in ops}) if defined else ["what sources define"]
 cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"  # not every toolkit has one
-listed = subprocess.run([cuobjdump, "--list-elf", info.library], capture_output=True, text=True, check=True).stdout
-targets = sorted(set(re.findall(r"sm_(\w+)\.cubin", listed)))
+# Not --list-elf: before 13 its names of files leave out what sm_90a has after its number.
+listed = subprocess.run([cuobjdump, info.library], capture_output=True, text=True, check=True).stdout
+targets = sorted(set(re.findall(r"^arch = sm_(\w+)$", listed, re.MULTILINE)))
 print(f"{info.seconds:.0f} s, {info.size / 1e6:.1f} MB for {', '.join(f'sm_{t}' for t in targets)}; {len(ops)} ops: {ops}")
 if missing or targets != sorted(_build.cuda_architectures()):
     raise SystemExit(f"without {missing}, for {targets} of {_build.cuda_architectures()}")
