@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         for run in _parts(args)[part]:
             done(run())
     if args.soak:
-        for tally in _soak(args.soak):
+        for tally in _soak(args.soak, args.soak // 100 if args.openings is None else args.openings):
             done(tally)
     return 1 if any(tally.lost for tally in tallies) else 0
 
@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="so many steps in one process, and a hundredth of openings; alone where no part is named",
     )
+    parser.add_argument("--openings", type=int, metavar="N", help="of --soak, in place of a hundredth")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     return parser
@@ -182,10 +183,11 @@ def _raw_calls(count: int, seed: int) -> Tally:
     return tally
 
 
-def _soak(steps: int) -> Iterator[Tally]:
+def _soak(steps: int, openings: int) -> Iterator[Tally]:
     """Its tallies as they grow: the last of a name is the whole, or what was done when it was ended."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, str(ROOT / "tests" / "attack" / "soak.py"), str(steps), folder]
+        counts = (str(steps), str(openings))
+        words = [sys.executable, str(ROOT / "tests" / "attack" / "soak.py"), *counts, folder]
         going = subprocess.Popen(words, cwd=ROOT, env=os.environ | QUIET, stdout=subprocess.PIPE, text=True)
         assert going.stdout is not None
         with going:

@@ -1,6 +1,6 @@
 """A process that goes on and on: its memory, open files and threads must not grow with what it has done.
 
-    python soak.py STEPS FOLDER
+    python soak.py STEPS OPENINGS FOLDER
 
 Prints its tallies as they are after each tenth of the work, one a line, so that what was done is known of a
 process that is ended early; how it goes, it says on the error stream.
@@ -29,7 +29,6 @@ from crossan_fast.training.step import TrainStep
 
 # What the allocator and torch's caches may still take once a tenth of the work is done, in bytes.
 SLACK = 8 << 20
-STEPS_AN_OPENING = 100
 
 
 def held() -> tuple[int, int, int]:
@@ -67,8 +66,8 @@ def watched(
     return tally
 
 
-def attack(steps: int, work: Path, tell: Callable[[Tally], None]) -> None:
-    """`steps` training steps of a tiny model; for each hundred of them each file opened and saved."""
+def attack(steps: int, openings: int, work: Path, tell: Callable[[Tally], None]) -> None:
+    """`steps` training steps of a tiny model, then each kind of file opened and saved `openings` times."""
     torch.manual_seed(0)
     kill_points.one_run(work)
     cache = HiddenStateCache.open(work / "c")
@@ -95,9 +94,14 @@ def attack(steps: int, work: Path, tell: Callable[[Tally], None]) -> None:
         load_weights(work / "last.safetensors", backend="eager")
 
     watched("training steps in one process", steps, one_step, tell)
-    watched("openings and savings in one process", steps // STEPS_AN_OPENING, open_and_save, tell)
+    watched("openings and savings in one process", openings, open_and_save, tell)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    attack(int(sys.argv[1]), Path(sys.argv[2]), lambda tally: print(tally.to_json(), flush=True))
+    attack(
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        Path(sys.argv[3]),
+        lambda tally: print(tally.to_json(), flush=True),
+    )
