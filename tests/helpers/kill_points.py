@@ -100,7 +100,7 @@ def convert_without_swapping(where: Path) -> None:
 
 
 def basis(where: Path) -> None:
-    convert_cache(where / "c", where / "out", "fp32", basis={"a": 2}, overwrite=True)
+    convert_cache(where / "c", where / "out", "fp32", basis={"a": 2}, centre=True, overwrite=True)
 
 
 def old_basis(where: Path) -> None:

@@ -282,7 +282,7 @@ def test_states_are_those_of_the_other_run(values: dict[str, Any], wider: str, t
     states = {m.name: s.clone() for m, s in zip(cache.modalities, cache.states("cpu"), strict=True)}
     states["text"] = states["text"].flip(2)
     write_cache(tmp_path / "flipped", states, item_names=list(cache.item_names[1:]))
-    with pytest.raises(ValueError, match="modality 'text': expected coordinates in basis"):
+    with pytest.raises(ValueError, match="modality 'text': expected states in basis or centring"):
         made(values, **given, cache=based(str(tmp_path / "flipped"), "other", 7))
     made(values, **given, cache=based(wider, "same", 7))
 
