@@ -1,11 +1,12 @@
 # mypy: disable-error-code="assignment"
-"""fusion's backward kernels: one over items, two over weights, one that sums the weights' parts.
+"""fusion's backward kernels: experts of items, the router, experts' weights, and the sum of weights' parts.
 
-`items_kernel` finishes the gradient of every embedding e and of the router's logits. Weight gradients are
-products over all items: a program owns one tile of a weight, keeps its sum in registers over its part of the
-items, and recomputes what it needs of the experts from e, so that neither their inner units `[N, M, 4d]` nor
-partial sums per block of items (1.3 MB each at the paper's size) cross memory. `partial` is `[parts, SIZE]`:
-a part holds every weight's gradient in the order of the weights. forward_kernels.py has SIZES and BLOCKS.
+`items_kernel` sends the gradient back through the experts, a block of items and one expert or all a program
+as in forward_kernels.py, which has SIZES and BLOCKS. `router_kernel` turns what each expert's share is worth
+into the gradient of the router's logits, finishes the gradient of e and adds up the router's own. Weight
+gradients are products over all items: a program owns one tile of a weight, keeps its sum in registers over
+its part of the items, and recomputes what it needs of the experts from e, so that neither their inner units
+`[N, M, 4d]` nor partial sums per block of items (0.5 MB each at the paper's size) cross memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossan_fast.kernels._blocks import load_tile
+from crossan_fast.kernels._blocks import load_tile, store_tile
 from crossan_fast.kernels._common import activate, activate_grad, dot, narrow, pick, pick_constant
 from crossan_fast.kernels.fusion.forward_kernels import (
     column_of,
@@ -41,24 +42,19 @@ def total_weight(present, counts, count, index_m, M: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def items_kernel(
     grad_items,
-    grad_probability,
-    total,
     embeddings,
     router_logits,
-    router_weight,
     experts,
     present,
-    counts,
-    scratch,
-    grad_embeddings,
-    grad_logits,
+    grad_through,
+    grad_shares,
     count,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of e and of the router's logits for one block of items."""
+    """What comes back through the experts: gradients of their e `[N, M, d]` and of their shares `[N, M]`."""
     M: tl.constexpr = SIZES[0]
     D: tl.constexpr = SIZES[1]
     F: tl.constexpr = SIZES[2]
@@ -67,22 +63,20 @@ def items_kernel(
     BLOCK_M: tl.constexpr = BLOCKS[1]
     BLOCK_D: tl.constexpr = BLOCKS[2]
     BLOCK_F: tl.constexpr = BLOCKS[3]
+    EXPERTS: tl.constexpr = BLOCKS[4]
     w1, b1, w2, b2 = experts
+    begin_m = tl.program_id(1) * EXPERTS
     index_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = index_n < count
     index_d = tl.arange(0, BLOCK_D)
     index_m = tl.arange(0, BLOCK_M)
-    mask_nd = mask_n[:, None] & (index_d < D)[None, :]
     exists = existing(present, index_n, count, index_m, M)  # [BN, BM]
     logits = load_tile(router_logits, index_n, count, index_m, M, M)  # [BN, BM]
-    probability, chosen, share = route(logits, exists, index_m, M, TOP_K)
+    _, chosen, share = route(logits, exists, index_m, M, TOP_K)
     grad = load_tile(grad_items, index_n, count, index_d, D, D).to(tl.float32)  # [BN, d]
-
-    # Experts: what each adds to its e, kept aside until the router's gradient is known, and d loss / d share.
-    grad_share = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for m in range(M):
+    for m in range(begin_m, begin_m + EXPERTS):
         runs = column_of(tl.where(chosen, 1.0, 0.0), index_m, m) > 0
         grad_e = column_of(share, index_m, m)[:, None] * grad
+        of_share = tl.zeros([BLOCK_N], dtype=tl.float32)
         if tl.max(runs.to(tl.int32), axis=0) > 0:
             e = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)  # [BN, d]
             bias = tl.load(b2 + m * D + index_d, mask=index_d < D, other=0.0).to(tl.float32)
@@ -99,57 +93,34 @@ def items_kernel(
                 grad_inner = dot(grad_expert, second, zero, PRECISION) * activate_grad(inner, True)
                 grad_e = dot(narrow(grad_inner, DTYPE), first, grad_e, PRECISION)
             of_share = tl.where(runs, tl.sum(grad * expert, axis=1), 0.0)
-            grad_share += tl.where(index_m[None, :] == m, of_share[:, None], 0.0)
-        offset = index_n.to(tl.int64)[:, None] * (M * D) + (m * D + index_d)[None, :]
-        tl.store(scratch + offset, grad_e, mask=mask_nd)
-
-    # Router: from the shares, and from the mean probabilities of the load-balance loss.
-    grad_logit = share * (grad_share - tl.sum(share * grad_share, axis=1)[:, None])
-    if grad_probability is not None:
-        if total is None:
-            everything = total_weight(present, counts, count, index_m, M)
-        else:
-            everything = tl.load(total)
-        weight = tl.where(mask_n, 1.0, 0.0) / everything
-        if counts is not None:
-            weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
-        grad_mean = tl.load(grad_probability + index_m, mask=index_m < M, other=0.0).to(tl.float32)
-        grad_p = weight[:, None] * grad_mean[None, :]
-        grad_logit += probability * (grad_p - tl.sum(probability * grad_p, axis=1)[:, None])
-    grad_logit = narrow(grad_logit, DTYPE)  # [BN, BM]
-    offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
-    tl.store(grad_logits + offset, grad_logit, mask=mask_n[:, None] & (index_m < M)[None, :])
-
-    tl.debug_barrier()  # the scratch, written above, is read below by other threads of this program
-    for m in tl.static_range(M):
-        offset = index_n.to(tl.int64)[:, None] * (M * D) + (m * D + index_d)[None, :]
-        grad_e = tl.load(scratch + offset, mask=mask_nd, other=0.0)  # [BN, d]
-        router = load_tile(router_weight + m * D, index_m, M, index_d, D, M * D).to(DTYPE)  # [BM, d]
-        grad_e = dot(grad_logit, router, grad_e, PRECISION)
-        if present is not None:
-            there = tl.load(present + index_n.to(tl.int64) * M + m, mask=mask_n, other=0) != 0
-            grad_e = tl.where(there[:, None], grad_e, 0.0)
-        tl.store(grad_embeddings + offset, narrow(grad_e, grad_embeddings.dtype.element_ty), mask=mask_nd)
+        store_tile(grad_through + m * D, index_n, count, index_d, D, M * D, grad_e)
+        tl.store(grad_shares + index_n.to(tl.int64) * M + m, of_share, mask=index_n < count)
 
 
 @triton.jit(do_not_specialize=["count", "part_length"])
 def router_kernel(
-    grad_logits,
+    grad_through,
+    grad_shares,
+    grad_probability,
+    total,
     embeddings,
+    router_logits,
+    router_weight,
     present,
+    counts,
+    grad_embeddings,
     partial,
     count,
     part_length,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The router's weights of modality m's embedding, and its bias, over one part of the items."""
+    """Over one part of the items: modality m's e, the router's weights of it, with m = 0 its bias."""
     M: tl.constexpr = SIZES[0]
     D: tl.constexpr = SIZES[1]
+    TOP_K: tl.constexpr = SIZES[3]
     BLOCK_N: tl.constexpr = BLOCKS[0]
     BLOCK_M: tl.constexpr = BLOCKS[1]
     BLOCK_D: tl.constexpr = BLOCKS[2]
@@ -157,16 +128,41 @@ def router_kernel(
     part = tl.program_id(1)
     index_d = tl.arange(0, BLOCK_D)
     index_m = tl.arange(0, BLOCK_M)
+    router = load_tile(router_weight + m * D, index_m, M, index_d, D, M * D).to(DTYPE)  # [BM, d]
     weight = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     bias = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if grad_probability is not None:
+        if total is None:
+            everything = total_weight(present, counts, count, index_m, M)
+        else:
+            everything = tl.load(total)
+        grad_mean = tl.load(grad_probability + index_m, mask=index_m < M, other=0.0).to(tl.float32)
     start = part * part_length * BLOCK_N
     for begin in range(start, tl.minimum(start + part_length * BLOCK_N, count), BLOCK_N):
         index_n = begin + tl.arange(0, BLOCK_N)
-        grad = load_tile(grad_logits, index_n, count, index_m, M, M)  # [BN, BM]
+        mask_n = index_n < count
+        exists = existing(present, index_n, count, index_m, M)  # [BN, BM]
+        logits = load_tile(router_logits, index_n, count, index_m, M, M)  # [BN, BM]
+        probability, _, share = route(logits, exists, index_m, M, TOP_K)
+        grad_share = load_tile(grad_shares, index_n, count, index_m, M, M)  # [BN, BM]
+        grad_logit = share * (grad_share - tl.sum(share * grad_share, axis=1)[:, None])
+        if grad_probability is not None:  # the mean probabilities of the load-balance loss
+            counted = tl.where(mask_n, 1.0, 0.0) / everything
+            if counts is not None:
+                counted *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
+            grad_p = counted[:, None] * grad_mean[None, :]
+            grad_logit += probability * (grad_p - tl.sum(probability * grad_p, axis=1)[:, None])
+        grad_logit = narrow(grad_logit, DTYPE)  # [BN, BM]
+        bias += tl.sum(grad_logit.to(tl.float32), axis=0)
         e = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)  # [BN, d]
-        weight = dot(tl.trans(grad), e, weight, PRECISION)
-        bias += tl.sum(grad.to(tl.float32), axis=0)
-    base = partial + part.to(tl.int64) * SIZE + START
+        weight = dot(tl.trans(grad_logit), e, weight, PRECISION)
+        grad_e = load_tile(grad_through + m * D, index_n, count, index_d, D, M * D)  # [BN, d]
+        grad_e = dot(grad_logit, router, grad_e, PRECISION)
+        if present is not None:
+            there = tl.load(present + index_n.to(tl.int64) * M + m, mask=mask_n, other=0) != 0
+            grad_e = tl.where(there[:, None], grad_e, 0.0)
+        store_tile(grad_embeddings + m * D, index_n, count, index_d, D, M * D, grad_e)
+    base = partial + part.to(tl.int64) * (M * M * D + M)
     pointer = base + index_m[:, None] * (M * D) + (m * D + index_d)[None, :]
     tl.store(pointer, weight, mask=(index_m < M)[:, None] & (index_d < D)[None, :])
     if m == 0:
@@ -183,14 +179,12 @@ def experts_kernel(
     partial,
     count,
     part_length,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
     SIZES: tl.constexpr,
     BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_F inner units of expert m over one part of the items: w1, b1, w2, b2 from START on."""
+    """BLOCK_F inner units of expert m over one part of the items: its w1, b1, w2, b2, one after the other."""
     M: tl.constexpr = SIZES[0]
     D: tl.constexpr = SIZES[1]
     F: tl.constexpr = SIZES[2]
@@ -232,7 +226,7 @@ def experts_kernel(
             grad_inner = dot(grad_expert, second, zero, PRECISION) * activate_grad(inner, True)
             grad_b1 += tl.sum(grad_inner, axis=0)
             grad_first = dot(tl.trans(narrow(grad_inner, DTYPE)), e, grad_first, PRECISION)
-    base = partial + part.to(tl.int64) * SIZE + START
+    base = partial + part.to(tl.int64) * (M * (2 * F * D + F + D))
     pointer = base + m * F * D + index_f[:, None] * D + index_d[None, :]
     tl.store(pointer, grad_first, mask=(index_f < F)[:, None] & (index_d < D)[None, :])
     base += M * F * D
@@ -244,24 +238,35 @@ def experts_kernel(
         tl.store(base + M * D * F + m * D + index_d, grad_b2, mask=index_d < D)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=["router_parts", "experts_parts"])
 def sum_kernel(
-    partial,
+    router_partial,
+    experts_partial,
     gradients,
-    parts,
-    SIZE: tl.constexpr,
-    STARTS: tl.constexpr,
+    router_parts,
+    experts_parts,
     SIZES: tl.constexpr,
+    STARTS: tl.constexpr,
+    ROUTER: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum parts of SIZE in their order, the slice from STARTS[i] on into gradients[i]."""
+    """Sum the parts of gradients[i], BLOCK_P at a time; the first two are the router's, the rest experts'.
+
+    A part is ROUTER or EXPERTS numbers long; in it a gradient begins at STARTS[i].
+    """
     which = tl.program_id(1)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < pick_constant(SIZES, which)
-    start = pick_constant(STARTS, which)
-    if tl.program_id(0) * BLOCK < pick_constant(SIZES, which):
-        sum_ = tl.zeros([BLOCK], dtype=tl.float32)
-        for part in range(parts):
-            sum_ += tl.load(partial + tl.cast(part, tl.int64) * SIZE + start + index, mask=mask, other=0.0)
+    index_p = tl.arange(0, BLOCK_P)
+    size = pick_constant(SIZES, which)
+    if tl.program_id(0) * BLOCK < size:
+        start = pick_constant(STARTS, which)
+        partial, parts, row = experts_partial, experts_parts, EXPERTS
+        if which < 2:
+            partial, parts, row = router_partial, router_parts, ROUTER
+        sums = tl.zeros([BLOCK_P, BLOCK], dtype=tl.float32)
+        for begin in range(0, parts, BLOCK_P):
+            sums += load_tile(partial + start, begin + index_p, parts, index, size, row)
         target = pick(gradients, which)
-        tl.store(target + index, narrow(sum_, target.dtype.element_ty), mask=mask)
+        tl.store(target + index, narrow(tl.sum(sums, axis=0), target.dtype.element_ty), mask=index < size)

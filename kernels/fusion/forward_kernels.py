@@ -1,12 +1,15 @@
 # mypy: disable-error-code="assignment"
-"""fusion's forward kernel: router, experts and the weighted sum of one block of items in one program.
+"""fusion's forward kernels: the router and some experts of a block of items in one program, and their sum.
 
-The block's embeddings e are read for the router, and again (out of L1) for the experts: M of them at once
-would not fit the registers beside a tile of an expert. What a program adds to the load-balance statistics
-goes to its own row of `partial`.
+A program takes all experts of its items in turn, or, where items are too few to fill a GPU so, one of them:
+each program then has its own part of the weighted sum, which `finish_kernel` adds up. The block's embeddings
+e are read for the router, and again (out of L1) for the experts: M of them at once would not fit the
+registers beside a tile of an expert. What a block adds to the load-balance statistics goes to its own row of
+`partial`.
 
 In every kernel SIZES are M, D, F, TOP_K (0: every expert) and BLOCKS the tiles' BLOCK_N, BLOCK_M, BLOCK_D,
-BLOCK_F: items, modalities, an embedding's width and an expert's inner units.
+BLOCK_F: items, modalities, an embedding's width and an expert's inner units; then EXPERTS, how many of them a
+program takes.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from crossan_fast.kernels._blocks import load_tile
+from crossan_fast.kernels._blocks import load_tile, store_tile
 from crossan_fast.kernels._common import activate, dot, narrow, softmax
 
 
@@ -95,7 +98,7 @@ def forward_kernel(
     present,
     counts,
     router_logits,
-    items,
+    parts,
     partial,
     count,
     SIZES: tl.constexpr,
@@ -103,6 +106,7 @@ def forward_kernel(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Logits, statistics and `parts` [N, M / EXPERTS, d]: what each program's experts add to an item."""
     M: tl.constexpr = SIZES[0]
     D: tl.constexpr = SIZES[1]
     F: tl.constexpr = SIZES[2]
@@ -111,8 +115,10 @@ def forward_kernel(
     BLOCK_M: tl.constexpr = BLOCKS[1]
     BLOCK_D: tl.constexpr = BLOCKS[2]
     BLOCK_F: tl.constexpr = BLOCKS[3]
+    EXPERTS: tl.constexpr = BLOCKS[4]
     router_weight, router_bias = router
     w1, b1, w2, b2 = experts
+    begin_m = tl.program_id(1) * EXPERTS
     index_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = index_n < count
     index_d = tl.arange(0, BLOCK_D)
@@ -124,21 +130,21 @@ def forward_kernel(
         e = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)
         logits = add_logits(logits, e, router_weight + m * D, index_d, index_m, M, D, PRECISION)
     logits += tl.load(router_bias + index_m, mask=index_m < M, other=0.0).to(tl.float32)[None, :]
-    offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
-    tl.store(router_logits + offset, logits, mask=mask_n[:, None] & (index_m < M)[None, :])
-
     probability, chosen, share = route(logits, exists, index_m, M, TOP_K)
-    weight = tl.where(tl.max(exists.to(tl.int32), axis=1) > 0, 1.0, 0.0)
-    if counts is not None:
-        weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
-    assigned = chosen if TOP_K else top(probability, exists, index_m, M, 1)
-    statistic = partial + tl.program_id(0) * 3 * BLOCK_M + index_m
-    tl.store(statistic, tl.sum(tl.where(assigned, weight[:, None], 0.0), axis=0))
-    tl.store(statistic + BLOCK_M, tl.sum(weight[:, None] * probability, axis=0))
-    tl.store(statistic + 2 * BLOCK_M, tl.zeros([BLOCK_M], dtype=tl.float32) + tl.sum(weight, axis=0))
+    if begin_m == 0:
+        offset = index_n.to(tl.int64)[:, None] * M + index_m[None, :]
+        tl.store(router_logits + offset, logits, mask=mask_n[:, None] & (index_m < M)[None, :])
+        weight = tl.where(tl.max(exists.to(tl.int32), axis=1) > 0, 1.0, 0.0)
+        if counts is not None:
+            weight *= tl.load(counts + index_n, mask=mask_n, other=0).to(tl.float32)
+        assigned = chosen if TOP_K else top(probability, exists, index_m, M, 1)
+        statistic = partial + tl.program_id(0) * 3 * BLOCK_M + index_m
+        tl.store(statistic, tl.sum(tl.where(assigned, weight[:, None], 0.0), axis=0))
+        tl.store(statistic + BLOCK_M, tl.sum(weight[:, None] * probability, axis=0))
+        tl.store(statistic + 2 * BLOCK_M, tl.zeros([BLOCK_M], dtype=tl.float32) + tl.sum(weight, axis=0))
 
     item = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)  # [BN, d]
-    for m in range(M):
+    for m in range(begin_m, begin_m + EXPERTS):
         runs = column_of(tl.where(chosen, 1.0, 0.0), index_m, m) > 0
         if tl.max(runs.to(tl.int32), axis=0) > 0:
             own = load_embedding(embeddings, present, index_n, count, m, index_d, M, D, DTYPE)  # [BN, d]
@@ -153,30 +159,53 @@ def forward_kernel(
                 second = load_tile(w2 + m * D * F, index_d, D, index_f, F, F).to(DTYPE)  # [d, BF]
                 expert = dot(inner, tl.trans(second), expert, PRECISION)
             item += tl.where(runs[:, None], column_of(share, index_m, m)[:, None] * expert, 0.0)
-    offset = index_n.to(tl.int64)[:, None] * D + index_d[None, :]
-    tl.store(items + offset, narrow(item, DTYPE), mask=mask_n[:, None] & (index_d < D)[None, :])
+    part = parts + tl.program_id(1) * D
+    store_tile(part, index_n, count, index_d, D, (M // EXPERTS) * D, item)
 
 
-@triton.jit(do_not_specialize=["programs"])
-def statistics_kernel(
-    partial, assigned, probability, programs, M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
+@triton.jit(do_not_specialize=["programs", "count"])
+def finish_kernel(
+    partial,
+    assigned,
+    probability,
+    programs,
+    parts,
+    items,
+    count,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Shares of assignments and mean probabilities `[M]` from the programs' sums, in their order."""
-    index_m = tl.arange(0, BLOCK_M)
-    index_p = tl.arange(0, BLOCK)
-    sums = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
-    means = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
-    total = tl.zeros([BLOCK, BLOCK_M], dtype=tl.float32)
-    for begin in range(0, programs, BLOCK):
-        offset = (begin + index_p)[:, None] * 3 * BLOCK_M + index_m[None, :]
-        mask = (begin + index_p < programs)[:, None] & (index_m < M)[None, :]
-        sums += tl.load(partial + offset, mask=mask, other=0.0)
-        means += tl.load(partial + offset + BLOCK_M, mask=mask, other=0.0)
-        total += tl.load(partial + offset + 2 * BLOCK_M, mask=mask, other=0.0)
-    sums_ = tl.sum(sums, axis=0)
-    everything = tl.sum(sums_, axis=0)
-    share = sums_ / tl.where(everything > 0, everything, 1.0)
-    weight = tl.sum(total, axis=0)
-    mean = tl.sum(means, axis=0) / tl.where(weight > 0, weight, 1.0)
-    tl.store(assigned + index_m, share, mask=index_m < M)
-    tl.store(probability + index_m, mean, mask=index_m < M)
+    """Program 0: shares of assignments and mean probabilities `[M]`; the others sum `parts` `[N, M, d]`.
+
+    Both from the programs' sums, in their order; `parts` None: items are there already.
+    """
+    if tl.program_id(0) == 0:
+        index_m = tl.arange(0, BLOCK_M)
+        index_p = tl.arange(0, BLOCK_P)
+        sums = tl.zeros([BLOCK_P, BLOCK_M], dtype=tl.float32)
+        means = tl.zeros([BLOCK_P, BLOCK_M], dtype=tl.float32)
+        total = tl.zeros([BLOCK_P, BLOCK_M], dtype=tl.float32)
+        for begin in range(0, programs, BLOCK_P):
+            offset = (begin + index_p)[:, None] * 3 * BLOCK_M + index_m[None, :]
+            mask = (begin + index_p < programs)[:, None] & (index_m < M)[None, :]
+            sums += tl.load(partial + offset, mask=mask, other=0.0)
+            means += tl.load(partial + offset + BLOCK_M, mask=mask, other=0.0)
+            total += tl.load(partial + offset + 2 * BLOCK_M, mask=mask, other=0.0)
+        sums_ = tl.sum(sums, axis=0)
+        everything = tl.sum(sums_, axis=0)
+        share = sums_ / tl.where(everything > 0, everything, 1.0)
+        weight = tl.sum(total, axis=0)
+        mean = tl.sum(means, axis=0) / tl.where(weight > 0, weight, 1.0)
+        tl.store(assigned + index_m, share, mask=index_m < M)
+        tl.store(probability + index_m, mean, mask=index_m < M)
+    elif parts is not None:
+        index_n = (tl.program_id(0) - 1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        index_d = tl.arange(0, BLOCK_D)
+        item = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+        for m in tl.static_range(M):
+            item += load_tile(parts + m * D, index_n, count, index_d, D, M * D)
+        store_tile(items, index_n, count, index_d, D, D, item)

@@ -1,4 +1,4 @@
-"""fusion in Triton: one kernel forward; backward one over items, two over weights, one reduction.
+"""fusion in Triton: forward experts and their sum; backward experts, router, experts' weights and a sum.
 
 Kernels are in `forward_kernels` and `backward_kernels`, which say what each keeps on chip.
 """
@@ -29,13 +29,14 @@ from crossan_fast.kernels.fusion import backward_kernels, forward_kernels
 from crossan_fast.ops._contracts import FusionWeights
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_STATISTICS_BLOCK, _SUM_BLOCK = 64, 1024
+# Tiles of what adds up: programs' statistics, items of the experts' sum, parts and numbers of a gradient.
+_STATISTICS_BLOCK, _ITEMS_BLOCK, _SUM_BLOCK = 64, 16, (8, 512)
 # Items up to which launches cost more than what programs read in place of them.
 _FEW = 4096
 
 
-class Config(NamedTuple):
-    """Items and inner units of a tile, warps and pipeline stages."""
+class Tile(NamedTuple):
+    """Items and inner units of a program's step, its warps and pipeline stages."""
 
     items: int
     units: int
@@ -43,26 +44,46 @@ class Config(NamedTuple):
     stages: int
 
 
+class Config(NamedTuple):
+    """Tiles of the kernels that own items and of those that own expert weights."""
+
+    items: Tile
+    weights: Tile
+    # A program takes one expert of its items, not all in turn.
+    apart: bool
+
+
 def config(device: str, dtype: torch.dtype, tf32: bool, width: int, count: int) -> Config:
-    """The default tile: few items per program fill a GPU at small counts, many spare L2 at large ones."""
+    """The default tiles: few items per program fill a GPU at small counts, many spare L2 at large ones."""
+    few = count <= _FEW
     if dtype == torch.float32 and not tf32:
-        return Config(16, 32, 8, 1)
+        tile = Tile(16, 32, 8, 1)
+        return Config(tile, tile, few)
     if width > 64 or dtype == torch.float32:
-        return Config(16 if width > 128 else 32, 32, 4, 1)
+        # Tiles of 32 items spill: of width 64 in experts' weights alone, of a greater one everywhere.
+        narrow = Tile(16, 32, 8 if width > 128 else 4, 1)
+        return Config(narrow if few or width > 64 else narrow._replace(items=32), narrow, few)
     if device in BEFORE_HOPPER:
-        return Config(32, 32, 8, 2)
-    if count <= _FEW:
-        return Config(32, 32, 4, 2)
-    return Config(64, 32, 8, 2)
+        tile = Tile(32, 32, 8, 2)
+    else:
+        tile = Tile(32, 32, 4, 2) if few else Tile(64, 32, 8, 2)
+    return Config(Tile(16, 128, 8, 1) if few else tile, tile, few)
 
 
 def candidates(device: str, dtype: torch.dtype, tf32: bool, width: int, count: int) -> list[Config]:
     """`config`'s choice, then what autotuning may try instead."""
     first = config(device, dtype, tf32, width, count)
-    others = [first._replace(items=first.items // 2)] if first.items > 16 else []
-    if width <= 64 and first.items < 64:
-        others.append(first._replace(items=first.items * 2, warps=8))
-    return [first, *others, first._replace(stages=1 if first.stages > 1 else 2)]
+    items, weights = first.items, first.weights
+    others = [
+        first._replace(apart=not first.apart),
+        first._replace(items=items._replace(stages=3 - items.stages)),
+        first._replace(weights=weights._replace(stages=3 - weights.stages)),
+    ]
+    if items.units > 32:
+        others.append(first._replace(items=items._replace(units=items.units // 2, warps=4)))
+    if width <= 64 and items.items < 64:
+        others.append(first._replace(items=items._replace(items=items.items * 2, warps=8)))
+    return [first, *others]
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,7 @@ class _Call:
 class _Problem:
     """What every launch of a call is told: contiguous inputs and constants."""
 
-    def __init__(self, call: _Call, tile: Config) -> None:
+    def __init__(self, call: _Call, chosen: Config) -> None:
         modalities, inner, width = call.weights.w1.shape
         self.embeddings = call.embeddings.contiguous()
         self.count = self.embeddings.shape[0]
@@ -102,15 +123,23 @@ class _Problem:
         self.router, self.experts = tuple(packed[:2]), tuple(packed[2:])
         self.present = None if call.present is None else call.present.contiguous().view(torch.uint8)
         self.counts = None if call.counts is None else call.counts.contiguous()
-        self.padded = power_of_two(modalities)
-        self.constants: dict[str, Any] = {
-            "SIZES": (modalities, width, inner, call.top_k or 0),
-            "BLOCKS": (tile.items, self.padded, power_of_two(width), tile.units),
-            "DTYPE": _TYPES[call.dtype],
-            "PRECISION": dot_precision(call.dtype),
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-        }
+        self.padded, self.width = power_of_two(modalities), power_of_two(width)
+        self.blocks = cdiv(self.count, chosen.items.items)
+        self.grid = (self.blocks, modalities if chosen.apart else 1)
+        self.unit_blocks = cdiv(inner, chosen.weights.units)
+
+        def constants(tile: Tile) -> dict[str, Any]:
+            experts = 1 if chosen.apart else modalities
+            return {
+                "SIZES": (modalities, width, inner, call.top_k or 0),
+                "BLOCKS": (tile.items, self.padded, self.width, tile.units, experts),
+                "DTYPE": _TYPES[call.dtype],
+                "PRECISION": dot_precision(call.dtype),
+                "num_warps": tile.warps,
+                "num_stages": tile.stages,
+            }
+
+        self.over_items, self.over_weights = constants(chosen.items), constants(chosen.weights)
 
 
 def forward(
@@ -131,40 +160,46 @@ def forward(
     return _forward(call.tile("forward", lambda tile: _forward(tile, call)), call)
 
 
-def _forward(tile: Config, call: _Call) -> list[Tensor]:
-    p, like = _Problem(call, tile), call.weights.w1
+def _forward(chosen: Config, call: _Call) -> list[Tensor]:
+    p, like = _Problem(call, chosen), call.weights.w1
     modalities, _, width = like.shape
     items = like.new_empty((p.count, width), dtype=call.dtype)
     logits = like.new_empty((p.count, modalities), dtype=torch.float32)
     assigned, probability = (like.new_empty(modalities, dtype=torch.float32) for _ in range(2))
-    programs = cdiv(p.count, tile.items)
-    partial = like.new_empty((programs, 3, p.padded), dtype=torch.float32)
+    partial = like.new_empty((p.blocks, 3, p.padded), dtype=torch.float32)
+    parts = torch.empty_like(p.embeddings, dtype=torch.float32) if p.grid[1] > 1 else None
     with on_device(like):
-        if programs:
+        if p.count:
             launch(
                 forward_kernels.forward_kernel,
-                (programs,),
+                p.grid,
                 p.embeddings,
                 p.router,
                 p.experts,
                 p.present,
                 p.counts,
                 logits,
-                items,
+                items if parts is None else parts,
                 partial,
                 p.count,
-                **p.constants,
+                **p.over_items,
             )
         launch(
-            forward_kernels.statistics_kernel,
-            (1,),
+            forward_kernels.finish_kernel,
+            (1 if parts is None else 1 + cdiv(p.count, _ITEMS_BLOCK),),
             partial,
             assigned,
             probability,
-            programs,
+            p.blocks,
+            parts,
+            items,
+            p.count,
             M=modalities,
+            D=width,
             BLOCK_M=p.padded,
-            BLOCK=_STATISTICS_BLOCK,
+            BLOCK_P=_STATISTICS_BLOCK,
+            BLOCK_N=_ITEMS_BLOCK,
+            BLOCK_D=p.width,
         )
     return [items, assigned, probability, logits]
 
@@ -197,87 +232,83 @@ def backward(
 
 
 def _backward(
-    tile: Config, call: _Call, grad_items: Tensor, grad_probability: Tensor | None, logits: Tensor
+    chosen: Config, call: _Call, grad_items: Tensor, grad_probability: Tensor | None, logits: Tensor
 ) -> list[Tensor]:
-    p, weights = _Problem(call, tile), call.weights
-    grad_embeddings = torch.empty_like(p.embeddings)
-    grad_logits = torch.empty_like(logits, dtype=call.dtype)
+    p, weights, modalities = _Problem(call, chosen), call.weights, logits.shape[1]
+    grad_through = torch.empty_like(p.embeddings, dtype=torch.float32)
+    grad_shares, grad_embeddings = torch.empty_like(logits), torch.empty_like(p.embeddings)
+    sizes = [w.numel() for w in weights]
+    router_parts, router_length = split(modalities, p.blocks)
+    of_router = logits.new_empty((router_parts, sum(sizes[:2])))
+    parts, length = split(modalities * p.unit_blocks, cdiv(p.count, chosen.weights.items))
+    of_experts = logits.new_empty((parts, sum(sizes[2:])))
     with on_device(logits):
         launch(
             backward_kernels.items_kernel,
-            (cdiv(p.count, tile.items),),
+            p.grid,
             grad_items,
+            p.embeddings,
+            logits,
+            p.experts,
+            p.present,
+            grad_through,
+            grad_shares,
+            p.count,
+            **p.over_items,
+        )
+        launch(
+            backward_kernels.router_kernel,
+            (modalities, router_parts),
+            grad_through,
+            grad_shares,
             grad_probability,
             None if grad_probability is None else _total(p, call, logits),
             p.embeddings,
             logits,
             p.router[0],
-            p.experts,
             p.present,
             p.counts,
-            torch.empty_like(p.embeddings, dtype=torch.float32),
             grad_embeddings,
-            grad_logits,
+            of_router,
             p.count,
-            **p.constants,
+            router_length,
+            **p.over_items,
         )
-        grads = _weight_gradients(p, tile, weights, grad_items, logits, grad_logits)
+        launch(
+            backward_kernels.experts_kernel,
+            (p.unit_blocks, modalities, parts),
+            grad_items,
+            p.embeddings,
+            logits,
+            p.experts,
+            p.present,
+            of_experts,
+            p.count,
+            length,
+            **p.over_weights,
+        )
+        grads = _sum(of_router, of_experts, weights, sizes)
     return [grad_embeddings, *(grad.to(w.dtype) for grad, w in zip(grads, weights, strict=True))]
 
 
-def _weight_gradients(
-    p: _Problem,
-    tile: Config,
-    weights: FusionWeights,
-    grad_items: Tensor,
-    logits: Tensor,
-    grad_logits: Tensor,
-) -> list[Tensor]:
-    """In the first weight's dtype."""
-    modalities, inner, _ = weights.w1.shape
-    grads = [
-        torch.empty_like(w, dtype=weights[0].dtype, memory_format=torch.contiguous_format) for w in weights
-    ]
-    sizes = tuple(w.numel() for w in weights)
-    starts = (0, *accumulate(sizes))
-    unit_blocks = cdiv(inner, tile.units)
-    # Twice as many parts of the items where there are enough of them to keep so many programs busy.
-    crowd = modalities * unit_blocks * (1 if p.count > _FEW else 2)
-    parts, length = split(crowd, cdiv(p.count, tile.items))
-    partial = logits.new_empty((parts, starts[-1]))
-    walk = (p.present, partial, p.count, length)
-    launch(
-        backward_kernels.router_kernel,
-        (modalities, parts),
-        grad_logits,
-        p.embeddings,
-        *walk,
-        START=starts[0],
-        SIZE=starts[-1],
-        **p.constants,
-    )
-    launch(
-        backward_kernels.experts_kernel,
-        (unit_blocks, modalities, parts),
-        grad_items,
-        p.embeddings,
-        logits,
-        p.experts,
-        *walk,
-        START=starts[2],
-        SIZE=starts[-1],
-        **p.constants,
-    )
+def _sum(of_router: Tensor, of_experts: Tensor, weights: FusionWeights, sizes: list[int]) -> list[Tensor]:
+    """The weights' gradients from their parts, in the first weight's dtype."""
+    kind = weights[0].dtype
+    grads = [torch.empty_like(w, dtype=kind, memory_format=torch.contiguous_format) for w in weights]
     launch(
         backward_kernels.sum_kernel,
-        (cdiv(max(sizes), _SUM_BLOCK), len(sizes)),
-        partial,
+        (cdiv(max(sizes), _SUM_BLOCK[1]), len(sizes)),
+        of_router,
+        of_experts,
         tuple(grads),
-        parts,
-        SIZE=starts[-1],
-        STARTS=starts[:-1],
-        SIZES=sizes,
-        BLOCK=_SUM_BLOCK,
+        len(of_router),
+        len(of_experts),
+        SIZES=tuple(sizes),
+        STARTS=(*accumulate([0, *sizes[:1]]), *accumulate([0, *sizes[2:-1]])),
+        ROUTER=of_router.shape[1],
+        EXPERTS=of_experts.shape[1],
+        BLOCK_P=_SUM_BLOCK[0],
+        BLOCK=_SUM_BLOCK[1],
     )
     return grads
 

@@ -68,13 +68,15 @@ def compare(embeddings, weights, dtype, **options):
     judge_all(NAMES, actual, lambda: reference(embeddings, weights, grad, dtype=dtype, **options), truth)
 
 
+@pytest.mark.parametrize("few", [True, False], ids=["expert-a-program", "experts-in-turn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "options",
     [{}, {"present": True, "counts": True}, {"top_k": 2, "present": True}],
     ids=["all", "present", "top_k"],
 )
-def test_matches_float64(options, dtype):
+def test_matches_float64(options, dtype, few, monkeypatch):
+    monkeypatch.setattr(host, "_FEW", 4096 if few else 0)
     embeddings, weights = make(41, 3, 20, 48, dtype)
     options = dict(options)
     if options.pop("counts", False):
@@ -87,9 +89,28 @@ def test_matches_float64(options, dtype):
     compare(embeddings, weights, dtype, **options)
 
 
-def test_one_modality_and_a_wide_embedding():
-    embeddings, weights = make(19, 1, 70, 40, torch.float32)
-    compare(embeddings, weights, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("modalities", "width", "inner"), [(1, 70, 40), (5, 132, 300)])
+def test_other_numbers_of_modalities_and_wide_embeddings(modalities, width, inner, dtype):
+    embeddings, weights = make(19, modalities, width, inner, dtype)
+    compare(embeddings, weights, dtype)
+
+
+def test_every_tile_that_may_be_searched_gives_the_same(monkeypatch):
+    """One expert a program or all, other tiles and parts: what is computed does not change."""
+    embeddings, weights = make(37, 2, 8, 40, torch.float32)
+    grad = torch.randn(37, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    options = {"present": some_present(37, 2), "top_k": 1, "dtype": torch.float32}
+    expected = kernel(embeddings, weights, grad, **options)
+    tiles = [
+        *host.candidates("sm_90", torch.bfloat16, False, 8, 37),
+        *host.candidates("sm_90", torch.float32, False, 8, 5000)[:2],
+    ]
+    assert {tile.apart for tile in tiles} == {True, False}
+    for tile in tiles:
+        monkeypatch.setattr(host, "config", lambda *_, tile=tile: tile)
+        for own, first in zip(kernel(embeddings, weights, grad, **options), expected, strict=True):
+            torch.testing.assert_close(own, first)
 
 
 def test_ties_go_to_the_modality_that_comes_first():
