@@ -20,12 +20,20 @@ bool tried_brgemm() {
   std::fill_n(pairs, 32, uint16_t{0x3f80});
   float sums[16] = {};
   try {
-    brgemm_panel(1, 16, 2, ones, pairs, sums, 16);
+    brgemm_panel(1, 16, 2, ones, 2, pairs, sums, 16, Into::add);
     end_brgemm();
   } catch (const std::exception&) {
     return false;
   }
   return std::all_of(sums, sums + 16, [](float sum) { return sum == 2; });
+}
+
+bool multiplies_pairs() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
 }
 
 struct Choice {
@@ -48,7 +56,9 @@ Choice choose() {
   if (!has_brgemm()) return {false, "torch has no bf16 brgemm on this CPU"};
   // torch packs for brgemm where oneDNN has AMX tiles for the type, and nowhere else.
   if (at::native::cpublas::could_pack(at::kBFloat16)) return {true, "the CPU has AMX"};
-  return {false, "the CPU has no AMX, without which brgemm is slower than fp32"};
+  // Twice fp32's products where AMD multiplies pairs; an Intel of this kind has AMX as well, unless it is hidden.
+  if (multiplies_pairs()) return {true, "the CPU multiplies bf16 by AVX-512"};
+  return {false, "the CPU has neither AMX nor AVX-512's bf16, without which brgemm is slower than fp32"};
 }
 
 }  // namespace
@@ -69,9 +79,9 @@ std::string described_bf16() {
   }
 }
 
-void brgemm_panel(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, const uint16_t* pairs, float* c,
-                  int64_t c_row) {
-  at::native::cpublas::brgemm(rows, columns, depth, depth, pair_row(columns), c_row, true,
+void brgemm_panel(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t a_row, const uint16_t* pairs,
+                  float* c, int64_t c_row, Into into) {
+  at::native::cpublas::brgemm(rows, columns, depth, a_row, pair_row(columns), c_row, into == Into::add,
                               reinterpret_cast<const at::BFloat16*>(a), reinterpret_cast<const at::BFloat16*>(pairs), c,
                               true);
 }

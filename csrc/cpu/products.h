@@ -1,7 +1,7 @@
-// Products of one block of items in bf16, by torch's brgemm: AMX tiles where the CPU has them.
+// Products of one block of items in bf16, by torch's brgemm: AMX tiles where the CPU has them, else AVX-512's bf16.
 //
 // Operands round to bf16, sums are fp32. Weights are packed once a call (`PairedWeights`), the other operands here.
-// Without AMX the same products run through oneDNN's AVX-512 code, slower than `multiply` in fp32; tests ask for it.
+// Where the CPU has neither, oneDNN's AVX-512 code is slower than `multiply` in fp32; tests ask for it.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 
 #include "gemm.h"
 #include "packing.h"
+#include "pairs.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -19,34 +20,15 @@ namespace crossan_fast {
 
 // Whether torch multiplies bf16 by brgemm on this CPU at all, with AMX or without.
 bool has_brgemm();
-// Whether bf16 products are to go through brgemm: CROSSAN_FAST_CPU_BF16 = auto (where AMX is), brgemm, fp32. A wish
-// that cannot be served is an error.
+// Whether bf16 products are to go through brgemm: CROSSAN_FAST_CPU_BF16 = auto (where the CPU has bf16 products),
+// brgemm, fp32. A wish that cannot be served is an error.
 bool use_brgemm();
 std::string described_bf16();  // the way they go and why, or why they cannot
 
-// C[M, N] += A[M, K] · B: A row-major with K even, B one panel of pairs.
-void brgemm_panel(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, const uint16_t* pairs, float* c,
-                  int64_t c_row);
+// C[M, N] = (C +) A[M, K] · B: A row-major with K even, B one panel of pairs.
+void brgemm_panel(int64_t rows, int64_t columns, int64_t depth, const uint16_t* a, int64_t a_row, const uint16_t* pairs,
+                  float* c, int64_t c_row, Into into);
 void end_brgemm();  // gives the thread's tiles back
-
-inline constexpr int64_t kPairPanel = 64;  // columns of B walked at a time
-
-inline int64_t even(int64_t depth) { return (depth + 1) / 2 * 2; }
-inline int64_t pair_row(int64_t columns) { return (columns + 15) / 16 * 16; }  // oneDNN takes no other distance
-inline int64_t pairs_size(int64_t depth, int64_t columns) { return even(depth) * pair_row(columns); }
-
-// Panels of B [K, N] given by two strides: pairs[panel][k / 2][column][k % 2], zeros beyond K and N.
-inline void pack_pairs(const float* b, int64_t row, int64_t column, int64_t depth, int64_t columns, uint16_t* pairs) {
-  for (int64_t first = 0; first < columns; first += kPairPanel) {
-    const int64_t count = std::min(kPairPanel, columns - first);
-    for (int64_t k = 0; k < depth; k += 2)
-      for (int64_t j = 0; j < pair_row(count); ++j) {
-        const float* from = b + k * row + (first + j) * column;
-        *pairs++ = j < count ? to_bf16(from[0]) : uint16_t{0};
-        *pairs++ = j < count && k + 1 < depth ? to_bf16(from[row]) : uint16_t{0};
-      }
-  }
-}
 
 // B of W [count][rows, columns] as pairs: W itself, or Wᵀ. There once `tasks` have run.
 class PairedWeights {
@@ -89,33 +71,50 @@ class PairedProducts {
   void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column, Pairs b,
                 float* c, int64_t c_row, Into into, const float* bias = nullptr, float keep = 1.0f) {
     if (rows == 0) return;
-    const int64_t deep = even(depth);
-    left_.resize(static_cast<size_t>(rows * deep));
-    for (int64_t i = 0; i < rows; ++i) {
-      uint16_t* to = left_.data() + i * deep;
-      for (int64_t k = 0; k < depth; ++k) to[k] = to_bf16(a[i * a_row + k * a_column]);
-      if (deep > depth) to[depth] = 0;
-    }
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        float& value = c[i * c_row + j];
-        value = (into == Into::add ? keep * value : 0.0f) + (bias ? bias[j] : 0.0f);
-      }
-    for (int64_t j = 0; deep > 0 && j < columns; j += kPairPanel) {
-      const int64_t count = std::min(kPairPanel, columns - j);
-      brgemm_panel(rows, count, deep, left_.data(), b.data + j * b.depth + b.row * pair_row(count), c + j, c_row);
-    }
+    take(rows, depth, a, a_row, a_column);
+    multiply_taken(rows, columns, depth, b, c, c_row, into, bias, keep);
   }
 
   // The same with B [K, N] row-major in fp32.
   void multiply_plain(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
                       const float* b, int64_t b_row, float* c, int64_t c_row, Into into) {
-    right_.resize(static_cast<size_t>(pairs_size(depth, columns)));
+    if (rows == 0) return;
+    take(rows, depth, a, a_row, a_column);
+    multiply_taken_plain(rows, columns, depth, b, b_row, c, c_row, into);
+  }
+
+  // A for products that share it.
+  void take(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_column) {
+    grow(left_, rows * left_row_of(depth));
+    pack_left(rows, depth, a, a_row, a_column, left_.data());
+  }
+  void multiply_taken(int64_t rows, int64_t columns, int64_t depth, Pairs b, float* c, int64_t c_row, Into into,
+                      const float* bias = nullptr, float keep = 1.0f) const {
+    const bool adds = into == Into::add || bias || depth == 0;
+    if (bias || (into == Into::add ? keep != 1.0f : adds))
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+          float& value = c[i * c_row + j];
+          value = (into == Into::add ? keep * value : 0.0f) + (bias ? bias[j] : 0.0f);
+        }
+    for (int64_t j = 0; depth > 0 && j < columns; j += kPairPanel) {
+      const int64_t count = std::min(kPairPanel, columns - j);
+      brgemm_panel(rows, count, even(depth), left_.data(), left_row_of(depth),
+                   b.data + j * b.depth + b.row * pair_row(count), c + j, c_row, adds ? Into::add : Into::overwrite);
+    }
+  }
+  void multiply_taken_plain(int64_t rows, int64_t columns, int64_t depth, const float* b, int64_t b_row, float* c,
+                            int64_t c_row, Into into) {
+    grow(right_, pairs_size(depth, columns));
     pack_pairs(b, b_row, 1, depth, columns, right_.data());
-    multiply(rows, columns, depth, a, a_row, a_column, {right_.data(), even(depth), 0}, c, c_row, into);
+    multiply_taken(rows, columns, depth, {right_.data(), even(depth), 0}, c, c_row, into);
   }
 
  private:
+  static void grow(std::vector<uint16_t>& memory, int64_t size) {
+    if (static_cast<int64_t>(memory.size()) < size) memory.resize(static_cast<size_t>(size));
+  }
+
   std::vector<uint16_t> left_, right_;
 };
 
@@ -172,12 +171,18 @@ class Products {
   // C = (C +) Aᵀ · B, sums over items: A [items, rows], B [items, columns].
   void correlate(int64_t rows, int64_t columns, int64_t items, const T* a, int64_t a_row, const T* b, int64_t b_row,
                  T* c, int64_t c_row, Into into) {
+    multiply_plain(rows, columns, items, a, 1, a_row, b, b_row, c, c_row, into);
+  }
+
+  // C = A · B of matrices that are no weights packed before: A by two strides, B row-major.
+  void multiply_plain(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column,
+                      const T* b, int64_t b_row, T* c, int64_t c_row, Into into) {
     if constexpr (std::is_same_v<T, float>)
       if (in_pairs_) {
-        paired_.multiply_plain(rows, columns, items, a, 1, a_row, b, b_row, c, c_row, into);
+        paired_.multiply_plain(rows, columns, depth, a, a_row, a_column, b, b_row, c, c_row, into);
         return;
       }
-    multiply<T>(rows, columns, items, a, 1, a_row, plain(b, b_row), c, c_row, into, nullptr, T(1), &ahead);
+    multiply<T>(rows, columns, depth, a, a_row, a_column, plain(b, b_row), c, c_row, into, nullptr, T(1), &ahead);
   }
 
   // After a block: the thread's tiles belong to others too.

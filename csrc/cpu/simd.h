@@ -90,11 +90,15 @@ inline int64_t bytes_of(Stored type) {
 
 inline float from_bf16(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
-inline uint16_t to_bf16(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+// A number or a vector of them rounded to bf16, in the upper half of its bits: the lower is to be dropped.
+template <class V, class Bits>
+inline Bits bf16_above(V value) {
+  const Bits bits = std::bit_cast<Bits>(value);
+  const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc00000u : rounded;
 }
+
+inline uint16_t to_bf16(float value) { return static_cast<uint16_t>(bf16_above<float, uint32_t>(value) >> 16); }
 
 inline float from_f16(uint16_t bits) {
 #if defined(__F16C__)

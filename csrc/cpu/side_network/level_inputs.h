@@ -22,6 +22,9 @@ class BlockStates {
     }
   }
 
+  // How many rows ahead to fetch where products can't do it meanwhile (`announce`).
+  static constexpr int64_t kSoon = 4;
+
   int64_t stride(size_t m) const { return padded<T>(std::min(slice_, plan_.structure.widths[m])); }
   const T* row(size_t m, int64_t i) const { return rows_[m][static_cast<size_t>(i)]; }
   const T* matrix(size_t m) const { return memory_[m].data(); }  // of a dense modality
@@ -36,6 +39,10 @@ class BlockStates {
         const int64_t item = first + i, id = in.ids ? in.ids[item] : item;
         const bool here = present(m, item);
         const char* from = stored(m, level, item, slice.first);
+        if (plan_.in_pairs && i + kSoon < count) {
+          const char* soon = stored(m, level, item + kSoon, slice.first);
+          for (int64_t at = 0; at < width * bytes_of(s.type); at += 64) __builtin_prefetch(soon + at, 0, 3);
+        }
         T* to = copies(m) ? memory_[m].data() + i * stride(m) : nullptr;
         const T*& row = rows_[m][static_cast<size_t>(i)];
         if (!to) {

@@ -100,8 +100,10 @@ class ForwardLinks {
   void multiply_out(size_t t, int64_t l, int64_t p, T* to, T* turned) const {
     const Structure& s = plan_.structure;
     const int64_t width = s.width(s.towers[t]), rank = s.rank, rows = rows_.width(l);
-    multiply<T>(rows, rank, width, level_weight(plan_, t, l), width, 1,
-                plain(plan_.weights.up_weight[t] + p * width * rank, rank), to, rank, Into::overwrite);
+    Products<T> products(plan_.in_pairs);
+    products.multiply_plain(rows, rank, width, level_weight(plan_, t, l), width, 1,
+                            plan_.weights.up_weight[t] + p * width * rank, rank, to, rank, Into::overwrite);
+    products.end();
     const T kept = carry(plan_, t, l, p);
     for (int64_t k = 0; k < rows; ++k)
       for (int64_t j = 0; j < rank; ++j) turned[j * rows + k] = to[k * rank + j] *= kept;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "links.h"
@@ -111,24 +112,21 @@ class FinishColumns {
   explicit FinishColumns(const Plan<T>& plan)
       : s_(plan.structure),
         plan_(plan),
-        up_(s_.levels * s_.rank * kColumns),
+        in_pairs_(plan.in_pairs && s_.rank % 2 == 0),
+        up_(in_pairs_ ? 0 : s_.levels * s_.rank * kColumns),
+        up_pairs_(in_pairs_ ? s_.levels * s_.rank * kColumns : 0),
         weight_(std::max(s_.rank, s_.embedding) * kColumns) {}
 
   void run(const Sums<T>& sums, const std::vector<T>& carried, size_t t, int64_t j) {
     const int64_t width = s_.width(s_.towers[t]), rank = s_.rank, columns = std::min(kColumns, width - j);
-    const int64_t depth = s_.levels * rank;
-    for (int64_t i = 0; i < columns; i += kPanel<T>)
-      for (int64_t p = 0; p < s_.levels; ++p)
-        pack_panel(plan_.weights.up_weight[t] + p * width * rank, int64_t{1}, rank, rank, j + i, j + columns,
-                   up_.data() + i * depth + p * rank * kPanel<T>);
+    pack_up(t, j, columns);
     std::vector<double> bias(static_cast<size_t>(s_.levels * columns)), image(static_cast<size_t>(columns));
     for (int64_t l = 1; l <= s_.levels; ++l) {
       const int64_t rows = l < s_.levels ? rank : s_.embedding;
       const T* own = level_weight(plan_, t, l) + j;
       const T* total = l < s_.levels ? sums.grads.down_bias[t] + l * rank : sums.grads.head_bias[t];
       T* to = (l < s_.levels ? sums.grads.down_weight[t] + l * rank * width : sums.grads.head_weight[t]) + j;
-      multiply<T>(rows, columns, l * rank, sums.products[t][l], l * rank, 1, {up_.data(), kPanel<T>, depth * kPanel<T>},
-                  to, width, Into::add);
+      add_up(rows, columns, l * rank, sums.products[t][l], to, width);
       for (int64_t k = 0; k < rows; ++k) {
         std::copy_n(own + k * width, columns, weight_.data() + k * kColumns);
         for (int64_t d = 0; d < columns; ++d) to[k * width + d] += total[k] * carried[l * width + j + d];
@@ -137,9 +135,11 @@ class FinishColumns {
       for (int64_t k = 0; k < rows; ++k)
         for (int64_t d = 0; d < columns; ++d)
           image[d] += static_cast<double>(total[k]) * static_cast<double>(weight_.data()[k * kColumns + d]);
+      if constexpr (std::is_same_v<T, float>)
+        if (in_pairs_) paired_.take(columns, rows, weight_.data(), 1, kColumns);
       for (int64_t p = 0; p < l; ++p) {
-        multiply<T>(columns, rank, rows, weight_.data(), 1, kColumns, plain(sums.products[t][l] + p * rank, l * rank),
-                    sums.grads.up_weight[t] + (p * width + j) * rank, rank, l == p + 1 ? Into::overwrite : Into::add);
+        through_weight(columns, rows, sums.products[t][l] + p * rank, l * rank,
+                       sums.grads.up_weight[t] + (p * width + j) * rank, l == p + 1 ? Into::overwrite : Into::add);
         const auto kept = static_cast<double>(carry(plan_, t, l, p));
         for (int64_t d = 0; d < columns; ++d) bias[p * columns + d] += kept * image[d];
       }
@@ -147,12 +147,52 @@ class FinishColumns {
     for (int64_t p = 0; p < s_.levels; ++p)
       for (int64_t d = 0; d < columns; ++d)
         sums.grads.up_bias[t][p * width + j + d] = static_cast<T>(bias[p * columns + d]);
+    if (in_pairs_) end_brgemm();
   }
 
  private:
+  void pack_up(size_t t, int64_t j, int64_t columns) {
+    const int64_t width = s_.width(s_.towers[t]), rank = s_.rank, depth = s_.levels * rank;
+    for (int64_t p = 0; p < s_.levels; ++p) {
+      const T* from = plan_.weights.up_weight[t] + p * width * rank;
+      if constexpr (std::is_same_v<T, float>)
+        if (in_pairs_) {
+          pack_pairs(from + j * rank, 1, rank, rank, columns, up_pairs_.data() + p * rank * pair_row(columns));
+          continue;
+        }
+      for (int64_t i = 0; i < columns; i += kPanel<T>)
+        pack_panel(from, int64_t{1}, rank, rank, j + i, j + columns, up_.data() + i * depth + p * rank * kPanel<T>);
+    }
+  }
+
+  // to += product · up, [rows, depth] by [depth, columns]
+  void add_up(int64_t rows, int64_t columns, int64_t depth, const T* product, T* to, int64_t to_row) {
+    if constexpr (std::is_same_v<T, float>)
+      if (in_pairs_) {
+        paired_.multiply(rows, columns, depth, product, depth, 1, {up_pairs_.data(), depth, 0}, to, to_row, Into::add);
+        return;
+      }
+    multiply<T>(rows, columns, depth, product, depth, 1, {up_.data(), kPanel<T>, s_.levels * s_.rank * kPanel<T>}, to,
+                to_row, Into::add);
+  }
+
+  // to = (to +) weightᵀ · product, [columns, rows] by [rows, r]
+  void through_weight(int64_t columns, int64_t rows, const T* product, int64_t row, T* to, Into into) {
+    if constexpr (std::is_same_v<T, float>)
+      if (in_pairs_) {
+        paired_.multiply_taken_plain(columns, s_.rank, rows, product, row, to, s_.rank, into);
+        return;
+      }
+    multiply<T>(columns, s_.rank, rows, weight_.data(), 1, kColumns, plain(product, row), to, s_.rank, into);
+  }
+
   const Structure& s_;
   const Plan<T>& plan_;
-  Buffer<T> up_, weight_;  // columns of all levels' W_upᵀ, [L·r, kColumns]; of W_l, [k, kColumns]
+  bool in_pairs_;  // pairs of an odd r would span two levels
+  Buffer<T> up_;   // columns of all levels' W_upᵀ, [L·r, kColumns], or as pairs
+  Buffer<uint16_t> up_pairs_;
+  Buffer<T> weight_;  // of W_l, [k, kColumns]
+  PairedProducts paired_;
 };
 
 // With S_lp = κ_lp Σ dz_l a_pᵀ over items: the gradient of W_l holds Σ dz_l u_lᵀ and lacks what x_l has beyond u_l,

@@ -98,16 +98,17 @@ print(torch.ops.crossan_fast_cpp.has_brgemm())
     assert lines[6] == "False"
 
 
+@pytest.mark.parametrize("rank", [17, 24])  # of an odd one products of weights alone stay in fp32
 @pytest.mark.parametrize(
     "name", ["backbone", "unequal widths, side", "low rank", "low rank, side", "pairs", "none, relu"]
 )
-def test_brgemm_is_no_worse_than_eager(name, monkeypatch):
-    """The path of CPUs with AMX, forced: oneDNN runs the same products with AVX-512."""
+def test_brgemm_is_no_worse_than_eager(name, rank, monkeypatch):
+    """The path of CPUs with bf16 products, forced: oneDNN runs the same ones with AVX-512."""
     need_brgemm()
     monkeypatch.setenv("CROSSAN_FAST_CPU_BF16", "brgemm")
     assert "in brgemm (CROSSAN_FAST_CPU_BF16=brgemm)" in torch.ops.crossan_fast_cpp.build_info()
     structure, levels = STRUCTURES[name], 4
-    weights = in_dtype(make_weights(structure, levels, 17), torch.bfloat16)
+    weights = in_dtype(make_weights(structure, levels, rank), torch.bfloat16)
     states = [s.bfloat16() for s in make_states(structure, 301, levels)]
     assert_no_worse_than_eager(states, weights, structure, draws=4)
 
@@ -135,12 +136,13 @@ def test_brgemm_rounds_where_fp32_does_not_and_nowhere_else(monkeypatch):
     assert not all(torch.equal(x, y) for x, y in zip(results["fp32"][1], results["brgemm"][1], strict=True))
 
 
-def test_error_at_the_papers_size():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_at_the_papers_size(dtype):
+    """In bf16 by the way that this CPU takes."""
     structure = SideNetworkStructure((768,) * 2, ((0,), (1,)))
-    weights = in_dtype(make_weights(structure, 7, 64, 64), torch.float32)
-    assert_no_worse_than_eager(
-        [s.float() for s in make_states(structure, 200, 7)], weights, structure, draws=2
-    )
+    weights = in_dtype(make_weights(structure, 7, 64, 64), dtype)
+    states = [s.to(dtype) for s in make_states(structure, 200, 7)]
+    assert_no_worse_than_eager(states, weights, structure, draws=2)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
