@@ -11,8 +11,8 @@ import torch
 from crossan_fast.training.train_config import ComputePrecision, Precision
 
 _ON_CPU = (
-    "of CPUs those with AMX alone are faster in bf16, by nearly a third for the full softmax and a seventh "
-    "at most else, see benchmarks/results/"
+    "of CPUs those alone that multiply it are faster in bf16, by a sixth (AMD's with AVX-512) or a seventh "
+    "(AMX), with AMX and the full softmax by nearly a third, see benchmarks/results/"
 )
 
 

@@ -200,9 +200,9 @@ class TrainConfig:
         backend: of every op; see `CrossanModel`.
         precision: `bf16` computes under autocast, `tf32` rounds what fp32 products multiply to TF32 (CUDA
             alone); weights, optimizer and evaluation are fp32 with each. `auto` is bf16 on a CUDA device
-            with matrix units for it, else fp32: of CPUs those with AMX alone were measured to be faster in
-            bf16, by nearly a third for the full softmax and a seventh at most else. A run keeps what it began
-            with: its config.yaml has that in place of `auto`.
+            with matrix units for it, else fp32: of CPUs those alone that multiply bf16 were measured to be
+            faster in it, by a sixth or a seventh, with AMX and the full softmax by nearly a third. A run
+            keeps what it began with: its config.yaml has that in place of `auto`.
         tensorboard: also write TensorBoard's event files (needs the extra `tensorboard`).
         wandb: also log to this project of Weights & Biases (needs its package); None: don't.
         log_every: steps between two readings of losses and gradient norms, where anything logs them.
