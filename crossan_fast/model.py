@@ -89,7 +89,8 @@ class CrossanModel(Popularity, Pretrained):
         """Item embeddings from dense states.
 
         Args:
-            states: per modality name `[N, L, D_m]`, any floating type.
+            states: per modality name `[N, L, D_m]`, any floating type. For a model of a centred cache, or of
+                one in a basis, as `cache.frames[name].project` gives them.
             present: bool `[N, M]` in the config's order of modalities; None: all present.
             item_ids: int64 `[N]`, rows of the catalogue, for `id_embedding`; None: all do without.
 

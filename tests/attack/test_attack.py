@@ -31,7 +31,7 @@ def survived(tally: Tally) -> bool:
 def test_a_hostile_argument_is_served_or_named(backend: str) -> None:
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("the interpreter reads tensors of the CPU")
-    count = 45 if backend == "triton" else 900
+    count = 45 if backend == "triton" else 500  # 10^5 by the command
     assert survived(hostile_calls.attack(backend, 1, 0, count, lambda index: None))
 
 

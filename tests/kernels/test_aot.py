@@ -21,19 +21,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-# Parts of the names of benchmarks.aot's cases.
+# Parts of the names of benchmarks.aot's cases, and of those that `.ci/long` compiles as well.
 CASES = (
     "side_network n=704 D=768 r=64 bf16",
     "side_network n=20314 D=768 r=64 bf16",
-    "side_network n=8192 D=1024 r=64 bf16",
-    "side_network n=8192 D=4096 r=64 bf16",
     "fusion n=704 d=64 bf16",
-    "fusion n=20314 d=64 bf16",
     "sequence_encoder B=64 S=10 d=64 bf16",
     "in_batch_loss rows=640 columns=704 d=64 bf16",
     "full_loss rows=640 columns=20315 d=64 bf16",
     "topk_scores k=10 d=64 bf16",
     "rank_of_target d=64 bf16",
+)
+MORE_CASES = (
+    "side_network n=8192 D=1024 r=64 bf16",
+    "side_network n=8192 D=4096 r=64 bf16",
+    "fusion n=20314 d=64 bf16",
     "rank_of_target d=64 tf32",
 )
 SMALL = ("down_kernel", "walk_kernel")
@@ -72,13 +74,15 @@ def test_a_case_that_does_not_compile_is_named(monkeypatch):
     )
 
 
-@pytest.mark.slow
-def test_hot_kernels_compile_within_their_limits():
-    done = compile_cases("--hot", "--arch", "80", "90", "--only", *CASES)
+@pytest.mark.parametrize(
+    "cases", [pytest.param(CASES, marks=pytest.mark.slow), pytest.param(MORE_CASES, marks=pytest.mark.long)]
+)
+def test_hot_kernels_compile_within_their_limits(cases):
+    done = compile_cases("--hot", "--arch", "80", "90", "--only", *cases)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for arch in ("sm_80", "sm_90"):
-        for case in CASES:
+        for case in cases:
             name, dtype = case.rsplit(" ", 1)
             kernels = next(kernels for start, kernels in KERNELS.items() if name.startswith(start))
             for kernel in kernels:

@@ -23,8 +23,7 @@ SMALL = launches.Case(
 )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("loss", ["in_batch", "full"])
+@pytest.mark.parametrize(("loss", "precision"), [("in_batch", "bf16"), ("full", "fp32")])
 def test_a_step_is_launched(loss: str, precision: ComputePrecision) -> None:
     """`count` checks each launch, and that the host never waits."""
     case = replace(SMALL, config=replace(SMALL.config, loss=loss), precision=precision)

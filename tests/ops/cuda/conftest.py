@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -65,7 +66,10 @@ def library(request: pytest.FixtureRequest) -> CDLL:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("the emulated CUDA kernels need g++ or clang++")
-    path = _build(request.config.cache.mkdir("crossan_cuda"), compiler)
+    folder = request.config.cache.mkdir("crossan_cuda")
+    with open(folder / "lock", "w") as lock:  # or every worker would build it, each at half the speed
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = _build(folder, compiler)
     torch.ops.load_library(str(path))
     return CDLL(str(path))
 
