@@ -11,7 +11,7 @@ from benchmarks.aot_cases import DTYPES, OTHER_DTYPES, Case, new, products
 from crossan_fast.kernels import fusion
 from crossan_fast.ops import FusionWeights
 
-_HOT = frozenset({"forward_kernel", "items_kernel", "experts_kernel"})
+_HOT = frozenset({"forward_kernel", "items_kernel", "router_kernel", "experts_kernel"})
 
 
 def cases() -> Iterator[Case]:

@@ -61,7 +61,7 @@ inline void pack_pairs(const float* b, int64_t row, int64_t column, int64_t dept
       continue;
     }
     constexpr int64_t side = kPairLanes;
-    uint16_t square[2 * side * side];
+    alignas(64) uint16_t square[2 * side * side];
     for (int64_t j = 0; j < pair_row(count); j += side)
       for (int64_t k = 0; k < depth; k += 2 * side) {
         const int64_t deep = std::min(2 * side, depth - k);
@@ -75,7 +75,7 @@ inline void pack_pairs(const float* b, int64_t row, int64_t column, int64_t dept
           continue;
         }
         for (int64_t p = 0; p < even(deep) / 2; ++p)
-          for (int64_t i = 0; i < std::min(side, pair_row(count) - j); ++i)
+          for (int64_t i = 0; i < side; ++i)
             std::memcpy(to + p * across + 2 * i, square + 2 * (i * side + p), sizeof(PairBits));
       }
     pairs += even(depth) / 2 * across;
@@ -93,7 +93,7 @@ inline void pack_left(int64_t rows, int64_t depth, const float* a, int64_t row, 
     return;
   }
   constexpr int64_t side = kPairLanes;
-  uint16_t square[2 * side * side];
+  alignas(64) uint16_t square[2 * side * side];
   int64_t i = 0;
   for (; i + side <= rows; i += side)
     for (int64_t k = 0; k < depth; k += 2 * side) {

@@ -70,44 +70,44 @@ class PairedProducts {
   // C = (keep · C +) bias + A · B as `multiply`.
   void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column, Pairs b,
                 float* c, int64_t c_row, Into into, const float* bias = nullptr, float keep = 1.0f) {
-    if (rows == 0) return;
     take(rows, depth, a, a_row, a_column);
-    multiply_taken(rows, columns, depth, b, c, c_row, into, bias, keep);
+    multiply_taken(columns, b, c, c_row, into, bias, keep);
   }
 
   // The same with B [K, N] row-major in fp32.
   void multiply_plain(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
                       const float* b, int64_t b_row, float* c, int64_t c_row, Into into) {
-    if (rows == 0) return;
     take(rows, depth, a, a_row, a_column);
-    multiply_taken_plain(rows, columns, depth, b, b_row, c, c_row, into);
+    multiply_taken_plain(columns, b, b_row, c, c_row, into);
   }
 
-  // A for products that share it.
+  // A [rows, depth] for products that share it.
   void take(int64_t rows, int64_t depth, const float* a, int64_t a_row, int64_t a_column) {
+    rows_ = rows;
+    depth_ = depth;
     grow(left_, rows * left_row_of(depth));
     pack_left(rows, depth, a, a_row, a_column, left_.data());
   }
-  void multiply_taken(int64_t rows, int64_t columns, int64_t depth, Pairs b, float* c, int64_t c_row, Into into,
-                      const float* bias = nullptr, float keep = 1.0f) const {
-    const bool adds = into == Into::add || bias || depth == 0;
+  void multiply_taken(int64_t columns, Pairs b, float* c, int64_t c_row, Into into, const float* bias = nullptr,
+                      float keep = 1.0f) const {
+    if (rows_ == 0) return;
+    const bool adds = into == Into::add || bias || depth_ == 0;
     if (bias || (into == Into::add ? keep != 1.0f : adds))
-      for (int64_t i = 0; i < rows; ++i)
+      for (int64_t i = 0; i < rows_; ++i)
         for (int64_t j = 0; j < columns; ++j) {
           float& value = c[i * c_row + j];
           value = (into == Into::add ? keep * value : 0.0f) + (bias ? bias[j] : 0.0f);
         }
-    for (int64_t j = 0; depth > 0 && j < columns; j += kPairPanel) {
+    for (int64_t j = 0; depth_ > 0 && j < columns; j += kPairPanel) {
       const int64_t count = std::min(kPairPanel, columns - j);
-      brgemm_panel(rows, count, even(depth), left_.data(), left_row_of(depth),
+      brgemm_panel(rows_, count, even(depth_), left_.data(), left_row_of(depth_),
                    b.data + j * b.depth + b.row * pair_row(count), c + j, c_row, adds ? Into::add : Into::overwrite);
     }
   }
-  void multiply_taken_plain(int64_t rows, int64_t columns, int64_t depth, const float* b, int64_t b_row, float* c,
-                            int64_t c_row, Into into) {
-    grow(right_, pairs_size(depth, columns));
-    pack_pairs(b, b_row, 1, depth, columns, right_.data());
-    multiply_taken(rows, columns, depth, {right_.data(), even(depth), 0}, c, c_row, into);
+  void multiply_taken_plain(int64_t columns, const float* b, int64_t b_row, float* c, int64_t c_row, Into into) {
+    grow(right_, pairs_size(depth_, columns));
+    pack_pairs(b, b_row, 1, depth_, columns, right_.data());
+    multiply_taken(columns, {right_.data(), even(depth_), 0}, c, c_row, into);
   }
 
  private:
@@ -116,6 +116,7 @@ class PairedProducts {
   }
 
   std::vector<uint16_t> left_, right_;
+  int64_t rows_ = 0, depth_ = 0;  // of what was taken
 };
 
 // The weights W [levels][rows, columns] of a product, level by level, as its right side: Wᵀ packed, or W where it

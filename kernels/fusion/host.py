@@ -31,7 +31,9 @@ from crossan_fast.ops._contracts import FusionWeights
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Tiles of what adds up: programs' statistics, items of the experts' sum, parts and numbers of a gradient.
 _STATISTICS_BLOCK, _ITEMS_BLOCK, _SUM_BLOCK = 64, 16, (8, 512)
-# Items up to which launches cost more than what programs read in place of them.
+_ROUTER_WARPS = 4
+# Items up to which launches cost more than what programs read in place of them, and programs of all experts
+# would leave most of a GPU idle.
 _FEW = 4096
 
 
@@ -97,8 +99,8 @@ class _Call:
     counts: Tensor | None
     dtype: torch.dtype
 
-    def tile(self, direction: str, run: Callable[[Config], object]) -> Config:
-        """The table's tile for this call, or the fastest where autotuning is on."""
+    def choose(self, direction: str, run: Callable[[Config], object]) -> Config:
+        """The table's config for this call, or the fastest where autotuning is on."""
         device, count, (modalities, inner, width) = (
             self.embeddings.device,
             self.embeddings.shape[0],
@@ -118,7 +120,7 @@ class _Problem:
         modalities, inner, width = call.weights.w1.shape
         self.embeddings = call.embeddings.contiguous()
         self.count = self.embeddings.shape[0]
-        # A program reads all weights once: converting them first pays where there are many programs.
+        # A program reads its experts' weights once: converting them first pays where there are many programs.
         packed = uniform(call.weights, call.dtype if self.count > _FEW else None)
         self.router, self.experts = tuple(packed[:2]), tuple(packed[2:])
         self.present = None if call.present is None else call.present.contiguous().view(torch.uint8)
@@ -157,7 +159,7 @@ def forward(
         the backward the router's logits `[N, M]` in fp32.
     """
     call = _Call(embeddings, FusionWeights(*weights), present, top_k, counts, dtype)
-    return _forward(call.tile("forward", lambda tile: _forward(tile, call)), call)
+    return _forward(call.choose("forward", lambda config: _forward(config, call)), call)
 
 
 def _forward(chosen: Config, call: _Call) -> list[Tensor]:
@@ -225,10 +227,10 @@ def backward(
     balanced = grad_probability.contiguous() if grad_probability.numel() else None
     grads = (grad_items.contiguous(), balanced)
 
-    def run(tile: Config) -> list[Tensor]:
-        return _backward(tile, call, *grads, logits.contiguous())
+    def run(config: Config) -> list[Tensor]:
+        return _backward(config, call, *grads, logits.contiguous())
 
-    return run(call.tile("backward", run))
+    return run(call.choose("backward", run))
 
 
 def _backward(
@@ -272,7 +274,7 @@ def _backward(
             of_router,
             p.count,
             router_length,
-            **p.over_items,
+            **{**p.over_items, "num_warps": _ROUTER_WARPS},
         )
         launch(
             backward_kernels.experts_kernel,

@@ -44,7 +44,7 @@ LOSS = ("forward_kernel", "backward_rows_kernel", "backward_columns_kernel")
 KERNELS = {
     "side_network n=704": (*SMALL, *GRADIENTS),
     "side_network": ("fused_kernel", *GRADIENTS),
-    "fusion": ("forward_kernel", "items_kernel", "experts_kernel"),
+    "fusion": ("forward_kernel", "items_kernel", "router_kernel", "experts_kernel"),
     "sequence_encoder": ("forward_kernel", "backward_kernel", "products_kernel"),
     "in_batch_loss": LOSS,
     "full_loss": LOSS,

@@ -42,8 +42,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             True,
             CPU,
             "fp32",
-            "of CPUs those alone that multiply it are faster in bf16, by a sixth (AMD's with AVX-512) or a "
-            "seventh (AMX), with AMX and the full softmax by nearly a third, see benchmarks/results/",
+            "of CPUs those alone that multiply it are faster in bf16, a step by a sixth at most, with AMX "
+            "and the full softmax by nearly a third, see benchmarks/results/",
         ),
         (True, torch.device("mps"), "fp32", "mps has no matrix units for bf16"),
     ],
@@ -127,9 +127,10 @@ def test_a_resumed_run_computes_as_it_began(values: dict[str, Any]) -> None:
 
 def test_no_cpu_measured_gains_much_in_bf16_but_for_the_full_softmax_with_amx() -> None:
     """Which is why fp32 is the CPU's default: our steps and epochs, the latest row of each; where the CPU
-    doesn't multiply bf16 no gain that a repeated run would not take back, else a fifth at most."""
+    doesn't multiply bf16 no gain that a repeated run would not take back, else a sixth at most."""
     for path in RESULTS.glob("*cores*.csv"):
-        latest, least = {}, 0.8 if "amx" in path.name or "amd" in path.name else 0.9
+        multiplies = "amx" in path.name or (path.name.startswith("amd") and "avx512" in path.name)
+        latest, least = {}, 0.82 if multiplies else 0.9
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 pays = "AMX" in row["device"] and "loss=full" in row["case"]

@@ -35,14 +35,15 @@ class BlockStates {
       const States& s = in.states[m];
       const int64_t width = slice.of(plan_.structure.widths[m]);
       if (width == 0) continue;
+      if (plan_.in_pairs)
+        for (int64_t i = 0; i < std::min(kSoon, count); ++i)
+          fetch(stored(m, level, first + i, slice.first), width * bytes_of(s.type));
       for (int64_t i = 0; i < count; ++i) {
         const int64_t item = first + i, id = in.ids ? in.ids[item] : item;
         const bool here = present(m, item);
         const char* from = stored(m, level, item, slice.first);
-        if (plan_.in_pairs && i + kSoon < count) {
-          const char* soon = stored(m, level, item + kSoon, slice.first);
-          for (int64_t at = 0; at < width * bytes_of(s.type); at += 64) __builtin_prefetch(soon + at, 0, 3);
-        }
+        if (plan_.in_pairs && i + kSoon < count)
+          fetch(stored(m, level, item + kSoon, slice.first), width * bytes_of(s.type));
         T* to = copies(m) ? memory_[m].data() + i * stride(m) : nullptr;
         const T*& row = rows_[m][static_cast<size_t>(i)];
         if (!to) {
@@ -62,6 +63,7 @@ class BlockStates {
   // The rows that a later `read` will want: they lie too far apart for the core to guess.
   void announce(Ahead& ahead, int64_t level, int64_t first, int64_t count, Slice slice) const {
     ahead.clear();
+    if (plan_.in_pairs) return;  // `read` fetches for itself
     for (int64_t i = 0; i < count; ++i)
       for (size_t m = 0; m < rows_.size(); ++m)
         ahead.add(stored(m, level, first + i, slice.first),
@@ -69,6 +71,11 @@ class BlockStates {
   }
 
  private:
+  static void fetch(const char* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, 0, 3);
+    __builtin_prefetch(from + bytes - 1, 0, 3);
+  }
+
   bool present(size_t m, int64_t item) const {
     const bool* all = plan_.inputs.present;
     return !all || all[item * plan_.structure.modalities() + static_cast<int64_t>(m)];

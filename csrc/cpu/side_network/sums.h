@@ -180,7 +180,7 @@ class FinishColumns {
   void through_weight(int64_t columns, int64_t rows, const T* product, int64_t row, T* to, Into into) {
     if constexpr (std::is_same_v<T, float>)
       if (in_pairs_) {
-        paired_.multiply_taken_plain(columns, s_.rank, rows, product, row, to, s_.rank, into);
+        paired_.multiply_taken_plain(s_.rank, product, row, to, s_.rank, into);
         return;
       }
     multiply<T>(columns, s_.rank, rows, weight_.data(), 1, kColumns, plain(product, row), to, s_.rank, into);
@@ -188,10 +188,10 @@ class FinishColumns {
 
   const Structure& s_;
   const Plan<T>& plan_;
-  bool in_pairs_;  // pairs of an odd r would span two levels
-  Buffer<T> up_;   // columns of all levels' W_upᵀ, [L·r, kColumns], or as pairs
-  Buffer<uint16_t> up_pairs_;
-  Buffer<T> weight_;  // of W_l, [k, kColumns]
+  bool in_pairs_;              // pairs of an odd r would span two levels
+  Buffer<T> up_;               // columns of all levels' W_upᵀ, [L·r, kColumns]
+  Buffer<uint16_t> up_pairs_;  // the same as pairs
+  Buffer<T> weight_;           // of W_l, [k, kColumns]
   PairedProducts paired_;
 };
 
