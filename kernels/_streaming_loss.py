@@ -24,30 +24,45 @@ from crossan_fast.kernels._common import (
 _ROWS, _COUNTERS = 1024, 32
 # Rows up to which a launch that narrows users costs more than reading them wide.
 _FEW = 4096
+# `Config.registers`: all that a thread can have, and what leaves room for three programs of 4 warps.
+_ALL, _THIRD = 255, 168
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows and columns of a tile, warps and pipeline stages."""
+    """Rows and columns of a tile, warps, pipeline stages, and registers a thread.
+
+    Where `registers` is None the assembler chooses how many, and may spill to fit one program more on a
+    multiprocessor; given a bound, it takes what it needs up to there.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def config(device: str, dtype: torch.dtype, tf32: bool, width: int, backward: bool) -> Config:
     """The default tile: the widest whose kernels compile without a spill (benchmarks/results/aot.csv)."""
     if dtype == torch.float32 and not tf32:
         # Without matrix units a product keeps both operands in registers as well.
-        warps = 8 if device in BEFORE_HOPPER else 4
-        return Config(32, 32, warps, 2) if width <= 64 else Config(16, 16, 4, 1)
+        if width > 64:
+            return Config(16, 16, 4, 1)
+        if device in BEFORE_HOPPER:
+            return Config(32, 32, 8, 2)
+        return Config(32, 32, 4, 2, None if backward else _THIRD)
     if width > 256:
         return Config(16, 16, 8, 1)
     if width > 128:
         return Config(32, 32, 8, 2)
-    if width > 64 or dtype == torch.float32:
+    if width > 64:
         return Config(64, 32, 4, 2)
+    if dtype == torch.float32:
+        # TF32: operands take twice bf16's registers.
+        if device == "sm_90":  # 64 columns give the walk by columns the rows of Hopper's own instruction
+            return Config(64, 64, 8, 2) if backward else Config(64, 32, 4, 2)
+        return Config(32, 32, 4, 2, _ALL) if backward else Config(64, 32, 4, 2, _THIRD)
     if not backward:
         return Config(64, 128, 4, 3)
     return Config(64, 64, 4, 3) if device == "sm_90" else Config(64, 32, 4, 2)
@@ -119,6 +134,7 @@ class Problem:
             "PRECISION": dot_precision(self.items.dtype),
             "num_warps": tile.warps,
             "num_stages": tile.stages,
+            "maxnreg": tile.registers,
         }
 
     def sizes(self) -> tuple[int, int, int, int, int]:

@@ -101,6 +101,7 @@ class GroupGradient:
             **common,
             num_warps=config.mixing_warps,
             num_stages=config.mixing_stages,
+            maxnreg=config.mixing_registers,
         )
         self._down_gradient(group, items, grad_x, common)
         self.started = True

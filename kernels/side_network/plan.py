@@ -173,6 +173,7 @@ class GradientConfig:
         items, columns, levels, splits, warps: *down_gradient*'s blocks, how many levels' shares a launch
             keeps, and how many ranges the items are cut into.
         mixing_items, mixing_rows, mixing_splits, mixing_warps, mixing_stages: *mixing_gradient*'s.
+        mixing_registers: the most a thread of it may have, or None, where the assembler chooses.
         combine_columns: *combine*'s.
         combine_depth, combine_stages: how much of r *combine* multiplies at a time, and its pipeline; S of a
             wide r or d is what would not fit shared memory, and operands without matrix units registers.
@@ -189,6 +190,7 @@ class GradientConfig:
     mixing_splits: int
     mixing_warps: int
     mixing_stages: int
+    mixing_registers: int | None
     combine_columns: int
     combine_depth: int
     combine_stages: int
@@ -285,6 +287,8 @@ def gradient_config(problem: Problem) -> GradientConfig:
         mixing_splits=max(1, min(cdiv(4 * sms, tiles), problem.items // 1024)),
         mixing_warps=mixing_warps,
         mixing_stages=mixing_stages,
+        # Before Hopper the assembler spills a narrow r's for more programs a multiprocessor than there are.
+        mixing_registers=128 if half and br <= 16 and problem.device in BEFORE_HOPPER else None,
         combine_columns=64 if half and problem.device not in BEFORE_HOPPER else 32,
         combine_depth=min(br if half else 16, 4096 // max(64, br, be)),
         combine_stages=3 if max(br, be) <= 64 else 1,
