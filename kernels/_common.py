@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from crossan_fast.ops._kept import power_of_two as power_of_two
+
 # Device classes whose products wait for their operands in registers: tiles that fit Hopper spill there.
 BEFORE_HOPPER = frozenset({"sm_80", "sm_86", "sm_87", "sm_89"})
 
@@ -226,11 +228,6 @@ def refuses_device(device_type: str) -> str | None:
     if INTERPRETED:
         return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs Triton kernels on CPU tensors only"
     return None if device_type == "cuda" else f"Triton needs CUDA tensors, got {device_type}"
-
-
-def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two that is ≥ n and ≥ `least` (16: a matrix instruction's shortest side)."""
-    return max(least, 1 << (max(n, 1) - 1).bit_length())
 
 
 def as_storage(tensor: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def define(schema: str, fake: Callable[..., Any], *, one_device: bool = True) -> torch._ops.OpOverload:
+def define(
+    schema: str, fake: Callable[..., Any], *, one_device: bool = True, by_backend: bool = False
+) -> torch._ops.OpOverload:
     """Register `crossan_fast::<schema>` with one argument more, `str backend`; returns the op.
 
     A call runs the `forward` of the op's implementation by that backend, or its `backward` where the name
@@ -44,6 +46,7 @@ def define(schema: str, fake: Callable[..., Any], *, one_device: bool = True) ->
         schema: `name(Tensor x, …) -> …`, without the backend.
         fake: shapes and dtypes of the results, from fake arguments.
         one_device: refuse tensors on several; an op that reads across devices checks for itself.
+        by_backend: `fake` is told the backend, too: what it keeps for the backward is its own.
     """
     name, _, rest = schema.partition("(")
     arguments, _, returns = rest.rpartition(") -> ")
@@ -62,7 +65,7 @@ def define(schema: str, fake: Callable[..., Any], *, one_device: bool = True) ->
 
     def checked_fake(*arguments):
         _check_devices(names, arguments, _pick(arguments, places))
-        return fake(*arguments[:-1])
+        return fake(*arguments) if by_backend else fake(*arguments[:-1])
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"crossan_fast::{name}", checked_fake, lib=_LIBRARY)

@@ -38,8 +38,10 @@ from crossan_fast._checks import (
     describe,
     refuse_gradient,
 )
+from crossan_fast.ops import _passes
 from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
 from crossan_fast.ops._dispatch import choose, compute_dtype
+from crossan_fast.ops._kept import Layout
 from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)
@@ -345,14 +347,18 @@ def _shapes(
 
 
 def _fake(states, scales, ids, present, weights, *static):
-    """e; for the backward the bottlenecks' pre-activations z `[T, N, L, r]`, and the weights' links."""
-    *static, dtype = static
+    """e; for the backward the bottlenecks' pre-activations z `[T, N, L, r]`, and what is made of weights."""
+    *static, dtype, backend = static
     structure = SideNetworkStructure.from_static(*static)
     own, empty = structure.unflatten(weights), states[0].new_empty
     count, towers = states[0].shape[0] if ids is None else ids.shape[0], len(structure.sources)
     levels, rank = own.down_bias[0].shape
     embedding, wide = own.head_bias[0].shape[0], torch.promote_types(dtype, torch.float32)
-    links = links_size(levels, rank, embedding, structure.cross, states[0].device)
+    if _passes.of(backend, "forward") == "triton":
+        layout = Layout.of(structure, own, dtype)
+        links = layout.size if layout else 0
+    else:
+        links = links_size(levels, rank, embedding, structure.cross, states[0].device)
     return [
         empty((count, towers, embedding), dtype=dtype),
         empty((towers, count, levels, rank), dtype=dtype),
@@ -364,7 +370,7 @@ def links_size(levels: int, rank: int, embedding: int, cross: str, device: torch
     """Numbers a tower of what the CPU's forward keeps of its weights: for each level p the matrix
     `[(L − 1 − p)·r + d, r]` of κ W_l W_up,p over l > p, W_l being W_down,l and the head's last.
 
-    GPUs make them anew, and with `cross="side"` there are none.
+    CUDA's kernels make them anew, Triton's keep what `_kept` lays out; with `cross="side"` there are none.
     """
     if device.type != "cpu" or cross == "side":
         return 0
@@ -399,7 +405,7 @@ _COMMON = (
     "int[] sources, str cross, str activation, float temperature, str cross_projection, "
     "ScalarType dtype"
 )
-_side_network = define(f"side_network({_COMMON}) -> Tensor[]", _fake)
+_side_network = define(f"side_network({_COMMON}) -> Tensor[]", _fake, by_backend=True)
 _side_network_backward = define(
     f"side_network_backward(Tensor grad_embeddings, Tensor saved, Tensor links, {_COMMON}) -> Tensor[]",
     _fake_backward,

@@ -11,8 +11,8 @@ import torch
 from crossan_fast.training.train_config import ComputePrecision, Precision
 
 _ON_CPU = (
-    "of CPUs those alone that multiply it are faster in bf16, a step by a sixth at most, with AMX and the "
-    "full softmax by nearly a third, see benchmarks/results/"
+    "of CPUs those alone that multiply it are faster in bf16, a step by a sixth at most, with the full "
+    "softmax by a quarter to a third, see benchmarks/results/"
 )
 
 

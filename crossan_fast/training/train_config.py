@@ -201,7 +201,7 @@ class TrainConfig:
         precision: `bf16` computes under autocast, `tf32` rounds what fp32 products multiply to TF32 (CUDA
             alone); weights, optimizer and evaluation are fp32 with each. `auto` is bf16 on a CUDA device
             with matrix units for it, else fp32: of CPUs those alone that multiply bf16 were measured to be
-            faster in it, a step by a sixth at most, with AMX and the full softmax by nearly a third. A run
+            faster in it, a step by a sixth at most, with the full softmax by a quarter to a third. A run
             keeps what it began with: its config.yaml has that in place of `auto`.
         tensorboard: also write TensorBoard's event files (needs the extra `tensorboard`).
         wandb: also log to this project of Weights & Biases (needs its package); None: don't.

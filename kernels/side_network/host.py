@@ -21,11 +21,11 @@ from crossan_fast.kernels.side_network.derived import open_towers
 from crossan_fast.kernels.side_network.forward_launch import forward_group
 from crossan_fast.kernels.side_network.gradient_launch import GroupGradient
 from crossan_fast.kernels.side_network.gradients import Gradients
-from crossan_fast.kernels.side_network.parameters import Parameters
+from crossan_fast.kernels.side_network.parameters import Kept, Parameters
 from crossan_fast.kernels.side_network.plan import group_towers
 from crossan_fast.ops._contracts import SideNetworkStructure
 from crossan_fast.ops._dispatch import Request
-from crossan_fast.ops.side_network import links_size
+from crossan_fast.ops._kept import Layout
 
 # Items at a time: what bounds the backward's scratch, and the forward's where it has any.
 CHUNK = 8192
@@ -53,7 +53,7 @@ def forward(
     weights: Sequence[Tensor],
     *static: Any,
 ) -> list[Tensor]:
-    """e `[N, T, d]`, for the backward the pre-activations z `[T, N, L, r]`, and what only the CPU's keeps.
+    """e `[N, T, d]`, for the backward the pre-activations z `[T, N, L, r]`, and what was made of the weights.
 
     Arguments are those of the op's schema, on one device and checked. e and z are in the compute dtype, zero
     where a tower has no present source.
@@ -61,10 +61,14 @@ def forward(
     *fields, dtype = static
     structure = SideNetworkStructure.from_static(*fields)
     with on_device(states[0]), torch.no_grad():
-        p = Parameters(structure.unflatten(weights), structure, dtype)
+        own = structure.unflatten(weights)
+        layout, towers = Layout.of(structure, own, dtype), len(structure.sources)
+        # The interpreter's results are compared whole, gaps included; on a GPU zeros are a launch.
+        make = torch.zeros if states[0].device.type == "cpu" else torch.empty
+        links = make(towers, layout.size if layout else 0, device=states[0].device)
+        p = Parameters(own, structure, dtype, Kept(layout, links.view(-1), filled=False) if layout else None)
         data = Data.of(states, scales or None, ids, present)
         new: dict[str, Any] = {"device": p.device, "dtype": dtype}
-        towers = len(structure.sources)
         out = torch.empty(data.count, towers, p.embedding, **new)
         saved = torch.empty(towers, data.count, p.levels, p.rank, **new)
         for chunk, first, last in data.chunks(_chunk_size(structure)):
@@ -73,7 +77,7 @@ def forward(
                 side_levels.forward(p, chunk, here, z)
             for group in group_towers(open_towers(p, chunk)[0]):
                 forward_group(group, p, chunk.items, here, z)
-        return [out, saved, _no_links(p)]
+        return [out, saved, links]
 
 
 def backward(
@@ -87,11 +91,17 @@ def backward(
     weights: Sequence[Tensor],
     *static: Any,
 ) -> list[Tensor]:
-    """Gradients of `weights`, in order, each in its weight's dtype; the same bits every run."""
+    """Gradients of `weights`, in order, each in its weight's dtype; the same bits every run.
+
+    `links` without numbers: the forward was another backend's, and kept nothing of the weights.
+    """
     *fields, dtype = static
     structure = SideNetworkStructure.from_static(*fields)
     with on_device(states[0]), torch.no_grad():
-        p = Parameters(structure.unflatten(weights), structure, dtype)
+        own = structure.unflatten(weights)
+        layout = Layout.of(structure, own, dtype) if links.shape[1] else None
+        kept = Kept(layout, links.contiguous().view(-1), filled=True) if layout else None
+        p = Parameters(own, structure, dtype, kept)
         data = Data.of(states, scales or None, ids, present)
         if data.count == 0:
             return [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights]
@@ -125,10 +135,3 @@ def _chunk_size(structure: SideNetworkStructure) -> int:
 def _grad_x(p: Parameters, chunk: Data) -> list[Tensor]:
     new: dict[str, Any] = {"device": p.device, "dtype": p.dtype}
     return [torch.empty(chunk.count, p.levels, width, **new) for width in p.structure.tower_widths]
-
-
-def _no_links(p: Parameters) -> Tensor:
-    """The op's third result: nothing on a GPU; for the interpreter the size that it has on CPU tensors."""
-    size = links_size(p.levels, p.rank, p.embedding, p.structure.cross, p.device)
-    make = torch.zeros if size else torch.empty  # an empty tensor needs no launch
-    return make(len(p.gate), size, device=p.device)

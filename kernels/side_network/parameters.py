@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,22 +11,46 @@ import torch
 from torch import Tensor
 
 from crossan_fast.kernels._autotune import bucket
+from crossan_fast.kernels._blocks import cdiv
 from crossan_fast.kernels._common import dot_precision, launch, power_of_two, uniform
 from crossan_fast.kernels.side_network import gate_kernels
 from crossan_fast.ops._contracts import SideNetworkStructure, SideNetworkWeights
+from crossan_fast.ops._kept import Layout, mixing_size, operands_of
+
+
+@dataclass
+class Kept:
+    """What a forward makes of the weights, in memory that its backward is given.
+
+    Attributes:
+        memory: flat, fp32.
+        filled: a forward has filled it.
+    """
+
+    layout: Layout
+    memory: Tensor
+    filled: bool
+
+    def view(self, start: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        size = math.prod(shape)
+        numbers = self.memory[start : start + cdiv(size * dtype.itemsize, 4)]
+        return numbers.view(dtype)[:size].view(shape)
 
 
 @dataclass
 class Parameters:
-    """Weights as the kernels read them: contiguous, the products' operands in the compute dtype."""
+    """Weights as the kernels read them: contiguous, the products' operands in the compute dtype.
+
+    With `kept`, what is made of them lies there, and is not made where it is filled.
+    """
 
     weights: SideNetworkWeights
     structure: SideNetworkStructure
     dtype: torch.dtype
+    kept: Kept | None = None
 
     def __post_init__(self) -> None:
-        w, towers = self.weights, len(self.weights.gate)
-        operands = uniform([*w.down_weight, *w.up_weight, *w.head_weight], self.dtype)
+        towers, operands = len(self.weights.gate), self._operands()
         self.down_weight, self.up_weight, self.head_weight = (
             operands[first : first + towers] for first in range(0, 3 * towers, towers)
         )
@@ -40,6 +65,16 @@ class Parameters:
         self.device = self.down_weight[0].device
         self.precision = dot_precision(self.dtype)
         self.gelu = self.structure.activation == "gelu"
+
+    def _operands(self) -> list[Tensor]:
+        own, kept = operands_of(self.weights), self.kept
+        if kept is None or not kept.layout.operands:
+            return uniform(own, self.dtype)
+        starts = kept.layout.operands
+        cast = [kept.view(at, *w.shape, dtype=self.dtype) for at, w in zip(starts, own, strict=True)]
+        if not kept.filled:
+            torch._foreach_copy_(cast, [w.detach() for w in own])  # on a GPU one launch for all
+        return cast
 
     @cached_property
     def kinds(self) -> list[list[int]]:
@@ -86,8 +121,14 @@ class Parameters:
     def gates(self) -> tuple[Tensor, Tensor]:
         """coef `[T, L, K]` and carry `[T, L]`, fp32."""
         towers = len(self.gate)
-        coef = torch.empty(towers, self.levels, self.sources, device=self.device)
-        carry = torch.empty(towers, self.levels, device=self.device)
+        if self.kept is None:
+            coef = torch.empty(towers, self.levels, self.sources, device=self.device)
+            carry = torch.empty(towers, self.levels, device=self.device)
+        else:
+            coef = self.kept.view(self.kept.layout.coef, towers, self.levels, self.sources)
+            carry = self.kept.view(self.kept.layout.carry, towers, self.levels)
+            if self.kept.filled:
+                return coef, carry
         launch(
             gate_kernels.coefficients_kernel,
             (1,),
@@ -120,11 +161,19 @@ class Parameters:
         return gate_grads, cross_grads
 
     @cached_property
-    def mixing(self) -> tuple[Tensor, Tensor]:
-        """G, flat per tower in the compute dtype, and constants `[T, ROW]` in fp32 (forward_kernels.py)."""
+    def mixing(self) -> tuple[Tensor, Tensor | None]:
+        """G, flat per tower in the compute dtype, and constants `[T, ROW]` in fp32 (forward_kernels.py).
+
+        A backward does without the latter.
+        """
         br, be, levels, towers = self.block_r, self.block_e, self.levels, len(self.gate)
-        size = levels * (levels - 1) // 2 * br * br + levels * be * br
-        mixing = torch.empty(towers, size, device=self.device, dtype=self.dtype)
+        size = mixing_size(levels, br, be)
+        if self.kept is None:
+            mixing = torch.empty(towers, size, device=self.device, dtype=self.dtype)
+        else:
+            mixing = self.kept.view(self.kept.layout.mixing, towers, size, dtype=self.dtype)
+            if self.kept.filled:
+                return mixing, None
         constants = torch.empty(towers, self.row, device=self.device)
         rows, columns = min(64, br, be), min(64, br)
         launch(

@@ -381,3 +381,36 @@ def test_compiles_whole_with_dynamic_sizes_under_autocast(device: torch.device) 
     for some in (ids, ids[:7], ids.repeat(2)):
         want, got = (torch.autograd.grad(function(some), wanted) for function in (run, compiled))
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+KEPT = {
+    "cast": Case(SideNetworkStructure((24, 40), PAIR), dtype=torch.bfloat16, weights_dtype=torch.float32),
+    "as-they-are": Case(SideNetworkStructure((24, 24), PAIR), levels=3, rank=20, embedding=17),
+    "pairs": Case(
+        SideNetworkStructure((24, 40), (*PAIR, (0, 1)), "none"),
+        dtype=torch.float16,
+        weights_dtype=torch.float32,
+    ),
+    "one-level": Case(SideNetworkStructure((24,), ((0,),)), levels=1, rank=3, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_backward_reads_what_the_forward_made_of_the_weights_or_makes_it_itself(name, device):
+    """The same bits either way: where another backend's forward kept nothing, there is nothing to read."""
+    case = KEPT[name]
+    weights, states, scales, ids, present, grad = case.build(device)
+    call = (states, scales or [], ids, present, weights.flatten(), *case.structure.static, case.dtype)
+    _, saved, links = kernel.forward(*call)
+    read = kernel.backward(grad, saved, links, *call)
+    made = kernel.backward(grad, saved, links[:, :0], *call)
+    assert links.numel() > 0 and all(torch.equal(x, y) for x, y in zip(read, made, strict=True))
+    broken = kernel.backward(grad, saved, torch.full_like(links, float("nan")), *call)
+    assert not all(x.isfinite().all() for x in broken)
+
+
+def test_nothing_is_kept_where_levels_read_each_others_h(device):
+    case = Case(SideNetworkStructure((24, 24), PAIR, "side"))
+    weights, states, scales, ids, present, _ = case.build(device)
+    call = (states, scales or [], ids, present, weights.flatten(), *case.structure.static, case.dtype)
+    assert kernel.forward(*call)[2].shape == (2, 0)
