@@ -31,7 +31,8 @@ def run(data: str, widths: list[int], seeds: list[int], overrides: list[str]) ->
     """Train with each seed at each width, and append a row for each run that has none yet."""
     for seed in seeds:
         for width in widths:
-            if (data, str(width), str(seed)) in recorded():
+            rate = load_config(RECIPES[data].config, overrides).optimizer.learning_rate
+            if (data, width, seed, rate) in recorded():
                 continue
             recipe = replace(RECIPES[data], basis=width)
             cache, folder = cache_of(recipe, overrides), f"runs/basis/{data}-{width}-{seed}"
@@ -43,10 +44,10 @@ def run(data: str, widths: list[int], seeds: list[int], overrides: list[str]) ->
     return 0
 
 
-def recorded() -> set[tuple[str, str, str]]:
-    """Data, width and seed of the rows that there are."""
+def recorded() -> set[tuple[str, int, int, float]]:
+    """Data, width, seed and learning rate of the rows that there are: a recipe of before is another run."""
     rows = read(BASES) if BASES.is_file() else []
-    return {(row["data"], row["width"], row["seed"]) for row in rows}
+    return {(r["data"], int(r["width"]), int(r["seed"]), float(r["learning_rate"])) for r in rows}
 
 
 def record(data: str, folder: RunFolder, cache: HiddenStateCache) -> None:
