@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from benchmarks.recipes.tabulate import read
 from benchmarks.study import measure, table
 from benchmarks.study.methods import METHODS, Method
 from benchmarks.study.worlds import SIZES, Size, make_world, open_world
+from crossan_fast.training.train_config import ComputePrecision
 
 PHASES = ("time", "accuracy")
 # Seconds that a method of a kind takes in each phase at `minilm` on 2 cores: a first guess of how long all
@@ -60,6 +61,9 @@ def add_parser(commands: Any) -> None:
         "--learned-steps", type=int, help="after which methods that train encoders stop; 0: leave them"
     )
     parser.add_argument("--epochs", type=int, help="after which the others stop")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="of accuracy in place of the size's own; rows say it"
+    )
     parser.add_argument("--again", action="store_true", help="make rows that are there, too")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--data", type=Path, help="folder of scientific4k/ (default $CROSSAN_FAST_DATA)")
@@ -86,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.again:
         there = recorded(path, results.device_name(torch.device(device)))
         units = [unit for unit in units if unit.key not in there]
-    failed = _make_all(units, size, folder, device, path, limits_of(size, options))
+    failed = _make_all(units, size, folder, device, path, limits_of(size, options), options.precision)
     if path.is_file():
         for written in table.write(path):
             print(written)
@@ -139,7 +143,13 @@ def recorded(path: Path, device: str) -> set[tuple[str, str, str]]:
 
 
 def _make_all(
-    units: list[Unit], size: Size, folder: Path, device: str, path: Path, limits: measure.Limits
+    units: list[Unit],
+    size: Size,
+    folder: Path,
+    device: str,
+    path: Path,
+    limits: measure.Limits,
+    precision: ComputePrecision | None,
 ) -> bool:
     """Whether some row could not be made."""
     left = sum(unit.guess for unit in units) * _SHARE[size.name]
@@ -154,6 +164,7 @@ def _make_all(
             "method": unit.method.name,
             "seed": unit.seed,
             "limits": asdict(limits),
+            "precision": precision if unit.phase == "accuracy" and precision else size.precision,
         }
         row = in_process(order) if size.own_process else make(order)
         done += unit.guess
@@ -184,7 +195,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def make(order: dict[str, Any]) -> dict[str, Any]:
     """One row, in this process."""
-    method, size = METHODS[order["method"]], SIZES[order["size"]]
+    method = METHODS[order["method"]]
+    size = replace(SIZES[order["size"]], precision=order["precision"])
     world = open_world(size, Path(order["folder"]), torch.device(order["device"]))
     measured = measure.time_row if order["phase"] == "time" else measure.accuracy_row
     found = measured(method, world, order["seed"], measure.Limits(**order["limits"]))

@@ -124,9 +124,11 @@ def _where(rows: list[Row], phase: str, what: str) -> str:
         return f"{what}: not measured."
     last = found[-1]
     commits = ", ".join(sorted({row["commit"] for row in found}))
-    threads = " or ".join(sorted({row["threads"] for row in found}))
+    threads, precisions = (
+        " or ".join(sorted({row[key] for row in found})) for key in ("threads", "precision")
+    )
     text = (
-        f"{what}: {last['device']}, {threads} threads, torch {last['torch']}, {last['precision']}, "
+        f"{what}: {last['device']}, {threads} threads, torch {last['torch']}, {precisions}, "
         f"{last['date'][:10]}, commits {commits}."
     )
     if phase == "accuracy":
@@ -162,6 +164,7 @@ def _accuracy_cells(method: Method, accuracies: dict[str, list[Row]]) -> list[st
     ]
     epochs = statistics.fmean(float(row["learned_epochs"]) for row in found)
     seeds = "" if len(found) == 1 else f", {len(found)} seeds"
+    seeds += "".join(f", {name}" for name in sorted({row["precision"] for row in found} - {"fp32"}))
     return [*cells, f"{epochs:.3g} epochs{seeds}{', still rising' if rising(found) else ''}"]
 
 

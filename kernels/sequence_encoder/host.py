@@ -1,9 +1,8 @@
-"""sequence_encoder in Triton: one kernel forward; backward one over places, then two for the weights."""
+"""sequence_encoder in Triton: a kernel forward; backward one over places, and one or two for the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from crossan_fast.kernels._blocks import cdiv, on_device, split
 from crossan_fast.kernels._common import dot_precision, launch, power_of_two, uniform
 from crossan_fast.kernels.sequence_encoder.backward_kernels import backward_kernel
 from crossan_fast.kernels.sequence_encoder.forward_kernels import forward_kernel
-from crossan_fast.kernels.sequence_encoder.weight_gradient_kernels import products_kernel, sum_kernel
+from crossan_fast.kernels.sequence_encoder.weight_gradient_kernels import sum_kernel, sums_kernel
 from crossan_fast.ops._contracts import SequenceEncoderBlock, SequenceEncoderWeights
 from crossan_fast.ops._dispatch import Request
 from crossan_fast.ops.sequence_encoder import kept_width
@@ -23,6 +22,9 @@ from crossan_fast.ops.sequence_encoder import kept_width
 LONGEST, WIDEST, WIDEST_FP32 = 64, 128, 64
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _SUM_BLOCKS = 16, 256
+# Up to so many blocks of places a program sums all of them, in tiles small enough for a program on every
+# multiprocessor: parts would cost a second launch, and more than they save.
+_AT_ONCE, _SIDE_AT_ONCE = 24, 32
 
 
 def refuses(request: Request) -> str | None:
@@ -181,7 +183,8 @@ class _Layout:
     def __init__(self, width: int, inner: int, layers: int) -> None:
         d, f = self.width, self.inner = width, inner
         self.layers = layers
-        self.flow_width, self.vector_width = 8 * d + 2 * f, 2 * d + layers * (5 * d + f)
+        self.flow_width, self.block_vectors = 8 * d + 2 * f, 5 * d + f
+        self.vector_width = 2 * d + layers * self.block_vectors
         # Of each matrix: rows, columns, and where both sides of its product begin in `flow`.
         self.matrices = {
             "query": (d, d, 0, 5 * d),
@@ -204,63 +207,75 @@ class _Layout:
             "widen_bias": 5 * d,
         }
 
-    @cached_property
-    def sums(self) -> list[tuple[int, int]]:
-        """Of each weight in order, whether it is a matrix (1, else 0) and where its sum's terms begin."""
-        found = [(0, self.vector_width), (0, 0), (0, self.width)]
+    def split(self, grads: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, int]]]:
+        """Of all weights in order: matrices as `matrices` has them, and the others with their starts."""
+        position, gain, bias, *blocks = grads
+        vectors = [(position, self.vector_width), (gain, 0), (bias, self.width)]
+        matrices = []
+        fields = SequenceEncoderBlock._fields
         for layer in range(self.layers):
-            for name in SequenceEncoderBlock._fields:
-                if name in self.matrices:
-                    found.append((1, layer * self.block_size + self.matrix_starts[name]))
-                else:
-                    start = 2 * self.width + layer * (5 * self.width + self.inner)
-                    found.append((0, start + self.vector_starts[name]))
-        return found
+            own = dict(zip(fields, blocks[layer * len(fields) :], strict=False))
+            matrices += [own[name] for name in self.matrices]
+            first = 2 * self.width + layer * self.block_vectors
+            vectors += [(own[name], first + start) for name, start in self.vector_starts.items()]
+        return tuple(matrices), vectors
 
 
 def _weight_gradients(p: _Problem, layout: _Layout, flow: Tensor, vectors: Tensor) -> list[Tensor]:
     """In the packed weights' dtype."""
-    weights = (p.position, *p.norm, *p.blocks)
-    grads = tuple(torch.empty_like(w) for w in weights)
-    tile, size = p.tile, p.layers * layout.block_size
+    grads = tuple(torch.empty_like(w) for w in (p.position, *p.norm, *p.blocks))
+    matrices, others = layout.split(grads)
+    tile, at_once = p.tile, cdiv(p.rows, p.tile.places) <= _AT_ONCE
+    side = min(tile.side, _SIDE_AT_ONCE) if at_once else tile.side
     products = [(*layout.matrices[name], layout.matrix_starts[name]) for name in layout.matrices]
-    tiles = [cdiv(rows, tile.side) * cdiv(columns, tile.side) for rows, columns, *_ in products]
-    parts, length = split(p.layers * sum(tiles), cdiv(p.rows, tile.places))
-    partial = vectors.new_empty((parts, size))
+    tiles = [cdiv(rows, side) * cdiv(columns, side) for rows, columns, *_ in products]
+    chunks = [cdiv(grad.numel(), _SUM_BLOCKS[1]) for grad, _ in others]
+    parts, length = 1, cdiv(p.rows, tile.places)
+    if not at_once:
+        parts, length = split(p.layers * sum(tiles), length)
+    size = p.layers * layout.block_size
+    partial = vectors.new_empty((parts, size)) if parts > 1 else None
     launch(
-        products_kernel,
-        (sum(tiles), p.layers, parts),
+        sums_kernel,
+        (p.layers * sum(tiles) + sum(chunks), parts),
         flow,
+        vectors,
         partial,
+        matrices,
+        tuple(grad for grad, _ in others),
         p.rows,
         length,
+        p.batch,
+        vectors.shape[1],
+        (p.window - p.places) * p.width,
+        LAYERS=p.layers,
         PRODUCTS=tuple(number for product in products for number in product),
-        FIRST_TILES=tuple(accumulate(tiles[:-1], initial=0)),
+        FIRST_TILES=tuple(accumulate(tiles, initial=0)),
         FLOW_WIDTH=layout.flow_width,
         WEIGHTS=layout.block_size,
-        SIZE=size,
+        STARTS=tuple(start for _, start in others),
+        SIZES=tuple(grad.numel() for grad, _ in others),
+        FIRST_CHUNKS=tuple(accumulate(chunks[:-1], initial=0)),
         BLOCK_N=tile.places,
-        BLOCK_C=tile.side,
+        BLOCK_C=side,
+        BLOCK_P=_SUM_BLOCKS[0],
+        BLOCK=_SUM_BLOCKS[1],
         num_warps=tile.product_warps,
         num_stages=tile.product_stages,
         **p.precision,
     )
-    sizes = tuple(w.numel() for w in weights)
-    launch(
-        sum_kernel,
-        (cdiv(max(sizes), _SUM_BLOCKS[1]), len(weights)),
-        partial,
-        vectors,
-        grads,
-        parts,
-        p.batch,
-        vectors.shape[1],
-        (p.window - p.places) * p.width,
-        SIZE=size,
-        MATRICES=tuple(matrix for matrix, _ in layout.sums),
-        STARTS=tuple(start for _, start in layout.sums),
-        SIZES=sizes,
-        BLOCK_P=_SUM_BLOCKS[0],
-        BLOCK=_SUM_BLOCKS[1],
-    )
+    if partial is not None:
+        sizes = tuple(grad.numel() for grad in matrices)
+        launch(
+            sum_kernel,
+            (cdiv(max(sizes), _SUM_BLOCKS[1]), len(matrices)),
+            partial,
+            matrices,
+            parts,
+            STARTS=tuple(accumulate(sizes[:-1], initial=0)),
+            SIZES=sizes,
+            SIZE=size,
+            BLOCK_P=_SUM_BLOCKS[0],
+            BLOCK=_SUM_BLOCKS[1],
+        )
     return list(grads)

@@ -45,7 +45,7 @@ KERNELS = {
     "side_network n=704": (*SMALL, *GRADIENTS),
     "side_network": ("fused_kernel", *GRADIENTS),
     "fusion": ("forward_kernel", "items_kernel", "router_kernel", "experts_kernel"),
-    "sequence_encoder": ("forward_kernel", "backward_kernel", "products_kernel"),
+    "sequence_encoder": ("forward_kernel", "backward_kernel", "sums_kernel"),
     "in_batch_loss": LOSS,
     "full_loss": LOSS,
     "topk_scores": ("topk_kernel",),

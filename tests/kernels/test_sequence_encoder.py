@@ -11,6 +11,8 @@ from judging import judge_all
 from sequence_encoders import SEED, grouped, problem, run
 
 from crossan_fast.kernels import _common
+from crossan_fast.kernels.sequence_encoder import host
+from crossan_fast.kernels.sequence_encoder.weight_gradient_kernels import sum_kernel, sums_kernel
 from crossan_fast.ops import _dispatch, sequence_encoder
 from crossan_fast.ops._dispatch import Request
 from crossan_fast.ops.sequence_encoder import EPS, sequence_encoder_reference
@@ -51,6 +53,23 @@ def test_matches_float64(shape):
     batch, places, width, heads, inner, blocks, window = shape
     drawn = given(batch, places, width, inner, blocks, window, torch.float32, full=batch == 1)
     compare(*drawn, heads, dropout=0.3, seed=SEED)
+
+
+@pytest.mark.parametrize("shape", [(3, 37, 48, 3, 50, 1, 40), (7, 11, 6, 2, 70, 2, 11)], ids=str)
+def test_sums_in_parts_match_float64(monkeypatch, shape):
+    """Of so many places that a program no longer sums all of them: 4 and 3 parts."""
+    launched = []
+    monkeypatch.setattr(host, "_AT_ONCE", 0)
+
+    def launch(kernel, grid, *arguments, **options):
+        launched.append((kernel, grid))
+        _common.launch(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(host, "launch", launch)
+    batch, places, width, heads, inner, blocks, window = shape
+    compare(*given(batch, places, width, inner, blocks, window, torch.float32), heads)
+    assert launched[-2][0] is sums_kernel and launched[-2][1][1] > 2
+    assert launched[-1][0] is sum_kernel
 
 
 @pytest.mark.parametrize(
