@@ -8,7 +8,8 @@ python="${CROSSAN_FAST_SUITE_PYTHON:-python3}"
 total="${CROSSAN_FAST_SUITE_SECONDS:-$total}"
 output="${CROSSAN_FAST_SUITE_OUTPUT:-${OUT:-benchmarks/results}}"
 failed=0
-cut=() # parts that lack rows, though nothing failed
+cut=()    # parts that lack rows, though nothing failed
+tables=() # files of rows that something was measured for
 quick=()
 mkdir -p "$output"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" # cases are importable even where the install is refused
@@ -41,14 +42,18 @@ rows="$output/$rows"
 cases() { # cases NAME SECONDS ARGUMENT...
   local name="$1" limit="$2"
   shift 2
+  [[ " ${tables[*]-} " == *" $rows "* ]] || tables+=("$rows")
   part "$name" "$limit" "$python" -m benchmarks run "$@" --device "$device" --output "$rows" \
     ${quick[@]+"${quick[@]}"}
 }
 
 finish() {
-  echo "== table of $rows"
-  timeout 20 "$python" -m benchmarks report --short "$rows" || { echo "== table: FAILED with status $?"; failed=1; }
-  local part
+  local table part
+  for table in ${tables[@]+"${tables[@]}"}; do
+    echo "== table of $table"
+    timeout 20 "$python" -m benchmarks report --short "$table" ||
+      { echo "== table: FAILED with status $?"; failed=1; }
+  done
   for part in ${cut[@]+"${cut[@]}"}; do echo "== not to its end: $part"; done
   echo "== done in $SECONDS s, $([ "$failed" = 0 ] && echo 'nothing failed' || echo 'SOMETHING FAILED')"
   exit "$failed"

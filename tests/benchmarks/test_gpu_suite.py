@@ -68,7 +68,10 @@ def test_a_call_asks_for_what_there_is(tmp_path, call, device):
             assert cases, arguments
             assert options.only is None or _names(options.only, registry.IMPLEMENTATIONS, "--only")
             assert options.dtypes is None or _names(options.dtypes, tuple(registry.DTYPES), "--dtypes")
-    assert len(measured) > 2
+    reported = [Path(arguments[-1]).name for arguments in measured if arguments[0] == "report"]
+    asked = {"smoke": [], "profiles": ["tuned.csv"]}  # a call that measures nothing has no table
+    assert reported == asked.get(call, ["stub.csv"])
+    assert len(measured) - len(reported) >= 2
     paths = [a for command in commands if "pytest" in command for a in command if a.startswith("tests/")]
     assert all((ROOT / path).exists() for path in paths)
     assert bool(paths) == (call == "smoke" or (call == "profiles" and device == "cuda"))
