@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--epochs", type=int, default=8, help="at most so many for each set of modalities")
 
 
+NEEDS = {"transformers": "transformers", "PIL": "Pillow", "matplotlib": "matplotlib"}
+
+
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
+    # Not after minutes of training, of which nothing would be drawn.
+    if missing := [name for module, name in NEEDS.items() if importlib.util.find_spec(module) is None]:
+        raise ImportError(f"demo needs {', '.join(missing)}: pip install 'crossan-fast[demo]'")
     rows = demo(args.out, seed=args.seed, epochs=args.epochs)
     plot = args.out / "demo.png"
     _plot(rows, plot)
@@ -128,10 +135,8 @@ def _show_one_user(trainer: Trainer, titles: list[str], say: Callable[[str], Non
 
 
 def _plot(rows: dict[str, dict[str, float]], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'crossan-fast[demo]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

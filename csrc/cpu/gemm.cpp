@@ -72,18 +72,18 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64
 template <class T, class V, int vectors>
 void column_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int64_t a_column, const T* b,
                      int64_t b_row, const T* bias, T* c, int64_t c_row, Into into, T keep, const T* next,
-                     int64_t next_rows, Ahead* ahead) {
+                     int64_t next_row, int64_t next_rows, Ahead* ahead) {
   constexpr int lanes = kLanes<T, V>;
   int64_t i = 0;
   const int64_t tiles = rows / kRowsPerTile;
   // Where rows of B touch, the tiles share the next rows evenly; else each takes a line of every row beside these.
   const auto share = [&](int64_t n) -> Fetch {
-    if (b_row == kPanel<T>) {
-      const int64_t bytes = next_rows * b_row * static_cast<int64_t>(sizeof(T));
+    if (next_row == kPanel<T>) {
+      const int64_t bytes = next_rows * next_row * static_cast<int64_t>(sizeof(T));
       const int64_t step = bytes / std::max<int64_t>(1, tiles * depth) + 1;
       return {reinterpret_cast<const char*>(next) + n * depth * step, step};
     }
-    return {reinterpret_cast<const char*>(next + n % vectors * lanes), b_row * static_cast<int64_t>(sizeof(T))};
+    return {reinterpret_cast<const char*>(next + n % vectors * lanes), next_row * static_cast<int64_t>(sizeof(T))};
   };
   for (int n = 0; i + kRowsPerTile <= rows; i += kRowsPerTile, ++n) {
     tile<T, V, kRowsPerTile, vectors>(depth, a + i * a_row, a_row, a_column, b, b_row, bias, c + i * c_row, c_row, into,
@@ -100,6 +100,13 @@ void column_of_tiles(int64_t rows, int64_t depth, const T* a, int64_t a_row, int
     case 1: return tile<T, V, 1, vectors>(depth, a, a_row, a_column, b, b_row, bias, c, c_row, into, keep, fetch);
     default: return;
   }
+}
+
+// Whether rows so far apart meet in so few sets of L1 (64 of 64 bytes) that a panel of them would not stay there: a
+// plain W of D = 768 does, and of any power of two.
+template <class T>
+bool share_sets(int64_t row) {
+  return row * static_cast<int64_t>(sizeof(T)) % 1024 == 0;
 }
 
 }  // namespace
@@ -120,7 +127,7 @@ void pack_panel(const T* b, int64_t row, int64_t column, int64_t depth, int64_t 
 
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column, RightSide<T> b,
-              T* c, int64_t c_row, Into into, const T* bias, T keep, Ahead* ahead) {
+              T* c, int64_t c_row, Into into, const T* bias, T keep, Ahead* ahead, RightSide<T> then) {
   constexpr int64_t kDepth = 128;  // 128 rows of a panel are 32 kB: B stays in L1 while the rows of A pass
   constexpr int lanes = kLanes<T, Vec<T>>;
   if (rows == 0) return;
@@ -136,17 +143,30 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
       const T* start = k == 0 && bias ? bias + j : nullptr;
       const bool beside = b.row != kPanel<T> && k + deep == depth;
       const T* next = beside ? b.data + (j / kPanel<T> + 1) * b.panel : panel + deep * b.row;
+      int64_t next_row = b.row;
+      if (then.data && k + deep == depth && j + kPanel<T> >= columns) {
+        next = then.data;
+        next_row = then.row;
+      }
       if (width == kPanel<T>) {
-        column_of_tiles<T, Vec<T>, kVectorsPerPanel>(rows, deep, from, a_row, a_column, panel, b.row, start, c + j,
-                                                     c_row, now, kept, next, deep, ahead);
+        alignas(64) T copy[kDepth * kPanel<T>];
+        const bool copies = share_sets<T>(b.row) && rows >= 4 * kRowsPerTile;
+        if (copies)
+          for (int64_t n = 0; n < deep; ++n)
+            for (int64_t v = 0; v < kPanel<T>; v += lanes)
+              store(copy + n * kPanel<T> + v, load<Vec<T>>(panel + n * b.row + v));
+        column_of_tiles<T, Vec<T>, kVectorsPerPanel>(rows, deep, from, a_row, a_column, copies ? copy : panel,
+                                                     copies ? kPanel<T> : b.row, start, c + j, c_row, now, kept, next,
+                                                     next_row, deep, ahead);
       } else {
         int64_t v = 0;
         for (; v + lanes <= width; v += lanes)
           column_of_tiles<T, Vec<T>, 1>(rows, deep, from, a_row, a_column, panel + v, b.row,
-                                        start ? start + v : nullptr, c + j + v, c_row, now, kept, next, deep, ahead);
+                                        start ? start + v : nullptr, c + j + v, c_row, now, kept, next, next_row, deep,
+                                        ahead);
         for (; v < width; ++v)
           column_of_tiles<T, T, 1>(rows, deep, from, a_row, a_column, panel + v, b.row, start ? start + v : nullptr,
-                                   c + j + v, c_row, now, kept, next, deep, ahead);
+                                   c + j + v, c_row, now, kept, next, next_row, deep, ahead);
       }
       k += deep;
     } while (k < depth);
@@ -156,7 +176,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t 
 #define INSTANTIATE(T)                                                                                           \
   template void pack_panel(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, T*);                           \
   template void multiply(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, RightSide<T>, T*, int64_t, Into, \
-                         const T*, T, Ahead*);
+                         const T*, T, Ahead*, RightSide<T>);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -19,9 +19,9 @@ inline constexpr int64_t kPanel = kVectorsPerPanel * kLanes<T, Vec<T>>;  // colu
 // plain row-major with `row` its row stride, K·kPanel where it was packed by `pack`.
 template <class T>
 struct RightSide {
-  const T* data;
-  int64_t row;
-  int64_t panel;
+  const T* data = nullptr;
+  int64_t row = 0;
+  int64_t panel = 0;
 };
 
 template <class T>
@@ -79,9 +79,11 @@ class Ahead {
 };
 
 // C[M, N] = (keep · C +) bias[N] + A[M, K] · B[K, N]; A by two strides, C row-major with `c_row`. The order of every
-// sum depends on K alone, so results repeat bit for bit however the rows are cut.
+// sum depends on K alone, so results repeat bit for bit however the rows are cut. `then` is the right side of what
+// will be multiplied next, whose first rows are fetched meanwhile.
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_column, RightSide<T> b,
-              T* c, int64_t c_row, Into into, const T* bias = nullptr, T keep = T(1), Ahead* ahead = nullptr);
+              T* c, int64_t c_row, Into into, const T* bias = nullptr, T keep = T(1), Ahead* ahead = nullptr,
+              RightSide<T> then = {});
 
 }  // namespace crossan_fast

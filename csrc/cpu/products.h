@@ -136,6 +136,8 @@ class LevelWeights {
     const int64_t depth = pairs_->depth();
     return {(*pairs_)[from.level] + from.column * depth, depth, from.row};
   }
+  // The same to be fetched, nothing of pairs: their products fetch for themselves.
+  RightSide<T> soon(From from) const { return pairs_ ? RightSide<T>{} : (*this)[from]; }
   RightSide<T> operator[](From from) const {
     if (!packed_) return plain(weight_ + from.level * size_ + from.row * row_ + from.column, row_);
     RightSide<T> side = (*packed_)[from.level];
@@ -160,13 +162,14 @@ class Products {
 
   // C = (keep · C +) bias + A · weights[from]
   void weigh(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, const LevelWeights<T>& weights,
-             From from, T* c, int64_t c_row, Into into, const T* bias = nullptr, T keep = T(1)) {
+             From from, T* c, int64_t c_row, Into into, const T* bias = nullptr, T keep = T(1),
+             RightSide<T> then = {}) {
     if constexpr (std::is_same_v<T, float>)
       if (weights.in_pairs()) {
         paired_.multiply(rows, columns, depth, a, a_row, 1, weights.pairs(from), c, c_row, into, bias, keep);
         return;
       }
-    multiply<T>(rows, columns, depth, a, a_row, 1, weights[from], c, c_row, into, bias, keep, &ahead);
+    multiply<T>(rows, columns, depth, a, a_row, 1, weights[from], c, c_row, into, bias, keep, &ahead, then);
   }
 
   // C = (C +) Aᵀ · B, sums over items: A [items, rows], B [items, columns].

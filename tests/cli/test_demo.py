@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,3 +45,13 @@ def test_a_folder_that_holds_something_is_refused(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "--out: expected a new or empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_what_is_missing_is_said_before_anything_is_made(monkeypatch, tmp_path, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else found(name, *rest)
+    )
+    assert main(["demo", "--out", str(tmp_path / "shop")]) == 2
+    assert "demo needs matplotlib: pip install 'crossan-fast[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / "shop").exists()

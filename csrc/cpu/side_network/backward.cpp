@@ -126,9 +126,9 @@ class BackwardWalk {
       const bool last = l + 1 == s_.levels;
       if (last)
         products_.weigh(count_, columns, s_.embedding, dz(t, s_.levels), row_, weighed_.head[t], {0, 0, slice.first},
-                        dx, stride(t), Into::overwrite);
+                        dx, stride(t), Into::overwrite, nullptr, T(1), weighed_.down[t].soon({l, 0, slice.first}));
       products_.weigh(count_, columns, s_.rank, dz(t, l), row_, weighed_.down[t], {l, 0, slice.first}, dx, stride(t),
-                      Into::add, nullptr, last ? T(1) : plan_.keeps(t, l + 1));
+                      Into::add, nullptr, last ? T(1) : plan_.keeps(t, l + 1), after(t, l, slice));
     }
     inputs_.read(l, first_, count_, slice);
     // Item by item, so that its states serve every tower from L1.
@@ -141,6 +141,16 @@ class BackwardWalk {
       dots_[t][static_cast<size_t>(l)].gather();
       input_back(t, l);
     }
+  }
+
+  // The weights that go back after tower t's of level l: u, which comes after level 0, wants none.
+  RightSide<T> after(size_t t, int64_t l, Slice slice) const {
+    if (++t == s_.towers.size()) {
+      t = 0;
+      --l;
+    }
+    if (l < 0 || slice.of(width(t)) == 0) return {};
+    return l + 1 == s_.levels ? weighed_.head[t].soon({0, 0, slice.first}) : weighed_.down[t].soon({l, 0, slice.first});
   }
 
   // u of the level in a slice, where x_ holds that of the level before, and its products with dz.

@@ -63,13 +63,26 @@ class ForwardWalk {
         inputs_.add_projected(t, u_[t].data(), [&](int) { return low_.data(); });
         if (const int64_t columns = slice.of(width(t)))
           products_.weigh(count_, s_.rank, columns, u_[t].data(), stride(t), weighed_.down[t], {l, slice.first},
-                          z_[t].data() + l * s_.rank, row_, into);
+                          z_[t].data() + l * s_.rank, row_, into, nullptr, T(1), after(t, l, slice));
       }
     }
     for (size_t t = 0; t < s_.towers.size(); ++t)
       if (const int64_t columns = slice.of(width(t)))
         products_.weigh(count_, s_.embedding, columns, u_[t].data(), stride(t), weighed_.head[t], {0, slice.first},
-                        z_[t].data() + s_.levels * s_.rank, row_, into);
+                        z_[t].data() + s_.levels * s_.rank, row_, into, nullptr, T(1), after(t, s_.levels, slice));
+  }
+
+  // The weights that the walk wants after tower t's of level l, level L being the head's.
+  RightSide<T> after(size_t t, int64_t l, Slice slice) const {
+    if (++t == s_.towers.size()) {
+      t = 0;
+      if (++l > s_.levels) {
+        l = 0;
+        slice = plan_.after(slice);
+      }
+    }
+    if (slice.of(width(t)) == 0) return {};
+    return l < s_.levels ? weighed_.down[t].soon({l, slice.first}) : weighed_.head[t].soon({0, slice.first});
   }
 
   // From W_l u_l to z_l, level by level, and to e.
