@@ -136,14 +136,10 @@ def encoders_table(rows: Sequence[Row]) -> str:
             for subset in dict.fromkeys(key[1] for key in sorted(groups, key=_order)):
                 cells = [_cell(groups.get((model, subset), []), metric) for model in models]
                 lines.append(f"| {subset} | {' | '.join(cells)} |")
-            lines += ["", "Differences of the means over subsets, paired by seed:", ""]
-            lines += [_head(["model", "two less one", "three less one", "three less the best one"])]
-            for model in models:
-                cells = [_cell_of(values) for values in gains(groups, model, metric)]
-                lines.append(f"| {model} | {' | '.join(cells)} |")
-        lines += ["", f"With all three, test, paired by seed, {states} states:", ""]
-        lines += [_head(["", *(metric.upper() for metric in METRICS)])]
-        every = " + ".join(ENCODERS)
+            added = [(model, [_cell_of(v) for v in gains(groups, model, metric)]) for model in models]
+            head = ["model", "two less one", "three less one", "three less the best one"]
+            lines += _filled("Differences of the means over subsets, paired by seed:", head, added)
+        every, pairs = " + ".join(ENCODERS), []
         for ours, theirs in (
             ("concat, cross", "concat"),
             ("momef, cross", "momef"),
@@ -153,9 +149,17 @@ def encoders_table(rows: Sequence[Row]) -> str:
         ):
             first, second = groups.get((ours, every), []), groups.get((theirs, every), [])
             cells = [_cell_of(paired(first, second, metric)) for metric in METRICS]
-            lines.append(f"| {ours} less {theirs} | {' | '.join(cells)} |")
+            pairs.append((f"{ours} less {theirs}", cells))
+        head = ["", *(metric.upper() for metric in METRICS)]
+        lines += _filled(f"With all three, test, paired by seed, {states} states:", head, pairs)
     lines += ["", "![accuracy by number of encoders](encoders.png)"]
     return "\n".join([*lines, "", "Drawn by `python -m benchmarks.recipes.tabulate`."]) + "\n"
+
+
+def _filled(title: str, head: list[str], rows: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """A table of the rows that say something; nothing where none does."""
+    told = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows if any(cells)]
+    return ["", title, "", _head(head), *told] if told else []
 
 
 def by_count(groups: Subsets, model: str, metric: str) -> dict[int, dict[str, float]]:
