@@ -71,7 +71,7 @@ RECIPES = {
             tokens=128,
             centred=True,
         ),
-        Recipe("microlens50k", _VIEWS, tokens=48, basis=64),
+        Recipe("microlens50k", _VIEWS, tokens=48, centred=True, basis=64),
     )
 }
 

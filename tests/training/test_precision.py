@@ -125,16 +125,20 @@ def test_a_resumed_run_computes_as_it_began(values: dict[str, Any]) -> None:
         train(changed, resume=True, progress=False)
 
 
-def test_no_cpu_measured_gains_much_in_bf16_but_for_the_full_softmax() -> None:
-    """Which is why fp32 is the CPU's default: our steps and epochs, the latest row of each; where the CPU
-    doesn't multiply bf16 no gain that a repeated run would not take back, else a sixth at most."""
+def test_no_cpu_measured_gains_much_in_bf16_but_for_some_steps() -> None:
+    """Which is why fp32 is the CPU's default: our steps and epochs, of each case the least of its rows, as a
+    machine's pace changes between runs; where the CPU doesn't multiply bf16 no gain that a repeated run would
+    not take back, else a sixth at most. docs/training.md names what gains more."""
     for path in RESULTS.glob("*cores*.csv"):
-        multiplies = "amx" in path.name or (path.name.startswith("amd") and "avx512" in path.name)
-        latest, least = {}, 0.82 if multiplies else 0.9
+        amx = "amx" in path.name
+        multiplies = amx or (path.name.startswith("amd") and "avx512" in path.name)
+        found: dict[tuple[str, str], float] = {}
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                pays = multiplies and "loss=full" in row["case"]
-                if row["case"].startswith(("step/", "epoch/")) and row["backend"] == "cpp" and not pays:
-                    latest[row["case"], row["dtype"]] = float(row["p50_ms"])
-        pairs = [(time, latest[case, "fp32"]) for (case, kind), time in latest.items() if kind == "bf16"]
+                case, time = row["case"], float(row["p50_ms"])
+                pays = (multiplies and "loss=full" in case) or (amx and "architecture=iisan" in case)
+                if case.startswith(("step/", "epoch/")) and row["backend"] == "cpp" and not pays:
+                    found[case, row["dtype"]] = min(time, found.get((case, row["dtype"]), time))
+        pairs = [(time, found[case, "fp32"]) for (case, kind), time in found.items() if kind == "bf16"]
+        least = 0.82 if multiplies else 0.9
         assert pairs and all(bf16 > least * fp32 for bf16, fp32 in pairs), path.name
