@@ -178,6 +178,16 @@ def test_the_tiny_study_end_to_end(work: Path, tmp_path: Path, capsys: pytest.Ca
     assert {key[0] for key in run.recorded(path, "another")} == {"accuracy"}
 
 
+def test_another_precision_is_learned_in_and_said(work: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    command = ["study", "--size", "tiny", "--work", str(work), "--output", str(tmp_path), "--device", "cpu"]
+    assert main([*command, "--methods", "crossan_fast", "--precision", "bf16"]) == 0
+    time, accuracy = read(tmp_path / "study-tiny.csv")
+    assert (time["phase"], time["precision"]) == ("time", "fp32")
+    assert (accuracy["phase"], accuracy["precision"]) == ("accuracy", "bf16")
+    assert "2 epochs, bf16" in (tmp_path / "study-tiny.md").read_text()
+
+
 def test_wrong_wishes_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["study", "--methods", "fft,lorra", "--output", str(tmp_path)]) == 2
     assert "unknown ['lorra']" in capsys.readouterr().err
