@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -16,19 +15,15 @@ from torch import Tensor
 from benchmarks import results, timing
 from benchmarks.memory import peak_added
 from benchmarks.recipes.records import p20
+from benchmarks.study import learning
 from benchmarks.study.methods import Method, make_model, trainable
 from benchmarks.study.worlds import World
 from crossan_fast._sources import ReadAhead
-from crossan_fast.model import CrossanModel
-from crossan_fast.training import Batches, TrainStep, evaluate, make_optimizer
+from crossan_fast.training import Batches, TrainStep, make_optimizer
 from crossan_fast.training.feed import feed
 from crossan_fast.training.graph import GraphedStep, refusal
 from crossan_fast.training.malloc import keep_freed_memory
-from crossan_fast.training.train_config import FilterHistory
 
-# The split's targets are ranked among all items, histories included, as MISSRec does on the 5-core data.
-FILTER: FilterHistory = "none"
-EVALUATE_EVERY, PATIENCE = 2, 3
 _LIGHT = 4  # of a method without encoders in the loop, so many times the steps are timed
 
 
@@ -93,36 +88,25 @@ def accuracy_row(method: Method, world: World, seed: int, limits: Limits) -> dic
     """Test metrics at the best validation epoch."""
     keep_freed_memory()
     step, batches = _make(method, world, seed)
-    most = math.ceil(limits.learned_steps / len(batches)) if method.kind == "trained" else limits.epochs
-    best, kept, best_epoch, stale, seconds = -1.0, None, 0, 0, 0.0
-    for epoch in range(1, most + 1):
-        begun, losses = time.perf_counter(), []
-        for pair in _fed(method, world, batches, epoch):
-            losses.append(step(*pair))
-            if method.kind == "trained" and step.steps >= limits.learned_steps:
-                break
-        float(torch.stack(losses).mean())  # a GPU has to be waited for
-        seconds += time.perf_counter() - begun
-        if epoch % EVALUATE_EVERY and epoch < most:
-            continue
-        found = _evaluate(step.model, world, "validation")["ndcg@10"]
-        stale = 0 if found > best else stale + 1
-        if found > best:
-            best, best_epoch, kept = found, epoch, _weights(step.model)
-        if stale >= PATIENCE:
-            break
-    assert kept is not None
-    step.model.load_state_dict(kept, strict=False)
-    test = _evaluate(step.model, world, "test")
+    most = limits.learned_steps if method.kind == "trained" else limits.epochs * len(batches)
+    done = learning.learn(
+        step,
+        world,
+        lambda epoch: _fed(method, world, batches, epoch),
+        len(batches),
+        most,
+        learning.folder_of(method, world, seed),
+    )
+    test = learning.metrics(step.model, world, "test")
     return {
-        "learned_steps": step.steps,
-        "learned_epochs": _figures(step.steps / len(batches)),
-        "best_epoch": best_epoch,
-        "learned_s": _figures(seconds),
+        "learned_steps": done.steps,
+        "learned_epochs": _figures(done.steps / len(batches)),
+        "best_epoch": done.best_epoch,
+        "learned_s": _figures(done.seconds),
         "users": world.split.num_users,
         "candidates": world.split.num_items,
-        "filter_history": FILTER,
-        "validation_ndcg@10": round(best, 6),
+        "filter_history": learning.FILTER,
+        "validation_ndcg@10": round(done.best, 6),
         "test_hr@10": round(test["hr@10"], 6),
         "test_ndcg@10": round(test["ndcg@10"], 6),
     }
@@ -180,16 +164,6 @@ def _held(step: TrainStep) -> int:
     for state in step.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _weights(model: CrossanModel) -> dict[str, Tensor]:
-    """Copies of what is trained."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _evaluate(model: CrossanModel, world: World, part: Any) -> dict[str, float]:
-    found = evaluate(model, world.cache, world.split, part, k=(10,), filter_history=FILTER)
-    return found.metrics
 
 
 def _figures(value: float) -> float:

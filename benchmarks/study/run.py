@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="of accuracy in place of the size's own; rows say it"
     )
-    parser.add_argument("--again", action="store_true", help="make rows that are there, too")
+    parser.add_argument("--again", action="store_true", help="make rows that are there, too; trainings go on")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--data", type=Path, help="folder of scientific4k/ (default $CROSSAN_FAST_DATA)")
     parser.add_argument(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.__main__ import main
 from benchmarks.recipes.tabulate import read
-from benchmarks.study import run, table
+from benchmarks.study import learning, measure, run, table
 from benchmarks.study.adaptation import BOTTLENECK, RANK, adapt
 from benchmarks.study.methods import METHODS, config_of, make_model, trainable
 from benchmarks.study.models import LiveModel, TrainedModel
@@ -186,6 +188,38 @@ def test_another_precision_is_learned_in_and_said(work: Path, tmp_path: Path) ->
     assert (time["phase"], time["precision"]) == ("time", "fp32")
     assert (accuracy["phase"], accuracy["precision"]) == ("accuracy", "bf16")
     assert "2 epochs, bf16" in (tmp_path / "study-tiny.md").read_text()
+
+
+def test_a_training_that_was_cut_off_goes_on_bit_for_bit(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = open_world(SIZES["tiny"], work / "tiny", torch.device("cpu"))
+    method, limits = METHODS["crossan_fast"], measure.Limits(1, 4, 4)
+    folder = learning.folder_of(method, world, 7)
+    whole = measure.accuracy_row(method, world, 7, limits)
+    shutil.rmtree(folder)
+    judge, seen = learning.metrics, []
+
+    def cut_off(*arguments: Any) -> dict[str, float]:
+        seen.append(arguments)
+        if len(seen) == 2:  # behind the last epoch, before its state is kept
+            raise KeyboardInterrupt
+        return judge(*arguments)
+
+    monkeypatch.setattr(learning, "metrics", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        measure.accuracy_row(method, world, 7, limits)
+    capsys.readouterr()
+    gone_on = measure.accuracy_row(method, world, 7, limits)
+    assert "a training of 2 epochs goes on" in capsys.readouterr().err
+    assert float(gone_on.pop("learned_s")) > 0 and float(whole.pop("learned_s")) > 0
+    assert gone_on == whole and whole["learned_epochs"] == 4
+    # What has come to its end is taken as it is, and said to be; for more epochs it goes on.
+    again = measure.accuracy_row(method, world, 7, limits)
+    assert "a training of 4 epochs is taken as it is" in capsys.readouterr().err
+    assert {**again, "learned_s": None} == {**gone_on, "learned_s": None}
+    longer = measure.accuracy_row(method, world, 7, replace(limits, epochs=6))
+    assert "a training of 4 epochs goes on" in capsys.readouterr().err and longer["learned_epochs"] == 6
 
 
 def test_wrong_wishes_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
