@@ -34,6 +34,11 @@ def decays(name: str) -> bool:
     return not any(step.endswith("norm") or step == "position" for step in steps)
 
 
+def is_id_table(name: str) -> bool:
+    """Whether a parameter holds a free vector for each item: `model.id_embedding`'s, or `SasRec`'s own."""
+    return name in ("id_embedding.weight", "items.weight")
+
+
 def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups for an optimizer, each with `names` beside `params` and its `base_lr`.
 
@@ -46,6 +51,8 @@ def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[
             continue
         rate = config.learning_rate * getattr(config, part_of(name))
         decay = config.weight_decay if decays(name) else 0.0
+        if is_id_table(name) and config.id_weight_decay is not None:
+            decay = config.id_weight_decay
         group = groups.setdefault(
             (rate, decay), {"params": [], "names": [], "base_lr": rate, "weight_decay": decay}
         )

@@ -197,7 +197,9 @@ class _Training:
             **stride,
             **{name: getattr(config.optimizer, name) for name in ("learning_rate", "weight_decay")},
             **_changed(
-                config.optimizer, "sequence_encoder", "betas", "eps", "warmup_steps", "clip_norm", "average"
+                config.optimizer,
+                *("id_weight_decay", "sequence_encoder", "betas", "eps", "warmup_steps", "clip_norm"),
+                "average",
             ),
             "precision": self.precision,
             "seed": config.seed,

@@ -50,6 +50,9 @@ class OptimizerConfig:
         side_network, fusion, sequence_encoder: factors on `learning_rate` for the towers, for heads and
             fusion, and for the sequence encoder.
         weight_decay: decoupled; of matrices alone: biases, gates, norms and positions have none.
+        id_weight_decay: ◊ the same of vectors that items have of their own (`model.id_embedding`, `SasRec`),
+            free parameters that else learn the training data by heart. Adam holds their numbers to about
+            1 / id_weight_decay at most, those of rare items to less; None: `weight_decay`.
         betas, eps: Adam's.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         clip_norm: bound on the norm of all gradients together; None: no bound.
@@ -65,6 +68,7 @@ class OptimizerConfig:
     fusion: float = 1.0
     sequence_encoder: float = 1.0
     weight_decay: float = 0.0
+    id_weight_decay: float | None = 3.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     warmup_steps: int = 0
@@ -86,6 +90,9 @@ class OptimizerConfig:
         ):
             value = getattr(self, name)
             _check(0 <= value < math.inf, f"optimizer.{name}", "at least 0 and finite", value)
+        if self.id_weight_decay is not None:
+            right = 0 <= self.id_weight_decay < math.inf
+            _check(right, "optimizer.id_weight_decay", "at least 0 and finite, or null", self.id_weight_decay)
         for beta in self.betas:
             _check(0 <= beta < 1, "optimizer.betas", "two numbers in [0, 1)", self.betas)
         if self.clip_norm is not None:

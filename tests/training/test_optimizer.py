@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from crossan_fast import CrossanConfig, CrossanModel, Modality
+from crossan_fast.sasrec import SasRec
 from crossan_fast.training.optimizer import (
     PARTS,
     ClippedByStep,
@@ -44,6 +47,22 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay(
             assert named[name] is parameter
             assert group["base_lr"] == pytest.approx(0.1 * parts[part_of(name)])
             assert group["weight_decay"] == (weight_decay if decays(name) else 0)
+
+
+@pytest.mark.parametrize(("id_weight_decay", "expected"), [(3.0, 3.0), (0.0, 0.0), (None, 0.01)])
+def test_items_own_vectors_decay_apart_from_other_matrices(
+    id_weight_decay: float | None, expected: float
+) -> None:
+    config = OptimizerConfig(weight_decay=0.01, id_weight_decay=id_weight_decay)
+    shape = CrossanConfig([Modality("text", 8, 2)], embedding_dim=4)
+    for made, table in (
+        (CrossanModel(replace(shape, id_embedding=True)), "id_embedding.weight"),
+        (SasRec(shape, 6), "items.weight"),
+    ):
+        found = {name: g["weight_decay"] for g in parameter_groups(made, config) for name in g["names"]}
+        assert found[table] == expected
+        others = {name for name in found if name != table}
+        assert others and all(found[name] == (0.01 if decays(name) else 0) for name in others)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,10 @@ def test_a_file_with_overrides(values: dict[str, Any], tmp_path: Path) -> None:
         ("optimizer.learning_rate=0", "optimizer.learning_rate: expected a positive number, got 0.0"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay: expected at least 0 and finite, got -1.0"),
         ("optimizer.weight_decay=.inf", "optimizer.weight_decay: expected at least 0 and finite, got inf"),
+        (
+            "optimizer.id_weight_decay=-1",
+            "optimizer.id_weight_decay: expected at least 0 and finite, or null, got -1.0",
+        ),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate: expected a positive number, got inf"),
         ("optimizer.clip_norm=.inf", "optimizer.clip_norm: expected a positive number or null, got inf"),
         ("optimizer.fusion=.nan", "optimizer.fusion: expected at least 0 and finite, got nan"),
