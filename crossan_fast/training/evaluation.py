@@ -26,6 +26,7 @@ from crossan_fast.training.ranking import Ranking, Users, users_of
 from crossan_fast.training.result import Part, Result
 from crossan_fast.training.train_config import FilterHistory
 
+_HASHED = 65_536  # rows at a time
 _HINT = "; a split of interactions read with this cache's item_names and catalogue='all' has its rows"
 
 
@@ -141,8 +142,10 @@ def evaluate(
     )
     items = protocol.embedded(model)
     with evaluating(model):
-        users = users_of(model, items, held_out(split, part)[0])
-        return protocol.judge(users, items, items, model.backend_for)
+        inputs, targets, _ = held_out(split, part)
+        users = users_of(model, items, inputs)
+        result = protocol.judge(users, items, items, model.backend_for)
+    return result.noting(_tied(targets, items, protocol.candidates))
 
 
 def candidates_for(
@@ -171,6 +174,20 @@ def embeddable(
     if bare is None or not bool(bare[: known + 1].any()):
         return None
     return (~bare[: known + 1]).nonzero().flatten()[1:]  # without padding
+
+
+def _tied(targets: Tensor, items: Tensor, candidates: Tensor | None) -> str:
+    """How many targets share their embedding with another candidate, which then ranks before them."""
+    rows = torch.arange(1, len(items), device=items.device) if candidates is None else candidates
+    # Sums of 64 bits, with wrap-around, of the numbers' bits under random odd factors: equal for equal rows.
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (items.shape[1],), generator=generator).to(items.device) * 2 + 1
+    bits = [(items[some].double().view(torch.int64) * factors).sum(1) for some in rows.split(_HASHED)]
+    _, group, counts = torch.cat(bits).unique(return_inverse=True, return_counts=True)
+    shared = torch.zeros(len(items), dtype=torch.bool, device=items.device)
+    shared[rows] = counts[group] > 1
+    found = int(shared[targets].sum())
+    return f"{found:,} targets have an equal among the items, ranked before them" if found else ""
 
 
 def _by_target(ranks: Tensor, cold: Tensor, k: Sequence[int]) -> dict[str, dict[str, float]]:

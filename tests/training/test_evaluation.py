@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from crossan_fast.cache import HiddenStateCache
 from crossan_fast.training import TrainConfig, Trainer, evaluate, open_task
 from crossan_fast.training.evaluation import excluded, metrics_of
 from crossan_fast.training.ranking import rank_targets
@@ -108,6 +109,24 @@ def test_a_constant_scorer_gets_nothing(trainer: Trainer, sizes: SimpleNamespace
         )
         for name, value in result.metrics.items():
             assert value == pytest.approx(0, abs=1 / (sizes.items - 15)) if name == "mrr" else value == 0
+
+
+def test_targets_that_another_item_equals_are_counted(trainer: Trainer) -> None:
+    cache, split = trainer.task.cache, trainer.task.split
+    assert "equal" not in evaluate(trainer.model, cache, split, k=(5,)).note
+    target = int(split.test_target[0])
+    twin = next(item for item in range(1, cache.num_items) if item not in split.test_target.tolist())
+    ids = torch.arange(cache.num_items + 1)
+    ids[twin] = target
+    states = cache.gather(ids)
+    twins = HiddenStateCache.from_tensors(states, cache.present[ids], list(cache.item_names))
+    twins.frames = cache.frames
+    shared = int((split.test_target == target).sum())
+    found = evaluate(trainer.model, twins, split, k=(5,))
+    assert found.note == f"{shared} targets have an equal among the items, ranked before them"
+    assert found.note in found.protocol and found.to_dict()["note"] == found.note
+    rest = torch.tensor([item for item in range(1, cache.num_items + 1) if item != twin])
+    assert evaluate(trainer.model, twins, split, k=(5,), candidates=rest).note == ""
 
 
 def test_the_protocol_is_printed(trainer: Trainer, sizes: SimpleNamespace) -> None:
