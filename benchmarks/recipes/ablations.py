@@ -50,6 +50,8 @@ _PREFIXES = ("split.stride=prefixes", "model.targets=last")
 
 ABLATIONS: dict[str, Ablation] = {
     "ids": Ablation(("model.id_embedding=true",)),
+    "ids, decay 10": Ablation(("model.id_embedding=true", "optimizer.id_weight_decay=10")),
+    "128 dimensions": Ablation(("model.embedding_dim=128",)),
     "modality dropout by item": Ablation(_ITEM),
     "modality dropout by history": Ablation(_HISTORY),
     "cosine, temperature 0.1": Ablation(("model.scores=cosine", "model.temperature=0.1")),

@@ -86,7 +86,7 @@ def time_row(method: Method, world: World, seed: int, limits: Limits) -> dict[st
 
 def accuracy_row(method: Method, world: World, seed: int, limits: Limits) -> dict[str, Any]:
     """Test metrics at the best validation epoch."""
-    # Of trained encoders these are gigabytes, of other sizes each step: they would grow to several times that.
+    # Of trained encoders this is gigabytes, of another size each step: it would grow to several times that.
     if method.kind != "trained":
         keep_freed_memory()
     step, batches = _make(method, world, seed)

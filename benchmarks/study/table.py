@@ -66,12 +66,27 @@ def costs_of(rows: list[Row]) -> dict[str, Cost]:
 
 
 def accuracies_of(rows: list[Row]) -> dict[str, list[Row]]:
-    """The latest row of each method and seed."""
-    latest = {(row["method"], row["seed"]): row for row in rows if row["phase"] == "accuracy"}
+    """The latest row of each method and seed; one that was cut short does not stand for a longer one."""
+    kept: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = row["method"], row["seed"]
+        if row["phase"] == "accuracy" and not (
+            key in kept and rising([row]) and _epochs([row]) < _epochs([kept[key]])
+        ):
+            kept[key] = row
     found: dict[str, list[Row]] = {}
-    for row in latest.values():
+    for row in kept.values():
         found.setdefault(row["method"], []).append(row)
     return found
+
+
+def equally_long(rows: list[Row]) -> tuple[float, dict[str, Row]]:
+    """After how many epochs the first of the methods that train encoders stopped; rows of as many."""
+    learned = [row for row in rows if row["phase"] == "accuracy"]
+    trained = [_epochs([row]) for row in learned if METHODS[row["method"]].kind == "trained"]
+    if not trained:
+        return 0.0, {}
+    return min(trained), {row["method"]: row for row in learned if _epochs([row]) == min(trained)}
 
 
 def write(path: Path) -> list[Path]:
@@ -98,6 +113,7 @@ def markdown(rows: list[Row], name: str) -> str:
             cells = _cost_cells(timed.get(method.name), scores.get(method.name))
             lines.append(f"| {method.title} | {' | '.join(cells + _accuracy_cells(method, accuracies))} |")
     lines += _not_learned(costs, accuracies)
+    lines += _compared_early(rows, costs)
     lines += ["", *_claims(costs), "", f"![bars]({name}.png)", "", *_papers()]
     return "\n".join(lines) + "\n"
 
@@ -112,7 +128,9 @@ def short(rows: list[Row]) -> str:
         hits = "not run"
         if learned := accuracies.get(method.learns_as):
             mean = statistics.fmean(100 * float(row["test_hr@10"]) for row in learned)
-            hits = f"{mean:.2f}{', still rising' if rising(learned) else ''}"
+            hits = f"{mean:.2f}"
+            if rising(learned):
+                hits += f" after {_epochs(learned):.3g} epochs, still rising"
         cells = (_figures(cost.seconds), _megabytes(str(cost.memory)), f"{cost.parameters:,.0f}", hits)
         lines.append(f"| {method.title} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -162,7 +180,7 @@ def _accuracy_cells(method: Method, accuracies: dict[str, list[Row]]) -> list[st
     cells = [
         f"{statistics.fmean(v):.2f}" + (f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else "") for v in values
     ]
-    epochs = statistics.fmean(float(row["learned_epochs"]) for row in found)
+    epochs = _epochs(found)
     seeds = "" if len(found) == 1 else f", {len(found)} seeds"
     seeds += "".join(f", {name}" for name in sorted({row["precision"] for row in found} - {"fp32"}))
     return [*cells, f"{epochs:.3g} epochs{seeds}{', still rising' if rising(found) else ''}"]
@@ -171,6 +189,24 @@ def _accuracy_cells(method: Method, accuracies: dict[str, list[Row]]) -> list[st
 def rising(rows: list[Row]) -> bool:
     """Whether a run was stopped while its last epoch was still its best: no figure of where it would end."""
     return any(float(row["best_epoch"]) >= float(row["learned_epochs"]) for row in rows)
+
+
+def _epochs(rows: list[Row]) -> float:
+    return statistics.fmean(float(row["learned_epochs"]) for row in rows)
+
+
+def _compared_early(rows: list[Row], costs: dict[str, Cost]) -> list[str]:
+    """Methods after as many epochs each, with what these cost, where there are several."""
+    epochs, found = equally_long(rows)
+    if len(found) < 2:
+        return []
+    lines = ["", f"After {epochs:.3g} epochs of each; seconds are so many of the epochs above.", ""]
+    lines += ["| method | training, s | HR@10 | NDCG@10 | precision |", "| --- " * 5 + "|"]
+    for name in (name for name in METHODS if name in found):
+        row, seconds = found[name], _figures(epochs * costs[name].seconds) if name in costs else ""
+        hits, gain = (f"{100 * float(row[f'test_{metric}@10']):.2f}" for metric in ("hr", "ndcg"))
+        lines.append(f"| {METHODS[name].title} | {seconds} | {hits} | {gain} | {row['precision']} |")
+    return lines
 
 
 def _not_learned(costs: dict[str, Cost], accuracies: dict[str, list[Row]]) -> list[str]:
@@ -251,7 +287,7 @@ def draw(rows: list[Row], path: Path) -> None:
         for name, bar in zip(shown, bars, strict=True):
             label, start = f" {_figures(values[name])}", values[name]
             if values is hits and rising(found := accuracies[METHODS[name].learns_as]):
-                epochs = statistics.fmean(float(row["learned_epochs"]) for row in found)
+                epochs = _epochs(found)
                 bar.set(hatch="///", alpha=0.4, edgecolor="white")
                 label, start = f"{label} after {epochs:.3g} epochs, still rising", 0.0
             axis.text(start, names.index(name), label, va="center", fontsize=7)

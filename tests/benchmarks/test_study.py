@@ -285,6 +285,37 @@ def test_the_papers_encoders_have_the_papers_parameters() -> None:
     assert round(found / 1e6) == 195
 
 
+def test_methods_are_compared_after_as_many_epochs() -> None:
+    def row(method: str, epochs: str, best: str, hits: str) -> dict[str, str]:
+        common = {"phase": "accuracy", "seed": "0", "precision": "fp32", "test_ndcg@10": "0.01"}
+        return {**common, "method": method, "learned_epochs": epochs, "best_epoch": best, "test_hr@10": hits}
+
+    rows = [
+        row("crossan_fast", "40.0", "36", "0.11"),
+        row("crossan_fast", "4.0", "4", "0.06"),
+        row("fft", "8.0", "8", "0.07"),
+        row("fft", "4.0", "4", "0.05"),
+        row("lora", "4.0", "4", "0.03"),
+        row("sasrec_id", "20.0", "14", "0.08"),
+        row("sasrec_id", "12.0", "6", "0.10"),
+    ]
+    # A training that ended by itself stands for an older one; one that was cut short for no longer one.
+    shown = {name: [row["test_hr@10"] for row in found] for name, found in table.accuracies_of(rows).items()}
+    assert shown == {"crossan_fast": ["0.11"], "fft": ["0.07"], "lora": ["0.03"], "sasrec_id": ["0.10"]}
+    epochs, found = table.equally_long(rows)
+    assert epochs == 4
+    assert {name: row["test_hr@10"] for name, row in found.items()} == {
+        "crossan_fast": "0.06",
+        "fft": "0.05",
+        "lora": "0.03",
+    }
+    costs = {"fft": Cost(600, 1, 1), "crossan_fast": Cost(5.5, 1, 1)}
+    lines = table._compared_early(rows, costs)
+    assert "| Full fine-tuning | 2,400 | 5.00 | 1.00 | fp32 |" in lines
+    assert "| CROSSAN, cached, fast | 22 | 6.00 | 1.00 | fp32 |" in lines
+    assert table._compared_early([row("sasrec_id", "4.0", "4", "0.1")], costs) == []
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["crossan_fast", "crossan_uncached", "bitfit"])
 def test_the_papers_size_steps(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
