@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from crossan_fast.training import EvaluationConfig, Result, Task, TrainConfig, TrainedSasRec
 
 VERIFY = "when the cache's bytes are compared with their checksums (default: as the run's config has it)"
+_SASREC = ("epochs", "seed", "learning_rates")  # what options say of it, and `train_sasrec` takes
 
 _DESCRIPTION = """\
 Rank a run's held-out targets in the full catalogue; prints HR, NDCG and MRR with the protocol. What is not
@@ -68,7 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=("popularity", "neighbours", "sasrec"),
         help="also what others reach: popularity, and the neighbours of the last item by the model's "
         "embeddings (both where none is named). sasrec, SASRec by ids, has to be named: it is trained first, "
-        "on the run's training data and with its settings",
+        "on the run's training data and with its settings, but for the learning rate",
     )
     parser.add_argument(
         "--sasrec-epochs",
@@ -78,6 +79,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "(default: 100)",
     )
     parser.add_argument("--sasrec-seed", type=int, metavar="N", help="of sasrec (default: the run's seed)")
+    parser.add_argument(
+        "--sasrec-learning-rates",
+        type=float,
+        nargs="+",
+        metavar="RATE",
+        help="of sasrec, a training with each, the best on validation kept (default: the run's, and a third)",
+    )
     add_json(parser)
 
 
@@ -132,15 +140,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_idle_options(args: argparse.Namespace) -> None:
     """Raise for an option of a baseline that is not asked for."""
-    for option, value in (("--sasrec-epochs", args.sasrec_epochs), ("--sasrec-seed", args.sasrec_seed)):
-        if value is not None and "sasrec" not in (args.baselines or ()):
+    for name in _SASREC:
+        if getattr(args, f"sasrec_{name}") is not None and "sasrec" not in (args.baselines or ()):
+            option = f"--sasrec-{name.replace('_', '-')}"
             raise ValueError(f"{option}: goes with --baselines sasrec, which was not asked for")
 
 
 def _train_sasrec(args: argparse.Namespace, config: TrainConfig, task: Task) -> TrainedSasRec:
     from crossan_fast.training import train_sasrec
 
-    options = {"epochs": args.sasrec_epochs, "seed": args.sasrec_seed}
+    options = {name: getattr(args, f"sasrec_{name}") for name in _SASREC}
     return train_sasrec(config, task, **{name: value for name, value in options.items() if value is not None})
 
 

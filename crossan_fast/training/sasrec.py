@@ -1,14 +1,15 @@
 """SASRec by ids trained beside a run, for `crossan-fast evaluate --baselines sasrec`.
 
 On the run's own training sequences and batches, with its window, width, blocks, loss and optimizer, chosen by
-its validation targets under its protocol.
+its validation targets under its protocol. The learning rate is chosen there, too: one that suits states may
+be far from one that suits ids, and a baseline that was not tuned says nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ class TrainedSasRec:
     seconds: of training and validation.
     parameters: that were trained.
     settings: of the config, what the model is and what it was trained with.
+    tried: the best validation metric with each learning rate, of which `settings` has the best.
     """
 
     model: SasRec
@@ -57,6 +59,7 @@ class TrainedSasRec:
     seconds: float
     parameters: int
     settings: dict[str, Any]
+    tried: dict[float, float]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model, as plain values."""
@@ -68,9 +71,15 @@ class TrainedSasRec:
         if self.stopped_by == "epochs":
             more = ", its limit: more epochs might have done better"
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        others = [
+            f"; with learning_rate {rate:g} {100 * reached:.2f} %"
+            for rate, reached in self.tried.items()
+            if rate != self.settings["learning_rate"]
+        ]
         return (
             f"{self.parameters:,} parameters, best epoch {self.best_epoch} of {self.epochs}{more}, "
             f"validation {monitor.upper()} {100 * value:.2f} %, {self.seconds:.1f} s; {settings}"
+            + "".join(others)
         )
 
 
@@ -81,6 +90,7 @@ def train_sasrec(
     epochs: int = EPOCHS,
     patience: int | None = None,
     seed: int | None = None,
+    learning_rates: Sequence[float] | None = None,
     say: Callable[[str], None] = _logger.info,
 ) -> TrainedSasRec:
     """Train SASRec by ids on what a run was trained on.
@@ -93,20 +103,32 @@ def train_sasrec(
         patience: evaluations without a better validation metric before it stops; None: the run's, or 5 where
             that has none.
         seed: of weights, batches and dropout; None: the run's. torch's own generators are as before.
+        learning_rates: a training with each, of which the best on validation is kept; None: the run's, and a
+            third of it.
         say: called with what begins, what it will take, and what came of it.
 
     Raises:
         TrainingError: a loss or gradient is not finite.
-        ValueError: the run's precision is `tf32`, on a device without it.
+        ValueError: the run's precision is `tf32`, on a device without it; no learning rate, or a wrong one.
     """
     check_integer("epochs", epochs, 1)
+    own = config.optimizer.learning_rate
+    rates = tuple(dict.fromkeys((own, own / 3) if learning_rates is None else learning_rates))
+    if not rates:
+        raise ValueError("learning_rates: expected at least one, got none")
+    optimizers = [replace(config.optimizer, learning_rate=rate) for rate in rates]
     patience = config.patience or PATIENCE if patience is None else patience
     check_integer("patience", patience, 1)
     config = replace(config, epochs=epochs, patience=patience, seed=config.seed if seed is None else seed)
     devices = [task.device] if task.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(config.seed)
-        return _Training(config, task, say).run()
+    found = []
+    for optimizer in optimizers:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(config.seed)
+            found.append(_Training(replace(config, optimizer=optimizer), task, say).run())
+    reached = [max(trained.validation.values()) for trained in found]
+    tried = dict(zip(rates, reached, strict=True))
+    return replace(found[reached.index(max(reached))], tried=tried)
 
 
 class _Training:
@@ -157,6 +179,7 @@ class _Training:
             time.perf_counter() - begun,
             sum(p.numel() for p in self.model.parameters()),
             self._settings(),
+            {self.config.optimizer.learning_rate: best},
         )
         self.say(f"SASRec by ids: {epoch} epochs, {trained.seconds:.1f} s, the best was epoch {best_epoch}")
         return trained
@@ -167,7 +190,7 @@ class _Training:
             f"SASRec by ids: trains vectors of {width} numbers for {self.task.split.num_items:,} items "
             f"on the run's {self.batches.rows:,} training sequences, for at most {config.epochs} epochs of "
             f"{len(self.batches)} steps, until {config.patience} evaluations bring no better validation "
-            f"{self.monitor.upper()}; seed {config.seed}"
+            f"{self.monitor.upper()}; learning_rate {config.optimizer.learning_rate:g}, seed {config.seed}"
         )
 
     def _epoch(self, number: int) -> None:

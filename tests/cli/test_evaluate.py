@@ -128,6 +128,11 @@ def test_sasrec_for_other_users_is_trained_on_the_run_s(
     sasrec = found["baselines"]["SASRec by ids"]
     assert sasrec["users"] == 9 and sasrec["metrics"]["hr@5"] > 0.9
     own = evaluate(capsys, run_folder / "run", *wanted)["baselines"]["SASRec by ids"]
+    assert list(own["trained"]["tried"]) == ["0.01", str(0.01 / 3)]
+    rates = ("--sasrec-learning-rates", "0.02", "0.01")
+    other = evaluate(capsys, run_folder / "run", *wanted, *rates)["baselines"]["SASRec by ids"]
+    assert list(other["trained"]["tried"]) == ["0.02", "0.01"]
+    assert other["trained"]["tried"]["0.01"] == own["trained"]["tried"]["0.01"]
     for name in ("best_epoch", "validation"):
         assert sasrec["trained"][name] == own["trained"][name], "the same training"
 
@@ -137,7 +142,7 @@ def test_wrong_baselines_are_refused(run_folder: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main([*command, "popularity", "sasrek"])
     assert "did you mean 'sasrec'?" in capsys.readouterr().err
-    for option in ("--sasrec-epochs", "--sasrec-seed"):
+    for option in ("--sasrec-epochs", "--sasrec-seed", "--sasrec-learning-rates"):
         assert main([*command, "popularity", option, "3"]) == 2
         assert f"{option}: goes with --baselines sasrec" in capsys.readouterr().err
     assert main([*command, "sasrec", "--sasrec-epochs", "0"]) == 2

@@ -40,8 +40,30 @@ def test_it_learns_who_follows_whom(config: TrainConfig, model: dict[str, Any]) 
     assert found["popularity"].metrics["hr@1"] < 0.2
     assert found["SASRec by ids"].protocol == found["popularity"].protocol
     assert "at most 60 epochs" in said[0] and "seed 0" in said[0], "said before it begins"
-    assert "an epoch takes" in said[1] and len(said) == 3
-    assert f"{trained.epochs} epochs" in said[2] and f"the best was epoch {trained.best_epoch}" in said[2]
+    assert "an epoch takes" in said[1] and len(said) == 6, "of two trainings"
+    assert "learning_rate 0.01," in said[0] and "learning_rate 0.00333333," in said[3]
+    ended = said[2 + 3 * list(trained.tried).index(trained.settings["learning_rate"])]
+    assert f"{trained.epochs} epochs" in ended and f"the best was epoch {trained.best_epoch}" in ended
+
+
+def test_the_learning_rate_is_chosen_on_validation(config: TrainConfig, task: Task) -> None:
+    rates = (1e-6, 1e-2, 3e-3)
+    each = [train_sasrec(config, task, epochs=8, learning_rates=[rate]) for rate in rates]
+    reached = [one.validation["ndcg@10"] for one in each]
+    chosen = train_sasrec(config, task, epochs=8, learning_rates=rates)
+    assert chosen.tried == dict(zip(rates, reached, strict=True)) and len(set(reached)) > 1
+    best = each[reached.index(max(reached))]
+    assert max(reached) > reached[0], "a rate of nothing learns nothing"
+    assert chosen.settings == best.settings and chosen.validation == best.validation
+    for name, value in best.model.state_dict().items():
+        assert torch.equal(chosen.model.state_dict()[name], value), name
+    assert f"; with learning_rate 1e-06 {100 * reached[0]:.2f} %" in str(chosen)
+    own = train_sasrec(config, task, epochs=1)
+    assert list(own.tried) == [0.01, 0.01 / 3]
+    with pytest.raises(ValueError, match="learning_rates: expected at least one, got none"):
+        train_sasrec(config, task, learning_rates=[])
+    with pytest.raises(ValueError, match=r"optimizer\.learning_rate: expected a positive number, got 0"):
+        train_sasrec(config, task, learning_rates=[0.0])
 
 
 def test_the_loss_is_that_of_its_definition(config: TrainConfig) -> None:
@@ -130,12 +152,12 @@ def test_a_seed_is_a_result_and_leaves_torch_s_generator(config: TrainConfig, ta
 def test_it_stops_and_gives_the_best_epoch(config: TrainConfig, task: Task) -> None:
     # So large a rate spoils what the first epochs found.
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=0.3, warmup_steps=0))
-    trained = train_sasrec(config, task, epochs=40, patience=3)
+    trained = train_sasrec(config, task, epochs=40, patience=3, learning_rates=[0.3])
     assert trained.stopped_by == "patience" and trained.epochs == trained.best_epoch + 3 < 40
     reached = task.evaluate(trained.model, "validation", config.evaluation).metrics
     assert trained.validation == {"ndcg@10": reached["ndcg@10"]}
     assert "more epochs might" not in str(trained)
-    short = train_sasrec(config, task, epochs=1)
+    short = train_sasrec(config, task, epochs=1, learning_rates=[0.3])
     assert short.stopped_by == "epochs" and "more epochs might have done better" in str(short)
     assert short.patience == 5, "where the run has none"
     assert short.settings["learning_rate"] == 0.3 and short.settings["window"] == 5
