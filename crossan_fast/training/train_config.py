@@ -68,7 +68,7 @@ class OptimizerConfig:
     fusion: float = 1.0
     sequence_encoder: float = 1.0
     weight_decay: float = 0.0
-    id_weight_decay: float | None = 3.0
+    id_weight_decay: float | None = 5.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     warmup_steps: int = 0
