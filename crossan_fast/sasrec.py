@@ -45,8 +45,8 @@ def by_ids(config: CrossanConfig) -> CrossanConfig:
 class SasRec(CrossanModel):
     """A vector for each item of a catalogue, and `CrossanModel`'s sequence encoder and loss over them.
 
-    A cache only says which items there are. A vector that training never moved stays what it began as: cold
-    items are out of its reach.
+    A cache only says which items there are. A vector that training never moved stays what it began as, or
+    decays to nothing (`optimizer.id_weight_decay`): cold items are out of its reach.
 
     Args:
         config: of the sequence encoder and the loss; see `by_ids`.

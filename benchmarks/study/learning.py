@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.study.methods import Method
 from benchmarks.study.worlds import World
@@ -24,8 +25,9 @@ from crossan_fast.training.train_config import FilterHistory
 # The split's targets are ranked among all items, histories included, as MISSRec does on the 5-core data.
 FILTER: FilterHistory = "none"
 EVALUATE_EVERY, PATIENCE = 2, 3
-# The files of a training's folder, both as of an evaluation at the end of an epoch.
-LAST, BEST = "last.safetensors", "best.safetensors"
+# The files of a training's folder: the state of the last evaluation at the end of an epoch, and the weights
+# of the best one so far, by its epoch, so that one that is killed between two writes has both.
+LAST, BEST = "last.safetensors", "best-{}.safetensors"
 
 Feed = Callable[[int], Iterable[tuple[Any, ...]]]
 
@@ -36,7 +38,7 @@ class Progress:
 
     Attributes:
         steps: of the optimizer.
-        best: validation NDCG@10 of `best_epoch`, whose weights the file `BEST` has.
+        best: validation NDCG@10 of `best_epoch`, whose weights its file `BEST` has.
         stale: evaluations since then.
         seconds: of training, evaluation left out.
     """
@@ -58,60 +60,97 @@ def folder_of(method: Method, world: World, seed: int) -> Path:
     return world.folder / "learned" / f"{method.name}-{seed}-{world.size.precision}"
 
 
-def learn(step: TrainStep, world: World, fed: Feed, an_epoch: int, most: int, folder: Path) -> Progress:
-    """Train for `most` steps, or fewer where `PATIENCE` evaluations brought no gain; put in the best weights.
-
-    A training that `folder` has begun goes on; one that has come to its end there is taken as it is.
+@dataclass
+class Learning:
+    """A training of at most so many steps, whose state lies in a folder.
 
     Args:
+        settings: JSON values of what its numbers depend on; a folder that was begun under others is refused.
         fed: the batches of the epoch with this number, as `step` takes them; `an_epoch` of them.
+        most: steps; fewer are made where `PATIENCE` evaluations bring no gain.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    done = _begun(step, folder, most)
-    epochs = math.ceil(most / an_epoch)
-    while not done.ended(most):
-        begun, losses = time.perf_counter(), []
-        done.epoch += 1
-        for arguments in fed(done.epoch):
-            losses.append(step(*arguments))
-            if step.steps >= most:
-                break
-        float(torch.stack(losses).mean())  # a GPU has to be waited for
-        done.steps, done.seconds = step.steps, done.seconds + time.perf_counter() - begun
-        if done.epoch % EVALUATE_EVERY == 0 or done.epoch >= epochs:
-            _judge(step, world, done, folder)
-            if done.steps == done.epoch * an_epoch:  # no part of an epoch can be gone on from
-                save_checkpoint(folder / LAST, step.model, step.optimizer, asdict(done))
-    step.model.load_state_dict(load_tensors(folder / BEST, "weights")[0], strict=False)
-    return done
+
+    step: TrainStep
+    world: World
+    settings: dict[str, Any]
+    fed: Feed
+    an_epoch: int
+    most: int
+    folder: Path
+    done: Progress = field(default_factory=Progress)
+    _best: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self) -> Progress:
+        """Train, and put the best weights into the model.
+
+        A training that the folder has begun goes on; one that has come to its end there is taken as it is.
+
+        Raises:
+            ValueError: the folder was begun under other settings.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / LAST).is_file():
+            self._take_up()
+        done, step = self.done, self.step
+        while not done.ended(self.most):
+            begun, losses = time.perf_counter(), []
+            done.epoch += 1
+            for arguments in self.fed(done.epoch):
+                losses.append(step(*arguments))
+                if step.steps >= self.most:
+                    break
+            float(torch.stack(losses).mean())  # a GPU has to be waited for
+            done.steps, done.seconds = step.steps, done.seconds + time.perf_counter() - begun
+            if done.epoch % EVALUATE_EVERY == 0 or done.steps >= self.most:
+                self._judge()
+        step.model.load_state_dict(self._best, strict=False)
+        return done
+
+    def _take_up(self) -> None:
+        """Model, optimizer, progress and best weights as the folder has them."""
+        found = load_checkpoint(self.folder / LAST, self.step.model, self.step.optimizer)
+        wanted = json.loads(json.dumps(self.settings))
+        if (settings := found.pop("settings", None)) != wanted:
+            raise ValueError(
+                f"{self.folder}: expected a training under {wanted}, got {settings}; without that folder it "
+                "begins anew"
+            )
+        self.done = Progress(**found)
+        self.step.steps = self.done.steps
+        self._best = load_tensors(self._best_file, "weights")[0]
+        goes_on = "is taken as it is" if self.done.ended(self.most) else "goes on"
+        _say(f"{self.folder}: a training of {self.done.epoch} epochs {goes_on}; without it it begins anew")
+
+    def _judge(self) -> None:
+        """Evaluate, and keep the weights where they are the best so far.
+
+        On disk at the end of an epoch alone: nothing goes on from a part of one.
+        """
+        done, model = self.done, self.step.model
+        whole = done.steps == done.epoch * self.an_epoch
+        found = metrics(model, self.world, "validation")["ndcg@10"]
+        _say(f"epoch {done.epoch}, {done.seconds:.0f} s: validation NDCG@10 {found:.5f}")
+        done.stale += 1
+        if found > done.best:
+            done.best, done.best_epoch, done.stale = found, done.epoch, 0
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            self._best = {name: p.detach().cpu().clone().contiguous() for name, p in trained.items()}
+            if whole:
+                write_whole(self._best_file, save_tensors(self._best, {}))
+        if whole:
+            progress = {**asdict(done), "settings": self.settings}
+            save_checkpoint(self.folder / LAST, model, self.step.optimizer, progress)
+            for old in set(self.folder.glob(BEST.format("*"))) - {self._best_file}:
+                old.unlink()
+
+    @property
+    def _best_file(self) -> Path:
+        return self.folder / BEST.format(self.done.best_epoch)
 
 
 def metrics(model: CrossanModel, world: World, part: Any) -> dict[str, float]:
     """HR@10 and NDCG@10."""
     return evaluate(model, world.cache, world.split, part, k=(10,), filter_history=FILTER).metrics
-
-
-def _begun(step: TrainStep, folder: Path, most: int) -> Progress:
-    """What is in `folder`, put into model and optimizer."""
-    if not (folder / LAST).is_file():
-        return Progress()
-    found = Progress(**load_checkpoint(folder / LAST, step.model, step.optimizer))
-    step.steps = found.steps
-    goes_on = "is taken as it is" if found.ended(most) else "goes on"
-    _say(f"{folder}: a training of {found.epoch} epochs {goes_on}; without that folder it begins anew")
-    return found
-
-
-def _judge(step: TrainStep, world: World, done: Progress, folder: Path) -> None:
-    """Evaluate; keep the weights where they are the best so far."""
-    found = metrics(step.model, world, "validation")["ndcg@10"]
-    _say(f"epoch {done.epoch}, {done.seconds:.0f} s: validation NDCG@10 {found:.5f}")
-    done.stale += 1
-    if found > done.best:
-        done.best, done.best_epoch, done.stale = found, done.epoch, 0
-        trained = {name: p for name, p in step.model.named_parameters() if p.requires_grad}
-        plain = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
-        write_whole(folder / BEST, save_tensors(plain, {}))
 
 
 def _say(what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -90,15 +90,15 @@ def accuracy_row(method: Method, world: World, seed: int, limits: Limits) -> dic
     if method.kind != "trained":
         keep_freed_memory()
     step, batches = _make(method, world, seed)
-    most = limits.learned_steps if method.kind == "trained" else limits.epochs * len(batches)
-    done = learning.learn(
+    done = learning.Learning(
         step,
         world,
+        {**asdict(method.optimizer()), "batch_size": world.size.batch_size},
         lambda epoch: _fed(method, world, batches, epoch),
         len(batches),
-        most,
+        limits.learned_steps if method.kind == "trained" else limits.epochs * len(batches),
         learning.folder_of(method, world, seed),
-    )
+    ).run()
     test = learning.metrics(step.model, world, "test")
     return {
         "learned_steps": done.steps,

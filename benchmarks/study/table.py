@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.recipes.tabulate import Row, read
+from benchmarks.study.learning import EVALUATE_EVERY, PATIENCE
 from benchmarks.study.methods import METHODS, Method
 from crossan_fast._files import write_whole
 
@@ -71,7 +72,7 @@ def accuracies_of(rows: list[Row]) -> dict[str, list[Row]]:
     for row in rows:
         key = row["method"], row["seed"]
         if row["phase"] == "accuracy" and not (
-            key in kept and rising([row]) and _epochs([row]) < _epochs([kept[key]])
+            key in kept and not _ended(row) and _epochs([row]) < _epochs([kept[key]])
         ):
             kept[key] = row
     found: dict[str, list[Row]] = {}
@@ -80,13 +81,22 @@ def accuracies_of(rows: list[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def equally_long(rows: list[Row]) -> tuple[float, dict[str, Row]]:
-    """After how many epochs the first of the methods that train encoders stopped; rows of as many."""
-    learned = [row for row in rows if row["phase"] == "accuracy"]
-    trained = [_epochs([row]) for row in learned if METHODS[row["method"]].kind == "trained"]
-    if not trained:
+def equally_long(rows: list[Row]) -> tuple[float, dict[str, list[Row]]]:
+    """The latest rows by method and seed of as many epochs, the number that most methods have, one of which
+    trains encoders: that number, and rows by method; 0 and none where no two methods have as many."""
+    learned: dict[float, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        if row["phase"] == "accuracy":
+            learned.setdefault(_epochs([row]), {}).setdefault(row["method"], {})[row["seed"]] = row
+    fitting = {
+        epochs: found
+        for epochs, found in learned.items()
+        if len(found) > 1 and any(METHODS[name].kind == "trained" for name in found)
+    }
+    if not fitting:
         return 0.0, {}
-    return min(trained), {row["method"]: row for row in learned if _epochs([row]) == min(trained)}
+    epochs = max(fitting, key=lambda epochs: (len(fitting[epochs]), epochs))
+    return epochs, {name: list(by_seed.values()) for name, by_seed in fitting[epochs].items()}
 
 
 def write(path: Path) -> list[Path]:
@@ -176,14 +186,10 @@ def _accuracy_cells(method: Method, accuracies: dict[str, list[Row]]) -> list[st
         return ["not run", "not run", ""]
     if method.accuracy_of:
         return [f"as {METHODS[method.accuracy_of].title}", "", ""]
-    values = [[100 * float(row[f"test_{metric}@10"]) for row in found] for metric in ("hr", "ndcg")]
-    cells = [
-        f"{statistics.fmean(v):.2f}" + (f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else "") for v in values
-    ]
     epochs = _epochs(found)
     seeds = "" if len(found) == 1 else f", {len(found)} seeds"
     seeds += "".join(f", {name}" for name in sorted({row["precision"] for row in found} - {"fp32"}))
-    return [*cells, f"{epochs:.3g} epochs{seeds}{', still rising' if rising(found) else ''}"]
+    return [*_metrics(found), f"{epochs:.3g} epochs{seeds}{', still rising' if rising(found) else ''}"]
 
 
 def rising(rows: list[Row]) -> bool:
@@ -195,18 +201,33 @@ def _epochs(rows: list[Row]) -> float:
     return statistics.fmean(float(row["learned_epochs"]) for row in rows)
 
 
+def _ended(row: Row) -> bool:
+    """Whether a training came to its end by itself, validation gaining no more."""
+    return float(row["learned_epochs"]) - float(row["best_epoch"]) >= EVALUATE_EVERY * PATIENCE
+
+
 def _compared_early(rows: list[Row], costs: dict[str, Cost]) -> list[str]:
-    """Methods after as many epochs each, with what these cost, where there are several."""
+    """Methods after as many epochs each, with what these cost."""
     epochs, found = equally_long(rows)
-    if len(found) < 2:
+    if not found:
         return []
     lines = ["", f"After {epochs:.3g} epochs of each; seconds are so many of the epochs above.", ""]
-    lines += ["| method | training, s | HR@10 | NDCG@10 | precision |", "| --- " * 5 + "|"]
+    lines += ["| method | training, s | HR@10 | NDCG@10 | learned in |", "| --- " * 5 + "|"]
     for name in (name for name in METHODS if name in found):
-        row, seconds = found[name], _figures(epochs * costs[name].seconds) if name in costs else ""
-        hits, gain = (f"{100 * float(row[f'test_{metric}@10']):.2f}" for metric in ("hr", "ndcg"))
-        lines.append(f"| {METHODS[name].title} | {seconds} | {hits} | {gain} | {row['precision']} |")
+        seconds = _figures(epochs * costs[name].seconds) if name in costs else ""
+        precision = " or ".join(sorted({row["precision"] for row in found[name]}))
+        lines.append(
+            f"| {METHODS[name].title} | {' | '.join([seconds, *_metrics(found[name]), precision])} |"
+        )
     return lines
+
+
+def _metrics(rows: list[Row]) -> list[str]:
+    """HR@10 and NDCG@10 in %, mean and spread over seeds."""
+    values = [[100 * float(row[f"test_{metric}@10"]) for row in rows] for metric in ("hr", "ndcg")]
+    return [
+        f"{statistics.fmean(v):.2f}" + (f" ± {statistics.stdev(v):.2f}" if len(v) > 1 else "") for v in values
+    ]
 
 
 def _not_learned(costs: dict[str, Cost], accuracies: dict[str, list[Row]]) -> list[str]:

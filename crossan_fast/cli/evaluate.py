@@ -63,6 +63,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="also coverage, novelty and diversity of the lists of the best, and targets that training never "
         "saw (cold) apart from the others",
     )
+    _add_baselines(parser)
+    add_json(parser)
+
+
+def _add_baselines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baselines",
         nargs="*",
@@ -86,7 +91,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="RATE",
         help="of sasrec, a training with each, the best on validation kept (default: the run's, and a third)",
     )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

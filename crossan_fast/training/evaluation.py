@@ -177,17 +177,22 @@ def embeddable(
 
 
 def _tied(targets: Tensor, items: Tensor, candidates: Tensor | None) -> str:
-    """How many targets share their embedding with another candidate, which then ranks before them."""
+    """How many targets share their embedding with another candidate."""
     rows = torch.arange(1, len(items), device=items.device) if candidates is None else candidates
-    # Sums of 64 bits, with wrap-around, of the numbers' bits under random odd factors: equal for equal rows.
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (items.shape[1],), generator=generator).to(items.device) * 2 + 1
-    bits = [(items[some].double().view(torch.int64) * factors).sum(1) for some in rows.split(_HASHED)]
-    _, group, counts = torch.cat(bits).unique(return_inverse=True, return_counts=True)
+    # Sums, with wrap-around, of the numbers' bits under random factors of 64 bits: equal for equal rows. By
+    # halves, since short numbers end in zero bits, and their products would, too.
+    factors = torch.randint(-(2**62), 2**62, (2, items.shape[1]), generator=torch.Generator().manual_seed(0))
+    high, low = factors.to(items.device) * 2 + 1
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[items.element_size()]
+    half, sums = 4 * items.element_size(), []
+    for some in rows.split(_HASHED):
+        bits = (items[some] + 0.0).view(whole).long()  # -0 is 0, too
+        sums.append(((bits >> half) * high + (bits & (1 << half) - 1) * low).sum(1))
+    _, group, counts = torch.cat(sums).unique(return_inverse=True, return_counts=True)
     shared = torch.zeros(len(items), dtype=torch.bool, device=items.device)
     shared[rows] = counts[group] > 1
     found = int(shared[targets].sum())
-    return f"{found:,} targets have an equal among the items, ranked before them" if found else ""
+    return f"{found:,} targets have an equal among the items" if found else ""
 
 
 def _by_target(ranks: Tensor, cold: Tensor, k: Sequence[int]) -> dict[str, dict[str, float]]:

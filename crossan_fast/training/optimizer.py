@@ -44,6 +44,9 @@ def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[
 
     Parameters of one learning rate and one decay share a group: each group is a call of its own, which a
     small model's step feels.
+
+    Raises:
+        ValueError: a learning rate that would take all of items' own vectors away in one step of their decay.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -53,6 +56,10 @@ def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[
         decay = config.weight_decay if decays(name) else 0.0
         if is_id_table(name) and config.id_weight_decay is not None:
             decay = config.id_weight_decay
+            if rate * decay >= 1:
+                raise ValueError(
+                    f"optimizer.id_weight_decay: expected below 1 / learning rate = {1 / rate:g}, got {decay}"
+                )
         group = groups.setdefault(
             (rate, decay), {"params": [], "names": [], "base_lr": rate, "weight_decay": decay}
         )

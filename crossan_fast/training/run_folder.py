@@ -22,6 +22,7 @@ import json
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ import yaml
 
 from crossan_fast._digests import check_text, sealed, sealed_text
 from crossan_fast._files import locked, remove_abandoned, write_whole
-from crossan_fast._untrusted import read_settings
+from crossan_fast._untrusted import parse_yaml, read_settings
 from crossan_fast.card import CARD, RECORD
 from crossan_fast.model import CrossanModel
 from crossan_fast.serialization import CONFIG, WEIGHTS, load_model
@@ -75,13 +76,14 @@ class RunFolder:
         """Raises FileNotFoundError where the folder is no run; ValueError for a damaged or foreign file."""
         if not self.config.is_file():
             raise FileNotFoundError(f"run: expected {self.config.name} in {self.path}, found none")
-        found = check_text(read_settings(self.config, "run"), "run", self.config)
+        text = read_settings(self.config, "run")
+        found = check_text(text, "run", self.config)
         if found is None:
             _say_once(self.path)
         elif (run := self.run()) and found != run:
             raise ValueError(f"run: {self.config} is of another run ({found}), expected that of {run}")
         try:
-            return load_config(self.config)
+            return _as_it_began(load_config(self.config), text, str(self.config))
         except (ValueError, TypeError) as error:
             raise type(error)(f"run: {self.config}: {error}") from error
 
@@ -126,6 +128,14 @@ class RunFolder:
         if not self.best.is_dir():
             raise FileNotFoundError(f"run: expected a folder best/ in {self.path}, found none")
         return load_model(CrossanModel, self.best, backend, self.run())
+
+
+def _as_it_began(config: TrainConfig, text: str, place: str) -> TrainConfig:
+    """With what a setting that came later was before: ids had no decay of their own."""
+    said = (parse_yaml(text, "run", place) or {}).get("optimizer") or {}
+    if "id_weight_decay" in said or not config.model.get("id_embedding"):
+        return config
+    return replace(config, optimizer=replace(config.optimizer, id_weight_decay=None))
 
 
 def log_of(history: Sequence[Mapping[str, Any]]) -> str:

@@ -31,6 +31,11 @@ _logger = logging.getLogger(__name__)
 
 # Ids start from nothing, and may need more epochs than a run over states: early stopping should end them.
 EPOCHS, PATIENCE = 100, 5
+_ALWAYS = (
+    "learning_rate",
+    "weight_decay",
+    "id_weight_decay",
+)  # of the optimizer, in what it was trained with
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,11 @@ class TrainedSasRec:
     stopped_by: `patience`, or `epochs`: with more of them it might have become better.
     best_epoch: whose weights these are.
     validation: the best epoch's metric of that name, a share: `{"ndcg@10": 0.04}`.
-    seconds: of training and validation.
+    seconds: of training and validation, with every learning rate.
     parameters: that were trained.
     settings: of the config, what the model is and what it was trained with.
-    tried: the best validation metric with each learning rate, of which `settings` has the best.
+    tried: the best validation metric with each learning rate, of which `settings` has the best; None where
+        that training failed.
     """
 
     model: SasRec
@@ -59,7 +65,7 @@ class TrainedSasRec:
     seconds: float
     parameters: int
     settings: dict[str, Any]
-    tried: dict[float, float]
+    tried: dict[float, float | None]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the model, as plain values."""
@@ -72,7 +78,7 @@ class TrainedSasRec:
             more = ", its limit: more epochs might have done better"
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         others = [
-            f"; with learning_rate {rate:g} {100 * reached:.2f} %"
+            f"; with learning_rate {rate:g} {'it failed' if reached is None else f'{100 * reached:.2f} %'}"
             for rate, reached in self.tried.items()
             if rate != self.settings["learning_rate"]
         ]
@@ -121,21 +127,35 @@ def train_sasrec(
     check_integer("patience", patience, 1)
     config = replace(config, epochs=epochs, patience=patience, seed=config.seed if seed is None else seed)
     devices = [task.device] if task.device.type == "cuda" else []
-    found = []
-    for optimizer in optimizers:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(config.seed)
-            found.append(_Training(replace(config, optimizer=optimizer), task, say).run())
-    reached = [max(trained.validation.values()) for trained in found]
-    tried = dict(zip(rates, reached, strict=True))
-    return replace(found[reached.index(max(reached))], tried=tried)
+    best: TrainedSasRec | None = None
+    tried: dict[float, float | None] = {}
+    seconds = 0.0
+    for number, optimizer in enumerate(optimizers, 1):
+        of = "" if len(rates) == 1 else f" ({number} of {len(rates)})"
+        one, begun = replace(config, optimizer=optimizer), time.perf_counter()
+        tried[optimizer.learning_rate] = None
+        try:
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(config.seed)
+                trained = _Training(one, task, say, of).run()
+        except TrainingError as error:
+            if best is None and number == len(rates):
+                raise
+            say(f"{error}; this learning rate is left out")
+        else:
+            tried[optimizer.learning_rate] = reached = max(trained.validation.values())
+            if best is None or reached > max(best.validation.values()):
+                best = trained
+        seconds += time.perf_counter() - begun
+    assert best is not None
+    return replace(best, tried=tried, seconds=seconds)
 
 
 class _Training:
     """One training: what `train_sasrec` keeps between epochs."""
 
-    def __init__(self, config: TrainConfig, task: Task, say: Callable[[str], None]) -> None:
-        self.config, self.task, self.say = config, task, say
+    def __init__(self, config: TrainConfig, task: Task, say: Callable[[str], None], of: str = "") -> None:
+        self.config, self.task, self.say, self.name = config, task, say, f"SASRec by ids{of}"
         model_config = by_ids(config.crossan_config(task.cache))
         self.model = SasRec(model_config, task.cache.num_items, config.backend).to(task.device)
         self.model.set_popularity(task.split)
@@ -164,9 +184,7 @@ class _Training:
                         kept = {name: value.clone() for name, value in self.model.state_dict().items()}
             if epoch == 1:
                 first = time.perf_counter() - begun
-                self.say(
-                    f"SASRec by ids: an epoch takes {first:.1f} s, all {most} would {most * first:.0f} s"
-                )
+                self.say(f"{self.name}: an epoch takes {first:.1f} s, all {most} would {most * first:.0f} s")
         self.model.load_state_dict(kept)
         trained = TrainedSasRec(
             self.model.eval(),
@@ -181,13 +199,13 @@ class _Training:
             self._settings(),
             {self.config.optimizer.learning_rate: best},
         )
-        self.say(f"SASRec by ids: {epoch} epochs, {trained.seconds:.1f} s, the best was epoch {best_epoch}")
+        self.say(f"{self.name}: {epoch} epochs, {trained.seconds:.1f} s, the best was epoch {best_epoch}")
         return trained
 
     def _announce(self) -> None:
         config, width = self.config, self.model.config.embedding_dim
         self.say(
-            f"SASRec by ids: trains vectors of {width} numbers for {self.task.split.num_items:,} items "
+            f"{self.name}: trains vectors of {width} numbers for {self.task.split.num_items:,} items "
             f"on the run's {self.batches.rows:,} training sequences, for at most {config.epochs} epochs of "
             f"{len(self.batches)} steps, until {config.patience} evaluations bring no better validation "
             f"{self.monitor.upper()}; learning_rate {config.optimizer.learning_rate:g}, seed {config.seed}"
@@ -202,7 +220,7 @@ class _Training:
             losses.append(self.step(ids, ReadAhead(capacity=count)))
         loss = float(torch.stack(losses).mean())  # a GPU is waited for
         if loss != loss or int(self.step.unsound):
-            raise TrainingError(f"SASRec by ids: loss {loss} or a gradient in epoch {number}; {REMEDY}")
+            raise TrainingError(f"{self.name}: loss {loss} or a gradient in epoch {number}; {REMEDY}")
 
     def _validate(self) -> float:
         result = self.task.evaluate(self.model, "validation", self.config.evaluation)
@@ -218,11 +236,9 @@ class _Training:
             **_changed(model, "temperature", "label_smoothing"),
             "batch_size": config.batch_size,
             **stride,
-            **{name: getattr(config.optimizer, name) for name in ("learning_rate", "weight_decay")},
+            **{name: getattr(config.optimizer, name) for name in _ALWAYS},
             **_changed(
-                config.optimizer,
-                *("id_weight_decay", "sequence_encoder", "betas", "eps", "warmup_steps", "clip_norm"),
-                "average",
+                config.optimizer, "sequence_encoder", "betas", "eps", "warmup_steps", "clip_norm", "average"
             ),
             "precision": self.precision,
             "seed": config.seed,

@@ -80,14 +80,8 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
             _check(0 < value < math.inf, f"optimizer.{name}", "a positive number", value)
-        for name in (
-            "side_network",
-            "fusion",
-            "sequence_encoder",
-            "weight_decay",
-            "warmup_steps",
-            "skip_nonfinite",
-        ):
+        factors = ("side_network", "fusion", "sequence_encoder")
+        for name in (*factors, "weight_decay", "warmup_steps", "skip_nonfinite"):
             value = getattr(self, name)
             _check(0 <= value < math.inf, f"optimizer.{name}", "at least 0 and finite", value)
         if self.id_weight_decay is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.__main__ import main
 from benchmarks.recipes.tabulate import read
@@ -196,30 +197,52 @@ def test_a_training_that_was_cut_off_goes_on_bit_for_bit(
     world = open_world(SIZES["tiny"], work / "tiny", torch.device("cpu"))
     method, limits = METHODS["crossan_fast"], measure.Limits(1, 4, 4)
     folder = learning.folder_of(method, world, 7)
-    whole = measure.accuracy_row(method, world, 7, limits)
+
+    def kept() -> dict[str, torch.Tensor]:
+        return {f"{file.name} {name}": t for file in folder.iterdir() for name, t in load_file(file).items()}
+
+    whole, weights = measure.accuracy_row(method, world, 7, limits), kept()
     shutil.rmtree(folder)
-    judge, seen = learning.metrics, []
+    save = learning.save_checkpoint
 
-    def cut_off(*arguments: Any) -> dict[str, float]:
-        seen.append(arguments)
-        if len(seen) == 2:  # behind the last epoch, before its state is kept
+    def cut_off(path: Path, *state: Any) -> None:
+        if state[2]["epoch"] == 4:  # behind the best weights, before the state that names them
             raise KeyboardInterrupt
-        return judge(*arguments)
+        save(path, *state)
 
-    monkeypatch.setattr(learning, "metrics", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        measure.accuracy_row(method, world, 7, limits)
+    with monkeypatch.context() as patched:
+        patched.setattr(learning, "save_checkpoint", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            measure.accuracy_row(method, world, 7, limits)
     capsys.readouterr()
     gone_on = measure.accuracy_row(method, world, 7, limits)
     assert "a training of 2 epochs goes on" in capsys.readouterr().err
     assert float(gone_on.pop("learned_s")) > 0 and float(whole.pop("learned_s")) > 0
     assert gone_on == whole and whole["learned_epochs"] == 4
+    found = kept()
+    assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in found)
     # What has come to its end is taken as it is, and said to be; for more epochs it goes on.
     again = measure.accuracy_row(method, world, 7, limits)
     assert "a training of 4 epochs is taken as it is" in capsys.readouterr().err
     assert {**again, "learned_s": None} == {**gone_on, "learned_s": None}
     longer = measure.accuracy_row(method, world, 7, replace(limits, epochs=6))
     assert "a training of 4 epochs goes on" in capsys.readouterr().err and longer["learned_epochs"] == 6
+    with pytest.raises(ValueError, match=r"expected a training under .*'learning_rate': 0.001.*without that"):
+        measure.accuracy_row(replace(method, rate=0.5), world, 7, limits)
+
+
+def test_a_part_of_an_epoch_is_judged_but_not_gone_on_from(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = open_world(SIZES["tiny"], work / "tiny", torch.device("cpu"))
+    method = METHODS["bitfit"]
+    an_epoch = len(Batches(world.split.train, world.size.batch_size, 8))
+    found = measure.accuracy_row(method, world, 8, measure.Limits(1, 2 * an_epoch + 1, 9))
+    assert found["learned_steps"] == 2 * an_epoch + 1
+    assert capsys.readouterr().err.count("validation NDCG@10") == 2
+    longer = measure.accuracy_row(method, world, 8, measure.Limits(1, 4 * an_epoch, 9))
+    assert "a training of 2 epochs goes on" in capsys.readouterr().err
+    assert longer["learned_epochs"] == 4
 
 
 def test_wrong_wishes_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -292,10 +315,11 @@ def test_methods_are_compared_after_as_many_epochs() -> None:
 
     rows = [
         row("crossan_fast", "40.0", "36", "0.11"),
-        row("crossan_fast", "4.0", "4", "0.06"),
+        row("crossan_fast", "4.0", "2", "0.06"),
         row("fft", "8.0", "8", "0.07"),
         row("fft", "4.0", "4", "0.05"),
         row("lora", "4.0", "4", "0.03"),
+        row("lora", "0.5", "1", "0.01"),
         row("sasrec_id", "20.0", "14", "0.08"),
         row("sasrec_id", "12.0", "6", "0.10"),
     ]
@@ -304,16 +328,17 @@ def test_methods_are_compared_after_as_many_epochs() -> None:
     assert shown == {"crossan_fast": ["0.11"], "fft": ["0.07"], "lora": ["0.03"], "sasrec_id": ["0.10"]}
     epochs, found = table.equally_long(rows)
     assert epochs == 4
-    assert {name: row["test_hr@10"] for name, row in found.items()} == {
-        "crossan_fast": "0.06",
-        "fft": "0.05",
-        "lora": "0.03",
+    assert {name: [row["test_hr@10"] for row in of] for name, of in found.items()} == {
+        "crossan_fast": ["0.06"],
+        "fft": ["0.05"],
+        "lora": ["0.03"],
     }
     costs = {"fft": Cost(600, 1, 1), "crossan_fast": Cost(5.5, 1, 1)}
     lines = table._compared_early(rows, costs)
     assert "| Full fine-tuning | 2,400 | 5.00 | 1.00 | fp32 |" in lines
     assert "| CROSSAN, cached, fast | 22 | 6.00 | 1.00 | fp32 |" in lines
-    assert table._compared_early([row("sasrec_id", "4.0", "4", "0.1")], costs) == []
+    for few in (["sasrec_id", "crossan_fast"], ["fft"]):  # none that trains encoders, and nothing beside it
+        assert table._compared_early([row(name, "4.0", "4", "0.1") for name in few], costs) == []
 
 
 @pytest.mark.long

@@ -63,6 +63,9 @@ def test_items_own_vectors_decay_apart_from_other_matrices(
         assert found[table] == expected
         others = {name for name in found if name != table}
         assert others and all(found[name] == (0.01 if decays(name) else 0) for name in others)
+        with pytest.raises(ValueError, match=r"id_weight_decay: expected below 1 / learning rate = 4, got 5"):
+            parameter_groups(made, OptimizerConfig(learning_rate=0.25, id_weight_decay=5.0))
+    parameter_groups(CrossanModel(shape), OptimizerConfig(learning_rate=0.25))  # without ids it is idle
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from crossan_fast import CrossanModel, Modality, _sources
 from crossan_fast.sasrec import SasRec, by_ids
 from crossan_fast.training import Task, TrainConfig, evaluate_baselines, open_task, train_sasrec
+from crossan_fast.training.step import TrainingError, TrainStep
 from crossan_fast.training.train_config import SplitConfig
 
 
@@ -58,12 +59,35 @@ def test_the_learning_rate_is_chosen_on_validation(config: TrainConfig, task: Ta
     for name, value in best.model.state_dict().items():
         assert torch.equal(chosen.model.state_dict()[name], value), name
     assert f"; with learning_rate 1e-06 {100 * reached[0]:.2f} %" in str(chosen)
+    assert "id_weight_decay 5.0" in str(chosen)
     own = train_sasrec(config, task, epochs=1)
     assert list(own.tried) == [0.01, 0.01 / 3]
     with pytest.raises(ValueError, match="learning_rates: expected at least one, got none"):
         train_sasrec(config, task, learning_rates=[])
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: expected a positive number, got 0"):
         train_sasrec(config, task, learning_rates=[0.0])
+
+
+def test_a_learning_rate_that_diverges_is_left_out(
+    config: TrainConfig, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = TrainStep.__call__
+
+    def failing(self: TrainStep, *batch: Any) -> torch.Tensor:
+        loss = whole(self, *batch)
+        return loss * torch.nan if self.optimizer.param_groups[0]["base_lr"] > 0.1 else loss
+
+    monkeypatch.setattr(TrainStep, "__call__", failing)
+    config = replace(config, optimizer=replace(config.optimizer, id_weight_decay=0.0))
+    for rates in ([0.2, 0.01], [0.01, 0.2]):
+        said: list[str] = []
+        trained = train_sasrec(config, task, epochs=1, learning_rates=rates, say=said.append)
+        assert trained.settings["learning_rate"] == 0.01 and list(trained.tried) == rates
+        assert trained.tried[0.2] is None and trained.tried[0.01] is not None
+        assert "; with learning_rate 0.2 it failed" in str(trained)
+        assert any("loss nan" in line and "left out" in line for line in said)
+    with pytest.raises(TrainingError, match="loss nan"):
+        train_sasrec(config, task, epochs=1, learning_rates=[0.3, 0.2])
 
 
 def test_the_loss_is_that_of_its_definition(config: TrainConfig) -> None:
@@ -151,7 +175,8 @@ def test_a_seed_is_a_result_and_leaves_torch_s_generator(config: TrainConfig, ta
 
 def test_it_stops_and_gives_the_best_epoch(config: TrainConfig, task: Task) -> None:
     # So large a rate spoils what the first epochs found.
-    config = replace(config, optimizer=replace(config.optimizer, learning_rate=0.3, warmup_steps=0))
+    optimizer = replace(config.optimizer, learning_rate=0.3, warmup_steps=0, id_weight_decay=0.0)
+    config = replace(config, optimizer=optimizer)
     trained = train_sasrec(config, task, epochs=40, patience=3, learning_rates=[0.3])
     assert trained.stopped_by == "patience" and trained.epochs == trained.best_epoch + 3 < 40
     reached = task.evaluate(trained.model, "validation", config.evaluation).metrics

@@ -309,6 +309,29 @@ def test_a_checkpoint_of_before_a_field_goes_on(values: dict[str, Any], tmp_path
         quiet(with_values(values, epochs=3), resume=True)
 
 
+def test_a_run_of_before_ids_had_a_decay_goes_on_as_it_was(values: dict[str, Any]) -> None:
+    values["model"] |= {"id_embedding": True}
+    values["optimizer"] |= {"id_weight_decay": None}
+    folder = quiet(with_values(values, epochs=1)).folder
+    lines = folder.config.read_text().splitlines(keepends=True)[1:]  # without its digest, as an old one's
+    folder.config.write_text("".join(line for line in lines if "id_weight_decay" not in line))
+    with pytest.warns(UserWarning, match="before digests were kept"):
+        assert folder.read_config().optimizer.id_weight_decay is None
+    del values["optimizer"]["id_weight_decay"]
+    with pytest.raises(ValueError, match=r"optimizer\.id_weight_decay: the run was made with None.*got 5\.0"):
+        quiet(with_values(values, epochs=2), resume=True)
+    values["optimizer"] |= {"id_weight_decay": None}
+    assert len(quiet(with_values(values, epochs=2), resume=True).history) == 2
+    # Without ids there was nothing to decay; a baseline of such a run takes the default.
+    values["model"] |= {"id_embedding": False}
+    del values["optimizer"]["id_weight_decay"]
+    plain = quiet(with_values(values, epochs=1, run=values["run"] + "-plain")).folder
+    lines = plain.config.read_text().splitlines(keepends=True)[1:]
+    plain.config.write_text("".join(line for line in lines if "id_weight_decay" not in line))
+    with pytest.warns(UserWarning, match="before digests were kept"):
+        assert plain.read_config().optimizer.id_weight_decay == 5
+
+
 def test_a_damaged_checkpoint_is_named(values: dict[str, Any]) -> None:
     config = with_values(values, epochs=1)
     trainer = quiet(config)
