@@ -181,8 +181,10 @@ def _tied(targets: Tensor, items: Tensor, candidates: Tensor | None) -> str:
     rows = torch.arange(1, len(items), device=items.device) if candidates is None else candidates
     # Sums, with wrap-around, of the numbers' bits under random factors of 64 bits: equal for equal rows. By
     # halves, since short numbers end in zero bits, and their products would, too.
-    factors = torch.randint(-(2**62), 2**62, (2, items.shape[1]), generator=torch.Generator().manual_seed(0))
-    high, low = factors.to(items.device) * 2 + 1
+    made = torch.Generator(device=items.device).manual_seed(0)
+    high, low = (
+        torch.randint(-(2**62), 2**62, (2, items.shape[1]), generator=made, device=items.device) * 2 + 1
+    )
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[items.element_size()]
     half, sums = 4 * items.element_size(), []
     for some in rows.split(_HASHED):
