@@ -31,11 +31,8 @@ _logger = logging.getLogger(__name__)
 
 # Ids start from nothing, and may need more epochs than a run over states: early stopping should end them.
 EPOCHS, PATIENCE = 100, 5
-_ALWAYS = (
-    "learning_rate",
-    "weight_decay",
-    "id_weight_decay",
-)  # of the optimizer, in what it was trained with
+# Of the optimizer, in what it was trained with, at their defaults, too.
+_ALWAYS = ("learning_rate", "weight_decay", "id_weight_decay")
 
 
 @dataclass(frozen=True)
