@@ -58,7 +58,10 @@ def carry_out(
 
 
 def summary(folder: RunFolder, **which: Any) -> dict[str, Any]:
-    """A finished run as a row: when and on what, `which` it is, how it was trained, its metrics."""
+    """A finished run as a row: when and on what, `which` it is, how it was trained, its metrics.
+
+    `test_ties_` stands before those of the test as they are with what ties in random order.
+    """
     config = folder.read_config()
     results = json.loads(folder.results.read_text())
     versions, test = results["versions"], results["test"]
@@ -84,7 +87,8 @@ def summary(folder: RunFolder, **which: Any) -> dict[str, Any]:
     for split in ("validation", "test"):
         for name, value in results[split]["metrics"].items():
             row[f"{split}_{name}"] = round(value, 6)
-    return row
+    at_random = test.get("ties_at_random") or test["metrics"]
+    return row | {f"test_ties_{name}": round(at_random[name], 6) for name in ("hr@10", "ndcg@10")}
 
 
 def epoch_rows(folder: RunFolder, **which: Any) -> list[dict[str, Any]]:

@@ -38,6 +38,12 @@ def of(rows: Iterable[Row], metric: str, part: str = "test") -> list[float]:
     return [float(row[f"{part}_{metric}"]) for row in rows]
 
 
+def at_random(rows: Sequence[Row], metric: str) -> list[float]:
+    """Test metrics with what ties in random order; none unless all of the rows have them."""
+    found = [row[f"test_ties_{metric}"] for row in rows]
+    return list(map(float, found)) if all(found) else []
+
+
 def paired(ours: Sequence[Row], theirs: Sequence[Row], metric: str, part: str = "test") -> list[float]:
     """Differences of one metric on the seeds that both have."""
     first, second = ({row["seed"]: row for row in rows} for rows in (ours, theirs))
@@ -63,11 +69,10 @@ def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
     for data in dict.fromkeys(row["data"] for row in rows):
         own = [row for row in rows if row["data"] == data]
         lines += ["", f"## {data}", "", protocol(own), ""]
-        lines += [
-            "| setting | cache | seeds | epochs | validation HR@10 | NDCG@10 | less the recipe's "
-            "| test HR@10 | NDCG@10 |",
-            "| --- " * 9 + "|",
-        ]
+        ties = any(row["test_ties_hr@10"] for row in own)
+        head = ["setting", "cache", "seeds", "epochs", "validation HR@10", "NDCG@10", "less the recipe's"]
+        head += ["test HR@10", "NDCG@10", *(["ties in random order", "NDCG@10"] if ties else [])]
+        lines += [_head(head)]
         groups = grouped(own, "setting", "cache")
         plain = groups.get((PLAIN, data + RECIPES[data].suffix), [])
         best_first = sorted(
@@ -84,9 +89,12 @@ def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
                 spread(differences, signed=True) if differences else "",
                 *(spread(of(group, metric)) for metric in METRICS),
             ]
+            if ties:
+                cells += [spread(found) if (found := at_random(group, m)) else "" for m in METRICS]
             lines.append(f"| {' | '.join(cells)} |")
         for name, hits, gain in PUBLISHED.get(data, ()):
-            lines.append(f"| {name} | | | | | | | {hits} | {gain} |")
+            figures = f"| | {hits} | {gain} |" if ties else f"{hits} | {gain} |"
+            lines.append(f"| {name} | | | | | | | {figures}")
     if retention:
         lines.append(retention_table(retention).rstrip("\n"))
     return "\n".join([*lines, "", "Drawn by `python -m benchmarks.recipes.tabulate`."]) + "\n"

@@ -24,9 +24,9 @@ from crossan_fast.training.list_metrics import list_metrics
 from crossan_fast.training.processes import Processes
 from crossan_fast.training.ranking import Ranking, Users, users_of
 from crossan_fast.training.result import Part, Result
+from crossan_fast.training.ties import equals_of, metrics_at_random
 from crossan_fast.training.train_config import FilterHistory
 
-_HASHED = 65_536  # rows at a time
 _HINT = "; a split of interactions read with this cache's item_names and catalogue='all' has its rows"
 
 
@@ -66,15 +66,18 @@ class Protocol:
     def judge(self, users: Users, items: Tensor, own: Tensor, backend: Callable[[str], str]) -> Result:
         """Rank the targets by inner products of `users` and `items`; lists differ by embeddings `own`."""
         _, targets, history = held_out(self.split, self.part)
+        exclude = excluded(history, targets, self.filter_history)
         ranking = Ranking(
             items,
-            excluded(history, targets, self.filter_history),
+            exclude,
             candidates=self.candidates,
             batch_size=self.batch_size,
             processes=self.processes,
             backend=backend,
         )
         ranks = ranking.ranks(users, targets)
+        equals = equals_of(targets, items, self.candidates, exclude)
+        tied = int(equals.count_nonzero())
         counts = torch.zeros(items.shape[0], dtype=torch.int64, device=items.device)
         counts[: self.split.num_items + 1] = self.split.train_counts
         best: dict[str, float] = {}
@@ -91,6 +94,8 @@ class Protocol:
             self.split.kind,
             best,
             _by_target(ranks, counts[targets] == 0, self.k) if self.lists else {},
+            tied,
+            metrics_at_random(ranks, equals, self.k) if tied else {},
         )
 
     def _note(self) -> str:
@@ -142,10 +147,9 @@ def evaluate(
     )
     items = protocol.embedded(model)
     with evaluating(model):
-        inputs, targets, _ = held_out(split, part)
-        users = users_of(model, items, inputs)
+        users = users_of(model, items, held_out(split, part)[0])
         result = protocol.judge(users, items, items, model.backend_for)
-    return result.noting(_tied(targets, items, protocol.candidates))
+    return result.noting(f"{result.tied:,} targets have an equal among the items" if result.tied else "")
 
 
 def candidates_for(
@@ -174,27 +178,6 @@ def embeddable(
     if bare is None or not bool(bare[: known + 1].any()):
         return None
     return (~bare[: known + 1]).nonzero().flatten()[1:]  # without padding
-
-
-def _tied(targets: Tensor, items: Tensor, candidates: Tensor | None) -> str:
-    """How many targets share their embedding with another candidate."""
-    rows = torch.arange(1, len(items), device=items.device) if candidates is None else candidates
-    # Sums, with wrap-around, of the numbers' bits under random factors of 64 bits: equal for equal rows. By
-    # halves, since short numbers end in zero bits, and their products would, too.
-    made = torch.Generator(device=items.device).manual_seed(0)
-    high, low = (
-        torch.randint(-(2**62), 2**62, (2, items.shape[1]), generator=made, device=items.device) * 2 + 1
-    )
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[items.element_size()]
-    half, sums = 4 * items.element_size(), []
-    for some in rows.split(_HASHED):
-        bits = (items[some] + 0.0).view(whole).long()  # -0 is 0, too
-        sums.append(((bits >> half) * high + (bits & (1 << half) - 1) * low).sum(1))
-    _, group, counts = torch.cat(sums).unique(return_inverse=True, return_counts=True)
-    shared = torch.zeros(len(items), dtype=torch.bool, device=items.device)
-    shared[rows] = counts[group] > 1
-    found = int(shared[targets].sum())
-    return f"{found:,} targets have an equal among the items" if found else ""
 
 
 def _by_target(ranks: Tensor, cold: Tensor, k: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -28,6 +28,9 @@ class Result:
             `crossan_fast.training.list_metrics`; empty where they were not asked for.
         by_target: likewise, `cold` for the targets that training never saw and `warm` for the others: how
             many (`targets`), and their metrics where there are any.
+        tied: how many targets tie with another candidate for every user, as items with one embedding do.
+        ties_at_random: `metrics` as they are on average where what ties stands in random order, which is
+            about what a sort leaves, and not ahead of the target; empty where nothing does.
     """
 
     metrics: dict[str, float]
@@ -39,6 +42,8 @@ class Result:
     held_out: str = "leave-one-out"
     lists: dict[str, float] = field(default_factory=dict)
     by_target: dict[str, dict[str, float]] = field(default_factory=dict)
+    tied: int = 0
+    ties_at_random: dict[str, float] = field(default_factory=dict)
 
     def noting(self, *notes: str) -> Result:
         """With more to know, behind its own note; empty ones are nothing."""
@@ -57,7 +62,7 @@ class Result:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; what was not asked for is not in it."""
+        """Plain values for JSON; what was not asked for, or is not there, is not in it."""
         values = {**asdict(self), "protocol": self.protocol}
         return {name: value for name, value in values.items() if name not in _ASKED or value}
 
@@ -66,7 +71,8 @@ class Result:
         return f"{self.protocol}\n{table}\nMRR {100 * self.metrics['mrr']:.2f} %"
 
 
-_ASKED = ("lists", "by_target")
+_RANDOM = "all, ties in random order"
+_ASKED = ("lists", "by_target", "tied", "ties_at_random")
 
 
 def comparison(results: Mapping[str, Result]) -> list[dict[str, str]]:
@@ -80,8 +86,11 @@ def comparison(results: Mapping[str, Result]) -> list[dict[str, str]]:
 def _rows(name: str, result: Result) -> Iterator[dict[str, str]]:
     cutoffs = [key.removeprefix("hr@") for key in result.metrics if key.startswith("hr@")]
     parts = {"": result.metrics, **{kind: part for kind, part in result.by_target.items() if "mrr" in part}}
+    parts |= {_RANDOM: result.ties_at_random} if result.ties_at_random else {}
     for kind, metrics in parts.items():
-        counted = f"{kind} ({metrics['targets']:,.0f})" if kind else "all" if result.by_target else ""
+        counted = "all" if len(parts) > 1 else ""
+        if kind:
+            counted = f"{kind} ({metrics['targets']:,.0f})" if "targets" in metrics else kind
         for k in cutoffs:
             row = {"recommender": name, "targets": counted, "k": k}
             row["HR@k %"] = f"{100 * metrics[f'hr@{k}']:.2f}"

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from crossan_fast.cache import HiddenStateCache
 from crossan_fast.training import TrainConfig, Trainer, evaluate, open_task
-from crossan_fast.training.evaluation import _tied, excluded, metrics_of
+from crossan_fast.training.evaluation import excluded, metrics_of
 from crossan_fast.training.ranking import rank_targets
 
 
@@ -109,38 +108,6 @@ def test_a_constant_scorer_gets_nothing(trainer: Trainer, sizes: SimpleNamespace
         )
         for name, value in result.metrics.items():
             assert value == pytest.approx(0, abs=1 / (sizes.items - 15)) if name == "mrr" else value == 0
-
-
-def test_targets_that_another_item_equals_are_counted(trainer: Trainer) -> None:
-    cache, split = trainer.task.cache, trainer.task.split
-    assert "equal" not in evaluate(trainer.model, cache, split, k=(5,)).note
-    target = int(split.test_target[0])
-    twin = next(item for item in range(1, cache.num_items) if item not in split.test_target.tolist())
-    ids = torch.arange(cache.num_items + 1)
-    ids[twin] = target
-    states = cache.gather(ids)
-    twins = HiddenStateCache.from_tensors(states, cache.present[ids], list(cache.item_names))
-    twins.frames = cache.frames
-    shared = int((split.test_target == target).sum())
-    found = evaluate(trainer.model, twins, split, k=(5,))
-    assert found.note == f"{shared} targets have an equal among the items"
-    assert found.note in found.protocol and found.to_dict()["note"] == found.note
-    rest = torch.tensor([item for item in range(1, cache.num_items + 1) if item != twin])
-    assert evaluate(trainer.model, twins, split, k=(5,), candidates=rest).note == ""
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_items_that_differ_in_one_number_are_not_equal(dtype: torch.dtype) -> None:
-    """Rows of -1, -0, 0 and 1 in all combinations, 0 and -0 being one number."""
-    items = torch.cartesian_prod(*[torch.tensor([-1.0, -0.0, 0.0, 1.0])] * 7).to(dtype)
-    items = torch.cat([torch.zeros(1, 7, dtype=dtype), items])
-    targets = torch.arange(1, len(items))
-    alone = int((items[1:] != 0).all(1).sum())
-    assert _tied(targets, items, None) == f"{len(targets) - alone:,} targets have an equal among the items"
-    distinct = 1 + (items[1:] != 0).all(1).nonzero().flatten()
-    assert _tied(distinct, items, distinct) == ""
-    random = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert _tied(torch.arange(1, 20_000), random, None) == ""
 
 
 def test_the_protocol_is_printed(trainer: Trainer, sizes: SimpleNamespace) -> None:
