@@ -107,7 +107,7 @@ def _parts(model: CrossanModel) -> list[str]:
     if isinstance(model.fusion, Momef):
         return list(model.config.experts)
     towers = [tower.name for tower in model.config.towers]
-    return [*towers, "id"] if model.config.id_embedding else towers
+    return [*towers, "id"] if model.config.id_expert else towers
 
 
 def _moved(weight: Tensor, before: int, after: int, kept: list[int], from_: list[int]) -> Tensor:

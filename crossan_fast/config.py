@@ -21,6 +21,7 @@ Architecture = Literal["crossan", "iisan"]
 Cross = Literal["backbone", "side", "none"]
 CrossProjection = Literal["identity", "low_rank"]
 DropoutScope = Literal["item", "history"]
+IdFusion = Literal["expert", "sum"]
 Activation = Literal["gelu", "relu"]
 Head = Literal["one", "two"]
 Fusion = Literal["momef", "concat"]
@@ -125,8 +126,10 @@ class CrossanConfig:
         top_k: ◊ experts per item, renormalised; None runs every present expert.
         load_balance: ◊ weight of the Switch Transformers load-balance loss (arXiv 2101.03961, eq. 4).
         expert_expansion: ◊ hidden width of an expert over d.
-        id_embedding: ◊ a vector for each item as one more expert of the fusion, allocated by
+        id_embedding: ◊ a vector for each item beside its modalities, allocated by
             `CrossanModel.set_popularity`; items that training never saw do without.
+        id_fusion: ◊ how that vector joins: as one more `expert` of the fusion, or as a `sum`, added to what
+            the fusion makes, from zero on. The sum did as well or better on all data (docs/which-setting.md).
         modality_dropout: ◊ probability that a present modality is dropped in training, never an item's last.
         modality_dropout_scope: ◊ an `item` and step, or a whole `history` (Sequential Modality Dropout,
             arXiv 2608.10240): one draw a history and modality; targets and negatives keep what they have.
@@ -160,6 +163,7 @@ class CrossanConfig:
     load_balance: float = 0.0
     expert_expansion: int = 4
     id_embedding: bool = False
+    id_fusion: IdFusion = "expert"
     modality_dropout: float = 0.0
     modality_dropout_scope: DropoutScope = "item"
     window: int = 10
@@ -211,8 +215,13 @@ class CrossanConfig:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """What MOMEF weighs, by name: the modalities, and `id` behind them with `id_embedding`."""
-        return (*self.modality_names, "id") if self.id_embedding else self.modality_names
+        """What MOMEF weighs, by name: the modalities, and `id` behind them where ids are an expert."""
+        return (*self.modality_names, "id") if self.id_expert else self.modality_names
+
+    @property
+    def id_expert(self) -> bool:
+        """Whether items' own vectors are one more expert of the fusion."""
+        return self.id_embedding and self.id_fusion == "expert"
 
     def to_dict(self) -> dict[str, Any]:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -261,6 +270,7 @@ class CrossanConfig:
             ("architecture", Architecture),
             ("cross", Cross),
             ("cross_projection", CrossProjection),
+            ("id_fusion", IdFusion),
             ("modality_dropout_scope", DropoutScope),
             ("activation", Activation),
             ("head", Head),
@@ -307,11 +317,13 @@ class CrossanConfig:
         if self.top_k is not None:
             _at_least("top_k", self.top_k, 1)
             if self.top_k > len(self.experts):
-                counted = "modalities and ids" if self.id_embedding else "modalities"
+                counted = "modalities and ids" if self.id_expert else "modalities"
                 raise ValueError(
                     f"top_k: expected at most the number of {counted}, {len(self.experts)}, got {self.top_k}"
                 )
-        if self.id_embedding and "id" in self.modality_names:
+        if self.id_fusion != "expert" and not self.id_embedding:
+            raise ValueError(f"id_fusion: {self.id_fusion!r} goes with id_embedding=true, got false")
+        if self.id_expert and "id" in self.modality_names:
             raise ValueError("id_embedding: its expert is named 'id', as is one of the modalities")
         if self.architecture == "iisan" and self.cross != "none":
             raise ValueError(

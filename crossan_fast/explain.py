@@ -39,7 +39,7 @@ def explain(
         - `item`: the names, a list of n.
         - `modality`, `tower`: names, lists of M and T; the first M towers are the modalities'.
         - `present`: bool `[n, M]`.
-        - `expert`: the experts' names: the modalities', and `id` behind them with `id_embedding`.
+        - `expert`: the experts' names: the modalities', and `id` behind them where it is one.
         - `expert_weight`: `[n, M]`, or `[n, M + 1]` with ids, rows summing to 1: what MOMEF's router gives
           to each expert, after `top_k`; 0 where it is absent. None where `fusion="concat"` has no router.
         - `gate`: μ `[T, L]`.
@@ -118,7 +118,7 @@ def _of_items(model: CrossanModel, rows: Tensor, cache: HiddenStateCache) -> tup
                 backend=model.backend_for("side_network"),
             )
             exists = source.present
-            if model.id_embedding is not None:
+            if model.id_embedding is not None and config.id_expert:
                 embeddings, exists = model.id_embedding(embeddings, exists, part)
             found.append(
                 expert_weights(

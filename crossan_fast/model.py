@@ -347,19 +347,24 @@ class CrossanModel(Popularity, Pretrained):
         self, embeddings: Tensor, source: Source, counts: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         with span("fusion"):
-            present = source.present
-            if self.id_embedding is not None:
-                embeddings, present = self.id_embedding(embeddings, present, source.items)
+            present, ids = source.present, self.id_embedding
+            if ids is not None and self.config.id_expert:
+                embeddings, present = ids(embeddings, present, source.items)
+            balance = None
             if self.config.fusion == "concat":
-                return _scores.as_items(self.config, concat(self.fusion, embeddings)), None
-            fused = own(self.fusion)(
-                embeddings,
-                present=present,
-                counts=counts,
-                balance=bool(self.config.load_balance),
-                backend=self.backend_for("fusion"),
-            )
-        return _scores.as_items(self.config, fused.items), fused.balance
+                items = concat(self.fusion, embeddings)
+            else:
+                fused = own(self.fusion)(
+                    embeddings,
+                    present=present,
+                    counts=counts,
+                    balance=bool(self.config.load_balance),
+                    backend=self.backend_for("fusion"),
+                )
+                items, balance = fused.items, fused.balance
+            if ids is not None and not self.config.id_expert:
+                items = ids.added_to(items, source.items)
+        return _scores.as_items(self.config, items), balance
 
     def _in_parts(
         self, cache: HiddenStateCache, ids: Tensor, size: int

@@ -37,6 +37,7 @@ def by_ids(config: CrossanConfig) -> CrossanConfig:
         top_k=None,
         load_balance=0.0,
         id_embedding=False,
+        id_fusion="expert",
         modality_dropout=0.0,
         modality_dropout_scope="item",
     )

@@ -13,6 +13,7 @@ IDS = torch.tensor([[0, 3, 2, 5], [1, 4, 5, 8]])
 CASES = [
     {},
     {"id_embedding": True},
+    {"id_embedding": True, "id_fusion": "sum"},
     {"fusion": "concat", "id_embedding": True},
     {"cross": "side"},
     {"iisan": True},

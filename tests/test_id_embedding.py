@@ -1,6 +1,8 @@
-"""id_embedding: one more expert of the fusion, absent where training never saw an item."""
+"""id_embedding: one more expert of the fusion, or added behind it; absent where training saw nothing."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +75,44 @@ def test_momef_takes_ids_as_an_expert_behind_the_modalities(backend):
     assert ((found["expert_weight"][:, 2] > 0) == seen[1:].numpy()).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"top_k": 2}, {"fusion": "concat"}, {"iisan": True}, {"scores": "cosine", "temperature": 0.1}],
+    ids=["momef", "top 2", "concat", "iisan", "cosine"],
+)
+def test_a_sum_adds_ids_to_what_the_fusion_makes(values, backend):
+    """The model without ids, of the same weights, and a row added to each item that training saw."""
+    cache = make_cache()
+    model = make_model(cache, **values, id_fusion="sum")
+    assert model.config.experts == ("text", "image")
+    without = CrossanModel(replace(model.config, id_embedding=False, id_fusion="expert", scores="dot"))
+    ids = {"id_embedding.weight", "id_embedding.seen"}
+    without.double().load_state_dict({k: v for k, v in model.state_dict().items() if k not in ids})
+    model.backend = without.backend = backend
+    own = torch.where(model.id_embedding.seen[:, None], model.id_embedding.weight, 0)
+    want = without.encode_catalogue(cache) + own
+    if values.get("scores") == "cosine":
+        want = torch.nn.functional.normalize(want, dim=1)
+    torch.testing.assert_close(model.encode_catalogue(cache)[1:], want[1:])
+    if model.config.fusion == "momef":
+        found = model.explain(None, cache)
+        assert found["expert"] == ["text", "image"]
+        torch.testing.assert_close(
+            torch.from_numpy(found["expert_weight"]),
+            torch.from_numpy(without.explain(None, cache)["expert_weight"]),
+        )
+
+
+def test_a_sum_starts_where_the_model_without_ids_does_and_learns_at_once():
+    cache = make_cache()
+    model = CrossanModel(make_model(cache, id_fusion="sum").config)
+    model.set_popularity(torch.arange(ITEMS + 1) % 4 + 1, cache.catalogue)
+    assert not model.id_embedding.weight.any()
+    _, grads = step(model, cache)
+    assert torch.equal(grads["id_embedding.weight"].any(1), torch.isin(torch.arange(ITEMS + 1), IDS[IDS > 0]))
+
+
 @pytest.mark.parametrize("values", [{"fusion": "concat"}, {"iisan": True}], ids=["concat", "iisan"])
 def test_concat_takes_zeros_for_absent_ids(values):
     cache = make_cache()
@@ -93,7 +133,9 @@ def step(model, cache, **arguments):
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"loss": "full"}, {"fusion": "concat"}], ids=["in_batch", "full", "concat"]
+    "values",
+    [{}, {"loss": "full"}, {"fusion": "concat"}, {"id_fusion": "sum"}, {"id_fusion": "sum", "loss": "full"}],
+    ids=["in_batch", "full", "concat", "sum", "sum, full"],
 )
 def test_deduplication_is_exact_and_unseen_rows_get_no_gradient(values):
     cache = make_cache()
@@ -108,9 +150,10 @@ def test_deduplication_is_exact_and_unseen_rows_get_no_gradient(values):
     assert torch.equal(touched, read & one.id_embedding.seen)
 
 
-def test_dense_states_of_a_batch_have_ids_and_those_of_items_where_they_are_given():
+@pytest.mark.parametrize("fusion", ["expert", "sum"])
+def test_dense_states_of_a_batch_have_ids_and_those_of_items_where_they_are_given(fusion):
     cache = make_cache()
-    model = make_model(cache)
+    model = make_model(cache, id_fusion=fusion)
     states = {name: cache.gather(IDS.flatten(), "cpu")[name].unflatten(0, IDS.shape) for name in WIDTHS}
     dense = {"states": states, "present": cache.present[IDS]}
     torch.testing.assert_close(step(model, cache)[0], step(model, cache, **dense)[0])
@@ -123,9 +166,10 @@ def test_dense_states_of_a_batch_have_ids_and_those_of_items_where_they_are_give
     assert torch.equal(alike, ~model.id_embedding.seen[1:])
 
 
-def test_it_is_saved_and_new_rows_of_a_cache_do_without(tmp_path):
+@pytest.mark.parametrize("fusion", ["expert", "sum"])
+def test_it_is_saved_and_new_rows_of_a_cache_do_without(tmp_path, fusion):
     cache, grown = make_cache(), make_cache(ITEMS + 3)
-    model = make_model(cache).float()
+    model = make_model(cache, id_fusion=fusion).float()
     model.save_pretrained(tmp_path)
     loaded = CrossanModel.from_pretrained(tmp_path)
     for name, tensor in model.state_dict().items():
@@ -158,6 +202,17 @@ def test_rows_of_another_catalogue_are_refused():
         fresh(IDS, cache=cache)
 
 
+def test_dropout_drops_added_ids_as_often():
+    cache = make_cache()
+    model = make_model(cache, modality_dropout=0.3, id_fusion="sum").train()
+    found, added_to = [], model.id_embedding.added_to
+    model.id_embedding.added_to = lambda fused, items: found.append(items) or added_to(fused, items)
+    for _ in range(400):
+        model(IDS, cache=cache)
+    kept = (torch.stack(found) > 0).double().mean(0)
+    assert kept[0] == 0 and ((kept[1:] - 0.7).abs() < 0.1).all()
+
+
 def test_dropout_drops_ids_as_often_as_modalities():
     cache = make_cache()
     model = make_model(cache, modality_dropout=0.3).train()
@@ -179,9 +234,17 @@ def test_values_that_do_not_fit_are_named():
         model.encode_items(states, item_ids=torch.tensor([1, -1]))
     with pytest.raises(TypeError, match="id_embedding: expected true or false, got 1"):
         CrossanConfig([text], id_embedding=1)
+    with pytest.raises(ValueError, match=r"id_fusion: expected one of .*got 'add'"):
+        CrossanConfig([text], id_embedding=True, id_fusion="add")
+    with pytest.raises(ValueError, match="id_fusion: 'sum' goes with id_embedding=true, got false"):
+        CrossanConfig([text], id_fusion="sum")
     with pytest.raises(ValueError, match="id_embedding: its expert is named 'id'"):
         CrossanConfig([text, Modality("id", 8, 2)], id_embedding=True)
     assert CrossanConfig([text], id_embedding=True, top_k=2).experts == ("text", "id")
+    alone = CrossanConfig([text, Modality("id", 8, 2)], id_embedding=True, id_fusion="sum")
+    assert alone.experts == ("text", "id")
+    with pytest.raises(ValueError, match="top_k: expected at most the number of modalities, 1, got 2"):
+        CrossanConfig([text], id_embedding=True, id_fusion="sum", top_k=2)
     with pytest.raises(
         ValueError, match="top_k: expected at most the number of modalities and ids, 2, got 3"
     ):

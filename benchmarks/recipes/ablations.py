@@ -46,11 +46,15 @@ class Ablation:
 
 _ITEM = ("model.modality_dropout=0.3",)
 _HISTORY = (*_ITEM, "model.modality_dropout_scope=history")
+_ADDED = ("model.id_embedding=true", "model.id_fusion=sum")
 _PREFIXES = ("split.stride=prefixes", "model.targets=last")
 
 ABLATIONS: dict[str, Ablation] = {
     "ids": Ablation(("model.id_embedding=true",)),
     "ids, decay 10": Ablation(("model.id_embedding=true", "optimizer.id_weight_decay=10")),
+    "ids added": Ablation(_ADDED),
+    "ids added, decay 10": Ablation((*_ADDED, "optimizer.id_weight_decay=10")),
+    "ids added, decay 30": Ablation((*_ADDED, "optimizer.id_weight_decay=30")),
     "128 dimensions": Ablation(("model.embedding_dim=128",)),
     "modality dropout by item": Ablation(_ITEM),
     "modality dropout by history": Ablation(_HISTORY),

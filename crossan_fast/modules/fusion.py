@@ -98,8 +98,8 @@ class Momef(nn.Module):
 
 
 def make_concat(config: CrossanConfig) -> nn.Linear:
-    """IISAN's fusion: a Linear over embeddings of the towers, and of ids, side by side; see `concat`."""
-    count = len(config.towers) + config.id_embedding
+    """IISAN's fusion: a Linear over embeddings of the towers, and of an id expert, side by side."""
+    count = len(config.towers) + config.id_expert
     return nn.Linear(count * config.embedding_dim, config.embedding_dim)
 
 

@@ -1,4 +1,4 @@
-"""A vector for each item that training sees, as one more expert of the fusion."""
+"""A vector for each item that training sees, beside what its modalities say."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from crossan_fast.config import CrossanConfig
 class IdEmbedding(nn.Module):
     """A table `[I + 1, d]` ◊; an item that training never saw is absent from it, whatever its row holds.
 
-    Empty until `allocate`: how many items there are is no part of a config. It starts near zero, so that
-    items start near what their modalities say.
+    Empty until `allocate`: how many items there are is no part of a config. As an expert it starts near zero,
+    so that items start near what their modalities say; where it is added, at zero, and they start there.
 
     Attributes:
         weight: `[I + 1, d]`; row 0 (padding) is never read.
@@ -26,7 +26,8 @@ class IdEmbedding(nn.Module):
 
     def __init__(self, config: CrossanConfig) -> None:
         super().__init__()
-        self.std = config.adapter_std
+        # The gradient of a sum does not vanish at zero, that of an expert's first layer would.
+        self.std = config.adapter_std if config.id_expert else 0.0
         self.weight = nn.Parameter(torch.empty(0, config.embedding_dim))
         self.register_buffer("seen", torch.empty(0, dtype=torch.bool))
 
@@ -49,7 +50,7 @@ class IdEmbedding(nn.Module):
     def forward(
         self, embeddings: Tensor, present: Tensor | None, items: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings `[N, T, d]` with the items' own behind them, zeros where absent; and which are present.
+        """For `id_fusion="expert"`: embeddings with the items' own behind them, and which are present.
 
         Args:
             present: bool `[N, M]`; None: all present.
@@ -61,13 +62,26 @@ class IdEmbedding(nn.Module):
         """
         if present is None:
             present = embeddings.new_ones(embeddings.shape[:2], dtype=torch.bool)
-        own = embeddings.new_zeros(len(embeddings), 1, embeddings.shape[2])
-        known = present.new_zeros(len(embeddings), 1)
+        own, known = embeddings.new_zeros(embeddings[:, 0].shape), present.new_zeros(len(embeddings))
         if items is not None and len(self.weight):
-            row = torch.where(items < len(self.weight), items, 0)
-            known = self.seen[row][:, None]
-            own = torch.where(known, rows_of(self.weight, row).to(embeddings.dtype), 0)[:, None]
-        return torch.cat([embeddings, own], 1), torch.cat([present, known], 1)
+            own, known = self._own(items, embeddings.dtype)
+        return torch.cat([embeddings, own[:, None]], 1), torch.cat([present, known[:, None]], 1)
+
+    def added_to(self, fused: Tensor, items: Tensor | None) -> Tensor:
+        """For `id_fusion="sum"`: `fused` `[N, d]` with the items' own added, zeros where absent.
+
+        Args:
+            items: as for `forward`.
+        """
+        if items is None or not len(self.weight):
+            return fused
+        return fused + self._own(items, fused.dtype)[0]
+
+    def _own(self, items: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`[N, d]`, zeros where absent, and bool `[N]`, which are not."""
+        row = torch.where(items < len(self.weight), items, 0)
+        known = self.seen[row]
+        return torch.where(known[:, None], rows_of(self.weight, row).to(dtype), 0), known
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         empty = self.seen.new_empty(0)

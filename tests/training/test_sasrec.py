@@ -192,7 +192,13 @@ def test_it_stops_and_gives_the_best_epoch(config: TrainConfig, task: Task) -> N
 def test_it_keeps_the_run_s_sequence_encoder_alone(config: TrainConfig, task: Task) -> None:
     wild = changed(
         config,
-        **{"top_k": 1, "load_balance": 0.1, "id_embedding": True, "modality_dropout": 0.5},
+        **{
+            "top_k": 1,
+            "load_balance": 0.1,
+            "id_embedding": True,
+            "id_fusion": "sum",
+            "modality_dropout": 0.5,
+        },
         **{"modality_dropout_scope": "history", "cross_projection": "low_rank", "label_smoothing": 0.1},
     )
     made = by_ids(wild.crossan_config(task.cache))
