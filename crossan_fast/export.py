@@ -59,7 +59,17 @@ class UserEncoder(nn.Module):
 
 
 def export_items(model: CrossanModel) -> ExportedProgram:
-    """`ItemEncoder` in evaluation mode by `torch.export`, for any number of items."""
+    """`ItemEncoder` in evaluation mode by `torch.export`, for any number of items.
+
+    It knows states, not rows: of a model with `id_embedding` it makes items without their own vectors, as
+    those are that training never saw, and warns of it.
+    """
+    if model.config.id_embedding:
+        warnings.warn(
+            "export: items are made of their states alone; vectors of their own (model.id_embedding), which "
+            "encode_catalogue and recommend add, are not in them",
+            stacklevel=2,
+        )
     batch, config = Dim("items"), model.config
     like = next(model.parameters())
     states = {m.name: like.new_zeros(2, m.levels, m.width) for m in config.modalities}

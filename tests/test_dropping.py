@@ -94,9 +94,11 @@ def by_hand(model, cache, pairs):
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
-@pytest.mark.parametrize("loss", ["in_batch", "full"])
-def test_a_step_equals_one_that_encodes_place_by_place(loss, backend):
-    cache, model = make_cache(), make_model(loss=loss)
+@pytest.mark.parametrize(
+    ("loss", "fusion"), [("in_batch", "expert"), ("full", "expert"), ("in_batch", "sum")]
+)
+def test_a_step_equals_one_that_encodes_place_by_place(loss, fusion, backend):
+    cache, model = make_cache(), make_model(loss=loss, id_fusion=fusion)
     model.backend = backend
     torch.manual_seed(11)
     out = model(IDS, cache=cache)

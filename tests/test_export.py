@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,16 @@ def test_what_torch_exports_is_the_model_at_any_size(config: str) -> None:
         for embeddings, mask in histories(model):
             want = model.encode_users(embeddings, mask)[:, -1]
             torch.testing.assert_close(users.module()(embeddings, mask), want)
+
+
+def test_items_by_states_alone_have_no_vectors_of_their_own() -> None:
+    plain = CONFIGS["momef"]
+    model = CrossanModel(replace(plain, id_embedding=True, id_fusion="sum"))
+    with pytest.warns(UserWarning, match="export: items are made of their states alone.*id_embedding"):
+        items = export_items(model)
+    inputs = item_inputs(model, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(items.module()(*inputs), model.encode_items(*inputs))
 
 
 @pytest.mark.parametrize("backend", ["cpp", "eager", "triton", "cuda"])

@@ -14,6 +14,7 @@ CASES = [
     {},
     {"id_embedding": True},
     {"id_embedding": True, "id_fusion": "sum"},
+    {"fusion": "concat", "id_embedding": True, "id_fusion": "sum"},
     {"fusion": "concat", "id_embedding": True},
     {"cross": "side"},
     {"iisan": True},

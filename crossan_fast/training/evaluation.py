@@ -149,7 +149,9 @@ def evaluate(
     with evaluating(model):
         users = users_of(model, items, held_out(split, part)[0])
         result = protocol.judge(users, items, items, model.backend_for)
-    return result.noting(f"{result.tied:,} targets have an equal among the items" if result.tied else "")
+    return result.noting(
+        f"{result.tied:,} targets have an equal among their candidates" if result.tied else ""
+    )
 
 
 def candidates_for(

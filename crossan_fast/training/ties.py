@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_HASHED = 65_536  # rows at a time
+_HASHED, _USERS = 65_536, 16_384  # rows of items, and of users, at a time
 
 
 def equals_of(targets: Tensor, items: Tensor, candidates: Tensor | None, exclude: Tensor | None) -> Tensor:
@@ -27,20 +27,20 @@ def equals_of(targets: Tensor, items: Tensor, candidates: Tensor | None, exclude
     group = among.new_full((len(items),), -1)
     group[rows] = among
     equals = counts[group[targets]] - 1
-    tied = equals.nonzero().flatten()
-    if exclude is None or not tied.numel():
+    if exclude is None:
         return equals
-    banned, wanted = exclude[tied].sort(dim=1).values, targets[tied][:, None]
-    first = torch.ones_like(banned, dtype=torch.bool)  # an item may stand in a history more than once
-    first[:, 1:] = banned[:, 1:] != banned[:, :-1]
-    gone = ((group[banned] == group[wanted]) & first & (banned != 0) & (banned != wanted)).sum(1)
-    itself = (banned == wanted).any(1)
-    equals[tied] = torch.where(itself, 0, equals[tied] - gone)
+    for tied in equals.nonzero().flatten().split(_USERS):
+        banned, wanted = exclude[tied].sort(dim=1).values, targets[tied][:, None]
+        first = torch.ones_like(banned, dtype=torch.bool)  # an item may stand in a history more than once
+        first[:, 1:] = banned[:, 1:] != banned[:, :-1]
+        gone = ((group[banned] == group[wanted]) & first & (banned != wanted)).sum(1)
+        itself = (banned == wanted).any(1)
+        equals[tied] = torch.where(itself, 0, equals[tied] - gone)
     return equals
 
 
 def _sums(items: Tensor, rows: Tensor) -> Tensor:
-    """int64 for each of `rows`, the same for equal rows, and for others with odds of 2^-63 a pair.
+    """int64 for each of `rows`, the same for equal rows, and for others with odds of 2^-43 at most.
 
     Sums, with wrap-around, of the numbers' bits under random odd factors of 64 bits; by halves, since short
     numbers end in zero bits, and their products would, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,28 @@ def test_a_recipe_is_trained_once_with_each_seed_and_setting(shop: Path) -> None
     table = tables.ablations_table(records.read(shop / "runs.csv"))
     assert "20 users ranked among all 25 items, filter_history=none" in table
     assert table.count("| `cache=whole") == 2 and "| 0 1 2 |" in table
+
+
+def test_ties_in_random_order_stand_beside_the_test(shop: Path) -> None:
+    """25 items with the same states tie all alike: one of 25 places each, and none with ties against it."""
+    alike = (torch.arange(26) > 0).float()[:, None, None].expand(26, 1, 8).contiguous()
+    states = dict.fromkeys(encoders.ENCODERS, alike)
+    write_cache(shop / "alike", states, item_names=[f"i{i}" for i in range(25)])
+    recipe = replace(caches.RECIPES["scientific2k"], centred=False, basis=None)
+    assert run.run(recipe, run.PLAIN, [*GIVEN, "cache=alike"], [0]) == 0
+    (row,) = records.read(shop / "runs.csv")
+    assert float(row["test_hr@10"]) == 0 and float(row["test_ties_hr@10"]) == pytest.approx(10 / 25)
+    gain = sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / 25
+    assert float(row["test_ties_ndcg@10"]) == pytest.approx(gain, abs=1e-6)
+    table = tables.ablations_table([row])
+    assert "| ties in random order | NDCG@10 |" in table
+    assert f"| 0.00 | 0.00 | 40.00 | {100 * gain:.2f} |" in table
+    older = {**row, "seed": "1", "test_ties_hr@10": "", "test_ties_ndcg@10": ""}
+    assert "| 0.00 ± 0.00 | 0.00 ± 0.00 |  |  |" in tables.ablations_table([row, older])
+    untold = tables.ablations_table([older | {"data": "scientific4k"}])
+    assert "random order" not in untold and "| 12.69 | 6.59 |\n" in untold
+    told = tables.ablations_table([row | {"data": "scientific4k"}]).splitlines()
+    assert {line.count("|") for line in told if line.startswith("| ")} == {12}
 
 
 def test_a_run_that_was_cut_off_goes_on(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
