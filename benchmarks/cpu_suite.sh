@@ -2,7 +2,8 @@
 # The rows of a CPU, unattended and offline, in at most 25 minutes on two idle cores, the most important first:
 # what the table of targets asks for, then the paper's sizes, then the axes. Every row is on disk as it is made,
 # and what this commit has rows of is not measured again: run it twice, and it goes on. Ends with a short table;
-# exits with an error where a case's check failed. Settings: benchmarks/suite.sh; the epoch needs CROSSAN_FAST_DATA.
+# exits with an error where a case's check failed. Settings: benchmarks/suite.sh; the epoch needs CROSSAN_FAST_DATA,
+# the step of IISAN's public code CROSSAN_FAST_IISAN, a clone of github.com/GAIR-Lab/IISAN.
 # With arguments, these sets alone: cpu_suite.sh step cache
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +19,9 @@ set_of() { # set_of NAME SECONDS ARGUMENT...: these cases, unless other sets wer
 
 set_of targets 200 "side_network/N=704,M=4,D=768,L" --only eager,autocast,compiled,cpp
 set_of epoch 180 "epoch/data=scientific" --only eager,cpp
-set_of step 100 "step/B=64,*loss=in_batch" --only eager,cpp
+[ -z "${CROSSAN_FAST_IISAN:-}" ] ||
+  set_of peers 60 "step/B=64,M=2,D=768," --only eager,cpp,iisan --dtypes fp32
+set_of step 120 "step/B=64,*loss=in_batch" --only eager,cpp
 set_of mapped 150 "step_mapped/items=10000*" --only eager,cpp
 set_of ranking 60 "rank_of_target/users=12076" --only eager,cpp --dtypes fp32
 set_of losses 60 "*_loss/rows=640,*" --only eager,cpp

@@ -20,7 +20,7 @@ REFERENCES = ("eager", "autocast", "compiled")
 BACKENDS = ("cpp", "triton", "cuda")
 KERNELS = (*BACKENDS, "triton-graph", "cuda-graph", "auto-graph")
 OURS = (*KERNELS, "host")
-IMPLEMENTATIONS = (*REFERENCES, *OURS, "liger", "cce")
+IMPLEMENTATIONS = (*REFERENCES, *OURS, "liger", "cce", "iisan")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -108,6 +108,7 @@ def _ratio(
 _PAPER, _WHOLE = _ENCODER.format(704), _ENCODER.format(20_314)
 _LOSS = "in_batch_loss/rows=10240,columns=11264,d=64"
 _STEP_64, _STEP_1024 = _STEP.format(64, "in_batch"), _STEP.format(1024, "in_batch")
+_PAIR_STEP = "step/B=64,M=2,D=768,{}loss=in_batch"
 _FULL_STEP = "step/B=256,M=2,D=384,loss=full"
 _EPOCH = "epoch/data={},B=64,M=2,D=384"
 _EPOCH_4 = "epoch/data=synthetic,B=64,M=4,D=768"
@@ -160,6 +161,18 @@ TARGETS = (
     _ratio("training step, B = 64, fp32", "avx512", _STEP_64, "fp32", 5.5, "eager"),
     _ratio("training step, B = 64, fp32", "avx2", _STEP_64, "fp32", 4.2, "eager"),
     Target("its memory", "cpu", _STEP_64, "fp32", "memory", 15, (_STEP_64, "fp32", "eager")),
+    *(
+        Target(
+            f"training step, B = 64, M = 2, D = 768, fp32, as {name}, against IISAN's public code",
+            "cpu",
+            _PAIR_STEP.format(named),
+            "fp32",
+            "time",
+            bound,
+            (_PAIR_STEP.format(named), "fp32", "iisan"),
+        )
+        for name, named, bound in (("IISAN", "architecture=iisan,", 5), ("CROSSAN", "", 6))
+    ),
     _ratio("full-softmax step, B = 256, M = 2, D = 384, fp32", "avx512", _FULL_STEP, "fp32", 4.5, "eager"),
     _ratio("full-softmax step, B = 256, M = 2, D = 384, fp32", "avx2", _FULL_STEP, "fp32", 3.5, "eager"),
     *(_ratio(what, "cpu", case, "fp32", 3, "eager") for what, case in _LOSSES),

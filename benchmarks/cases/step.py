@@ -6,7 +6,7 @@ implementation runs under autocast with fp32 weights, as training does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal, cast
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import accuracy
+from benchmarks.cases._iisan import PublicIisan
 from benchmarks.cases._shared import WINDOW, random_sequences
 from benchmarks.cases.side_network import CATALOGUE, Shape
 from benchmarks.registry import (
@@ -30,6 +31,7 @@ from benchmarks.registry import (
 )
 from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache
 from crossan_fast._sources import ReadAhead
+from crossan_fast.config import Architecture
 from crossan_fast.training import OptimizerConfig, TrainStep, make_optimizer
 from crossan_fast.training.feed import bucket
 from crossan_fast.training.graph import GraphedStep, refusal
@@ -39,6 +41,7 @@ CHECKED_USERS, CHECKED_ITEMS = 16, 512
 WARMUP = 3  # eager steps before a capture
 RECIPE = Shape(items=0, modalities=2, width=384)
 PAPER = Shape(items=0)
+PAIR = replace(PAPER, modalities=2)
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,32 @@ class StepBench:
     batches: list[Tensor]
     counts: Tensor
 
-    def workload(self, floors: dict[str, Floor] | None = None) -> Workload:
-        made: dict[str, Made] = {}
+    def workload(
+        self,
+        floors: dict[str, Floor] | None = None,
+        peers: Mapping[str, Callable[[StepBench], PublicIisan]] | None = None,
+    ) -> Workload:
+        checks: dict[str, Callable[[], None]] = {}
 
         def make(name: str) -> Runnable:
-            made[name] = self.made(name)
+            made = self.made(name)
+            checks[name] = partial(self.check, name, made)
             return Runnable(
-                lambda index: [made[name].call(self.batches[index], self.ahead)],
+                lambda index: [made.call(self.batches[index], self.ahead)],
                 memory=not name.endswith("-graph"),
             )
+
+        def make_peer(name: str, build: Callable[[StepBench], PublicIisan]) -> Runnable:
+            peer = build(self)
+            checks[name] = partial(peer.check, name, CHECKED_USERS)
+            return Runnable(lambda index: [peer(index)])
 
         names = ("eager", "compiled", *KERNELS)
         return Workload(
             len(self.batches),
-            {name: partial(make, name) for name in names},
-            lambda name, _: self.check(name, made[name]),
+            {name: partial(make, name) for name in names}
+            | {name: partial(make_peer, name, build) for name, build in (peers or {}).items()},
+            lambda name, _: checks[name](),
             floors or {},
         )
 
@@ -221,10 +235,16 @@ def build(shape: Shape, users: int, loss: Literal["in_batch", "full"], setting: 
     return bench.workload({"run": step_floor(bench, shape, loss)})
 
 
-def build_iisan(setting: Setting) -> Workload:
-    """IISAN as its paper has it: two modalities, a tower of their pair, heads of two layers."""
-    shape = replace(PAPER, modalities=2)
-    return random_bench(shape, CrossanConfig.iisan(shape.config().modalities), 64, setting).workload()
+def build_pair(architecture: Architecture, setting: Setting) -> Workload:
+    """Two modalities, as IISAN's paper has them, beside its public code: of either model, on the same states.
+
+    IISAN has a tower of the pair and heads of two layers.
+    """
+    modalities = PAIR.config().modalities
+    config = CrossanConfig.iisan(modalities) if architecture == "iisan" else CrossanConfig(modalities)
+    bench = random_bench(PAIR, config, 64, setting)
+    floors = {} if architecture == "iisan" else {"run": step_floor(bench, PAIR, "in_batch")}
+    return bench.workload(floors, {"iisan": PublicIisan})
 
 
 for shape, users, loss, importance, tag in (
@@ -252,12 +272,13 @@ for shape, users, loss, importance, tag in (
             reference_bytes=replace(shape, items=items).reference_bytes(4) + 20.0 * logits,
         )
     )
-register(
-    Case(
-        name="step/B=64,M=2,D=768,architecture=iisan,loss=in_batch",
-        build=build_iisan,
-        tags=frozenset({"step", "paper"}),
-        importance=12,
-        reference_bytes=1.5 * replace(PAPER, modalities=2, items=64 * (WINDOW + 1)).reference_bytes(4),
+for architecture, named in (("iisan", "architecture=iisan,"), ("crossan", "")):
+    register(
+        Case(
+            name=f"step/B=64,M=2,D=768,{named}loss=in_batch",
+            build=partial(build_pair, cast(Architecture, architecture)),
+            tags=frozenset({"step", "paper"}),
+            importance=12,
+            reference_bytes=1.5 * replace(PAIR, items=64 * (WINDOW + 1)).reference_bytes(4),
+        )
     )
-)
