@@ -1,5 +1,8 @@
 #include "gemm.h"
 
+#include <cmath>
+#include <type_traits>
+
 #include "transpose.h"
 
 namespace crossan_fast {
@@ -11,6 +14,16 @@ struct Fetch {
   const char* data;
   int64_t step;  // bytes
 };
+
+// sum + left · right, rounded once where the CPU can: of a lone number, too, whose loop a compiler may turn into
+// products and then sums, so that a row's result would depend on how many rows are beside it.
+template <class V>
+inline __attribute__((always_inline)) V plus_product(V sum, V left, V right) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  if constexpr (std::is_floating_point_v<V>) return std::fma(left, right, sum);
+#endif
+  return sum + left * right;
+}
 
 // C[rows, vectors·lanes] of one tile. The sum over k starts at zero (or the bias) and meets C only at its end:
 // long sums are thus built from short ones, which keeps their rounding small.
@@ -35,7 +48,7 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* a, int64
     for (int i = 0; i < rows; ++i) {
       const V left = broadcast<V>(a[i * a_row + k * a_column]);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[i][v] += left * right[v];
+      for (int v = 0; v < vectors; ++v) sum[i][v] = plus_product(sum[i][v], left, right[v]);
     }
   };
   // C first, then what comes after, a line a step. Loops of a fixed length: the core foresees their end.

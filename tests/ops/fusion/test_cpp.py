@@ -47,6 +47,26 @@ def test_equals_the_definition(count, top_k, absent):
     assert_close(got, fusion_run(fusion_reference, embeddings, weights, **arguments), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("d", [4, 6, 24, 64, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_item_does_not_depend_on_those_beside_it(d, dtype):
+    """Bit for bit: equal items have equal embeddings, wherever they stand."""
+    weights = fusion_weights(2, d, 4 * d, dtype)
+    for seed in range(5):
+        item = random(1, 2, d, seed=seed).to(dtype)
+        alone, grad = result_of(weights, item)
+        for count in (2, 6, 7, 12, 59, 61):
+            items, grads = result_of(weights, item.expand(count, 2, d).contiguous())
+            assert torch.equal(items, alone.expand_as(items)) and torch.equal(grads, grad.expand_as(grads))
+
+
+def result_of(weights: FusionWeights, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Items, and the gradient of the sum of their squares by the embeddings."""
+    embeddings = embeddings.clone().requires_grad_()
+    items = fusion(embeddings, weights, backend="cpp").items
+    return items.detach(), torch.autograd.grad(items.square().sum(), embeddings)[0]
+
+
 def test_with_an_expert_that_no_item_of_a_block_chooses():
     weights, embeddings = fusion_weights(2, 64, 256), random(70, 2, 64)
     present = torch.tensor([True, False]).expand(70, 2)
