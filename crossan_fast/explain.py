@@ -41,7 +41,8 @@ def explain(
         - `present`: bool `[n, M]`.
         - `expert`: the experts' names: the modalities', and `id` behind them where it is one.
         - `expert_weight`: `[n, M]`, or `[n, M + 1]` with an id expert, rows summing to 1: what MOMEF's router
-          gives to each expert, after `top_k`; 0 where it is absent. None where `fusion="concat"` has no router.
+          gives to each expert, after `top_k`; 0 where it is absent. None where there is no router
+          (`fusion="concat"`).
         - `gate`: μ `[T, L]`.
         - `share`: `[M, L]`: the part of a tower's last h that passed from each level's state, adapters and
           cross terms aside: μ_l · Π_{l' > l} (1 − μ_l').
