@@ -12,7 +12,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from benchmarks.results import FOLDER as RESULTS
+from benchmarks.results import device_name
 from crossan_fast.training import RunFolder, load_config
 from crossan_fast.training.trainer import Trainer, open_trainer
 
@@ -68,7 +71,7 @@ def summary(folder: RunFolder, **which: Any) -> dict[str, Any]:
     row = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": _commit(),
-        "device": versions["device"],
+        "device": versions["device"] if torch.cuda.is_available() else device_name(torch.device("cpu")),
         "threads": versions["threads"],
         "torch": versions["torch"],
         **which,

@@ -38,16 +38,31 @@ def of(rows: Iterable[Row], metric: str, part: str = "test") -> list[float]:
     return [float(row[f"{part}_{metric}"]) for row in rows]
 
 
-def at_random(rows: Sequence[Row], metric: str) -> list[float]:
-    """Test metrics with what ties in random order; none unless all of the rows have them."""
-    found = [row[f"test_ties_{metric}"] for row in rows]
-    return list(map(float, found)) if all(found) else []
+def ties_head(rows: Iterable[Row]) -> list[str]:
+    """Heads of the columns for test metrics with what ties in random order; none where no row has them."""
+    return ["ties in random order", "NDCG@10"] if any(row["test_ties_hr@10"] for row in rows) else []
+
+
+def ties_cells(rows: Sequence[Row]) -> list[str]:
+    """A group's cells under `ties_head`; empty ones unless all of its rows have them."""
+    told = all(row["test_ties_hr@10"] for row in rows)
+    return [spread([float(row[f"test_ties_{metric}"]) for row in rows]) if told else "" for metric in METRICS]
 
 
 def paired(ours: Sequence[Row], theirs: Sequence[Row], metric: str, part: str = "test") -> list[float]:
-    """Differences of one metric on the seeds that both have."""
-    first, second = ({row["seed"]: row for row in rows} for rows in (ours, theirs))
-    common = sorted(first.keys() & second.keys(), key=int)
+    """Differences of one metric on the seeds that both have, on the same machine where both have it there.
+
+    Machines round differently, an encoder's states first of all: between two of them the three seeds of one
+    recipe moved by five times what they differ on either.
+    """
+    first = {row["seed"]: row for row in ours}
+    second: dict[str, Row] = {}
+    for row in theirs:
+        mine = first.get(row["seed"])
+        held = second.get(row["seed"])
+        if mine and (held is None or held["device"] != mine["device"] or row["device"] == mine["device"]):
+            second[row["seed"]] = row
+    common = sorted(second, key=int)
     return [of([first[s]], metric, part)[0] - of([second[s]], metric, part)[0] for s in common]
 
 
@@ -69,17 +84,18 @@ def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
     for data in dict.fromkeys(row["data"] for row in rows):
         own = [row for row in rows if row["data"] == data]
         lines += ["", f"## {data}", "", protocol(own), ""]
-        ties = any(row["test_ties_hr@10"] for row in own)
-        head = ["setting", "cache", "seeds", "epochs", "validation HR@10", "NDCG@10", "less the recipe's"]
-        head += ["test HR@10", "NDCG@10", *(["ties in random order", "NDCG@10"] if ties else [])]
-        lines += [_head(head)]
+        ties = ties_head(own)
+        named = ["setting", "cache", "seeds", "epochs", "validation HR@10", "NDCG@10", "less the recipe's"]
+        lines += [head([*named, "test HR@10", "NDCG@10", *ties])]
         groups = grouped(own, "setting", "cache")
-        plain = groups.get((PLAIN, data + RECIPES[data].suffix), [])
+        suffix = RECIPES[data].suffix
+        plain = groups.get((PLAIN, data + suffix), [])
         best_first = sorted(
             groups.items(), key=lambda g: statistics.fmean(of(g[1], "ndcg@10", "validation")), reverse=True
         )
         for (setting, cache), group in best_first:
-            differences = [] if group is plain else paired(group, plain, "ndcg@10", "validation")
+            every = [row for row in own if (row["setting"], row["cache"]) == (PLAIN, data + suffix)]
+            differences = [] if group is plain else paired(group, every, "ndcg@10", "validation")
             cells = [
                 f"**{setting}**" if group is plain else setting if setting == PLAIN else f"`{setting}`",
                 cache,
@@ -89,8 +105,7 @@ def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
                 spread(differences, signed=True) if differences else "",
                 *(spread(of(group, metric)) for metric in METRICS),
             ]
-            if ties:
-                cells += [spread(found) if (found := at_random(group, m)) else "" for m in METRICS]
+            cells += ties_cells(group) if ties else []
             lines.append(f"| {' | '.join(cells)} |")
         for name, hits, gain in PUBLISHED.get(data, ()):
             figures = f"| | {hits} | {gain} |" if ties else f"{hits} | {gain} |"
@@ -103,7 +118,7 @@ def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
 def retention_table(rows: Sequence[Row]) -> str:
     """Markdown: what is left of test HR@10 where every item lacks a modality, means over seeds."""
     lines = ["", "## Without a modality at test time", ""]
-    lines += [_head(["cache", "setting", "seeds", "HR@10", "without", "HR@10", "retained"])]
+    lines += [head(["cache", "setting", "seeds", "HR@10", "without", "HR@10", "retained"])]
     for (cache, setting, missing), group in grouped(rows, "cache", "setting", "without").items():
         retained = statistics.fmean(float(row["retention_hr@10"]) for row in group)
         cells = [
@@ -140,13 +155,13 @@ def encoders_table(rows: Sequence[Row]) -> str:
         for metric in METRICS:
             rates = ", ".join(sorted({row["learning_rate"] for group in groups.values() for row in group}))
             lines += ["", f"## {states} states, test {metric.upper()}", "", f"Learning rate {rates}.", ""]
-            lines += [_head(["encoders", *models])]
+            lines += [head(["encoders", *models])]
             for subset in dict.fromkeys(key[1] for key in sorted(groups, key=_order)):
                 cells = [_cell(groups.get((model, subset), []), metric) for model in models]
                 lines.append(f"| {subset} | {' | '.join(cells)} |")
             added = [(model, [_cell_of(v) for v in gains(groups, model, metric)]) for model in models]
-            head = ["model", "two less one", "three less one", "three less the best one"]
-            lines += _filled("Differences of the means over subsets, paired by seed:", head, added)
+            named = ["model", "two less one", "three less one", "three less the best one"]
+            lines += _filled("Differences of the means over subsets, paired by seed:", named, added)
         every, pairs = " + ".join(ENCODERS), []
         for ours, theirs in (
             ("concat, cross", "concat"),
@@ -158,16 +173,16 @@ def encoders_table(rows: Sequence[Row]) -> str:
             first, second = groups.get((ours, every), []), groups.get((theirs, every), [])
             cells = [_cell_of(paired(first, second, metric)) for metric in METRICS]
             pairs.append((f"{ours} less {theirs}", cells))
-        head = ["", *(metric.upper() for metric in METRICS)]
-        lines += _filled(f"With all three, test, paired by seed, {states} states:", head, pairs)
+        named = ["", *(metric.upper() for metric in METRICS)]
+        lines += _filled(f"With all three, test, paired by seed, {states} states:", named, pairs)
     lines += ["", "![accuracy by number of encoders](encoders.png)"]
     return "\n".join([*lines, "", "Drawn by `python -m benchmarks.recipes.tabulate`."]) + "\n"
 
 
-def _filled(title: str, head: list[str], rows: Sequence[tuple[str, list[str]]]) -> list[str]:
+def _filled(title: str, names: list[str], rows: Sequence[tuple[str, list[str]]]) -> list[str]:
     """A table of the rows that say something; nothing where none does."""
     told = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows if any(cells)]
-    return ["", title, "", _head(head), *told] if told else []
+    return ["", title, "", head(names), *told] if told else []
 
 
 def by_count(groups: Subsets, model: str, metric: str) -> dict[int, dict[str, float]]:
@@ -248,7 +263,7 @@ def _order(key: tuple[str, ...]) -> tuple[int, list[int]]:
     return len(names), [ENCODERS.index(name) for name in names]
 
 
-def _head(names: Sequence[str]) -> str:
+def head(names: Sequence[str]) -> str:
     return f"| {' | '.join(names)} |\n" + "| --- " * len(names) + "|"
 
 

@@ -150,6 +150,7 @@ def basis_table(rows: list[Row]) -> str:
         machines = sorted(
             {f"{row['device']}; threads {row['threads']}" for g in groups.values() for row in g}
         )
+        ties = tables.ties_head([row for group in groups.values() for row in group])
         lines += [
             "",
             f"## {data}",
@@ -157,15 +158,16 @@ def basis_table(rows: list[Row]) -> str:
             f"{int(first['users']):,} users ranked among all {int(first['candidates']):,} items, "
             f"filter_history={first['filter_history']}. {' / '.join(machines)}.",
             "",
-            "| dimensions | energy | MB of states | s an epoch | seeds | HR@10 | NDCG@10 |",
-            "| --- " * 7 + "|",
+            tables.head(
+                ["dimensions", "energy", "MB of states", "s an epoch", "seeds", "HR@10", "NDCG@10", *ties]
+            ),
         ]
         for width, group in groups.items():
             seconds = min(float(row["epoch_seconds"]) for row in group)
-            lines.append(
-                f"| {width} | {group[0]['energy']} | {group[0]['megabytes']} | {seconds:.1f} | {len(group)} "
-                f"| {spread(tables.of(group, 'hr@10'))} | {spread(tables.of(group, 'ndcg@10'))} |"
-            )
+            cells = [str(width), group[0]["energy"], group[0]["megabytes"], f"{seconds:.1f}", str(len(group))]
+            cells += [spread(tables.of(group, metric)) for metric in tables.METRICS]
+            cells += tables.ties_cells(group) if ties else []
+            lines.append(f"| {' | '.join(cells)} |")
         if enough := fewest_within_noise(groups):
             lines += ["", f"Within two standard errors of all dimensions, both metrics: {enough}."]
     return "\n".join([*lines, "", "Drawn by `python -m benchmarks.recipes.tabulate`."]) + "\n"

@@ -199,6 +199,7 @@ def test_the_study_of_encoders_has_every_subset(shop: Path, monkeypatch: pytest.
 def test_gains_by_hand() -> None:
     def row(model: str, subset: str, seed: int, value: float) -> records.Row:
         return {
+            "device": "one",
             "model": model,
             "encoders": subset,
             "seed": str(seed),
@@ -218,6 +219,18 @@ def test_gains_by_hand() -> None:
     two, three, best = tables.gains(groups, "momef, cross", "hr@10")
     assert (two, three) == ([], [pytest.approx(0.05)])
     assert tables.paired(rows[:1], rows[-1:], "hr@10") == []
+
+
+def test_differences_are_taken_on_one_machine_where_both_were_there() -> None:
+    def row(device: str, seed: int, value: float) -> records.Row:
+        return {"device": device, "seed": str(seed), "test_hr@10": str(value)}
+
+    plain = [row("a", 0, 0.1), row("b", 0, 0.2), row("a", 0, 0.12), row("a", 1, 0.3)]
+    ours = [row("a", 0, 0.15), row("b", 1, 0.3), row("b", 2, 0.9)]
+    # The latest of machine a; of seed 1 b has none, and of seed 2 nobody.
+    assert tables.paired(ours, plain, "hr@10") == [pytest.approx(0.03), pytest.approx(0)]
+    assert tables.paired([row("b", 0, 0.15)], plain, "hr@10") == [pytest.approx(-0.05)]
+    assert tables.paired([row("c", 0, 0.15)], plain, "hr@10") == [pytest.approx(0.03)]
 
 
 def test_the_report_is_drawn_from_the_records(tmp_path: Path) -> None:
