@@ -178,3 +178,11 @@ def test_the_site_shows_recorded_kernels_and_recipes():
     for name in ("aot", "recipes", "basis", "ablations", "encoders"):
         drawn = pages.DRAWINGS[name](results.FOLDER, results.ROOT / "docs")
         assert drawn.count("\n| ") > 5 and "](s" not in drawn, name
+
+
+def test_readme_and_pages_hold_what_the_rows_say():
+    """As `python -m benchmarks report` writes them: a row that is added goes with its pages."""
+    every = [results.ROOT / "README.md", *sorted((results.ROOT / "docs").glob("*.md"))]
+    for page in every:
+        text = page.read_text(encoding="utf-8")
+        assert pages.fill(text, page) == text, f"{page.name}: run python -m benchmarks report"
