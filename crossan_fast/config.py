@@ -129,8 +129,8 @@ class CrossanConfig:
         id_embedding: ◊ a vector for each item beside its modalities, allocated by
             `CrossanModel.set_popularity`; items that training never saw do without.
         id_fusion: ◊ how that vector joins: as one more `expert` of the fusion, or as a `sum`, added to what
-            the fusion makes, from zero on. The sum did better than the expert wherever both were tried
-            (docs/which-setting.md).
+            the fusion makes, from zero on. The sum did no worse wherever both were tried, and far better
+            where items are seen rarely (docs/which-setting.md).
         modality_dropout: ◊ probability that a present modality is dropped in training, never an item's last.
         modality_dropout_scope: ◊ an `item` and step, or a whole `history` (Sequential Modality Dropout,
             arXiv 2608.10240): one draw a history and modality; targets and negatives keep what they have.
