@@ -19,6 +19,7 @@ from benchmarks.results import device_name
 from crossan_fast.training import RunFolder, load_config
 from crossan_fast.training.trainer import Trainer, open_trainer
 
+CPU = torch.device("cpu")
 Row = dict[str, str]
 Finished = Callable[[Trainer], None]
 
@@ -71,7 +72,7 @@ def summary(folder: RunFolder, **which: Any) -> dict[str, Any]:
     row = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": _commit(),
-        "device": versions["device"] if torch.cuda.is_available() else device_name(torch.device("cpu")),
+        "device": device_name(CPU) if versions["device"].startswith("cpu") else versions["device"],
         "threads": versions["threads"],
         "torch": versions["torch"],
         **which,

@@ -88,13 +88,13 @@ def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
         named = ["setting", "cache", "seeds", "epochs", "validation HR@10", "NDCG@10", "less the recipe's"]
         lines += [head([*named, "test HR@10", "NDCG@10", *ties])]
         groups = grouped(own, "setting", "cache")
-        suffix = RECIPES[data].suffix
-        plain = groups.get((PLAIN, data + suffix), [])
+        recipe = (PLAIN, data + RECIPES[data].suffix)
+        plain = groups.get(recipe, [])
+        every = [row for row in own if (row["setting"], row["cache"]) == recipe]  # of older machines, too
         best_first = sorted(
             groups.items(), key=lambda g: statistics.fmean(of(g[1], "ndcg@10", "validation")), reverse=True
         )
         for (setting, cache), group in best_first:
-            every = [row for row in own if (row["setting"], row["cache"]) == (PLAIN, data + suffix)]
             differences = [] if group is plain else paired(group, every, "ndcg@10", "validation")
             cells = [
                 f"**{setting}**" if group is plain else setting if setting == PLAIN else f"`{setting}`",
