@@ -42,7 +42,7 @@ def parse_yaml(text: str, name: str, source: str) -> Any:
         source: what the text is, for messages.
 
     Raises:
-        ValueError: too large, too deep, with an alias, or no YAML.
+        ValueError: too large, too deep, with an alias or a key twice in one mapping, or no YAML.
     """
     _bounded(text.encode("utf-8", "surrogatepass"), name, source)
     try:
@@ -92,7 +92,7 @@ def _bounded(content: bytes, name: str, source: str) -> bytes:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases and deep nesting while it composes, before anything is built of them."""
+    """Refuses aliases, deep nesting and a key given twice while it composes, before anything is built."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -108,6 +108,18 @@ class _Loader(yaml.SafeLoader):
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            # YAML has it an error; the library would keep the last and drop the first in silence.
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                problem = f"the key {key.value!r} is there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(name)
+        return node
 
     def _refuse(self, problem: str) -> NoReturn:
         mark = self.peek_event().start_mark

@@ -161,8 +161,12 @@ def main() -> int:
     )
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", choices=ABLATIONS, help="default: all that change something")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides")
+    parser.add_argument(
+        "--only", action="extend", nargs="+", choices=ABLATIONS, help="default: all that change something"
+    )
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="key=value", dest="overrides"
+    )
     parser.add_argument("--list", action="store_true", help="name them, and train nothing")
     args = parser.parse_args()
     recipe = RECIPES[args.recipe]

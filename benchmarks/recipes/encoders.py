@@ -60,7 +60,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 3], help="numbers of encoders")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="key=value", dest="overrides"
+    )
     args = parser.parse_args()
     cache = cache_of(STATES[args.states], args.overrides)
     settings = [*args.overrides, f"cache={cache}"]

@@ -65,7 +65,9 @@ def main() -> int:
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variant", default=PLAIN, help=f"settings with a name (default {PLAIN!r}: none)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", dest="overrides")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="key=value", dest="overrides"
+    )
     parser.add_argument(
         "--basis", type=int, help="dimensions of the cache's basis (0: all; default: the recipe's)"
     )

@@ -119,6 +119,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     build.add_argument("--restart", action="store_true", help="forget what a stopped build did")
     build.add_argument(
         "--re-encode",
+        action="extend",
         nargs="+",
         default=[],
         metavar="NAME",
@@ -170,11 +171,18 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.add_argument("--out", required=True, type=Path, help="folder of the new cache")
     convert.add_argument("--dtype", choices=DTYPES, help="storage (default: the cache's own)")
     convert.add_argument(
-        "--centre", "--center", nargs="*", metavar="NAME", help="modalities to centre (default: all)"
+        "--centre",
+        "--center",
+        action="extend",
+        nargs="*",
+        metavar="NAME",
+        help="modalities to centre (default: all)",
     )
     sizes = convert.add_mutually_exclusive_group()
-    sizes.add_argument("--basis", nargs="+", metavar="[NAME=]K", help="dimensions to keep")
-    sizes.add_argument("--energy", nargs="+", metavar="[NAME=]SHARE", help="share of energy to keep")
+    sizes.add_argument("--basis", action="extend", nargs="+", metavar="[NAME=]K", help="dimensions to keep")
+    sizes.add_argument(
+        "--energy", action="extend", nargs="+", metavar="[NAME=]SHARE", help="share of energy to keep"
+    )
     convert.add_argument(
         "--run", type=Path, help="folder of a run: print what its model loses in HR@10 by the conversion"
     )

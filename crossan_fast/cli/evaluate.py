@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="which items of a user's history are no candidates; `all` is IISAN's protocol",
     )
     parser.add_argument("--candidates", choices=("used", "all"), help="rank items of the users file, or all")
-    parser.add_argument("--k", type=int, nargs="+", help="cut-offs")
+    parser.add_argument("--k", type=int, action="extend", nargs="+", help="cut-offs")
     parser.add_argument("--verify", choices=("open", "lazy", "off"), help=VERIFY)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
     parser.add_argument(
@@ -70,6 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_baselines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baselines",
+        action="extend",
         nargs="*",
         choices=("popularity", "neighbours", "sasrec"),
         help="also what others reach: popularity, and the neighbours of the last item by the model's "
@@ -87,6 +88,7 @@ def _add_baselines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sasrec-learning-rates",
         type=float,
+        action="extend",
         nargs="+",
         metavar="RATE",
         help="of sasrec, a training with each, the best on validation kept (default: the run's, and a third)",

@@ -33,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--onnx", type=Path, metavar="DIR", help="folder for item_encoder and user_encoder")
     parser.add_argument(
         "--embeddings",
+        action="extend",
         nargs="+",
         metavar="FILE",
         help="file for the items' embeddings, and one for the users': .npy, with the names in .names.json "

@@ -40,7 +40,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--run", required=True, help="folder of a run")
     histories = parser.add_mutually_exclusive_group(required=True)
-    histories.add_argument("--history", nargs="+", metavar="ITEM", help="item names, oldest first")
+    histories.add_argument(
+        "--history", action="extend", nargs="+", metavar="ITEM", help="item names, oldest first"
+    )
     histories.add_argument("--histories", type=Path, help="users file: a history for each of its users")
     add_column_options(parser, USERS_COLUMNS)
     parser.add_argument(
@@ -59,6 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--cache", help="another cache than the run's, of the same encoders")
     parser.add_argument(
         "--items",
+        action="extend",
         nargs="+",
         type=Path,
         help="items files with more titles than the run's, such as of new items",

@@ -122,6 +122,8 @@ def test_convert_into_a_basis(files: Path, capsys: pytest.CaptureFixture[str]) -
     assert run("verify", files / "b", "--no-progress") == 0
     assert run(*convert, files / "n", "--energy", "audio=0.3") == 0
     assert "audio: 1 of 4 dimensions hold" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--basis: expected .*, got audio=2 audio=3"):
+        run(*convert, files / "x", "--basis", "audio=2", "--basis", "audio=3")
     with pytest.raises(SystemExit):
         run(*convert, files / "x", "--energy", "0.5", "--basis", "2")
     assert "--basis: not allowed with argument --energy" in capsys.readouterr().err

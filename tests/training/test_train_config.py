@@ -111,13 +111,18 @@ BOMB = "\n".join(["a0: &a0 boom", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 1
     ("content", "message"),
     [
         ("cache: &a c\nusers: *a\nrun: r\n", r"aliases .*line 2, column 8"),
+        (
+            "cache: c\nmodel: {dropout: 0.2}\nmodel: {window: 20}\n",
+            r"the key 'model' is there twice .*line 3, column 1",
+        ),
+        ("model: {window: 20, dropout: 0.2, window: 10}", "the key 'window' is there twice"),
         ("modalities: " + "[" * 5000, "nested more than 32 deep"),
         ("- " * 5000, "nested more than 32 deep"),
         ("cache: " + "c" * 100_000, "expected at most 65536 bytes in .*config.yaml"),
         ("epochs: 2001-13-01", "is no YAML: month must be in 1..12"),
         ("epochs: " + ":".join(["1"] * 500) + ".5", "is no YAML: int too large"),
     ],
-    ids=["alias", "deep flow", "deep block", "large", "date", "float"],
+    ids=["alias", "a key twice", "a nested key twice", "deep flow", "deep block", "large", "date", "float"],
 )
 def test_a_file_of_someone_else_is_read_within_bounds(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "config.yaml"
