@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from crossan_fast import _build, _library
+from crossan_fast._checks import nearest
 from crossan_fast.cli._output import add_json, show, table
 from crossan_fast.ops import _dispatch
 
@@ -27,6 +28,14 @@ _EXTRAS = {
     "rich": "tables with lines in a terminal: pip install 'crossan-fast[tables]'",
     "xformers": "model.attention=xformers: pip install 'crossan-fast[xformers]'",
 }
+
+# What the library reads of the environment; its benchmarks and tests have names of their own.
+_VARIABLES = (
+    *("CROSSAN_FAST_AUTOTUNE", "CROSSAN_FAST_AUTOTUNE_FILE", "CROSSAN_FAST_BACKEND", "CROSSAN_FAST_BUILD"),
+    *("CROSSAN_FAST_BUILD_DIR", "CROSSAN_FAST_CPU_BF16", "CROSSAN_FAST_CPU_L2", "CROSSAN_FAST_CUDA_ARCH"),
+    *("CROSSAN_FAST_CXXFLAGS", "CROSSAN_FAST_DATA", "CROSSAN_FAST_MARCH"),
+)
+_OTHERS = re.compile("CROSSAN_FAST_(COMMIT|IISAN|PRETENDED_GPU|SUITE_.*|TEST_.*)")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,6 +74,8 @@ def _sections(dtype: str, build: bool) -> Iterator[tuple[str, Iterable[tuple[str
     """Titles with their rows, names beside what is to say of them."""
     yield "versions", _versions()
     yield "this machine", _machine()
+    if variables := list(_variables()):
+        yield "variables", variables
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     # First, since with --build choosing builds, and the extension's rows tell what there is.
     choices = {device: list(_choices(device, types[dtype], build)) for device in ("cpu", "cuda")}
@@ -102,6 +113,15 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "nvcc", _tool(nvcc, "install the CUDA toolkit (or set CUDA_HOME) to build the CUDA kernels")
     with _library.ninja_on_path():
         yield "ninja", _tool("ninja", "pip install ninja")
+
+
+def _variables() -> Iterator[tuple[str, str]]:
+    """The CROSSAN_FAST_ variables that are set: a misspelt one changes nothing, and nothing else says so."""
+    for name, value in sorted(os.environ.items()):
+        if not name.startswith("CROSSAN_FAST_") or _OTHERS.fullmatch(name):
+            continue
+        known = name in _VARIABLES
+        yield name, value if known else f"{value}  (nothing reads this name{nearest(name, _VARIABLES)})"
 
 
 def _extension() -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks import results
 from crossan_fast import _build, _library
-from crossan_fast.cli import main
+from crossan_fast.cli import doctor, main
 from crossan_fast.ops import _dispatch
 
 
@@ -218,3 +219,25 @@ def test_the_rows_that_reasons_name_are_all_that_were_measured_on_cpus() -> None
 def test_vectors_are_read_from_the_cpus_flags(monkeypatch: pytest.MonkeyPatch, flags: str, said: str) -> None:
     monkeypatch.setattr(_build, "cpu_flags", flags.split)
     assert _build.vectors() == said
+
+
+def test_a_misspelt_variable_is_shown(
+    backends: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CROSSAN_FAST_BACKND", "eager")
+    monkeypatch.setenv("CROSSAN_FAST_CPU_L2", "1024")
+    monkeypatch.setenv("CROSSAN_FAST_SUITE_SECONDS", "1")
+    assert main(["doctor"]) == 0
+    assert {
+        "  CROSSAN_FAST_BACKND eager  (nothing reads this name; did you mean 'CROSSAN_FAST_BACKEND'?)",
+        "  CROSSAN_FAST_CPU_L2 1024",
+    } == {line for line in capsys.readouterr().out.splitlines() if line.startswith("  CROSSAN_FAST_")}
+
+
+def test_every_variable_that_the_library_reads_is_known() -> None:
+    package = Path(_library.__file__).parent
+    sources = [package, package.parent / "kernels", _build.CSRC]
+    files = [file for folder in sources for file in folder.rglob("*") if file.suffix in {".py", ".cpp", ".h"}]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in [*files, package.parent / "setup.py"])
+    read = re.findall(r"""(?:environ\.get\(|environ\[|getenv\(|\n[A-Z_]+ = )"(CROSSAN_FAST_\w+)""", text)
+    assert len(read) > 8 and set(read) == set(doctor._VARIABLES)
