@@ -42,11 +42,12 @@ class Shape:
         )
 
     def side_floors(self, element: int) -> dict[str, Floor]:
-        """The floor, heads folded in: states read once by each pass, bottlenecks and e written and read.
+        """The floor: states read once by each pass, bottlenecks and e written and read.
 
-        Products of weights alone, made once a call, are in it: G_lp = W_l W_up,p of all p < l, and in the
-        backward what they give both weights. They weigh nothing over a catalogue, but are a fifth of all at a
-        batch's 704 items.
+        Heads are folded in where that is less work than h itself, as in all but narrow towers. Products of
+        weights alone, made once a call, are in it then: G_lp = W_l W_up,p of all p < l, and in the backward
+        what they give both weights. They weigh nothing over a catalogue, but are a fifth of all at a batch's
+        704 items.
         """
         levels, rank, width, d = self.levels, self.rank, self.width, self.embedding
         towers = self.items * self.modalities
@@ -57,9 +58,12 @@ class Shape:
         linked = levels * (levels - 1) // 2 * rank**2 + levels * rank * d
         links = 2.0 * towers * linked
         made = 2.0 * self.modalities * linked * width
+        flops = (down + head + links + made, 2 * (down + head + links + made))
+        if 4 * levels * rank * width < 3 * linked:  # h is made, in the backward again, and up has gradients
+            flops = (2 * down + head, 5 * down + 2 * head)
         # Weight gradients are fp32, as the weights are.
-        forward = Floor(states + kept + weights, down + head + links + made)
-        backward = Floor(states + kept + weights + 4 * weights // element, 2 * (down + head + links + made))
+        forward = Floor(states + kept + weights, flops[0])
+        backward = Floor(states + kept + weights + 4 * weights // element, flops[1])
         return _with_both(forward, backward)
 
     def fusion_floors(self, element: int) -> dict[str, Floor]:

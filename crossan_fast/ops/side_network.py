@@ -358,7 +358,7 @@ def _fake(states, scales, ids, present, weights, *static):
         layout = Layout.of(structure, own, dtype)
         links = layout.size if layout else 0
     else:
-        links = links_size(levels, rank, embedding, structure.cross, states[0].device)
+        links = links_size(structure, levels, rank, embedding, states[0].device)
     return [
         empty((count, towers, embedding), dtype=dtype),
         empty((towers, count, levels, rank), dtype=dtype),
@@ -366,15 +366,19 @@ def _fake(states, scales, ids, present, weights, *static):
     ]
 
 
-def links_size(levels: int, rank: int, embedding: int, cross: str, device: torch.device) -> int:
+def links_size(
+    structure: SideNetworkStructure, levels: int, rank: int, embedding: int, device: torch.device
+) -> int:
     """Numbers a tower of what the CPU's forward keeps of its weights: for each level p the matrix
     `[(L − 1 − p)·r + d, r]` of κ W_l W_up,p over l > p, W_l being W_down,l and the head's last.
 
-    CUDA's kernels make them anew, Triton's keep what `_kept` lays out; with `cross="side"` there are none.
+    CUDA's kernels make them anew, Triton's keep what `_kept` lays out. There are none where the CPU's walk
+    with h itself (`Structure::walks_with_h` in C++): with `cross="side"`, and in towers too narrow for links
+    to pay.
     """
-    if device.type != "cpu" or cross == "side":
-        return 0
-    return levels * (levels - 1) // 2 * rank * rank + levels * rank * embedding
+    links = levels * (levels - 1) // 2 * rank * rank + levels * rank * embedding
+    narrow = 4 * levels * rank * sum(structure.tower_widths) < 3 * links * len(structure.sources)
+    return 0 if device.type != "cpu" or structure.cross == "side" or narrow else links
 
 
 def _fake_backward(grad_embeddings, saved, links, states, scales, ids, present, weights, *static):

@@ -346,6 +346,14 @@ def test_a_batchs_floor_holds_the_products_of_weights_alone():
     assert none["both"].flops / batch["both"].flops == pytest.approx(0.2, abs=0.005)
 
 
+def test_a_narrow_towers_floor_is_with_h():
+    shape = side_network.Shape(items=1000, modalities=2, width=128)
+    floor = shape.side_floors(4)
+    level, head = 2.0 * 2000 * 128 * 64, 2.0 * 2000 * 128 * 64
+    assert floor["forward"].flops == 2 * 7 * level + head
+    assert floor["backward"].flops == 5 * 7 * level + 2 * head
+
+
 def test_a_file_of_another_layout_is_refused(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("a,b\n1,2\n")

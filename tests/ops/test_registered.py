@@ -47,7 +47,7 @@ def side_forward(states, scales, ids, present, weights, *static):
         dtype=dtype,
     )
     count, towers, width = e.shape
-    links = links_size(LEVELS, RANK, width, structure.cross, e.device)
+    links = links_size(structure, LEVELS, RANK, width, e.device)
     return [e, e.new_zeros(towers, count, LEVELS, RANK), e.new_zeros(towers, links)]
 
 

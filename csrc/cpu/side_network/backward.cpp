@@ -230,7 +230,7 @@ class BackwardWalk {
 template <class T>
 void backward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& in,
               const T* columns, const Weights<T*>& grads) {
-  if (structure.cross == Cross::side) return coupled::backward(structure, inputs, weights, in, grads);
+  if (structure.walks_with_h()) return coupled::backward(structure, inputs, weights, in, grads);
   Tasks tasks;
   const Plan<T> plan(tasks, structure, inputs, weights, in.type);
   Sums<T> sums(structure, grads);

@@ -119,9 +119,7 @@ side_network::Weights<P> group_weights(const side_network::Structure& s, F&& poi
   return w;
 }
 
-int64_t links_size(const side_network::Structure& s) {
-  return s.cross == side_network::Cross::side ? 0 : side_network::Columns(s).size();
-}
+int64_t links_size(const side_network::Structure& s) { return s.walks_with_h() ? 0 : s.links(); }
 
 }  // namespace
 

@@ -1,5 +1,6 @@
-// side_network where towers take each other's h of the level before (cross = side): what an item's modalities lack
-// would make every κ its own, so a block walks with h itself. On its way back it has x, from h kept after each level.
+// side_network with h itself: where towers take each other's of the level before (cross = side), since what an item's
+// modalities lack would make every κ its own, and where towers are narrow (`walks_with_h`). On its way back a block has
+// x, from h kept after each level.
 #pragma once
 
 #include <vector>

@@ -187,14 +187,16 @@ class BackwardWalk {
     turns_.pass(block_, step_++);
   }
 
-  // What each tower's h before level l gets from all towers' x.
+  // What each tower's h before level l gets from its x; with cross = side from all towers' x.
   void exchange(int64_t l) {
-    const size_t modalities = s_.widths.size();
-    for (size_t n = 0; n < modalities; ++n) {
-      const int64_t width = s_.widths[n], row = padded<T>(width);
+    if (l == 0) return;  // h before it is zero
+    const size_t modalities = s_.cross == Cross::side ? s_.widths.size() : 0;
+    for (size_t n = 0; n < s_.towers.size(); ++n) {
+      if (s_.towers[n].second >= 0) continue;  // keeps all of h
+      const int64_t width = s_.width(s_.towers[n]), row = padded<T>(width);
       for (int64_t i = 0; i < count_; ++i) {
         int terms = 0;
-        for (size_t m = 0; l > 0 && m < modalities; ++m)
+        for (size_t m = 0; m < modalities; ++m)
           for (const auto& c : plan_.incoming[m])
             if (c.from == static_cast<int>(n) && c.projection < 0) {
               weight_[terms] = c.gate[l];
@@ -203,14 +205,15 @@ class BackwardWalk {
         mix<T>(width, g_[n].data() + i * row, plan_.keeps(n, l), terms, source_.data(), weight_.data(),
                next_[n].data() + i * row);
       }
-      for (size_t m = 0; l > 0 && m < modalities; ++m)
+      for (size_t m = 0; m < modalities; ++m)
         for (const auto& c : plan_.incoming[m])
           if (c.from == static_cast<int>(n) && c.projection >= 0)
             multiply<T>(count_, width, s_.rank, other_widths_.d_low(c.projection), s_.rank, 1,
                         plain(plan_.weights.cross_down[c.projection], width), next_[n].data(), row, Into::add);
       plan_.zero_absent(s_.towers[n], first_, count_, next_[n].data(), row, width);
     }
-    for (size_t n = 0; n < modalities; ++n) std::swap(g_[n], next_[n]);
+    for (size_t n = 0; n < s_.towers.size(); ++n)
+      if (s_.towers[n].second < 0) std::swap(g_[n], next_[n]);
   }
 
   const Plan<T>& plan_;

@@ -22,8 +22,8 @@ class ForwardWalk {
         low_(plan.cross_down.empty() ? 0 : block * plan.structure.rank) {
     const Structure& s = plan.structure;
     for (const Tower& tower : s.towers) h_.emplace_back(block * padded<T>(s.width(tower)));
-    for (int64_t width : s.widths) {
-      copies_.emplace_back(block * padded<T>(width));
+    for (size_t m = 0; s.cross == Cross::side && m < s.widths.size(); ++m) {
+      copies_.emplace_back(block * padded<T>(s.widths[m]));
       before_.push_back(copies_.back().data());
     }
     e_ = Buffer<T>(block * s.embedding);
@@ -80,7 +80,7 @@ class ForwardWalk {
   Products<T> products_;
   Buffer<T> z_, a_, low_, e_;      // [block, rank] each; [block, d]
   std::vector<Buffer<T>> h_;       // per tower [block, D]
-  std::vector<Buffer<T>> copies_;  // per modality's tower, its h of the level before
+  std::vector<Buffer<T>> copies_;  // per modality's tower, its h of the level before; where others take it
   std::vector<T*> before_;
 };
 

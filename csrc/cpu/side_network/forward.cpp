@@ -125,7 +125,7 @@ class ForwardWalk {
 template <class T>
 void forward(const Structure& structure, const Inputs& inputs, const Weights<const T*>& weights, const Kept& out,
              T* columns) {
-  if (structure.cross == Cross::side) return coupled::forward(structure, inputs, weights, out);
+  if (structure.walks_with_h()) return coupled::forward(structure, inputs, weights, out);
   Tasks tasks;
   const Plan<T> plan(tasks, structure, inputs, weights, out.type);
   const Weighed<T> weighed{plan.across(tasks, weights.down_weight, structure.levels, structure.rank, As::transposed),

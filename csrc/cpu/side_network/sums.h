@@ -28,8 +28,8 @@ struct Sums {
   using PerLevel = std::vector<std::vector<double>>;  // [tower or pair][level], over items
 
   const Weights<T*>& grads;
-  std::vector<LevelProducts<T>> products;  // per tower; none where cross = side
-  PerLevel mu;          // ⟨dx, c⟩; less ⟨dx, the other c⟩ of a pair's, less ⟨dx, h⟩ where cross = side
+  std::vector<LevelProducts<T>> products;  // per tower; none where a block walks with h
+  PerLevel mu;          // ⟨dx, c⟩; less ⟨dx, the other c⟩ of a pair's, less ⟨dx, h⟩ where a block walks with it
   PerLevel bottleneck;  // ⟨da, a⟩ − ⟨dz, z⟩
   PerLevel cross;       // ⟨dx, T s⟩ per cross pair
 
@@ -38,7 +38,7 @@ struct Sums {
         mu(s.towers.size(), std::vector<double>(static_cast<size_t>(s.levels))),
         bottleneck(mu),
         cross(s.cross_pairs().size(), std::vector<double>(static_cast<size_t>(s.levels))) {
-    for (size_t t = 0; s.cross != Cross::side && t < s.towers.size(); ++t) products.emplace_back(s);
+    for (size_t t = 0; !s.walks_with_h() && t < s.towers.size(); ++t) products.emplace_back(s);
   }
 };
 
@@ -246,7 +246,7 @@ void finish_gates(const Plan<T>& plan, const Sums<T>& sums) {
     double before = 0;  // q_{l−1}
     for (int64_t l = 0; l < s.levels; ++l) {
       const double mu = 1.0 / (1.0 + std::exp(-static_cast<double>(plan.weights.gate[t][l]) / s.temperature));
-      if (s.towers[t].second >= 0 || s.cross == Cross::side) {
+      if (s.towers[t].second >= 0 || s.walks_with_h()) {
         sums.grads.gate[t][l] = static_cast<T>(sums.mu[t][l] * mu * (1 - mu) / s.temperature);
         continue;
       }

@@ -39,7 +39,8 @@ def follow(library, arguments, results):
     count, towers = len(states[0]) if ids is None else len(ids), len(static[1]) // 2
     levels, rank, _ = weights[0].shape
     embedding = len(weights[6 * towers])
-    size = links_size(levels, rank, embedding, static[2], weights[0].device)
+    structure = SideNetworkStructure.from_static(*static)
+    size = links_size(structure, levels, rank, embedding, weights[0].device)
     shapes = [(count, towers, embedding), (towers, count, levels, rank), (towers, size)]
     assert [tuple(o.shape) for o in results] == shapes
     grad = values(*shapes[0], dtype=dtype)

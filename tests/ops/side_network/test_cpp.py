@@ -27,12 +27,17 @@ from crossan_fast.ops.side_network import SideNetworkStructure, side_network, si
 pytestmark = [needs_cpp, pytest.mark.usefixtures("poisoned_memory")]
 
 
+# Towers of width 20 walk by links at a rank of 6, with h itself at one of 40.
+RANKS = (6, 40)
+
+
 @pytest.mark.parametrize("subset", [False, True], ids=["all rows", "ids and present"])
 @pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_float64_equals_the_definition(name, levels, subset):
+def test_float64_equals_the_definition(name, rank, levels, subset):
     structure, rows = STRUCTURES[name], 131
-    weights, states = make_weights(structure, levels, 6), make_states(structure, rows, levels)
+    weights, states = make_weights(structure, levels, rank), make_states(structure, rows, levels)
     arguments = {}
     if subset:
         generator = torch.Generator().manual_seed(3)
@@ -44,11 +49,31 @@ def test_float64_equals_the_definition(name, levels, subset):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("width", "walk"), [(20, "with h"), (36, "with h"), (37, "by links"), (38, "by links"), (60, "by links")]
+)
+def test_narrow_towers_walk_with_h(width, walk):
+    """Links save 4 L·D·r products an item and cost 3 for each of their numbers: here they pay from 37 on."""
+    structure = SideNetworkStructure((width, width), ((0,), (1,)))
+    weights, states = make_weights(structure, 4, 18, 22), make_states(structure, 70, 4)
+    links = 4 * 3 // 2 * 18 * 18 + 4 * 18 * 22
+    assert (4 * 4 * 18 * width < 3 * links) == (walk == "with h")
+    _, _, kept = torch.ops.crossan_fast.side_network(
+        states, [], None, None, weights.flatten(), *structure.static, torch.float64, "cpp"
+    )
+    assert kept.shape == (2, 0 if walk == "with h" else links)
+    got = outputs_and_grads(compiled, states, weights, structure)
+    expected = outputs_and_grads(side_network_reference, states, weights, structure)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [8, 17, 40])
 @pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "low rank", "low rank, side", "pairs"])
-def test_error_is_no_worse_than_eagers(name, dtype):
+def test_error_is_no_worse_than_eagers(name, rank, dtype):
     structure, levels = STRUCTURES[name], 4
-    weights = in_dtype(make_weights(structure, levels, 17), dtype)
+    weights = in_dtype(make_weights(structure, levels, rank), dtype)
     states = [s.to(dtype) for s in make_states(structure, 300, levels)]
     assert_no_worse_than_eager(states, weights, structure, draws=4)
 
@@ -98,7 +123,7 @@ print(torch.ops.crossan_fast_cpp.has_brgemm())
     assert lines[6] == "False"
 
 
-@pytest.mark.parametrize("rank", [17, 24])  # of an odd one products of weights alone stay in fp32
+@pytest.mark.parametrize("rank", [7, 12, 17, 24])  # of an odd one products of weights alone stay in fp32
 @pytest.mark.parametrize(
     "name", ["backbone", "unequal widths, side", "low rank", "low rank, side", "pairs", "none, relu"]
 )

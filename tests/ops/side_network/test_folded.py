@@ -1,4 +1,5 @@
-"""The compiled side_network, which applies heads before up-projections, against the definition in float64.
+"""The compiled side_network, which applies heads before up-projections in all but narrow towers, against the
+definition in float64.
 
 Sizes lie on both sides of the kernels' slices, panels and vectors, and gates within 1e-13 of 0 and of 1:
 the algebra may divide by neither.
@@ -40,8 +41,8 @@ CASES = {
     "one level": (SideNetworkStructure((96, 70), SINGLES[:2]), 1, 16, 8),
     "one tower": (SideNetworkStructure((33,), SINGLES[:1], "none"), 4, 5, 7),
     "no cross": (SideNetworkStructure((64, 33), SINGLES[:2], "none", "relu"), 4, 16, 24),
-    "the papers' levels": (SideNetworkStructure((96, 96, 96), SINGLES), 7, 64, 48),
-    "thirteen levels": (SideNetworkStructure((40, 21), SINGLES[:2]), 13, 9, 65),
+    "the papers' levels": (SideNetworkStructure((192, 192, 192), SINGLES), 7, 64, 48),
+    "thirteen levels": (SideNetworkStructure((110, 71), SINGLES[:2]), 13, 9, 65),
     "wide": (SideNetworkStructure((768, 768), SINGLES[:2]), 3, 64, 64),
     "wider, by no vector": (SideNetworkStructure((1027, 770), SINGLES[:2], "backbone", "relu"), 2, 24, 70),
     "nine modalities": (SideNetworkStructure((24,) * 9, NINE), 3, 8, 5),
@@ -50,6 +51,14 @@ CASES = {
     "equal pairs": (SideNetworkStructure((80, 80, 80), PAIRS, "none", "relu"), 4, 16, 20),
     "unequal pairs": (SideNetworkStructure((128, 300), TWO_AND_A_PAIR, "none"), 3, 16, 8),
     "pairs beside a cross": (SideNetworkStructure((33, 70, 33), PAIRS), 4, 7, 19),
+    # Those below walk with h itself.
+    "narrow": (SideNetworkStructure((96, 96, 96), SINGLES), 7, 64, 48),
+    "narrow, thirteen levels": (SideNetworkStructure((40, 21), SINGLES[:2]), 13, 9, 65),
+    "narrow, no cross": (SideNetworkStructure((64, 33), SINGLES[:2], "none", "relu"), 5, 40, 24),
+    "narrow, nine modalities": (SideNetworkStructure((24,) * 9, NINE), 3, 32, 12),
+    "narrow, low rank": (SideNetworkStructure((48, 35, 48), SINGLES, cross_projection="low_rank"), 4, 32, 24),
+    "narrow, unequal pairs": (SideNetworkStructure((40, 70), TWO_AND_A_PAIR, "none"), 3, 48, 33),
+    "narrow, pairs beside a cross": (SideNetworkStructure((33, 70, 33), PAIRS), 4, 40, 19),
     "side": (SideNetworkStructure((96, 96, 96), SINGLES, "side"), 7, 16, 24),
     "side, unequal widths and pairs": (SideNetworkStructure((33, 70, 33), PAIRS, "side", "relu"), 4, 7, 19),
     "side, wide": (SideNetworkStructure((768, 768), SINGLES[:2], "side"), 2, 64, 64),
@@ -90,7 +99,18 @@ def test_values_and_gradients_are_the_definitions(name, missing, gates):
     assert_equal_by_size(got, expected, 1e-11)
 
 
-@pytest.mark.parametrize("name", ["the papers' levels", "thirteen levels", "equal pairs", "side"])
+@pytest.mark.parametrize("name", CASES)
+def test_each_case_walks_as_it_is_named(name):
+    """What is kept of the weights tells: links, or nothing."""
+    structure, levels, rank, embedding = CASES[name]
+    weights, states = make_weights(structure, levels, rank, embedding), make_states(structure, 3, levels)
+    kept = torch.ops.crossan_fast.side_network(
+        states, [], None, None, weights.flatten(), *structure.static, torch.float64, "cpp"
+    )[2]
+    assert (kept.numel() == 0) == name.startswith(("narrow", "side"))
+
+
+@pytest.mark.parametrize("name", ["the papers' levels", "thirteen levels", "equal pairs", "narrow", "side"])
 def test_error_at_open_and_closed_gates_is_no_worse_than_eagers(name):
     structure, levels, rank, embedding = CASES[name]
     weights = in_dtype(with_gates(make_weights(structure, levels, rank, embedding)), torch.float32)
@@ -99,11 +119,12 @@ def test_error_at_open_and_closed_gates_is_no_worse_than_eagers(name):
 
 
 @pytest.mark.parametrize("theta", [1e4, -1e4], ids=["open", "closed"])
+@pytest.mark.parametrize("rank", [6, 40], ids=["by links", "with h"])
 @pytest.mark.parametrize("cross", ["none", "backbone", "side"])
-def test_gates_that_saturate_leave_finite_gradients(cross, theta):
+def test_gates_that_saturate_leave_finite_gradients(cross, rank, theta):
     """μ is exactly 1, or 0: what h a level carries over is all or nothing."""
     structure = SideNetworkStructure((20, 20), SINGLES[:2], cross)
-    weights, states = make_weights(structure, 4, 6), make_states(structure, 70, 4)
+    weights, states = make_weights(structure, 4, rank), make_states(structure, 70, 4)
     gates = [torch.full_like(gate, theta) for gate in weights.gate]
     weights = in_dtype(weights._replace(gate=gates), torch.float64)
     got = outputs_and_grads(compiled, states, weights, structure)
@@ -113,10 +134,11 @@ def test_gates_that_saturate_leave_finite_gradients(cross, theta):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [6, 40], ids=["by links", "with h"])
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_a_tower_without_a_present_source_gives_zeros(name, dtype):
+def test_a_tower_without_a_present_source_gives_zeros(name, rank, dtype):
     structure = STRUCTURES[name]
-    weights = in_dtype(make_weights(structure, 3, 6), dtype)
+    weights = in_dtype(make_weights(structure, 3, rank), dtype)
     states = [s.to(dtype) for s in make_states(structure, 150, 3)]
     generator = torch.Generator().manual_seed(3)
     present = torch.rand(150, len(structure.widths), generator=generator) > 0.5
@@ -129,7 +151,9 @@ def test_a_tower_without_a_present_source_gives_zeros(name, dtype):
 
 
 @pytest.mark.parametrize("missing", [False, True], ids=["all present", "some missing"])
-@pytest.mark.parametrize("name", ["the papers' levels", "nine modalities", "unequal pairs", "side"])
+@pytest.mark.parametrize(
+    "name", ["the papers' levels", "nine modalities", "unequal pairs", "narrow, low rank", "side"]
+)
 def test_bits_do_not_depend_on_threads_and_repeat(name, missing):
     structure, levels, rank, embedding = CASES[name]
     rows = 700  # several blocks of items, the last not full
@@ -141,11 +165,12 @@ def test_bits_do_not_depend_on_threads_and_repeat(name, missing):
     )
 
 
+@pytest.mark.parametrize("rank", [6, 40], ids=["by links", "with h"])
 @pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs"])
-def test_compiles_whole_and_keeps_its_schema(name):
+def test_compiles_whole_and_keeps_its_schema(name, rank):
     """What is kept for the backward has the shapes and types that the fake implementation promises."""
     structure, levels = STRUCTURES[name], 3
-    weights, states = make_weights(structure, levels, 6), make_states(structure, 9, levels)
+    weights, states = make_weights(structure, levels, rank), make_states(structure, 9, levels)
     arguments = (states, [], torch.tensor([1, 5, 5, 0, 8]), None, weights.flatten(), *structure.static)
     torch.library.opcheck(torch.ops.crossan_fast.side_network.default, (*arguments, torch.float64, "cpp"))
     flat = [w.float().detach().requires_grad_() for w in weights.flatten()]
