@@ -1,4 +1,7 @@
 // in_batch_loss's border, and the rows, columns and corrections that it gives to the streaming softmax.
+#include <cmath>
+#include <limits>
+
 #include "streaming_loss.h"
 
 namespace crossan_fast::border {
