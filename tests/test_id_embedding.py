@@ -184,6 +184,33 @@ def test_it_is_saved_and_new_rows_of_a_cache_do_without(tmp_path, fusion):
     assert weight.shape == (ITEMS + 4, 8) and loaded.id_embedding.seen[1:].all()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("items", [1, 40, 400, -3])
+def test_an_optimizer_goes_on_with_a_table_that_changes_its_size(items, fused):
+    """Fused kernels trust shapes: moments of the old size were read beyond their end, and written."""
+    model = make_model(make_cache())
+    table = model.id_embedding
+    optimizer = torch.optim.AdamW([table.weight], lr=0.1, weight_decay=0.0, fused=fused)
+
+    def step(gradient):
+        table.weight.grad = gradient.expand_as(table.weight).clone()
+        optimizer.step()
+
+    step(torch.tensor(1.0, dtype=torch.float64))
+    moment = optimizer.state[table.weight]["exp_avg"].clone()
+    before = table.weight.detach().clone()
+    table.allocate(torch.ones(ITEMS + 1 + items, dtype=torch.bool))
+    kept = min(len(before), len(table.weight))
+    assert torch.equal(table.weight[:kept], before[:kept])
+    step(torch.tensor(0.0, dtype=torch.float64))
+    state = optimizer.state[table.weight]
+    assert torch.equal(state["exp_avg"][:kept], 0.9 * moment[:kept]) and not state["exp_avg"][kept:].any()
+    assert state["exp_avg_sq"].shape == table.weight.shape and table.weight.isfinite().all()
+    # By hand: the second step of Adam behind a gradient of 1 and one of 0.
+    moved = 0.1 * (0.09 / (1 - 0.9**2)) / ((0.000999 / (1 - 0.999**2)) ** 0.5 + 1e-8)
+    torch.testing.assert_close(table.weight[:kept], before[:kept] - moved)
+
+
 def test_rows_of_another_catalogue_are_refused():
     cache = make_cache()
     model = make_model(cache)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from crossan_fast.config import CrossanConfig
 
@@ -35,17 +37,24 @@ class IdEmbedding(nn.Module):
     def allocate(self, seen: Tensor) -> None:
         """Know the items of `seen`, bool `[I + 1]`; rows that were there keep their vectors.
 
-        The parameter stays the same object, so that an optimizer that has it goes on with it.
+        The parameter stays the same object, so that an optimizer that has it goes on with it: what it
+        remembers of rows that are new is zero.
         """
         held, width = self.weight.shape
         if len(seen) != held:
             rows = self.weight.new_empty(len(seen), width).normal_(std=self.std)
             kept = min(held, len(seen))
             rows[:kept] = self.weight[:kept]
-            self.weight.data = rows
-            self.weight.grad = None
+            self._hold(rows)
         self.seen = seen.to(self.weight.device)
         self.seen[0] = False
+
+    def _hold(self, rows: Tensor) -> None:
+        if len(self.weight):
+            self.weight._was_resized = True  # type: ignore[attr-defined]
+            _watch_optimizers()
+        self.weight.data = rows
+        self.weight.grad = None
 
     def forward(
         self, embeddings: Tensor, present: Tensor | None, items: Tensor | None
@@ -88,9 +97,31 @@ class IdEmbedding(nn.Module):
         weight, seen = (state_dict.get(prefix + name, empty) for name in ("weight", "seen"))
         # The catalogue's size is not part of the config: the table takes the one that was saved.
         if weight.dim() == 2 and seen.shape == weight.shape[:1] != self.seen.shape:
-            self.weight.data = self.weight.new_empty(weight.shape[0], self.weight.shape[1])
+            self._hold(self.weight.new_empty(weight.shape[0], self.weight.shape[1]))
             self.seen = self.seen.new_empty(seen.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """From the first table on that changes its size; torch's fused optimizers would read and write beyond."""
+    register_optimizer_step_pre_hook(_fit_states)
+
+
+@torch.no_grad()
+def _fit_states(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """As many rows of moments as a resized table has."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not getattr(parameter, "_was_resized", False):
+                continue
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() == 2 and len(value) != len(parameter):
+                    fitting = value.new_zeros(parameter.shape)
+                    kept = min(len(value), len(parameter))
+                    fitting[:kept] = value[:kept]
+                    state[name] = fitting
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:

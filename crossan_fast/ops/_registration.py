@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from crossan_fast._checks import describe
 from crossan_fast.ops import _passes
@@ -87,6 +87,7 @@ def differentiate(
     """
     places = _places(op)
     returns_list = op._schema.returns[0].type.kind() == "ListType"
+    name = op._schema.name.partition("::")[2]
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -99,12 +100,13 @@ def differentiate(
             return tuple(output) if returns_list else output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, *gradients):
-            flat: list[Tensor | None] = [None]
-            for length, found in zip(ctx.lengths, backward(ctx, *gradients), strict=True):
-                flat += [found] if length is None else found or [None] * length
-            return tuple(flat)
+            again = torch.is_grad_enabled()  # create_graph=True
+            with torch.no_grad():
+                flat: list[Tensor | None] = []
+                for length, found in zip(ctx.lengths, backward(ctx, *gradients), strict=True):
+                    flat += [found] if length is None else found or [None] * length
+            return None, *(_not_twice(name, flat) if again else flat)
 
     def call(*arguments):
         tensors = _pick(arguments, places)
@@ -112,10 +114,30 @@ def differentiate(
             # Autograd follows `tensors`; `arguments` holds the same ones in their places.
             output = Differentiable.apply(arguments, *tensors)
             return list(output) if returns_list else output
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+            raise NotImplementedError(
+                f"{name}: expected no forward-mode derivative (torch.func.jvp, forward_ad), which only "
+                "backend='eager' has"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments)
 
-    _LIBRARY.impl(op._schema.name.partition("::")[2], call, "Autograd")
+    _LIBRARY.impl(name, call, "Autograd")
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _not_twice(name: str, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Gradients that raise where they are differentiated again.
+
+    torch's `once_differentiable` does so only where what comes in requires a gradient, which the 1 of a loss
+    does not: a penalty on its gradients had none itself, in silence.
+    """
+    message = f"{name}: expected to be differentiated once; second derivatives need backend='eager'"
+    watched: list[Any] = [None if g is None else g.detach().requires_grad_() for g in gradients]
+    return torch._C._functions.DelayedError(message.encode(), len(watched))(*watched)
 
 
 def on_one_device(function: Callable[P, R]) -> Callable[P, R]:

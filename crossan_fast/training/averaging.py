@@ -22,8 +22,13 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self._parameters = dict(model.named_parameters())
         self._average = {name: weight.clone() for name, weight in self._weights.items()}
+
+    @property
+    def _weights(self) -> dict[str, Tensor]:
+        # Anew each time: a parameter may be given other memory, as a table of ids that grows.
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -230,8 +230,51 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     users, items, unique, log_popularity = loss_problem()
     loss = ops.in_batch_loss(users, items, unique.slots, unique.counts, log_popularity)
     (grad,) = torch.autograd.grad(loss.square(), users, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="in_batch_loss: expected to be differentiated once"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("op", ["in_batch_loss", "full_loss", "fusion", "side_network"])
+def test_a_penalty_on_the_gradients_of_a_loss_is_refused(op):
+    """What comes in at a loss is a 1 that requires no gradient: the penalty had none, in silence."""
+    if op == "side_network":
+        towers, heads, states = side_problem()
+        leaves, loss = [*towers.parameters()], towers(states, heads).sum()
+    elif op == "fusion":
+        e, weights = fusion_problem()
+        leaves, loss = [e, *weights], ops.fusion(e, ops.FusionWeights(*weights)).items.sum()
+    else:
+        users, items, unique, log_popularity = loss_problem()
+        leaves = [users, items]
+        if op == "full_loss":
+            loss = ops.full_loss(users, items, torch.tensor([[1, 0, 3], [2, 4, 4], [0, 1, 12]]))
+        else:
+            loss = ops.in_batch_loss(users, items, unique.slots, unique.counts, log_popularity)
+    grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    plain = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+    assert all(torch.equal(g, p) for g, p in zip(grads, plain, strict=True) if g is not None)
+    penalty = sum(g.square().sum() for g in grads if g is not None)
+    assert penalty.requires_grad
+    with pytest.raises(RuntimeError, match=f"{op}: expected to be differentiated once; .*backend='eager'"):
+        (loss + penalty).backward()
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    users, items, *_ = loss_problem()
+    users, items = users.detach(), items.detach()
+    targets = torch.tensor([[1, 0, 3], [2, 4, 4], [0, 1, 12]])
+
+    def loss(users, backend="auto"):
+        return ops.full_loss(users, items, targets, backend=backend)
+
+    with pytest.raises(
+        NotImplementedError, match=r"full_loss: expected no forward-mode derivative .*'eager'"
+    ):
+        torch.func.jvp(loss, (users,), (torch.ones_like(users),))
+    _, tangent = torch.func.jvp(lambda u: loss(u, "eager"), (users,), (torch.ones_like(users),))
+    step = 1e-6
+    truth = (loss(users + step, "eager") - loss(users - step, "eager")) / (2 * step)
+    torch.testing.assert_close(tangent, truth, rtol=1e-6, atol=1e-8)
 
 
 def test_without_gradients_nothing_is_kept():

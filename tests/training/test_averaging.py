@@ -68,3 +68,14 @@ def test_the_best_model_is_the_average_and_training_does_not_notice(
             assert not torch.equal(best[name], weights[averaged][name]), name
     with torch.no_grad():
         assert averaged.history[0]["validation"] == averaged.evaluate("validation").metrics
+
+
+def test_a_table_that_is_given_other_memory_is_averaged_on():
+    model = nn.Linear(3, 2, bias=False)
+    average = WeightAverage(model, decay=0.5)
+    model.weight.data = torch.full((2, 3), 4.0)
+    for step in range(40):
+        average.update(step)
+    torch.testing.assert_close(average.tensors()["weight"], torch.full((2, 3), 4.0))
+    with average.applied():
+        assert torch.equal(model.weight, average.tensors()["weight"])
