@@ -56,8 +56,9 @@ class Popularity(nn.Module):
 
         Args:
             counts: a split, for its counts and its catalogue; or `[I + 1]`, not negative; entry 0 (padding)
-                is ignored. ◊ An item without an interaction counts as if it had one, so that its logit stays
-                finite.
+                is ignored. They may be fractions, say where old interactions count less, but no shares. ◊ An
+                item without an interaction counts as if it had one, or as the least of the others where that
+                is less, so that its logit stays finite.
             catalogue: what the rows of plain counts mean: the `catalogue` of interactions or of a cache. It
                 is saved with the model and compared with that of every cache it trains on; None: unknown,
                 and a cache must have as many items as there are counts.
@@ -154,7 +155,14 @@ def _shares(counts: Tensor | Sequence[int], catalogue: Catalogue | None) -> Tens
     total = tensor[1:].sum()
     if total == 0:
         raise ValueError("counts: expected at least one interaction, got none")
-    share = tensor.clamp_min(1) / total
+    if tensor[1:].max() < 1:  # items never seen would outweigh all of them
+        raise ValueError(
+            f"counts: expected counts of interactions, got values below 1 (at most "
+            f"{float(tensor[1:].max()):.6g}), such as shares; multiply them by the total"
+        )
+    least = tensor[1:][tensor[1:] > 0].min().clamp_max(1)
+    # What decayed to next to nothing is no 0 in float32 either: its log has to be finite.
+    share = (torch.where(tensor == 0, least, tensor) / total).clamp_min(torch.finfo(torch.float32).tiny)
     share[0] = 1
     return share
 

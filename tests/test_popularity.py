@@ -157,6 +157,26 @@ def test_counts_may_be_named():
     assert model.catalogue is None and model.catalogue_digest.numel() == 0
 
 
+def test_shares_in_place_of_counts_are_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"counts of interactions, got values below 1 \(at most 0\.5\), such"):
+        model.set_popularity(torch.tensor([0, 0.25, 0.5, 0.25, 0]))
+    with pytest.raises(ValueError, match="counts: expected at least one interaction, got none"):
+        model.set_popularity(torch.zeros(5))
+
+
+def test_fractional_counts_keep_their_shares_and_whole_ones_are_as_they_were():
+    model = make_model()
+    model.set_popularity(torch.tensor([9, 0.5, 0.25, 3.25, 0], dtype=torch.float64))
+    assert model.item_popularity.tolist() == [1, 0.125, 0.0625, 0.8125, 0.0625]
+    model.set_popularity(torch.tensor([0, 1.5, 2.5, 0]))
+    assert model.item_popularity.tolist() == [1, 0.375, 0.625, 0.25]
+    model.set_popularity([5, 7, 0, 1, 3])
+    assert torch.equal(model.item_popularity, (torch.tensor([11, 7, 1, 1, 3]).double() / 11).float())
+    model.set_popularity(torch.tensor([0, 4, 1e-300, 0], dtype=torch.float64))
+    assert torch.isfinite(model.item_popularity.log()).all()
+
+
 def test_weights_that_were_saved_without_a_catalogue_load():
     model, other = make_model(), make_model()
     model.set_popularity(split_of(make_cache()))
