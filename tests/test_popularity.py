@@ -159,7 +159,9 @@ def test_counts_may_be_named():
 
 def test_shares_in_place_of_counts_are_refused():
     model = make_model()
-    with pytest.raises(ValueError, match=r"counts of interactions, got values below 1 \(at most 0\.5\), such"):
+    with pytest.raises(
+        ValueError, match=r"counts of interactions, got values below 1 \(at most 0\.5\), such"
+    ):
         model.set_popularity(torch.tensor([0, 0.25, 0.5, 0.25, 0]))
     with pytest.raises(ValueError, match="counts: expected at least one interaction, got none"):
         model.set_popularity(torch.zeros(5))
