@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -287,7 +287,7 @@ class CrossanModel(Popularity, Pretrained):
 
     def recommend(
         self,
-        histories: Sequence[Sequence[str | int]],
+        histories: Iterable[Sequence[str | int]],
         cache: HiddenStateCache,
         *,
         k: int = 10,
