@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,3 +37,11 @@ def first_of_step(model: nn.Module, output: Mapping[str, Tensor]) -> str | None:
             *((f"gradient of {name}", parameter.grad) for name, parameter in model.named_parameters()),
         ]
     )
+
+
+def refuse_nonfinite_items(items: Tensor, names: Sequence[str]) -> None:
+    """Raise ValueError for an item's embedding with NaN or inf, of `[I + 1, d]`, by its name."""
+    finite = torch.isfinite(items).all(dim=1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"model: the embedding of item {names[row]!r} (row {row}) is not finite")

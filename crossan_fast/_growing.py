@@ -70,10 +70,13 @@ def remove(model: CrossanModel, name: str) -> CrossanModel:
 
 
 def _like(model: CrossanModel, config: CrossanConfig) -> CrossanModel:
-    """A fresh model of `config` in the place, type and mode of another."""
+    """A fresh model of `config` in the place, type and modes of another."""
     weight = model.sequence_encoder.position.weight
     fresh = type(model)(config, backend=model.backend).to(weight.device, weight.dtype)
-    return fresh.train(model.training)
+    modes = {name: part.training for name, part in model.named_modules()}
+    for name, part in fresh.named_modules():
+        part.training = modes.get(name, model.training)
+    return fresh
 
 
 def _carry(old: CrossanModel, new: CrossanModel) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,7 @@ class Popularity(nn.Module):
 
     Attributes:
         item_popularity: buffer `[I + 1]`, each item's share of the training interactions; empty until
-            `set_popularity`.
+            `set_popularity`. Never in 16 bits, whatever the model is cast to.
         catalogue_digest: buffer uint8 `[32]`, what these rows mean; empty where that is unknown.
     """
 
@@ -56,8 +56,9 @@ class Popularity(nn.Module):
 
         Args:
             counts: a split, for its counts and its catalogue; or `[I + 1]`, not negative; entry 0 (padding)
-                is ignored. ◊ An item without an interaction counts as if it had one, so that its logit stays
-                finite.
+                is ignored. They may be fractions, say where old interactions count less, but no shares. ◊ An
+                item without an interaction counts as if it had one, or as the least of the others where that
+                is less, so that its logit stays finite.
             catalogue: what the rows of plain counts mean: the `catalogue` of interactions or of a cache. It
                 is saved with the model and compared with that of every cache it trains on; None: unknown,
                 and a cache must have as many items as there are counts.
@@ -130,6 +131,18 @@ class Popularity(nn.Module):
                 f"{held - 1:,} of an unknown catalogue{_HINT}"
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Popularity:
+        """Casts and moves, as `half` and `to` make them; the popularity is never rounded to 16 bits.
+
+        In fp16 a rare item's share would be 0 and its log infinite; in bf16 shares would be off by up to
+        0.4 %, and stay so when the model is cast back.
+        """
+        held = self.item_popularity
+        super()._apply(fn, recurse)
+        if (cast := self.item_popularity).itemsize < torch.float32.itemsize:
+            self.item_popularity = held.to(cast.device, torch.float32)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         popularity = state_dict.get(prefix + _BUFFERS[0])
         if popularity is not None:
@@ -154,7 +167,14 @@ def _shares(counts: Tensor | Sequence[int], catalogue: Catalogue | None) -> Tens
     total = tensor[1:].sum()
     if total == 0:
         raise ValueError("counts: expected at least one interaction, got none")
-    share = tensor.clamp_min(1) / total
+    if tensor[1:].max() < 1:  # items never seen would outweigh all of them
+        raise ValueError(
+            f"counts: expected counts of interactions, got values below 1 (at most "
+            f"{float(tensor[1:].max()):.6g}), such as shares; multiply them by the total"
+        )
+    least = tensor[1:][tensor[1:] > 0].min().clamp_max(1)
+    # What decayed to next to nothing is no 0 in float32 either: its log has to be finite.
+    share = (torch.where(tensor == 0, least, tensor) / total).clamp_min(torch.finfo(torch.float32).tiny)
     share[0] = 1
     return share
 

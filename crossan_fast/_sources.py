@@ -209,6 +209,18 @@ def check_ids(config: CrossanConfig, item_ids: Tensor, device: torch.device, alo
             raise ValueError("item_ids: expected padding (0) on the left only, got it after an item")
 
 
+def refuse_padding_behind(mask: Tensor) -> None:
+    """Raise for a mask bool `[B, S]` on the CPU with padding behind a real item; as in `check_ids`."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if bool((wrong := (mask[:, :-1] & ~mask[:, 1:]).any(dim=1)).any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            "mask: expected padding (False) on the left only, as real items stand at the end, got it after "
+            f"an item in row {row}"
+        )
+
+
 def check_range(item_ids: Tensor, known: int, cache: HiddenStateCache | None) -> None:
     """Raise unless ids on the CPU are rows 0 to `known`."""
     if item_ids.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,11 @@ class CrossanModel(Popularity, Pretrained):
 
         Returns:
             `[B, S, d]`, a vector for each prefix.
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes or devices that do not fit; on the CPU also a mask with
+                padding behind a real item. A GPU would have to be waited for: there it gives such rows zeros
+                at the last place.
         """
         check_tensor("items", items, (None, None, self.config.embedding_dim))
         check_tensor("mask", mask, (None, None), dtypes=(torch.bool,), device=items.device)
@@ -129,6 +134,7 @@ class CrossanModel(Popularity, Pretrained):
             raise ValueError(
                 f"items: expected at most window={self.config.window} places, got {describe(items)}"
             )
+        _sources.refuse_padding_behind(mask)
         with span("sequence_encoder"):
             users = self.sequence_encoder(items, mask, backend=self.backend_for("sequence_encoder"))
         return _scores.as_users(self.config, users)
@@ -287,7 +293,7 @@ class CrossanModel(Popularity, Pretrained):
 
     def recommend(
         self,
-        histories: Sequence[Sequence[str | int]],
+        histories: Iterable[Sequence[str | int]],
         cache: HiddenStateCache,
         *,
         k: int = 10,

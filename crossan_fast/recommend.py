@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from crossan_fast import ops
-from crossan_fast._checks import nearest
+from crossan_fast._checks import FLOATS, check_tensor, nearest
+from crossan_fast._finite import refuse_nonfinite_items
 from crossan_fast._modes import evaluating
 from crossan_fast._sources import bare_in
 from crossan_fast.data.splits import last_items
@@ -85,7 +86,8 @@ class Recommender:
 
     Raises:
         ValueError: k below 1 or above the number of candidates, no candidates, a wrong row, an item without
-            any modality in a history or in `allow`.
+            any modality in a history or in `allow`, `items` of another size or device; when it ranks, an
+            item's or a user's embedding that is not finite.
         KeyError: an unknown name, with the nearest known one.
     """
 
@@ -114,12 +116,17 @@ class Recommender:
         total = cache.num_items if self._candidates is None else len(self._candidates)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= total:
             raise ValueError(f"k: expected 1 to {total}, the number of candidates, got {k!r}")
+        if items is not None:
+            shape = (cache.num_items + 1, model.config.embedding_dim)
+            check_tensor("items", items, shape, dtypes=FLOATS, device=model.item_popularity.device)
         self._given = items
 
     @cached_property
     def items(self) -> Tensor:
         """`[I + 1, d]`, encoded when first needed."""
-        return self.model.encode_catalogue(self.cache) if self._given is None else self._given
+        items = self.model.encode_catalogue(self.cache) if self._given is None else self._given
+        refuse_nonfinite_items(items, self.cache.item_names)
+        return items
 
     @cached_property
     def _ranked(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -172,13 +179,24 @@ class Recommender:
 
         Returns:
             scores `[B, k]`, descending, and rows of the cache `[B, k]`; −inf and 0 where fewer are left.
+
+        Raises:
+            ValueError: an item's or a user's embedding that is not finite: it has no order.
         """
+        return self._rank(ids, offsets, np.arange(len(offsets) - 1))
+
+    def _rank(self, ids: Ints, offsets: Ints, numbers: Ints) -> TopK:
+        """`rank`, of histories that an error calls by these numbers."""
         starts, ends = offsets[:-1], offsets[1:]
         ranked, rows, place = self._ranked
         device = ranked.device
         recent = torch.from_numpy(last_items(ids, starts, ends, self.model.config.window)).to(device)
         with evaluating(self.model):
             users = self.model.encode_users(self.items[recent], recent != 0)[:, -1].contiguous()
+        finite = torch.isfinite(users).all(dim=1)
+        if not bool(finite.all()):
+            number = int(numbers[int((~finite).nonzero()[0])])
+            raise ValueError(f"model: the embedding of the user of history {number} is not finite")
         exclude = None
         if self._filter:
             longest = int((ends - starts).max())
@@ -195,9 +213,13 @@ class Recommender:
             users = full[start : start + batch_size]
             first, last = offsets[users], offsets[users + 1]
             parts = [ids[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-            yield users, self.rank(np.concatenate(parts), np.concatenate([[0], np.cumsum(last - first)]))
+            bounds = np.concatenate([[0], np.cumsum(last - first)])
+            yield users, self._rank(np.concatenate(parts), bounds, users)
 
     def _chosen(self, allow: Collection[str | int] | None, deny: Collection[str | int] | None) -> Ints | None:
+        for argument, given in (("allow", allow), ("deny", deny)):
+            if isinstance(given, str | bytes):  # its letters may be names
+                raise ValueError(f"{argument}: expected a list of item names or rows, got {given!r}")
         if allow is None and deny is None and not self._bare:
             return None
         kept = np.zeros(self.cache.num_items + 1, dtype=bool)
@@ -212,7 +234,7 @@ class Recommender:
 
 def recommend(
     model: CrossanModel,
-    histories: Sequence[Sequence[str | int]],
+    histories: Iterable[Sequence[str | int]],
     cache: HiddenStateCache,
     *,
     k: int = 10,
@@ -233,9 +255,11 @@ def recommend(
         A list for each history; `.to_frame()` makes one pandas frame of them.
 
     Raises:
-        ValueError: an empty history, k below 1 or above the number of candidates.
+        ValueError: an empty history, k below 1 or above the number of candidates, an embedding that is not
+            finite.
         KeyError: an unknown item.
     """
+    histories = list(histories)  # gone through twice
     found = Recommendations([] for _ in histories)
     recommender = Recommender(
         model, cache, k=k, filter_history=filter_history, allow=allow, deny=deny, unknown=unknown
@@ -253,7 +277,7 @@ def recommend(
 
 
 def _rows(history: Sequence[str | int], index: int, recommender: Recommender) -> list[int]:
-    if isinstance(history, str) or not hasattr(history, "__len__") or not len(history):
+    if isinstance(history, str | bytes) or not hasattr(history, "__len__") or not len(history):
         raise ValueError(f"histories[{index}]: expected at least one item name or row, got {history!r}")
     rows = []
     for place, item in enumerate(history):

@@ -343,6 +343,20 @@ def test_bad_input_is_named(run, error, message):
         run()
 
 
+def test_a_mask_with_padding_behind_an_item_is_refused_as_such_ids_are():
+    model = make_model(small())
+    model.eval()
+    items = torch.randn(3, 4, model.config.embedding_dim)
+    left = torch.tensor([[False, False, True, True], [True, True, True, True], [False] * 4])
+    assert model.encode_users(items, left)[0, -1].count_nonzero()
+    holes = torch.tensor([[True, False, True, True]] * 3)
+    for mask, row in ((left.flip(1), 0), (left.roll(1, 1).roll(1, 0), 1), (holes, 0)):
+        message = rf"mask: expected padding \(False\) on the left only, .* got it after an item in row {row}"
+        with pytest.raises(ValueError, match=message):
+            model.encode_users(items, mask)
+    assert model.encode_users(items[:, :0], left[:, :0]).shape[1] == 0
+
+
 def test_missing_popularity_and_modalities_are_named():
     with pytest.raises(ValueError, match=r"needs set_popularity\(counts\) first"):
         CrossanModel(small())(IDS, cache=make_cache())

@@ -157,6 +157,63 @@ def test_counts_may_be_named():
     assert model.catalogue is None and model.catalogue_digest.numel() == 0
 
 
+def test_shares_in_place_of_counts_are_refused():
+    model = make_model()
+    with pytest.raises(
+        ValueError, match=r"counts of interactions, got values below 1 \(at most 0\.5\), such"
+    ):
+        model.set_popularity(torch.tensor([0, 0.25, 0.5, 0.25, 0]))
+    with pytest.raises(ValueError, match="counts: expected at least one interaction, got none"):
+        model.set_popularity(torch.zeros(5))
+
+
+def test_fractional_counts_keep_their_shares_and_whole_ones_are_as_they_were():
+    model = make_model()
+    model.set_popularity(torch.tensor([9, 0.5, 0.25, 3.25, 0], dtype=torch.float64))
+    assert model.item_popularity.tolist() == [1, 0.125, 0.0625, 0.8125, 0.0625]
+    model.set_popularity(torch.tensor([0, 1.5, 2.5, 0]))
+    assert model.item_popularity.tolist() == [1, 0.375, 0.625, 0.25]
+    model.set_popularity([5, 7, 0, 1, 3])
+    assert torch.equal(model.item_popularity, (torch.tensor([11, 7, 1, 1, 3]).double() / 11).float())
+    model.set_popularity(torch.tensor([0, 4, 1e-300, 0], dtype=torch.float64))
+    assert torch.isfinite(model.item_popularity.log()).all()
+
+
+CASTS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "to": lambda model: model.to("cpu", torch.bfloat16),
+    "double and half": lambda model: model.double().half(),
+    "copied": lambda model: copy.deepcopy(model.half()).half(),
+    "within another": lambda model: torch.nn.Sequential(model).half()[0],
+    "compiled": lambda model: torch.compile(model).half()._orig_mod,
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_to_16_bits_leaves_the_popularity_as_it_is(cast):
+    model = make_model()
+    model.set_popularity([0, 1, 3, 10**9])
+    want, names = model.item_popularity.clone(), list(model.state_dict())
+    model = CASTS[cast](model)
+    assert model.fusion.router.weight.itemsize == 2
+    assert model.item_popularity.dtype == torch.float32 and torch.equal(model.item_popularity, want)
+    assert list(model.state_dict()) == names
+    assert torch.equal(model.float().item_popularity, want)
+    assert model.double().item_popularity.dtype == torch.float64
+    assert model.half().to("meta").item_popularity.is_meta
+
+
+def test_a_model_in_bf16_that_grows_or_shrinks_keeps_its_popularity():
+    model = make_model()
+    model.set_popularity([0, 7, 3, 10**6])
+    want = model.item_popularity.clone()
+    grown = model.bfloat16().extend(Modality("sound", 8, LEVELS))
+    assert grown.fusion.router.weight.dtype == torch.bfloat16
+    assert torch.equal(grown.item_popularity, want)
+    assert torch.equal(grown.remove("text").item_popularity, want)
+
+
 def test_weights_that_were_saved_without_a_catalogue_load():
     model, other = make_model(), make_model()
     model.set_popularity(split_of(make_cache()))

@@ -58,6 +58,7 @@ def test_names_and_rows_agree_and_long_histories_keep_their_end():
         ([[1], [2, 2.5]], r"histories\[1\]\[1\]: expected an item's name or row, got 2\.5"),
         ([[True]], r"histories\[0\]\[0\]: expected an item's name or row, got True"),
         ([None], r"histories\[0\]: expected at least one item name or row, got None"),
+        ([b"\1\2"], r"histories\[0\]: expected at least one item name or row, got b'"),
     ],
 )
 def test_bad_histories_are_named(histories, message):
@@ -119,6 +120,8 @@ def test_batches_are_as_one_by_one_and_frames_hold_the_same():
         ({"k": 10}, r"k: expected 1 to 9, the number of candidates, got 10"),
         ({"k": 3, "allow": ["n1", "n2"]}, r"k: expected 1 to 2, the number of candidates, got 3"),
         ({"allow": ["n1"], "deny": ["n1"]}, r"allow, deny: expected a candidate, got none"),
+        ({"allow": "12", "k": 1}, r"allow: expected a list of item names or rows, got '12'"),
+        ({"deny": "n1"}, r"deny: expected a list of item names or rows, got 'n1'"),
         ({"deny": [10]}, r"expected rows 1 to 9, got 10"),
         ({"unknown": "skp"}, r"unknown: expected one of .* got 'skp'; did you mean 'skip'"),
     ],
@@ -127,3 +130,52 @@ def test_bad_options_are_named(options, message):
     model, cache = setup()
     with pytest.raises(ValueError, match=message):
         model.recommend([["n1"]], cache, **options)
+
+
+def test_a_string_of_letters_that_are_names_is_no_list_of_items():
+    model, _ = setup()
+    states = {"text": torch.cat([torch.zeros(1, 2, 6), torch.randn(3, 2, 6)])}
+    cache = HiddenStateCache.from_tensors(states, item_names=["1", "2", "3"])
+    for option in ("allow", "deny"):
+        with pytest.raises(ValueError, match=f"{option}: expected a list of item names or rows, got '12'"):
+            model.recommend([["3"]], cache, k=1, **{option: "12"})
+
+
+def test_histories_may_come_one_by_one():
+    model, cache = setup()
+    histories = [["n1"], ["n2", "n3"]]
+    assert model.recommend(iter(histories), cache, k=2) == model.recommend(histories, cache, k=2)
+    assert model.recommend((h for h in histories), cache, k=2)[1]
+
+
+def test_embeddings_of_another_catalogue_are_refused():
+    model, cache = setup()
+    items = model.encode_catalogue(cache)
+    ids, offsets = np.array([2, 5, 1]), np.array([0, 2, 3])
+    want, have = (Recommender(model, cache, k=3, items=x).rank(ids, offsets) for x in (None, items))
+    assert torch.equal(have.ids, want.ids) and torch.equal(have.scores, want.scores)
+    for wrong in (items[:-1], torch.cat([items, items[-1:]]), items[:, :3], items[0]):
+        with pytest.raises(ValueError, match=r"items: expected shape \[10, 4\], got float32"):
+            Recommender(model, cache, k=3, items=wrong)
+    with pytest.raises(TypeError, match=r"items: expected dtype float32, .* got int64"):
+        Recommender(model, cache, k=3, items=items.long())
+    with pytest.raises(ValueError, match=r"items: expected device cpu, got float32 .* on meta"):
+        Recommender(model, cache, k=3, items=items.to("meta"))
+
+
+def test_a_model_that_is_not_finite_does_not_rank():
+    model, cache = setup()
+    items = model.encode_catalogue(cache)
+    items[3, 1] = float("nan")
+    recommender = Recommender(model, cache, k=3, items=items)
+    with pytest.raises(ValueError, match=r"model: the embedding of item 'n3' \(row 3\) is not finite"):
+        recommender.rank(np.array([2]), np.array([0, 1]))
+    with torch.no_grad():
+        model.sequence_encoder.position.weight[-3] = float("nan")
+    message = "model: the embedding of the user of history 1 is not finite"
+    with pytest.raises(ValueError, match=message):
+        model.recommend([["n1"], ["n1", "n2", "n3"], ["n2"]], cache, k=2)
+    with torch.no_grad():
+        model.heads["text"].weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"model: the embedding of item 'n1' \(row 1\) is not finite"):
+        model.recommend([["n1"]], cache, k=2)

@@ -81,7 +81,10 @@ class RawBuilder:
         self._said: list[str] = []
 
     def add_sequences(self, sequences: Mapping[str, Sequence[str]]) -> None:
-        """Sequences at hand, oldest first."""
+        """Sequences at hand, oldest first; ValueError for a string in place of one."""
+        for user, names in sequences.items():
+            if isinstance(names, str | bytes):  # its letters would be taken for items
+                raise ValueError(f"sequences[{user!r}]: expected a list of item names, got {names!r}")
         users, items = self._users.vocabulary, self._items.vocabulary
         rows = [[items.setdefault(name, len(items)) for name in names] for names in sequences.values()]
         self._extend([users.setdefault(user, len(users)) for user in sequences], rows, None)

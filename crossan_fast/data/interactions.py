@@ -243,7 +243,10 @@ def build_interactions(
     strict: bool = False,
     bare: Sequence[int] = (),
 ) -> Interactions:
-    """`read_interactions` for sequences at hand: `{user: item names, oldest first}`, otherwise the same."""
+    """`read_interactions` for sequences at hand: `{user: item names, oldest first}`, otherwise the same.
+
+    ValueError naming the user for a string in place of a list of names.
+    """
     builder = RawBuilder(Columns(None, USERS_ROLES), None)
     builder.add_sequences(sequences)
     return _assemble(builder.finish(), items, "sequences", min_items, max_items, catalogue, strict, 3, bare)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crossan_fast.config import CrossanConfig
-from crossan_fast.modules.linear import bias_of, own, unwrapped, weight_of
+from crossan_fast.modules.linear import bias_of, own, refuse_hooked, unwrapped, weight_of
 from crossan_fast.ops._contracts import FusionWeights
 from crossan_fast.ops.fusion import FusionOutput, fusion
 
@@ -32,11 +32,10 @@ def make_head(width: int, embedding_dim: int, two_layers: bool) -> nn.Linear | D
 
 def folded(head: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight `[d, D]` and bias `[d]` of the one Linear that a head's layers amount to."""
-    if type(head) is nn.Linear:
-        return head.weight, head.bias
     deep = unwrapped(head)
     if not isinstance(deep, DeepHead):
         return weight_of(head), bias_of(head)
+    refuse_hooked(deep)
     weight, bias = weight_of(deep.inner), bias_of(deep.inner)
     # One product a call serves every item: not the place to save by computing in 16 bits.
     with torch.autocast(weight.device.type, enabled=False):

@@ -2,7 +2,8 @@
 
 The ops take weights; no Linear's `forward` is called. What replaces or wraps a module, as PEFT's adapters do,
 would therefore be passed over in silence if `weight` were read from it: it has the name, and gives the frozen
-one. Here LoRA's factors are added, W + s B A, and whatever else stands in a Linear's place is refused.
+one. Here LoRA's factors are added, W + s B A, and whatever else stands in a Linear's place is refused, what a
+hook computes before a forward, as `torch.nn.utils.spectral_norm` does, included.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ def weight_of(linear: Any) -> Tensor:
     """The weight that a Linear computes with, `[out, in]`.
 
     Raises:
-        TypeError: a module in its place whose weight cannot be told.
+        TypeError: a module in its place whose weight cannot be told, or that a hook would compute.
         ValueError: an adapter of PEFT that is no plain LoRA, or that drops inputs while it trains.
     """
     if type(linear) is nn.Linear:
+        refuse_hooked(linear)
         return linear.weight
     if adapters := _lora(linear):
         weight: Tensor = _base(linear).weight
@@ -35,6 +37,7 @@ def weight_of(linear: Any) -> Tensor:
 def bias_of(linear: Any) -> Tensor:
     """Its bias `[out]`; raises as `weight_of`."""
     if type(linear) is nn.Linear:
+        refuse_hooked(linear)
         return linear.bias
     bias: Tensor = _base(linear).bias
     for name in _lora(linear):
@@ -47,12 +50,37 @@ def own(module: Any) -> Any:
     """A module of ours or of torch's itself, out of what `unwrapped` unwraps.
 
     Raises:
-        TypeError: another module in its place.
+        TypeError: another module in its place, or one whose weights a hook would compute.
     """
     found = unwrapped(module)
     if not type(found).__module__.startswith(("torch.", "crossan_fast.")):
         _refuse(found)
+    refuse_hooked(found)
     return found
+
+
+def refuse_hooked(module: nn.Module) -> None:
+    """Raise TypeError for a module whose forward would first compute a weight anew: no forward is called.
+
+    Such a hook leaves a plain tensor, its last result, where the parameter stood; it would be read at every
+    step as it was at first. Hooks that only look on leave parameters as they are.
+    """
+    if not module._forward_pre_hooks:
+        return
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            hooks = ", ".join(_kind(hook) for hook in module._forward_pre_hooks.values())
+            raise TypeError(
+                f"module: expected {name!r} of a {type(module).__name__} to be a parameter, got what a hook "
+                f"computes before its forward ({hooks}), which is never called; "
+                "torch.nn.utils.parametrizations has spectral_norm and weight_norm, which are read, and "
+                "torch.nn.utils.prune.remove ends a pruning"
+            )
+
+
+def _kind(hook: Any) -> str:
+    kind = type(hook)
+    return getattr(hook, "__qualname__", f"{kind.__module__}.{kind.__qualname__}")
 
 
 def unwrapped(module: Any) -> Any:
@@ -74,6 +102,7 @@ def _base(linear: Any) -> nn.Linear:
         found = own(found)
     if not isinstance(found, nn.Linear):
         _refuse(linear)
+    refuse_hooked(found)
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from crossan_fast import _sources
 from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast._finite import refuse_nonfinite_items
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.config import CrossanConfig
@@ -60,7 +61,7 @@ class Protocol:
             raise ValueError(f"split: expected device {wanted} as the model, got {got}")
         last = _last_row(self.cache, self.split, self.candidates)
         items = _catalogue(model, self.cache, last, self.processes)
-        _refuse_nonfinite(items, self.cache)
+        refuse_nonfinite_items(items, self.cache.item_names)
         return items
 
     def judge(self, users: Users, items: Tensor, own: Tensor, backend: Callable[[str], str]) -> Result:
@@ -268,10 +269,3 @@ def check_cutoffs(k: Sequence[int], candidates: int) -> None:
             raise ValueError(
                 f"k: expected 1 to {candidates - 1}, below the number of candidates, got {cutoff}"
             )
-
-
-def _refuse_nonfinite(items: Tensor, cache: HiddenStateCache) -> None:
-    finite = torch.isfinite(items).all(dim=1)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"model: the embedding of item {cache.item_names[row]!r} (row {row}) is not finite")

@@ -239,3 +239,9 @@ def test_scientific_has_the_counts_of_iisan(scientific: Path) -> None:
     assert found.dropped == Dropped(old_interactions=3500, unused_items=511)
     order = [items.index_of(name) for name in found.item_names[1:]]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize("names", ["xyz", b"xyz", ""])
+def test_a_string_in_place_of_a_list_of_names_is_refused(names):
+    with pytest.raises(ValueError, match=r"sequences\['b'\]: expected a list of item names, got b?'"):
+        build_interactions({"a": ["x", "y", "z"], "b": names}, min_items=3)
