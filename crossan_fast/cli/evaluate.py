@@ -121,8 +121,14 @@ def run(args: argparse.Namespace) -> int:
     model.to(task.device)
     result = task.evaluate(model, args.split, protocol, k=args.k, lists=args.lists)
     if held is not None:
-        difference = held.difference(Population.of(task))
+        now = Population.of(task)
+        validation = args.split == "validation"
+        difference = held.difference(now, "validation") if validation else held.difference(now)
         other = f"not what the run was evaluated on: {difference}" if difference else ""
+        # What was trained on shows in novelty, in what is cold, and in baselines.
+        if not difference and (args.lists or args.baselines is not None):
+            difference = held.difference(now, "training")
+            other = f"not what the run was trained on: {difference}" if difference else ""
         result = result.noting(held.note, other)
     if args.baselines is None:
         mrr = f"MRR {100 * result.metrics['mrr']:.2f} %"

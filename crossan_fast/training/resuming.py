@@ -46,7 +46,7 @@ def refuse_others(held: Population | None, task: Task, modalities: Sequence[str]
     if held is None:
         return
     held.require_frames(task.cache, modalities)
-    if difference := held.difference(Population.of(task)):
+    if difference := held.difference(Population.of(task), "training", "validation"):
         raise ValueError(
             f"cache, users: expected those of the run to go on with it, got others: {difference}"
         )
