@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     catalogue = None if held is None else held.catalogue
     task = open_task(config, catalogue if args.catalogue == "run" else None)
     if held is not None:
-        held.require_frames(task.cache, model.config.modality_names)
+        held.require_states(task.cache, model.config.modality_names)
     model.to(task.device)
     result = task.evaluate(model, args.split, protocol, k=args.k, lists=args.lists)
     if held is not None:

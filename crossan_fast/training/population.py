@@ -18,6 +18,7 @@ from crossan_fast._files import write_whole
 from crossan_fast._untrusted import MAX_BYTES, read_json
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Catalogue
+from crossan_fast.training.states import check_specs, refuse_other_specs, specs_of
 from crossan_fast.training.task import Task
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -44,6 +45,8 @@ class Population:
     training: digest of what is trained on, as rows, and of how often each counts; '' in runs of before it was
         kept. It holds users without a test target, too.
     validation: as `sequences`, of those that end in a validation target; '' in runs of before it was kept.
+    sources: by name, what of its making tells a modality from others of the same items and widths; of those
+        that the cache does not say it of, and in runs of before it was kept, nothing.
     """
 
     items: int
@@ -57,6 +60,7 @@ class Population:
     note: str = field(default="", compare=False)
     training: str = field(default="", compare=False)
     validation: str = field(default="", compare=False)
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, task: Task) -> Population:
@@ -71,6 +75,7 @@ class Population:
             _digests(task.cache),
             training=_digest_of(split.train, split.train_counts),
             validation=_digest_of(split.history_validation, split.validation_target),
+            sources=specs_of(task.cache),
         )
 
     @property
@@ -94,11 +99,12 @@ class Population:
         return f"{sizes} as before, but other {' and '.join(others)}"
 
     def data(self) -> dict[str, Any]:
-        """Plain values of what it is, without whose and where that came from."""
-        return {name: value for name, value in asdict(self).items() if name not in _WHOSE}
+        """Plain values of what it is, without whose and where that came from, and what its states are."""
+        return {name: value for name, value in asdict(self).items() if name not in (*_WHOSE, "sources")}
 
-    def require_frames(self, cache: HiddenStateCache, names: Sequence[str]) -> None:
-        """Raise where a cache has modalities `names` in another frame than the run's model was trained on.
+    def require_states(self, cache: HiddenStateCache, names: Sequence[str]) -> None:
+        """Raise where a cache has modalities `names` in another frame than the run's model was trained on, or
+        of another encoder, pooling or levels.
 
         Numbers of the same shape, which mean other states.
         """
@@ -110,6 +116,7 @@ class Population:
                     f"cache: modality {name!r}: expected {_said(own)} as in the run's cache, "
                     f"got {_said(found)}"
                 )
+        refuse_other_specs(self.sources, cache, names)
 
     def appended(self, cache: Catalogue) -> str:
         """How a cache's items differ from the run's, in words; empty where nothing does."""
@@ -125,7 +132,7 @@ class Population:
 
     def write(self, path: Path) -> None:
         # Of no origin it is as a version of before origins were kept reads it.
-        optional = (*_OF_ORIGIN, *_PARTS)
+        optional = (*_OF_ORIGIN, *_PARTS, "sources")
         kept = {name: value for name, value in asdict(self).items() if value or name not in optional}
         write_whole(path, json.dumps(sealed(kept), indent=2) + "\n")
 
@@ -147,6 +154,7 @@ class Population:
             check_integer(name, getattr(self, name), 0)
         if not isinstance(self.bases, Mapping):
             raise TypeError(f"bases: expected digests by name, got {self.bases!r}")
+        check_specs(self.sources)
         held = [(name, value) for name in _PARTS if (value := getattr(self, name)) != ""]
         held += [("names", self.names), ("sequences", self.sequences)]
         for name, value in (*held, *self.bases.items()):

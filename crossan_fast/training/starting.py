@@ -72,7 +72,7 @@ def start(config: TrainConfig, task: Task, folder: RunFolder) -> Start:
     kept = [name for name in before if name in names]
     _refuse_other_states(trained.config, wanted, kept, str(source.path))
     if population is not None:
-        population.require_frames(task.cache, kept)
+        population.require_states(task.cache, kept)
     model = _with_modalities(trained, wanted, kept)
     if model.config.id_embedding and trained.catalogue is not None:
         task.cache.catalogue.require(trained.catalogue, "init_from", "; its id embedding is by row")
