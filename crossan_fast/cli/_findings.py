@@ -66,7 +66,7 @@ def find(run: Path, device: str | None = None) -> Findings:
     model = folder.load_model("best", backend=config.backend)
     task = open_task(config, None if held is None else held.catalogue)
     if held is not None:
-        held.require_frames(task.cache, model.config.modality_names)
+        held.require_states(task.cache, model.config.modality_names)
     model = model.to(task.device)
     names = model.config.modality_names
     rows = torch.arange(task.split.num_items + 1, device=task.device)

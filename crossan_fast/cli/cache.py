@@ -424,7 +424,7 @@ def _print_hits(run: Path, before: Path, after: Path) -> None:
             dataclasses.replace(config, cache=str(cache)), None if held is None else held.catalogue
         )
         if held is not None:
-            held.require_frames(task.cache, model.config.modality_names)
+            held.require_states(task.cache, model.config.modality_names)
         for split, values in found.items():
             result = task.evaluate(model.to(task.device), split, config.evaluation, k=(10,))
             values.append(result.metrics["hr@10"])

@@ -117,12 +117,18 @@ def run(args: argparse.Namespace) -> int:
     catalogue = None if held is None else held.catalogue
     task = open_task(config, catalogue if args.catalogue == "run" else None)
     if held is not None:
-        held.require_frames(task.cache, model.config.modality_names)
+        held.require_states(task.cache, model.config.modality_names)
     model.to(task.device)
     result = task.evaluate(model, args.split, protocol, k=args.k, lists=args.lists)
     if held is not None:
-        difference = held.difference(Population.of(task))
+        now = Population.of(task)
+        validation = args.split == "validation"
+        difference = held.difference(now, "validation") if validation else held.difference(now)
         other = f"not what the run was evaluated on: {difference}" if difference else ""
+        # What was trained on shows in novelty, in what is cold, and in baselines.
+        if not difference and (args.lists or args.baselines is not None):
+            difference = held.difference(now, "training")
+            other = f"not what the run was trained on: {difference}" if difference else ""
         result = result.noting(held.note, other)
     if args.baselines is None:
         mrr = f"MRR {100 * result.metrics['mrr']:.2f} %"

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     cache = HiddenStateCache.open(args.cache or config.path("cache"), verify=args.verify or config.verify)
     held = folder.read_population()
     if held is not None:
-        held.require_frames(cache, model.config.modality_names)
+        held.require_states(cache, model.config.modality_names)
     items = model.encode_catalogue(cache)
     write_embeddings(paths[0], cache.item_names[1:], items[1:])
     print(f"{paths[0]}: {cache.num_items:,} items of {items.shape[1]} numbers")

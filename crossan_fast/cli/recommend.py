@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     )
     held = folder.read_population()
     if held is not None:
-        held.require_frames(cache, model.config.modality_names)
+        held.require_states(cache, model.config.modality_names)
         if difference := held.appended(cache.catalogue):
             print(f"note: {difference}", file=sys.stderr)
     titles: dict[str, str] = {}

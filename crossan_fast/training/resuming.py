@@ -42,11 +42,11 @@ def refuse_changes(old: TrainConfig, new: TrainConfig) -> None:
 
 
 def refuse_others(held: Population | None, task: Task, modalities: Sequence[str]) -> None:
-    """Raise ValueError where a run's items or users are not those of the task."""
+    """Raise ValueError where a run's items, states or users are not those of the task."""
     if held is None:
         return
-    held.require_frames(task.cache, modalities)
-    if difference := held.difference(Population.of(task)):
+    held.require_states(task.cache, modalities)
+    if difference := held.difference(Population.of(task), "training", "validation"):
         raise ValueError(
             f"cache, users: expected those of the run to go on with it, got others: {difference}"
         )
@@ -61,4 +61,4 @@ def name_of_run(config: TrainConfig, population: Population) -> str:
     bound = {key: value for key, value in flatten(config.to_dict()) if key not in _FREE}
     if config.init_from is not None:
         bound["init_from"] = population.origin
-    return digest_of([bound, {**population.data(), "run": ""}])[:16]
+    return digest_of([bound, {**population.data(), "sources": population.sources, "run": ""}])[:16]

@@ -1,7 +1,7 @@
 """A run on disk.
 
 config.yaml        the resolved config
-population.json    the items and users that it trains on, and the run that it started from
+population.json    the items, states and users that it trains on, and the run that it started from
 log.jsonl          one line an epoch: losses, seconds, validation metrics
 last.safetensors   everything that `--resume` needs, replaced whole after each epoch
 best/              config.json and model.safetensors of the best epoch, for `CrossanModel.from_pretrained`; at

@@ -72,7 +72,7 @@ def start(config: TrainConfig, task: Task, folder: RunFolder) -> Start:
     kept = [name for name in before if name in names]
     _refuse_other_states(trained.config, wanted, kept, str(source.path))
     if population is not None:
-        population.require_frames(task.cache, kept)
+        population.require_states(task.cache, kept)
     model = _with_modalities(trained, wanted, kept)
     if model.config.id_embedding and trained.catalogue is not None:
         task.cache.catalogue.require(trained.catalogue, "init_from", "; its id embedding is by row")
@@ -93,9 +93,10 @@ def _note(source: RunFolder, held: Population | None, task: Task, config: TrainC
         return f"{said}, which does not say what it was trained on: these targets may be among it"
     notes = [] if not held.note else [held.note]
     now = Population.of(task)
-    # Rows mean the same items where the catalogue has but grown.
+    # Rows mean the same items where the catalogue has but grown. What else either trains on is no matter.
     same = task.split.catalogue.starts_with(held.catalogue) and held.sequences == now.sequences
-    why = [] if same else [held.difference(now)]
+    same = same and held.validation in ("", now.validation)
+    why = [] if same else [held.difference(now, "validation")]
     before, after = _targets(source.read_config()), _targets(config)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):

@@ -59,7 +59,7 @@ def test_another_basis_is_refused(
     Path(other).rename(settings["cache"])
     with pytest.raises(ValueError, match=refused):
         Trainer(TrainConfig.from_dict({**settings, "epochs": 2})).fit(resume=True, progress=False)
-    held.require_frames(HiddenStateCache.open(tmp_path / "moved"), names)
+    held.require_states(HiddenStateCache.open(tmp_path / "moved"), names)
 
 
 def test_a_run_on_centred_states(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import wave
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from torch import Tensor
 from crossan_fast.cache import (
     HiddenStateCache,
     ModalitySpec,
+    convert_cache,
 )
 from crossan_fast.data.items import ItemTable
+from crossan_fast.training.states import refuse_other_specs
+from crossan_fast.training.states import specs_of as specs_of_run
 
 
 def text_truth(folder: Path, title: str, layers: list[int], pool: str, **options: Any) -> Tensor:
@@ -246,3 +250,26 @@ def test_the_vision_half_of_clip(items: ItemTable, tmp_path: Path) -> None:
             hidden = model.vision_model(pixels[None], output_hidden_states=True).hidden_states
         truth = torch.stack([hidden[k][0, 0] for k in range(3)])
         torch.testing.assert_close(rows[index], truth, rtol=1e-5, atol=2e-6)
+
+
+def test_a_run_tells_caches_of_another_making(
+    encoders: dict[str, Path], items: ItemTable, tmp_path: Path
+) -> None:
+    text = f"text={encoders['bert']}:levels=3"
+    build(subset(items, list(range(6))), [text], tmp_path / "own")
+    held = specs_of_run(HiddenStateCache.open(tmp_path / "own"))
+    build(items, None, tmp_path / "own", dtype=None, re_encode=["item2"])  # grown and corrected
+    convert_cache(tmp_path / "own", tmp_path / "int8", "int8")
+    shutil.copytree(encoders["bert"], tmp_path / "elsewhere")
+    build(items, [f"text={tmp_path / 'elsewhere'}:levels=3"], tmp_path / "moved")
+    build(items, [text], tmp_path / "half", compute_dtype="bf16")
+    for same in ("own", "int8", "moved", "half"):
+        refuse_other_specs(held, HiddenStateCache.open(tmp_path / same), ["text"])
+    for option, key in (
+        ("levels=3:pool=cls", "pool"),
+        ("levels=0,1,2", "layers"),
+        ("levels=3:max_length=5", "max_length"),
+    ):
+        build(items, [f"text={encoders['bert']}:levels=3".replace("levels=3", option)], tmp_path / key)
+        with pytest.raises(ValueError, match=f"cache: modality 'text': expected states of {key}"):
+            refuse_other_specs(held, HiddenStateCache.open(tmp_path / key), ["text"])
