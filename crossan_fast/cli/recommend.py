@@ -50,8 +50,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--k", type=int, default=10, help="how many items, up to all candidates (default 10)")
     parser.add_argument("--keep-history", action="store_true", help="the history's items may come back")
-    parser.add_argument("--allow", type=Path, help="file with an item's name a line: the only candidates")
-    parser.add_argument("--deny", type=Path, help="file with an item's name a line: no candidates")
+    for option, meaning in (("--allow", "the only candidates"), ("--deny", "no candidates")):
+        parser.add_argument(
+            option,
+            action="extend",
+            nargs="+",
+            type=Path,
+            metavar="FILE",
+            help=f"files with an item's name a line, or tables with a column of items: {meaning}",
+        )
     parser.add_argument(
         "--unknown",
         choices=("error", "skip"),
@@ -75,6 +82,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Print a table, or JSON: rank, name, score and title; or write those of a file's users."""
     from crossan_fast.cache import HiddenStateCache
+    from crossan_fast.cli._name_files import names_in
     from crossan_fast.recommend import Recommender
     from crossan_fast.training import RunFolder
     from crossan_fast.training.task import item_titles, resolve_device
@@ -96,13 +104,14 @@ def run(args: argparse.Namespace) -> int:
         titles |= item_titles(file, config.item_columns)
     if titles and (bare := sum(name not in titles for name in cache.item_names[1:])):
         print(f"note: {bare:,} of the cache's items have no title; --items adds some", file=sys.stderr)
+    known = set(cache.item_names[1:])
     recommender = Recommender(
         model,
         cache,
         k=args.k,
         filter_history=not args.keep_history,
-        allow=None if args.allow is None else _names(args.allow),
-        deny=None if args.deny is None else _names(args.deny),
+        allow=None if args.allow is None else names_in(args.allow, "--allow", known),
+        deny=None if args.deny is None else names_in(args.deny, "--deny", known),
         unknown=args.unknown,
     )
     if recommender.skipped:
@@ -193,15 +202,3 @@ def _many(args: argparse.Namespace, recommender: Recommender, titles: dict[str, 
         file=sys.stderr,
     )
     return 0
-
-
-def _names(path: Path) -> list[str]:
-    """A name a line; of a table with a header, its column of items."""
-    from crossan_fast.data._open import open_table
-    from crossan_fast.data._values import as_list, name_of
-    from crossan_fast.data.columns import NAMES, Columns
-
-    table = open_table(path, "names", set(NAMES["item"]))
-    place = Columns(None, ()).find(table.header, "item", table.where) if table.header else 0
-    chunks = table.chunks([place or 0])
-    return [name for chunk in chunks for cell in as_list(chunk.cells[0]) if (name := name_of(cell))]

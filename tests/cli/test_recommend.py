@@ -13,6 +13,7 @@ import torch
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.cli import main
+from crossan_fast.cli._name_files import names_in
 
 
 def recommend(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> list[list[str]]:
@@ -158,3 +159,40 @@ def test_json_says_what_the_table_says(run_folder: Path, capsys: pytest.CaptureF
     printed = json.loads(capsys.readouterr().out)
     assert printed["history"][1] == {"item": "b04", "title": "Title b04"}
     assert [[str(i["rank"]), i["item"], f"{i['score']:.4f}", i["title"]] for i in printed["items"]] == rows
+
+
+def test_every_file_of_deny_and_allow_counts(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_folder / "run"
+    for name in ("b06", "b07"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    files = [str(tmp_path / f"{name}.txt") for name in ("b06", "b07")]
+    denied = ["--history", "b05", "--k", "20", "--deny", files[0], "--deny", files[1]]
+    assert not {"b06", "b07"} & {row[1] for row in recommend(capsys, run, *denied)}
+    allowed = ["--history", "b05", "--k", "2", "--allow", *files]
+    assert {row[1] for row in recommend(capsys, run, *allowed)} == {"b06", "b07"}
+
+
+def test_names_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = {"i24", "i39", "lamp, red", "a\tb", "7"}
+    path = tmp_path / "names"
+
+    def names(text: str, *more: str) -> list[str]:
+        path.write_text(text)
+        return names_in([path], "--deny", {*known, *more})
+
+    assert names("i24\n\n i39 \r\n") == ["i24", "i39"]
+    assert names("lamp, red\ni24\na\tb\n") == ["lamp, red", "i24", "a\tb"]
+    assert names('"lamp, red"\n"gone, too"\n') == ["lamp, red", "gone, too"]
+    assert names("item,count\ni24,3\ni39,4\n") == ["i24", "i39"]
+    assert names('{"asin": "i24", "n": 1}\n') == ["i24"]
+    assert names("id\ni24\n") == ["i24"] and names("id\ni24\n", "id") == ["id", "i24"]
+    assert names("id\n", "id") == ["id"] and not capsys.readouterr().err
+    assert names("id\n") == []
+    assert "no names, its only line id is taken for a header" in capsys.readouterr().err
+    for text, line in (("i24,i39\n", 1), ("i24\ni24\ti39\n", 2), ("i24\n\ni39;i24\n", 3)):
+        with pytest.raises(ValueError, match=rf"--deny: .*names, line {line}: expected one item's name"):
+            names(text)
+    with pytest.raises(ValueError, match=r"--deny: .*: expected a column of items, got n, m"):
+        names('{"n": "i24", "m": 1}\n')
