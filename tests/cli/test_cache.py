@@ -63,6 +63,15 @@ def test_build_info_verify_convert(files: Path, capsys: pytest.CaptureFixture[st
     assert HiddenStateCache.open(files / "q").dtype == torch.int8
 
 
+def test_build_from_states_whose_rows_a_file_names(files: Path) -> None:
+    (files / "ids.txt").write_text("bed\nother\nlamp\nchair\n")
+    modality = f"audio={files / 'more.npy'}:precomputed:ids={files / 'ids.txt'}"
+    words = ("build", "--items", files / "items.tsv", "--out", files / "c", "--modality", modality)
+    assert run(*words, "--dtype", "fp32", "--no-progress") == 0
+    rows = HiddenStateCache.open(files / "c").gather(torch.tensor([1, 2, 3]))["audio"]
+    assert np.array_equal(rows.numpy(), np.load(files / "more.npy")[[2, 3, 0]])
+
+
 def test_info_says_what_all_items_have_in_common(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     states = torch.randn(2001, 2, 8)
     states[:, 1] += 3 * torch.eye(8)[0] * 8**0.5  # 9 of 10 parts of this level's energy, 0 of the other's

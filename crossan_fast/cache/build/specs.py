@@ -89,7 +89,7 @@ class ModalitySpec:
 
 
 def _value(name: str, key: str, value: str | None) -> Any:
-    if key in ("lowercase", "precomputed", "ids"):
+    if key in ("lowercase", "precomputed"):
         if value not in (None, "true", "false"):
             raise ValueError(f"modality {name!r}: {key}: expected true or false, got {value!r}")
         return value != "false"

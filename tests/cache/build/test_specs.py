@@ -20,6 +20,7 @@ from crossan_fast.cache import ModalitySpec
         ),
         ("t=a:lowercase=false", ModalitySpec("t", "a", lowercase=False)),
         ("x=s.npy:precomputed", ModalitySpec("x", "s.npy", precomputed=True)),
+        ("x=s.npy:precomputed:ids=i.txt", ModalitySpec("x", "s.npy", precomputed=True, ids="i.txt")),
         ("x=C:\\models\\bert:pool=cls", ModalitySpec("x", "C:\\models\\bert", pool="cls")),
     ],
 )
@@ -42,6 +43,8 @@ def test_parse(text: str, spec: ModalitySpec) -> None:
         ("text=a:max_length=x", "modality 'text': max_length: expected a number, got 'x'"),
         ("text=a:max_length=0", "modality 'text': max_length: expected at least 1, got 0"),
         ("text=a:column", "modality 'text': option 'column' needs a value"),
+        ("x=s.npy:precomputed:ids", "modality 'x': option 'ids' needs a value: ids=..."),
+        ("x=s.npy:ids=i.txt", "modality 'x': ids: expected with precomputed alone, got 'i.txt'"),
         ("text=a:lowercase=yes", "modality 'text': lowercase: expected true or false, got 'yes'"),
         ("text=a:pool=cls:pool=mean", "modality 'text': option 'pool' is given twice"),
     ],
