@@ -113,8 +113,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     build.add_argument("--batch-size", type=int, default=64, help="inputs encoded at once (default 64)")
     build.add_argument("--device", default="auto", help="of the encoders (default: cuda where there is one)")
     build.add_argument("--compute-dtype", choices=DTYPES[:3], help="of the encoders (default fp32)")
-    build.add_argument("--max-length", type=int, default=30, help="tokens kept of a text (default 30)")
-    build.add_argument("--lowercase", action="store_true", help="lower-case texts first")
+    build.add_argument(
+        "--max-length", type=int, help="tokens kept of a text (default 30; in appending the cache's own)"
+    )
+    build.add_argument(
+        "--lowercase",
+        action=argparse.BooleanOptionalAction,
+        help="lower-case texts first (default no; in appending the cache's own)",
+    )
     build.add_argument("--strict", action="store_true", help="stop at an input that cannot be used")
     build.add_argument("--restart", action="store_true", help="forget what a stopped build did")
     build.add_argument(

@@ -38,8 +38,8 @@ def build_cache(
     batch_size: int = 64,
     device: str | torch.device = "auto",
     compute_dtype: str | None = None,
-    max_length: int = 30,
-    lowercase: bool = False,
+    max_length: int | None = None,
+    lowercase: bool | None = None,
     strict: bool = False,
     restart: bool = False,
     re_encode: str | Collection[str] = (),
@@ -60,7 +60,7 @@ def build_cache(
         device: of the encoders; `auto` is CUDA where there is one.
         compute_dtype: of the encoders' weights and arithmetic: `fp32` (default), `fp16` or `bf16`; in
             appending the cache's own.
-        max_length, lowercase: of texts, where a modality does not say.
+        max_length, lowercase: of texts, where a modality does not say (30, False); in appending as `dtype`.
         strict: raise at the first input that cannot be used; otherwise the item goes without the modality.
         restart: forget what a stopped build did.
         re_encode: names of items to encode again though nothing shows that their inputs changed, or `all`:
@@ -80,8 +80,8 @@ def build_cache(
     _check_arguments(items, batch_size, compute_dtype)
     base = existing_cache(folder)
     compute_dtype = compute_dtype or _compute_dtype_of(base)
-    specs = specs_for(modalities, base)
-    passes = _in_frames(plan_passes(specs, items, max_length, lowercase), folder, base)
+    specs = specs_for(modalities, base, max_length, lowercase)
+    passes = _in_frames(plan_passes(specs, items), folder, base)
     settings = Settings(batch_size, _device(device), _COMPUTE[compute_dtype], strict, progress, journal_every)
     plan = BuildPlan.make(specs, passes, items, base, folder, dtype, compute_dtype, re_encode)
     refuse_missing(plan, items, strict)

@@ -25,7 +25,7 @@ from crossan_fast.config import Modality
 if TYPE_CHECKING:
     from crossan_fast.cache.build.encoders import FrozenEncoder
 
-DEFAULT_LEVELS = 7
+DEFAULT_LEVELS, MAX_LENGTH = 7, 30
 
 
 class Items(Protocol):
@@ -273,7 +273,7 @@ class FramedPass:
         return [frame.project(states) if frame else states for states, frame in found]
 
 
-def plan_passes(specs: Sequence[ModalitySpec], items: Items, max_length: int, lowercase: bool) -> list[Pass]:
+def plan_passes(specs: Sequence[ModalitySpec], items: Items) -> list[Pass]:
     """Passes that serve all `specs`: those that read the same column with the same encoder share one."""
     groups: dict[tuple[object, ...], list[ModalitySpec]] = {}
     passes: list[Pass] = []
@@ -292,8 +292,8 @@ def plan_passes(specs: Sequence[ModalitySpec], items: Items, max_length: int, lo
         encoder = FrozenEncoder(
             first.source,
             kind=first.kind,
-            max_length=max_length if first.max_length is None else first.max_length,
-            lowercase=lowercase if first.lowercase is None else first.lowercase,
+            max_length=MAX_LENGTH if first.max_length is None else first.max_length,
+            lowercase=bool(first.lowercase),
         )
         passes.append(EncoderPass(encoder, group, items))
     return passes

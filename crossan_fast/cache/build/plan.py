@@ -138,21 +138,42 @@ def existing_cache(folder: Path) -> CacheMeta | None:
     return None
 
 
-def specs_for(modalities: Sequence[ModalitySpec | str] | None, base: CacheMeta | None) -> list[ModalitySpec]:
-    """Modalities parsed and checked; where none are given, those that `base` was built with."""
+def specs_for(
+    modalities: Sequence[ModalitySpec | str] | None,
+    base: CacheMeta | None,
+    max_length: int | None = None,
+    lowercase: bool | None = None,
+) -> list[ModalitySpec]:
+    """Modalities parsed and checked; where none are given, those that `base` was built with.
+
+    Args:
+        max_length, lowercase: where a modality does not say; None: as `base` was built.
+    """
+    given = {"max_length": max_length, "lowercase": lowercase}
     if not modalities:
         if base is None:
             raise ValueError(
                 "modalities: expected at least one, got none; only an existing cache has its own"
             )
-        return [_spec_of(m, base.sources[m.name]) for m in base.modalities]
+        return [_filled(_spec_of(m, base.sources[m.name]), base, given) for m in base.modalities]
     specs = [ModalitySpec.parse(m) if isinstance(m, str) else m for m in modalities]
     names = [spec.name for spec in specs]
     for name in names:
         Modality(name, width=1, levels=1)  # checks the name
         if names.count(name) > 1:
             raise ValueError(f"modalities: expected different names, got {name!r} twice")
-    return specs
+    return [_filled(spec, base, given) for spec in specs]
+
+
+def _filled(spec: ModalitySpec, base: CacheMeta | None, given: Mapping[str, Any]) -> ModalitySpec:
+    """With what `spec` leaves open as `given`, else as `base` was built."""
+    built = base.sources.get(spec.name, {}) if base else {}
+    left: dict[str, Any] = {
+        key: built.get(key) if value is None else value
+        for key, value in given.items()
+        if getattr(spec, key) is None
+    }
+    return dataclasses.replace(spec, **left)
 
 
 def _spec_of(modality: Modality, source: Mapping[str, Any]) -> ModalitySpec:
@@ -169,8 +190,6 @@ def _spec_of(modality: Modality, source: Mapping[str, Any]) -> ModalitySpec:
         levels=tuple(source["layers"]),
         column=source["column"],
         kind=source["kind"],
-        max_length=source.get("max_length"),
-        lowercase=source.get("lowercase"),
     )
 
 

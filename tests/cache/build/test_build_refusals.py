@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crossan_fast.cache import (
     BrokenItemError,
+    CacheError,
     HiddenStateCache,
 )
 from crossan_fast.cache.build.encoders import FrozenEncoder
@@ -245,3 +246,23 @@ def test_a_misspelt_encoder_folder_is_said_without_asking_the_hub(
         with pytest.raises(FileNotFoundError, match=f"encoder: no such folder: {source}{hint}"):
             FrozenEncoder(source)
     assert not asked
+
+
+def test_options_of_texts_stay_those_of_the_cache(
+    encoders: dict[str, Path], items: ItemTable, tmp_path: Path
+) -> None:
+    """Not given they are the cache's own, whoever names the modality; given otherwise they are refused."""
+    out, spec = tmp_path / "c", f"text={encoders['bert']}:levels=3"
+    build(subset(items, [0, 1]), [spec], out, max_length=9, lowercase=True)
+    for modalities, options, message in (
+        (None, {"max_length": 12}, "text: max_length 9, not 12"),
+        ([spec], {"max_length": 30}, "text: max_length 9, not 30"),
+        (None, {"lowercase": False}, "text: lowercase True, not False"),
+        ([f"{spec}:lowercase=false"], {"lowercase": True}, "text: lowercase True, not False"),
+    ):
+        with pytest.raises(CacheError, match=f"was built with {message}"):
+            build(items, modalities, out, **options)
+    assert build(subset(items, [0, 1, 2]), None, out, max_length=9).added == 1
+    assert build(subset(items, [0, 1, 2, 3]), [spec], out).added == 1
+    source = HiddenStateCache.open(out).sources["text"]
+    assert (source["max_length"], source["lowercase"]) == (9, True)
