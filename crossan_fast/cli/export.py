@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from crossan_fast.data import read_interactions
     from crossan_fast.export import check_suffix, user_embeddings, write_embeddings, write_onnx
     from crossan_fast.training import RunFolder
+    from crossan_fast.training.task import users_files
 
     if not (args.onnx or args.embeddings):
         raise ValueError("--onnx, --embeddings: expected one of the two, got neither")
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{paths[0]}: {cache.num_items:,} items of {items.shape[1]} numbers")
     if len(paths) == 2:
         read = read_interactions(
-            args.users or config.path("users"),
+            args.users or users_files(config, config.path("users")),
             cache.item_names,
             min_items=1,
             columns=columns_of(args, USERS_COLUMNS) or (None if args.users else config.columns),

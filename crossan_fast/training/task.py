@@ -172,20 +172,12 @@ def _read(
         window: of the model, where no user counts for more than it needs; None: whole histories.
         bare: rows of items that the model cannot embed.
     """
-    source: Path | dict[str, Path] = path
     split, most = config.split, config.max_items
-    if split.by == "given" and isinstance(split.validation, str) and isinstance(split.test, str):
-        parts = {"validation": split.validation, "test": split.test}
-        source = {"train": path} | {
-            part: config.resolve(f"split.{part}", name) for part, name in parts.items()
-        }
-    elif split.by == "given":
-        source = split_files(path) or path
-    elif window is not None and split.by == "leave_one_out" and split.stride is None and most is None:
+    if window is not None and split.by == "leave_one_out" and split.stride is None and most is None:
         # The last training row holds window + 1 items, and two more are held out.
         most = window + 3
     return read_interactions(
-        source,
+        users_files(config, path),
         names,
         min_items=config.min_items,
         max_items=most,
@@ -194,6 +186,17 @@ def _read(
         min_rating=config.min_rating,
         bare=bare,
     )
+
+
+def users_files(config: TrainConfig, path: Path) -> Path | dict[str, Path]:
+    """The users file `path` of a config, or all parts of it by name where its split comes in files."""
+    split = config.split
+    if split.by != "given":
+        return path
+    if isinstance(split.validation, str) and isinstance(split.test, str):
+        parts = {"validation": split.validation, "test": split.test}
+        return {"train": path} | {part: config.resolve(f"split.{part}", name) for part, name in parts.items()}
+    return split_files(path) or path
 
 
 def _split(config: SplitConfig, found: Interactions, window: int) -> Split:

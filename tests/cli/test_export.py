@@ -73,3 +73,26 @@ def test_onnx_is_written_from_a_run(
     monkeypatch.setattr("crossan_fast.export.write_onnx", lambda model, folder: written.append(folder))
     assert main(["export", str(run_folder / "run"), "--onnx", str(tmp_path / "onnx")]) == 0
     assert written == [tmp_path / "onnx"]
+
+
+def test_users_of_a_split_in_files_have_their_whole_histories(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (run_folder / "users.tsv").read_text().splitlines()
+    histories = {user: items.split() for user, items in (line.split("\t") for line in lines)}
+    whole = "".join(f"{u},{i},{at}\n" for u, items in histories.items() for at, i in enumerate(items))
+    (tmp_path / "whole.csv").write_text("user,item,time\n" + whole)
+    for part, start, stop in (("train", 0, -2), ("valid", -2, -1), ("test", -1, None)):
+        rows = [
+            f"{user},{item},{at}\n"
+            for user, items in histories.items()
+            for at, item in list(enumerate(items))[start:stop]
+        ]
+        (tmp_path / f"x.{part}.csv").write_text("user,item,time\n" + "".join(rows))
+    run, out = str(tmp_path / "run"), [str(tmp_path / name) for name in ("items.npy", "users.npy")]
+    words = [f"run={run}", f"users={tmp_path / 'x.train.csv'}", "split.by=given", "epochs=1", "min_items=1"]
+    assert main(["train", str(run_folder / "config.yaml"), "--quiet", *words]) == 0
+    assert main(["export", run, "--embeddings", *out]) == 0
+    found = np.load(tmp_path / "users.npy")
+    assert main(["export", run, "--embeddings", *out, "--users", str(tmp_path / "whole.csv")]) == 0
+    assert np.array_equal(found, np.load(tmp_path / "users.npy"))
