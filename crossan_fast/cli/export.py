@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from crossan_fast.cli._forms import USERS, USERS_COLUMNS, add_column_options, columns_of
@@ -53,11 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from crossan_fast.training import RunFolder
     from crossan_fast.training.task import users_files
 
-    if not (args.onnx or args.embeddings):
-        raise ValueError("--onnx, --embeddings: expected one of the two, got neither")
     paths = [check_suffix(path) for path in args.embeddings or ()]
-    if len(paths) > 2:
-        raise ValueError(f"--embeddings: expected a file for items and one for users, got {len(paths)}")
+    _check_options(args, paths)
     folder = RunFolder(args.run)
     config = folder.read_config()
     model = folder.load_model("best", backend=config.backend)
@@ -84,3 +82,22 @@ def run(args: argparse.Namespace) -> int:
         write_embeddings(paths[1], read.user_names, user_embeddings(model, items, read.ids, read.offsets))
         print(f"{paths[1]}: {read.num_users:,} users after their whole histories; left out: {read.dropped}")
     return 0
+
+
+def _check_options(args: argparse.Namespace, paths: Sequence[Path]) -> None:
+    if not (args.onnx or paths):
+        raise ValueError("--onnx, --embeddings: expected one of the two, got neither")
+    if len(paths) > 2:
+        raise ValueError(f"--embeddings: expected a file for items and one for users, got {len(paths)}")
+    if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
+        raise ValueError(
+            f"--embeddings: expected different files for items and for users, got {paths[0]} and {paths[1]}"
+        )
+    idle = [f"--{role}-column" for role in columns_of(args, USERS_COLUMNS)]
+    if args.users is not None:
+        idle.insert(0, "--users")
+    if idle and len(paths) < 2:
+        raise ValueError(
+            f"{', '.join(idle)}: expected with a second file of --embeddings, for the users', got "
+            f"{len(paths)} of its files"
+        )

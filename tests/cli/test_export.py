@@ -61,6 +61,15 @@ def test_other_users_and_what_is_wrong(
         ([], "--onnx, --embeddings: expected one of the two, got neither"),
         (["--embeddings", "a.txt"], "embeddings: expected a name that ends with .npy or .parquet"),
         (["--embeddings", out, out, out], "expected a file for items and one for users, got 3"),
+        (
+            ["--embeddings", out, str(tmp_path / ".." / tmp_path.name / "items.npy")],
+            "--embeddings: expected different files for items and for users, got ",
+        ),
+        (
+            ["--embeddings", out, "--users", "u.tsv", "--item-column", "i"],
+            "--users, --item-column: expected with a second file of --embeddings, for the users', got 1",
+        ),
+        (["--onnx", str(tmp_path), "--users", "u.tsv"], "--users: expected with a second file"),
     ):
         assert main(["export", run, *words]) == 2
         assert message in capsys.readouterr().err
