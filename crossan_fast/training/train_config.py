@@ -174,7 +174,7 @@ class TrainConfig:
         users: users file, see `crossan_fast.data.read_interactions`.
         run: the run's folder.
         items: items file for titles in recommendations; None: names alone.
-        data: what `${data}` in `cache`, `users`, `items` and other files stands for; None: CROSSAN_FAST_DATA.
+        data: what `${data}` in `cache`, `users`, `run` and other paths stands for; None: CROSSAN_FAST_DATA.
         modalities: names of the cache's modalities to use, in this order; None: all.
         init_from: folder of a run whose best weights this one starts from: those of its best epoch so far,
             where it has not ended. Modalities that it lacks are added as by `CrossanModel.extend`, those that
@@ -265,7 +265,7 @@ class TrainConfig:
         """Plain nested values, as `from_dict` and YAML take them."""
         return cast("dict[str, Any]", _plain(self))
 
-    def path(self, name: Literal["cache", "users", "items"]) -> Path:
+    def path(self, name: Literal["cache", "users", "items", "run"]) -> Path:
         """A path setting with `${data}` filled in; ValueError naming the setting where it can't be."""
         value = getattr(self, name)
         if value is None:

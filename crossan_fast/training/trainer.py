@@ -70,7 +70,7 @@ class Trainer:
         self, config: TrainConfig, task: Task | None = None, processes: Processes | None = None
     ) -> None:
         self.processes = processes or Processes()
-        self.folder = RunFolder(config.run)
+        self.folder = RunFolder(config.path("run"))
         if task is None:
             held = self.folder.read_population()
             task = open_task(config, None if held is None else held.catalogue)

@@ -40,6 +40,15 @@ def test_training_learns_the_ring(values: dict[str, Any], loss: str) -> None:
     assert results["test"]["split"] == "test"
 
 
+def test_the_run_folder_may_lie_below_home_or_data(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Trainer(with_values(values, run="~/a")).folder.path == tmp_path / "home" / "a"
+    data = str(tmp_path / "data")
+    assert Trainer(with_values(values, run="${data}/b", data=data)).folder.path == tmp_path / "data" / "b"
+
+
 def test_the_run_folder_holds_everything(values: dict[str, Any]) -> None:
     config = with_values(values, epochs=2)
     lines: list[str] = []
