@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 
 from crossan_fast.cli._forms import ITEMS, USERS, USERS_COLUMNS, add_column_options, columns_of
 
@@ -48,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="*",
         default=[],
         metavar="key=value",
-        help="fields to override, anywhere",
+        help="fields to override, each once, anywhere",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on behind the last epoch in the run's folder"
@@ -78,6 +79,24 @@ def _fields() -> str:
     return "\nfields and defaults (see TrainConfig and CrossanConfig):\n" + "\n".join(lines)
 
 
+def refuse_repeated(overrides: Sequence[str]) -> None:
+    """Raise ValueError where an override sets again, or replaces with all around it, what one before it set.
+
+    `load_config` lays one over the other, as programs need it; on a command line it is a mistake.
+    """
+    from crossan_fast._untrusted import parse_yaml
+    from crossan_fast.training.train_config import flatten
+
+    whose: dict[str, str] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        lost = next((before for name, before in whose.items() if f"{name}.".startswith(f"{key}.")), None)
+        if lost is not None:
+            raise ValueError(f"override: expected each field once, got {lost!r} and {override!r}")
+        value = parse_yaml(text, "override", f"the value of {override!r}")
+        whose |= dict.fromkeys((name for name, _ in flatten({key: value or None})), override)
+
+
 def run(args: argparse.Namespace) -> int:
     """Train, then print the test result."""
     from crossan_fast.training import Result, load_config
@@ -85,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
     from crossan_fast.training.trainer import open_trainer
 
     named = [f"columns.{role}={json.dumps(name)}" for role, name in columns_of(args, USERS_COLUMNS).items()]
-    with open_trainer(load_config(args.config, [*args.overrides, *named])) as trainer:
+    overrides = [*args.overrides, *named]
+    refuse_repeated(overrides)
+    with open_trainer(load_config(args.config, overrides)) as trainer:
         first = trainer.processes.first
         if first:
             print(trainer.task.describe())

@@ -15,6 +15,7 @@ from compiled_ops import needs_cpp
 import crossan_fast
 from crossan_fast import cli
 from crossan_fast.cli import COMMANDS, main
+from crossan_fast.cli.train import refuse_repeated
 from crossan_fast.ops import _registration
 
 PACKAGE = Path(crossan_fast.__file__).parent
@@ -24,8 +25,8 @@ def test_train_prints_each_epoch_and_the_protocol(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    arguments = ["train", str(run_folder / "config.yaml"), f"run={out}", "epochs=2", "patience=null"]
-    assert main(arguments) == 0
+    arguments = ["train", str(run_folder / "config.yaml"), f"run={out}", "patience=null"]
+    assert main([*arguments, "epochs=2"]) == 0
     printed = capsys.readouterr().out
     assert "30 users, 24 items" in printed
     assert "epoch 1/2: loss" in printed
@@ -36,6 +37,28 @@ def test_train_prints_each_epoch_and_the_protocol(
     assert f"parameters to train: {results['parameters']:,}" in printed
     assert main([*arguments, "epochs=3", "--resume"]) == 0
     assert "goes on behind epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["seed=1", "epochs=2", "seed=2"], "'seed=1' and 'seed=2'"),
+        (["model.dropout=0.3", "model={embedding_dim: 16}"], "'model.dropout=0.3' and 'model={embedding"),
+        (["model={dropout: 0.3}", "model.dropout=0.2"], "'model={dropout: 0.3}' and 'model.dropout=0.2'"),
+        (["model={}", "model={}"], "'model={}' and 'model={}'"),
+        (["columns.user=who", "--user-column", "name"], "'columns.user=who' and 'columns.user=\"name\"'"),
+    ],
+)
+def test_an_override_that_undoes_another_is_refused(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], named: str
+) -> None:
+    assert main(["train", str(run_folder / "config.yaml"), *overrides]) == 2
+    assert f"override: expected each field once, got {named}" in capsys.readouterr().err
+
+
+def test_overrides_of_different_fields_go_together() -> None:
+    refuse_repeated(["model={blocks: 1}", "model.dropout=0.2", "model.drop=1", "seed=1", "min_items=3"])
+    refuse_repeated(["columns={}", "columns.user=who", "columns.item=what"])
 
 
 def id_road() -> list[str]:
