@@ -8,12 +8,15 @@ refused.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 MAX_BYTES = 64 * 1024
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_MISLEADING = re.compile(r"[^:]*:|[-+]?0_*[0-9]")
 MAX_DEPTH = 32
 
 
@@ -42,13 +45,14 @@ def parse_yaml(text: str, name: str, source: str) -> Any:
         source: what the text is, for messages.
 
     Raises:
-        ValueError: too large, too deep, with an alias or a key twice in one mapping, or no YAML.
+        ValueError: too large, too deep, with an alias or a key twice in one mapping, with a number that YAML
+            1.1 reads otherwise than it looks (010 is 8, 1:30 is 90), or no YAML.
     """
     _bounded(text.encode("utf-8", "surrogatepass"), name, source)
     try:
         return yaml.load(text, _Loader)
-    # A date of month 13, or an integer too long to convert, is a bare error of the type that it would be.
-    except (yaml.YAMLError, ValueError, ArithmeticError) as error:
+    # A date of month 13, an integer too long to convert, or `!!bool maybe` is a bare error of any such type.
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(f"{name}: {source} is no YAML: {' '.join(str(error).split())}") from error
 
 
@@ -119,6 +123,16 @@ class _Loader(yaml.SafeLoader):
                 problem = f"the key {key.value!r} is there twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(name)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        if node.tag in _NUMBERS and _MISLEADING.match(node.value):
+            problem = (
+                "expected a number without a colon and without a leading zero (YAML reads 1:30 as 90 and "
+            )
+            problem += f"010 as 8), got {node.value:.80}; in quotes it is text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return node
 
     def _refuse(self, problem: str) -> NoReturn:

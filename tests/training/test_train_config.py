@@ -120,9 +120,14 @@ BOMB = "\n".join(["a0: &a0 boom", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 1
         ("- " * 5000, "nested more than 32 deep"),
         ("cache: " + "c" * 100_000, "expected at most 65536 bytes in .*config.yaml"),
         ("epochs: 2001-13-01", "is no YAML: month must be in 1..12"),
-        ("epochs: " + ":".join(["1"] * 500) + ".5", "is no YAML: int too large"),
+        ("epochs: " + ":".join(["1"] * 500) + ".5", "without a colon .* got 1:1:"),
+        ("epochs: !!int ''", "is no YAML: "),
+        ("strict: !!bool maybe", "is no YAML: "),
     ],
-    ids=["alias", "a key twice", "a nested key twice", "deep flow", "deep block", "large", "date", "float"],
+    ids=[
+        *("alias", "a key twice", "a nested key twice", "deep flow", "deep block", "large", "date", "float"),
+        *("no digit", "no truth"),
+    ],
 )
 def test_a_file_of_someone_else_is_read_within_bounds(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "config.yaml"
@@ -130,6 +135,29 @@ def test_a_file_of_someone_else_is_read_within_bounds(tmp_path: Path, content: s
     with pytest.raises(ValueError, match=message) as raised:
         load_config(file)
     assert str(raised.value).startswith("config: ")
+
+
+@pytest.mark.parametrize("number", ["010", "-010", "0_10", "00", "01.5", "1:30", "1:30.5", "-1:00:00"])
+def test_a_number_that_yaml_reads_otherwise_than_it_looks_is_refused(
+    values: dict[str, Any], tmp_path: Path, number: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=f"override: .*without a leading zero.*, got {number}; .* is text"):
+        load_config(file, [f"seed={number}"])
+    file.write_text(yaml.safe_dump(values) + f"evaluation:\n  k: [5, {number}]\n")
+    with pytest.raises(ValueError, match=f"config: .*got {number};.*line "):
+        load_config(file)
+
+
+def test_other_numbers_and_text_of_digits_are_read(values: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    config = load_config(file, ["seed=1_000", "epochs=0x10", "optimizer.weight_decay=0.5", "device='010'"])
+    assert (config.seed, config.epochs, config.optimizer.weight_decay) == (1000, 16, 0.5)
+    assert config.device == "010"
+    moments = "{by: time, validation: 2020-03-11 10:30:00, test: '09:30'}"
+    assert load_config(file, [f"split={moments}"]).split.test == "09:30"
 
 
 def test_a_yaml_bomb_is_refused_at_once(tmp_path: Path) -> None:
