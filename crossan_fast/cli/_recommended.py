@@ -1,4 +1,4 @@
-"""Where recommendations for many users go: CSV, JSON lines or Parquet, a batch at a time."""
+"""Where recommendations for many users go: CSV, JSON, JSON lines or Parquet, a batch at a time."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def open_writer(path: Path | None) -> Iterator[Writer]:
             if path.suffix in (".csv", ".tsv"):
                 yield _csv(file, "\t" if path.suffix == ".tsv" else ",")
             else:
-                yield _json(file)
+                with _json(file, array=path.suffix == ".json") as write:
+                    yield write
 
 
 def _csv(file: TextIO, delimiter: str) -> Writer:
@@ -70,16 +71,28 @@ def _csv(file: TextIO, delimiter: str) -> Writer:
     return write
 
 
-def _json(file: TextIO) -> Writer:
+@contextlib.contextmanager
+def _json(file: TextIO, array: bool) -> Iterator[Writer]:
+    """An object a user, a line each; with `array` they are the elements of one array."""
+    before, between, after = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
+    written = 0
+
     def write(rows: Sequence[Row]) -> None:
+        nonlocal written
         users: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
             entry = {"item": row.item, "score": float(f"{row.score:.6g}")}
             users.setdefault(row.user, []).append({**entry, "title": row.title} if row.title else entry)
         for user, items in users.items():
-            file.write(json.dumps({"user": user, "items": items}, ensure_ascii=False) + "\n")
+            text = json.dumps({"user": user, "items": items}, ensure_ascii=False)
+            file.write((between if written else before) + text)
+            written += 1
 
-    return write
+    yield write
+    if written:
+        file.write(after)
+    elif array:
+        file.write("[]\n")
 
 
 @contextlib.contextmanager

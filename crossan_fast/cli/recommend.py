@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Rank every item of the cache, those appended after training too, for the history of a user who need not have
-been seen: item names, oldest first; or for each user of a file, into CSV, JSON lines or Parquet.
+been seen: item names, oldest first; or for each user of a file, into CSV, JSON, JSON lines or Parquet.
 """
 
 _EXAMPLE = """
@@ -46,7 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     histories.add_argument("--histories", type=Path, help="users file: a history for each of its users")
     add_column_options(parser, USERS_COLUMNS)
     parser.add_argument(
-        "--out", type=Path, help=".csv, .tsv, .json, .jsonl or .parquet; without it a table, or CSV to stdout"
+        "--out",
+        type=Path,
+        help=".csv, .tsv, .json (one array), .jsonl or .parquet; without it a table, or CSV to stdout",
     )
     parser.add_argument("--k", type=int, default=10, help="how many items, up to all candidates (default 10)")
     parser.add_argument("--keep-history", action="store_true", help="the history's items may come back")

@@ -14,6 +14,7 @@ from crossan_fast.cache import HiddenStateCache
 from crossan_fast.cache.writer import write_cache
 from crossan_fast.cli import main
 from crossan_fast.cli._name_files import names_in
+from crossan_fast.cli._recommended import Row, open_writer
 
 
 def recommend(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> list[list[str]]:
@@ -73,9 +74,11 @@ def read_back(path: Path) -> list[tuple[str, int, str, str]]:
     if path.suffix == ".parquet":
         rows = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow").read_table(path).to_pylist()
     elif path.suffix in (".json", ".jsonl"):
+        text = path.read_text()
+        entries = json.loads(text) if path.suffix == ".json" else map(json.loads, text.splitlines())
         rows = [
             {"user": entry["user"], "rank": rank, **item}
-            for entry in map(json.loads, path.read_text().splitlines())
+            for entry in entries
             for rank, item in enumerate(entry["items"], start=1)
         ]
     else:
@@ -84,7 +87,7 @@ def read_back(path: Path) -> list[tuple[str, int, str, str]]:
     return [(row["user"], int(row["rank"]), row["item"], row.get("title") or "") for row in rows]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
 def test_histories_from_a_file(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
@@ -196,3 +199,18 @@ def test_names_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             names(text)
     with pytest.raises(ValueError, match=r"--deny: .*: expected a column of items, got n, m"):
         names('{"n": "i24", "m": 1}\n')
+
+
+@pytest.mark.parametrize(("suffix", "lines"), [(".json", ["[]"]), (".jsonl", [])])
+def test_json_of_no_user_is_json(tmp_path: Path, suffix: str, lines: list[str]) -> None:
+    out = tmp_path / f"out{suffix}"
+    with open_writer(out) as write:
+        write([])
+    assert out.read_text().splitlines() == lines
+    with open_writer(out) as write:
+        for user in "xyz":
+            write([Row(user, rank, f"i{rank}", 0.5, "") for rank in (1, 2)])
+    text = out.read_text()
+    entries = json.loads(text) if suffix == ".json" else list(map(json.loads, text.splitlines()))
+    assert text.endswith("\n") and [entry["user"] for entry in entries] == ["x", "y", "z"]
+    assert entries[2]["items"] == [{"item": "i1", "score": 0.5}, {"item": "i2", "score": 0.5}]
