@@ -15,6 +15,7 @@ from crossan_fast.cli.evaluate import VERIFY
 
 if TYPE_CHECKING:
     from crossan_fast.cli._recommended import Row
+    from crossan_fast.data import Interactions
     from crossan_fast.recommend import Recommender
 
 _DESCRIPTION = """\
@@ -43,7 +44,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     histories.add_argument(
         "--history", action="extend", nargs="+", metavar="ITEM", help="item names, oldest first"
     )
-    histories.add_argument("--histories", type=Path, help="users file: a history for each of its users")
+    histories.add_argument(
+        "--histories",
+        type=Path,
+        help="users file: a history for each of its users; ratings below the run's min_rating are left out",
+    )
     add_column_options(parser, USERS_COLUMNS)
     parser.add_argument(
         "--out",
@@ -89,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
     from crossan_fast.training import RunFolder
     from crossan_fast.training.task import item_titles, resolve_device
 
+    if args.history is not None and (idle := columns_of(args, USERS_COLUMNS)):
+        options = ", ".join(f"--{role}-column" for role in idle)
+        raise ValueError(f"{options}: expected --histories beside it, got --history")
     folder = RunFolder(args.run)
     config = folder.read_config()
     device = resolve_device(args.device or config.device)
@@ -124,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--json: expected --history beside it, got --histories; --out FILE.jsonl is for these"
         )
-    return _many(args, recommender, titles)
+    return _many(args, recommender, titles, config.min_rating)
 
 
 def _one(args: argparse.Namespace, recommender: Recommender, titles: dict[str, str]) -> int:
@@ -169,16 +177,16 @@ def _table(history: Sequence[tuple[str, str]], found: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _many(args: argparse.Namespace, recommender: Recommender, titles: dict[str, str]) -> int:
+def _many(
+    args: argparse.Namespace, recommender: Recommender, titles: dict[str, str], min_rating: float | None
+) -> int:
     import numpy as np
 
     from crossan_fast.cli._recommended import Row, open_writer
-    from crossan_fast.data import read_interactions
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
-    columns = columns_of(args, USERS_COLUMNS)
-    read = read_interactions(args.histories, None, min_items=1, columns=columns)
+    read = _read(args, min_rating)
     rows = np.array([0, *map(recommender.row, read.item_names[1:])])
     ids = rows[read.ids]
     known = ids > 0
@@ -196,11 +204,31 @@ def _many(args: argparse.Namespace, recommender: Recommender, titles: dict[str, 
                 ]
             )
     seconds, served = time.perf_counter() - begun, int((np.diff(offsets) > 0).sum())
+    low = read.dropped.low_ratings
     print(read.taken_for, file=sys.stderr)
     print(
         f"{served:,} users in {seconds:.1f} s ({served / max(seconds, 1e-9):,.0f} a second); left out: "
         f"{read.num_users - served + read.dropped.short_users:,} users without a known item, "
-        f"{int((~known).sum()):,} interactions with {int((rows[1:] == 0).sum()):,} unknown items",
+        f"{int((~known).sum()):,} interactions with {int((rows[1:] == 0).sum()):,} unknown items"
+        + (f", {low:,} rated below the run's min_rating {min_rating}" if low else ""),
         file=sys.stderr,
     )
     return 0
+
+
+def _read(args: argparse.Namespace, min_rating: float | None) -> Interactions:
+    """The histories, without what is rated below the run's min_rating; all of those without ratings."""
+    from crossan_fast.data import read_interactions
+
+    columns = columns_of(args, USERS_COLUMNS)
+    try:
+        return read_interactions(args.histories, None, min_items=1, columns=columns, min_rating=min_rating)
+    except ValueError as error:
+        if not str(error).startswith("min_rating: expected a column of ratings"):
+            raise
+    print(
+        f"note: {args.histories} has no ratings; all its interactions count, the run's own were those rated "
+        f"at least {min_rating}",
+        file=sys.stderr,
+    )
+    return read_interactions(args.histories, None, min_items=1, columns=columns)

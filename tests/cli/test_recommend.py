@@ -146,6 +146,10 @@ def test_titles_of_items_added_later_and_csv_to_stdout(
         (["--k", "99"], "k: expected 1 to 24, the number of candidates, got 99"),
         (["--out", "best.xlsx"], "--out: expected a name that ends with .csv"),
         (["--deny", "nowhere"], "no such file: nowhere"),
+        (
+            ["--user-column", "u", "--time-column", "t"],
+            "--user-column, --time-column: expected --histories beside it, got --history",
+        ),
     ],
 )
 def test_bad_arguments_are_named(
@@ -214,3 +218,29 @@ def test_json_of_no_user_is_json(tmp_path: Path, suffix: str, lines: list[str]) 
     entries = json.loads(text) if suffix == ".json" else list(map(json.loads, text.splitlines()))
     assert text.endswith("\n") and [entry["user"] for entry in entries] == ["x", "y", "z"]
     assert entries[2]["items"] == [{"item": "i1", "score": 0.5}, {"item": "i2", "score": 0.5}]
+
+
+def test_what_a_run_would_not_have_trained_on_is_left_out(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_folder / "run", run)
+    # The first line is the digest of what was there.
+    text = "\n".join((run / "config.yaml").read_text().splitlines()[1:])
+    (run / "config.yaml").write_text(text.replace("min_rating: null", "min_rating: 4.0"))
+    (tmp_path / "rated.csv").write_text("user,item,time,rating\nx,b03,1,5\nx,b04,2,4\nx,b15,3,1\n")
+    (tmp_path / "kept.csv").write_text("user,item,time\nx,b03,1\nx,b04,2\n")
+    found = {}
+    for name, said in (
+        ("rated", "1 rated below the run's min_rating 4.0"),
+        (
+            "kept",
+            "kept.csv has no ratings; all its interactions count, the run's own were those rated at",
+        ),
+    ):
+        words = ["--histories", str(tmp_path / f"{name}.csv"), "--k", "5"]
+        assert main(["recommend", "--run", str(run), *words]) == 0
+        printed = capsys.readouterr()
+        assert said in printed.err
+        found[name] = printed.out
+    assert found["rated"] == found["kept"]
