@@ -167,7 +167,7 @@ def _many(args: argparse.Namespace, recommender: Recommender, titles: dict[str, 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
     columns = columns_of(args, USERS_COLUMNS)
-    read = read_interactions(args.histories, None, min_items=1, columns=columns)
+    read = read_interactions(args.histories, None, min_items=1, columns=columns, labels=False)
     rows = np.array([0, *map(recommender.row, read.item_names[1:])])
     ids = rows[read.ids]
     known = ids > 0

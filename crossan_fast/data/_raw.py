@@ -70,10 +70,11 @@ class RawBuilder:
     Args:
         columns: the caller's wishes.
         min_rating: interactions rated lower are left out and counted.
+        labels: read a column of a given split, which then orders before times do.
     """
 
-    def __init__(self, columns: Columns, min_rating: float | None) -> None:
-        self._columns, self._min_rating = columns, min_rating
+    def __init__(self, columns: Columns, min_rating: float | None, labels: bool = False) -> None:
+        self._columns, self._min_rating, self._labels = columns, min_rating, labels
         self._users, self._items = Names(), Names()
         self._part = _Part()
         self._units: set[TimeUnit | None] = set()
@@ -93,6 +94,8 @@ class RawBuilder:
             raise ValueError(f"min_rating: expected a column of ratings in {table.source}, found none")
         if roles is not None and self._min_rating is None:
             roles.pop("rating", None)
+        if roles is not None and (label is not None or not self._labels):
+            roles.pop("label", None)
         if roles is None:
             self._add_lines(table, 0, 1, label)
             said = f"{table.kind}, a user and their items a line"

@@ -87,6 +87,10 @@ class Columns:
         """Whether every wish is a number."""
         return bool(self._wishes) and all(name.isdecimal() for name in self._wishes.values())
 
+    def wished(self, role: str) -> bool:
+        """Whether the caller says which column takes `role`."""
+        return role in self._wishes
+
     def lacking(self, first: Sequence[str]) -> str:
         """What to say of a table without a header where columns are wished for by name; empty where none is.
 

@@ -18,7 +18,8 @@ rows of a history and the item behind it (`item_id_list:token_seq`, `item_id:tok
 longest counts.
 
 A split that comes with the data is read from its column (`x_label`, `split`: 0, 1, 2 or train, validation,
-test), or from files or frames of its own, `{"train": …, "validation": …, "test": …}`.
+test) with `labels=True`, and else passed over; or from files or frames of its own,
+`{"train": …, "validation": …, "test": …}`.
 
 What comes out are `Interactions`: catalogue rows (row 0 is padding) in time order, with the names both ways.
 """
@@ -166,6 +167,7 @@ def read_interactions(
     strict: bool = False,
     columns: Mapping[str, str | int] | None = None,
     min_rating: float | None = None,
+    labels: bool | None = None,
     bare: Sequence[int] = (),
 ) -> Interactions:
     """Read users' interactions from a file or a frame in any layout above.
@@ -184,6 +186,10 @@ def read_interactions(
     given split); numbers are places, from 1, in a file without a header. Interactions rated below
     `min_rating` are left out.
 
+    With `labels` a column of a given split is read, for `as_given`: a user's training items then come first,
+    validation and test items behind them, each in time order. Without it sequences are in time order alone.
+    None: where `columns` says which column it is.
+
     Interactions with unknown items are dropped with a counted warning before `min_items` is applied, or are
     an error with `strict`; likewise those with the items at the rows `bare` (from 1, in `items`), of which
     nothing is known that a model could read (`HiddenStateCache.bare_mask`). Users keep the order in which
@@ -194,7 +200,8 @@ def read_interactions(
     on two lines of an IISAN file, an empty name and a time or rating that cannot be read; ValueError for an
     empty file, a column that is not there, repeated names in `items`, and when no user is left.
     """
-    builder = RawBuilder(wishes := Columns(columns, USERS_ROLES), min_rating)
+    wishes = Columns(columns, USERS_ROLES)
+    builder = RawBuilder(wishes, min_rating, wishes.wished("label") if labels is None else labels)
     parts = _labelled(source) if isinstance(source, Mapping) else [(None, source)]
     for label, part in parts:
         table = open_table(part, "users", wishes.keys("user"))

@@ -177,8 +177,8 @@ def test_splits_that_come_with_the_data(write: Write, tmp_path: Path) -> None:
     text = "userID\titemID\trating\ttimestamp\tx_label\n" + "".join(
         f"{u}\t{i}\t5.0\t{t}\t{x}\n" for u, i, t, x in rows
     )
-    found = read_interactions(write(text, "baby.inter"), None, min_items=1)
-    assert named(found) == {"7": ["4", "1", "3", "2"], "8": ["1"]}
+    found = read_interactions(write(text, "baby.inter"), None, min_items=1, labels=True)
+    assert named(found) == {"7": ["4", "1", "3", "2"], "8": ["1"]} and "label 'x_label'" in found.taken_for
     assert found.labels is not None and found.labels.tolist() == [0, 0, 1, 2, 0]
     header = "user_id:token\titem_id:token\ttimestamp:float\n"
     for part, label in (("train", 0), ("valid", 1), ("test", 2)):
@@ -193,7 +193,24 @@ def test_splits_that_come_with_the_data(write: Write, tmp_path: Path) -> None:
     ):
         read_interactions({"tset": files["test"]}, None)
     with pytest.raises(ValueError, match=r"line 2: expected a split 0, 1, 2 or train, .* got '5'"):
-        read_interactions(write("user,item,split\na,b,5\n", "bad.csv"), None)
+        read_interactions(write("user,item,split\na,b,5\n", "bad.csv"), None, labels=True)
+
+
+@pytest.mark.parametrize("name", ["x_label", "split"])
+def test_a_split_that_nobody_asked_for_orders_nothing(write: Write, name: str) -> None:
+    """The last item is the last in time, not the one that some split tests with."""
+    rows = "u,a,1,0\nu,b,3,2\nu,c,2,1\nu,d,4,0\n"
+    path = write(f"user,item,timestamp,{name}\n{rows}", "log.csv")
+    found = read_interactions(path, None, min_items=1)
+    assert named(found) == {"u": ["a", "c", "b", "d"]} and found.labels is None
+    assert "label" not in found.taken_for and "time 'timestamp'" in found.taken_for
+    for wish in ({"labels": True}, {"columns": {"label": name}}):
+        given = read_interactions(path, None, min_items=1, **wish)
+        assert named(given) == {"u": ["a", "d", "c", "b"]} and f"label '{name}'" in given.taken_for
+    columns: dict[str, str | int] = {"label": name}
+    assert named(read_interactions(path, None, min_items=1, columns=columns, labels=False)) == named(found)
+    parts = read_interactions({"train": path}, None, min_items=1)
+    assert "label" not in parts.taken_for, "files say which part they are"
 
 
 def test_histories_with_their_next_item(write: Write, tmp_path: Path) -> None:
