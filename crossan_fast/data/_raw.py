@@ -29,6 +29,7 @@ from crossan_fast.data.columns import NAMES, Columns
 
 Ints = npt.NDArray[np.int64]
 
+_BY_ITEM = ("time", "rating", "label")
 _KNOWN = {name for names in NAMES.values() for name in names}
 _FORMS = "expected `user<TAB>item item item ...` or a header with the columns user, item, timestamp"
 _WHICH = (
@@ -97,12 +98,19 @@ class RawBuilder:
         if roles is not None and (label is not None or not self._labels):
             roles.pop("label", None)
         if roles is None:
-            self._add_lines(table, 0, 1, label)
+            self._add_lines(table, {"user": 0, "items": 1}, label)
             said = f"{table.kind}, a user and their items a line"
         elif "item" not in roles:
-            self._add_lines(table, roles["user"], roles["items"], label)
+            roles = self._by_item(table, roles)
+            self._add_lines(table, roles, label)
             said = f"{table.kind}, a user and their items a row ({self._named(table, roles)})"
         elif "items" in roles and "time" not in roles:
+            if unread := roles.keys() & {"rating", "label"}:
+                raise ValueError(
+                    f"{table.where}: expected ratings and splits with an interaction a row, got "
+                    f"{self._named(table, {role: roles[role] for role in sorted(unread)})} with histories "
+                    "and their next item (min_rating and labels cannot tell a history's items apart)"
+                )
             self._add_prefixes(table, roles, label)
             said = f"{table.kind}, histories with their next item ({self._named(table, roles)})"
         else:
@@ -210,12 +218,31 @@ class RawBuilder:
             self._part.owner.append(user[kept])
             self._part.codes.append(item[kept])
 
-    def _add_lines(self, table: Table, user: int, items: int, label: int | None) -> None:
-        """A user's whole sequence in one row."""
+    def _by_item(self, table: Table, roles: Mapping[str, int]) -> dict[str, int]:
+        """The roles without those of a row as a whole: of what goes with items, a list of items has as many.
+
+        The first row of several items decides; what the caller asked for by name or by `min_rating` stays.
+        """
+        kept = dict(roles)
+        for role in _BY_ITEM:
+            asked = self._columns.wished(role) or (role == "rating" and self._min_rating is not None)
+            if role in roles and not asked:
+                rows = (
+                    zip(*map(as_list, chunk.cells), strict=True)
+                    for chunk in table.chunks([roles["items"], roles[role]])
+                )
+                counts = (tuple(map(_entries, cells)) for cells in chain.from_iterable(rows))
+                if next((of_role for of_items, of_role in counts if of_items > 1), 2) < 2:
+                    del kept[role]
+        return kept
+
+    def _add_lines(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
+        """A user's whole sequence in one row, with as many times, ratings and labels where it has them."""
         first_line: dict[int, int] = {}
-        for chunk in table.chunks([user, items]):
-            complain = _complain(table, chunk)
-            owners = self._users.codes(chunk.cells[0], complain, "user").tolist()
+        by_item = [role for role in _BY_ITEM if role in roles]
+        for chunk in table.chunks(list(roles.values())):
+            complain, cells = _complain(table, chunk), dict(zip(roles, chunk.cells, strict=True))
+            owners = self._users.codes(cells["user"], complain, "user").tolist()
             for line, owner in zip(chunk.lines, owners, strict=True):
                 if first_line.setdefault(owner, line) != line:
                     name = list(self._users.vocabulary)[owner]
@@ -224,10 +251,22 @@ class RawBuilder:
                         f"user {name!r} is already on line {first_line[owner]} (where each line is one "
                         "interaction, say which column is which with columns=)",
                     )
-            rows = [parse_sequence(cell) for cell in as_list(chunk.cells[1])]
+            rows = list(map(_names if by_item else parse_sequence, as_list(cells["items"])))
             codes = np.fromiter(map(self._items.code, chain.from_iterable(rows)), dtype=np.int64)
-            owner = np.repeat(np.array(owners, dtype=np.int64), [len(row) for row in rows])
-            self._append(owner[codes >= 0], codes[codes >= 0], label)
+            lengths, kept = [len(row) for row in rows], codes >= 0
+            entries = {role: _flat(cells[role], lengths, role, complain) for role in by_item}
+            of_item = _complain(table, Chunk(np.repeat(chunk.lines, lengths).tolist(), []))
+            if "rating" in entries:
+                high = parse_numbers(entries["rating"], of_item, "rating") >= self._min_rating
+                self._low += int((kept & ~high).sum())
+                kept &= high
+            if "time" in entries:
+                times, unit = parse_times(entries["time"], of_item)
+                self._part.times.append(times[kept])
+                self._units.add(unit)
+            if "label" in entries:
+                self._part.labels.append(parse_labels(entries["label"], of_item)[kept])
+            self._append(np.repeat(np.array(owners, dtype=np.int64), lengths)[kept], codes[kept], label)
 
     def _add_prefixes(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
         """RecBole's rows of a history and the item behind it: a user's longest row is their sequence.
@@ -278,6 +317,25 @@ def _joined(arrays: Sequence[Ints]) -> Ints:
 
 def _complain(table: Table, chunk: Chunk) -> Complain:
     return lambda place, what: table.error(chunk.lines[place], what)
+
+
+def _names(cell: Any) -> Sequence[Any]:
+    """The names in one cell; of a text without the empty ones, which are spaces that stand together."""
+    found = parse_sequence(cell)
+    return [name for name in found if name.strip()] if isinstance(cell, str) else found
+
+
+def _entries(cell: Any) -> int:
+    return len(_names(cell))
+
+
+def _flat(cells: Any, lengths: Sequence[int], role: str, complain: Complain) -> list[Any]:
+    """What goes with each item, row by row."""
+    found = [_names(cell) for cell in as_list(cells)]
+    for place, (length, entries) in enumerate(zip(lengths, found, strict=True)):
+        if length != len(entries):
+            raise complain(place, f"expected {length} {role}s, one for each of the items, got {len(entries)}")
+    return list(chain.from_iterable(found))
 
 
 def _is_tabbed(table: Table) -> bool:

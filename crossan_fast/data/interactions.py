@@ -13,7 +13,9 @@ unit or ISO 8601; without a column of times rows are in the file's order:
     user,item,timestamp              user_id:token<TAB>item_id:token<TAB>timestamp:float
     36121,9580,1584904502112         36121<TAB>9580<TAB>1584904502
 
-Any table with a user's sequence a row: a column of lists, or of names with spaces between them; RecBole's
+Any table with a user's sequence a row: a column of lists, or of names with spaces between them, in time order
+unless a column holds as many times as there are items (likewise ratings and a split's labels; one time for
+a whole row says nothing of its items and is passed over). RecBole's
 rows of a history and the item behind it (`item_id_list:token_seq`, `item_id:token`), of which a user's
 longest counts.
 

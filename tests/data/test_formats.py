@@ -225,6 +225,51 @@ def test_histories_with_their_next_item(write: Write, tmp_path: Path) -> None:
     assert "histories with their next item" in found.taken_for
 
 
+LISTS = {
+    "json": '{"user": "u", "items": ["c", "a", "b"], "timestamp": [3, 1, 2], "rating": [5, 2, 4]}\n'
+    '{"user": "v", "items": ["a"], "timestamp": [7], "rating": [4]}\n',
+    "csv": "user,items,timestamp,rating\nv,a,7,4\nu,c a  b, 3 1 2,5 2 4\n",
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_lists_of_times_and_ratings_go_with_lists_of_items(write: Write, form: str) -> None:
+    path = write(LISTS[form], "lists")
+    found = read_interactions(path, None, min_items=1)
+    assert named(found) == {"v": ["a"], "u": ["a", "b", "c"]}
+    assert found.times is not None and sorted(found.times.tolist()) == [1, 2, 3, 7]
+    assert "time 'timestamp')" in found.taken_for
+    found = read_interactions(path, None, min_items=1, min_rating=4)
+    assert named(found) == {"v": ["a"], "u": ["b", "c"]} and found.dropped.low_ratings == 1
+    assert "rating 'rating'" in found.taken_for
+
+
+def test_a_time_for_a_whole_row_is_none_of_its_items(write: Write) -> None:
+    rows = '{"user": "v", "items": ["a"], "time": 5}\n{"user": "u", "items": ["c", "a"], "time": 3}\n'
+    found = read_interactions(write(rows, "a.jsonl"), None, min_items=1)
+    assert named(found) == {"v": ["a"], "u": ["c", "a"]} and found.times is None
+    assert "(user 'user', items 'items')" in found.taken_for
+    with pytest.raises(ValueError, match=r"line 2: expected 2 times, one for each of the items, got 1"):
+        read_interactions(write(rows, "a.jsonl"), None, columns={"time": "time"})
+    with pytest.raises(ValueError, match=r"line 1: expected 3 times, one for each of the items, got 2"):
+        read_interactions(write('{"user": "u", "items": ["c", "a", "b"], "time": [3, 1]}\n', "b.jsonl"), None)
+    rated = write('{"user": "u", "items": ["c", "a"], "rating": 3}\n', "c.jsonl")
+    with pytest.raises(ValueError, match=r"line 1: expected 2 ratings, one for each of the items, got 1"):
+        read_interactions(rated, None, min_rating=4)
+    parted = write('{"user": "u", "items": ["c", "a", "b"], "split": [1, 0, 2]}\n', "d.jsonl")
+    found = read_interactions(parted, None, min_items=1, labels=True)
+    assert named(found) == {"u": ["a", "c", "b"]} and "label 'split'" in found.taken_for
+
+
+def test_histories_with_their_next_item_have_no_ratings(write: Write) -> None:
+    header = "user_id:token\titem_id_list:token_seq\titem_id:token\trating:float\n"
+    path = write(header + "u\ta\tb\t5\nu\ta b\tc\t1\n", "x.inter")
+    found = read_interactions(path, None, min_items=1)
+    assert named(found) == {"u": ["a", "b", "c"]} and "rating" not in found.taken_for
+    with pytest.raises(ValueError, match=r"expected ratings .* got rating 'rating' with histories"):
+        read_interactions(path, None, min_rating=4)
+
+
 def test_columns_are_settable_and_misspellings_get_a_suggestion(write: Write) -> None:
     path = write("Client,Product,Bought at\nc1,p1,2\nc1,p2,1\n", "log.csv")
     wishes: dict[str, str | int] = {"user": "client", "item": "Product", "time": "bought_at"}
