@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from crossan_fast.data._values import (
     parse_numbers,
     parse_sequence,
     parse_times,
+    tells_the_day,
     unit_of,
 )
 from crossan_fast.data.columns import NAMES, Columns
@@ -115,6 +116,7 @@ class RawBuilder:
             said = f"{table.kind}, histories with their next item ({self._named(table, roles)})"
         else:
             roles.pop("items", None)
+            self._refuse_time_of_day(table, roles)
             self._add_events(table, roles, label)
             order = "" if "time" in roles else ", in file order"
             said = f"{table.kind}, an interaction a row ({self._named(table, roles)}){order}"
@@ -197,6 +199,19 @@ class RawBuilder:
         header = table.header
         shown = {r: f"column {p + 1}" if header is None else repr(header[p]) for r, p in roles.items()}
         return ", ".join(f"{role} {name}" for role, name in shown.items())
+
+    def _refuse_time_of_day(self, table: Table, roles: Mapping[str, int]) -> None:
+        """Where a column `date` stands beside the one taken for times, that has to tell the day, too."""
+        header, place = table.header or [], roles.get("time")
+        if place is None or "date" not in header or header[place] == "date" or self._columns.wished("time"):
+            return
+        cells = [cell for chunk in islice(table.chunks([place]), 1) for cell in as_list(chunk.cells[0])]
+        if cells and not any(map(tells_the_day, cells)):
+            raise ValueError(
+                f"{table.where}: expected Unix times or ISO 8601 times in column {header[place]!r}, since a "
+                f"column 'date' stands beside it, got values such as {cells[0]!r}; columns={{'time': NAME}} "
+                f"(--time-column NAME) says which counts: 'date', {header[place]!r}, or a column of both"
+            )
 
     def _add_events(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
         names = [role for role in ("user", "item", "time", "rating", "label") if role in roles]

@@ -143,6 +143,11 @@ def parse_moment(value: Any) -> int | None:
     return ((passed.days * 86_400 + passed.seconds) * 10**6 + passed.microseconds) * 1000
 
 
+def tells_the_day(cell: Any) -> bool:
+    """Whether a time is more than a time of day: a date, or a number as large as Unix times since 1973."""
+    return abs(float(cell)) >= 1e8 if _is_number(cell) else parse_moment(cell) is not None
+
+
 def unit_of(times: Numbers) -> TimeUnit:
     """The unit of Unix times, by their size: seconds up to the year 5138, and so on by thousands."""
     largest = float(np.abs(times).max(initial=0))

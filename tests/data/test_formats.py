@@ -291,6 +291,23 @@ def test_columns_are_settable_and_misspellings_get_a_suggestion(write: Write) ->
         read_interactions(ratings, None, columns={**places, "time": 5})
 
 
+@pytest.mark.parametrize("times", [("900", "1400"), ("090000", "140000"), ("09:00", "14:00")])
+def test_a_time_of_day_beside_a_date_orders_nothing(write: Write, times: tuple[str, str]) -> None:
+    text = f"user,item,date,time\nu,a,2020-01-02,{times[0]}\nu,b,2020-01-01,{times[1]}\n"
+    path = write(text, "log.csv")
+    with pytest.raises(ValueError, match=r"in column 'time', since a column 'date' stands .*--time-column"):
+        read_interactions(path, None)
+    found = read_interactions(path, None, min_items=1, columns={"time": "date"})
+    assert named(found) == {"u": ["b", "a"]}
+
+
+@pytest.mark.parametrize("times", [("1577836900", "1577836800"), ("2020-01-02T09:00", "2020-01-01 14:00")])
+def test_a_full_time_beside_a_date_is_one(write: Write, times: tuple[str, str]) -> None:
+    text = f"user,item,date,time\nu,a,2020-01-02,{times[0]}\nu,b,2020-01-01,{times[1]}\n"
+    found = read_interactions(write(text, "log.csv"), None, min_items=1)
+    assert named(found) == {"u": ["b", "a"]} and "time 'time'" in found.taken_for
+
+
 def test_without_times_rows_are_in_file_order(write: Write) -> None:
     found = read_interactions(write("user,item\nu,b\nv,a\nu,a\n", "pairs.csv"), None, min_items=1)
     assert named(found) == {"u": ["b", "a"], "v": ["a"]}
