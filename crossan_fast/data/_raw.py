@@ -19,6 +19,7 @@ from crossan_fast.data._values import (
     Numbers,
     TimeUnit,
     as_list,
+    of_other_units,
     parse_labels,
     parse_numbers,
     parse_sequence,
@@ -141,7 +142,7 @@ class RawBuilder:
             times = None if times is None else times[order]
             labels = None if labels is None else labels[order]
         lengths = np.bincount(owner, minlength=len(self._users.vocabulary))
-        unit = None if times is None else next(iter(self._units)) or unit_of(times)
+        unit = None if times is None else next(iter(self._units)) or self._unit_of(times)
         return Raw(
             list(self._users.vocabulary),
             list(self._items.vocabulary),
@@ -153,6 +154,18 @@ class RawBuilder:
             self._low,
             "; ".join(self._said) + (f"; times in {unit}" if unit else ""),
         )
+
+    def _unit_of(self, times: Numbers) -> TimeUnit:
+        unit = unit_of(times)
+        if others := of_other_units(times, unit):
+            counts = " and ".join(f"{count:,} look like {other}" for other, count in others.items())
+            sources = ", ".join(said.partition(": taken for")[0] for said in self._said)
+            warnings.warn(
+                f"users: {sources}: expected times of one unit, got {times.size:,} that are ordered as "
+                f"{unit}, of which {counts}: those come first, whenever they were",
+                stacklevel=4,
+            )
+        return unit
 
     def _roles(self, table: Table) -> dict[str, int] | None:
         """The place of each role's column; None for IISAN's layout, which has no header."""

@@ -155,6 +155,17 @@ def unit_of(times: Numbers) -> TimeUnit:
     return next((unit for unit in units if largest < 1e11 * _PER_SECOND[unit]), "ns")
 
 
+def of_other_units(times: Numbers, unit: TimeUnit) -> dict[TimeUnit, int]:
+    """How many of Unix times in `unit` are likely in one of fewer a second, in which they are since 1973."""
+    sizes = np.abs(times.astype(np.float64))
+    smaller = [other for other in _PER_SECOND if _PER_SECOND[other] < _PER_SECOND[unit]]
+    counts = {
+        other: int(((sizes >= 1e8 * _PER_SECOND[other]) & (sizes < 1e11 * _PER_SECOND[other])).sum())
+        for other in smaller
+    }
+    return {other: count for other, count in counts.items() if count}
+
+
 def cut_in(unit: TimeUnit, moment: int) -> float | int:
     """A moment in nanoseconds as a time of another unit; exact where it is whole."""
     step = _PER_SECOND["ns"] // _PER_SECOND[unit]

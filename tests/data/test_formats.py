@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -306,6 +307,26 @@ def test_a_full_time_beside_a_date_is_one(write: Write, times: tuple[str, str]) 
     text = f"user,item,date,time\nu,a,2020-01-02,{times[0]}\nu,b,2020-01-01,{times[1]}\n"
     found = read_interactions(write(text, "log.csv"), None, min_items=1)
     assert named(found) == {"u": ["b", "a"]} and "time 'time'" in found.taken_for
+
+
+def test_times_of_two_units_are_counted(write: Write) -> None:
+    text = "user,item,timestamp\n" + "".join(
+        f"u,i{k},{(START + k) * (1000 if k % 3 else 1)}\n" for k in range(9)
+    )
+    message = (
+        r"log.csv: expected times of one unit, got 9 that are ordered as ms, of which 3 look like s: those"
+    )
+    with pytest.warns(UserWarning, match=message):
+        found = read_interactions(write(text, "log.csv"), None, min_items=1)
+    assert found.time_unit == "ms"
+
+
+@pytest.mark.parametrize("times", [(0, 1_577_836_800_000), (5, 2**62), (86_400, 1_577_836_800)])
+def test_few_times_near_1970_are_of_the_unit_of_the_others(write: Write, times: tuple[int, int]) -> None:
+    path = write(f"user,item,timestamp\nu,b,{times[1]}\nu,a,{times[0]}\n", "log.csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert named(read_interactions(path, None, min_items=1)) == {"u": ["a", "b"]}
 
 
 def test_without_times_rows_are_in_file_order(write: Write) -> None:
