@@ -21,7 +21,8 @@ class Delimited(Table):
 
     Tab-separated where the first line holds a tab; else comma-separated, or by semicolons where it holds more
     of them than of commas. Tabs separate plainly, with no quoting (titles hold inches: `1/4" NPT`) but for a
-    cell that a CSV writer quoted for the quotes in it (`"1/4"" NPT"`); the others follow RFC 4180. The first
+    cell that a CSV writer quoted for the quotes in it (`"1/4"" NPT"`), and for a file whose every cell, or
+    whose whole header, is in quotes, as R writes them; the others follow RFC 4180. The first
     line is a header if one of its cells is in `key_names`, or all are typed as RecBole's. Blank lines are
     passed over.
 
@@ -36,6 +37,7 @@ class Delimited(Table):
         if "\t" not in first_line:
             self.delimiter = ";" if first_line.count(";") > first_line.count(",") else ","
         self.argument, self.source = argument, source
+        self._quoted = self.delimiter == "\t" and self._is_quoted(first_line, key_names)
         line, cells = next(self._cells())
         typed = untyped(cells)
         names = [normal(cell) for cell in (typed[0] if typed else cells)]
@@ -110,13 +112,28 @@ class Delimited(Table):
                 pass
             raise ValueError(f"{self.where}: {error}") from error
 
+    def _is_quoted(self, first_line: str, key_names: Collection[str]) -> bool:
+        """Whether quotes stand around the cells of a tab-separated text, and are none of theirs."""
+        first = first_line.rstrip("\r\n").split("\t")
+        if not all(map(_in_quotes, first)):
+            return False
+        names = [_inner(cell) for cell in first]
+        if untyped(names) or any(normal(name) in key_names for name in names):
+            return True
+        lines = (line.rstrip("\r\n") for line in io.StringIO(self._text, newline="\n") if line.strip())
+        return all(_in_quotes(cell) for line in lines for cell in line.split("\t"))
+
     def _cells(self) -> Iterator[tuple[int, list[str]]]:
         if self.delimiter == "\t":
             # Only "\n" ends a line: a title may hold the other characters that str.splitlines breaks at.
             for number, text in enumerate(io.StringIO(self._text, newline="\n"), start=1):
                 if text.strip():
                     cells = text.rstrip("\r\n").split("\t")
-                    yield number, [_unquoted(cell) for cell in cells] if '""' in text else cells
+                    if self._quoted:
+                        cells = [_inner(cell) if _in_quotes(cell) else cell for cell in cells]
+                    elif '""' in text:
+                        cells = [_unquoted(cell) for cell in cells]
+                    yield number, cells
             return
         reader = csv.reader(io.StringIO(self._text, newline=""), delimiter=self.delimiter, strict=True)
         while True:
@@ -128,6 +145,15 @@ class Delimited(Table):
                 raise self.error(reader.line_num, f"not valid CSV ({error})") from error
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, cells
+
+
+def _in_quotes(cell: str) -> bool:
+    return len(cell) > 1 and cell[0] == cell[-1] == '"'
+
+
+def _inner(cell: str) -> str:
+    """What is in the quotes; those within are doubled, or escaped as R does it."""
+    return cell[1:-1].replace('""', '"').replace('\\"', '"')
 
 
 def _unquoted(cell: str) -> str:

@@ -172,7 +172,7 @@ class RawBuilder:
         columns = self._columns
         if table.header is None:
             if columns.by_place:
-                places = {r: columns.place(r, table.width, table.where) for r in NAMES}
+                places = {r: columns.place(r, table.width, table.where, table.first) for r in NAMES}
                 return self._complete(table, {r: p for r, p in places.items() if p is not None})
             lacking, pairs = columns.lacking(table.first), _is_tabbed(table) and table.width == 2
             # A user's name may resemble a column's, but no header names several items.

@@ -136,7 +136,7 @@ def _header(table: Table, columns: Columns) -> tuple[list[str], int]:
             raise ValueError(f"{table.where}: {lacking}")
         if columns.by_place:
             header = [f"column_{place}" for place in range(1, table.width + 1)]
-            key, title = (columns.place(role, table.width, table.where) for role in ITEMS_ROLES)
+            key, title = (columns.place(r, table.width, table.where, table.first) for r in ITEMS_ROLES)
         elif table.width == 2:
             header, key, title = ["item", "title"], 0, None
         else:

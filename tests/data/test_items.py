@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crossan_fast.data import ItemTable, read_items
+from crossan_fast.data import ItemTable, read_interactions, read_items
 
 Write = Callable[..., Path]
 
@@ -101,6 +101,33 @@ def test_repeated_lines_are_dropped_with_a_count_or_an_error_with_strict(write: 
 def test_bad_files_are_named_with_their_line(write: Write, content: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_items(write(content))
+
+
+def test_numbered_columns_are_of_files_without_a_header(write: Write) -> None:
+    path = write("item\ttitle\na\tA lamp\n")
+    with pytest.raises(
+        ValueError, match=r"items: .*expected no header where columns are numbers, got .* 'item' in column 1"
+    ):
+        read_items(path, columns={"item": 1, "title": 2})
+    with pytest.raises(ValueError, match=r"expected no header .* 'title' in column 2, for titles"):
+        read_items(write("nr\ttitle\na\tA lamp\n"), columns={"item": 1, "title": 2})
+    users = write("user\titem\tn\nu\ta\t1\n", "users.tsv")
+    with pytest.raises(ValueError, match=r"users: .*expected no header .* 'user' in column 1, for users"):
+        read_interactions(users, None, columns={"user": 1, "item": 2})
+
+
+@pytest.mark.parametrize("header", ["", '"item"\t"title"\n'])
+def test_a_file_in_quotes_holds_what_is_in_them(write: Write, header: str) -> None:
+    """R's write.table, with its way of quotes and with pandas'."""
+    table = read_items(write(header + '"a"\t"1/4\\" NPT"\n"b"\t"1/4"" NPT"\r\n"c"\t""\n'))
+    assert table.names == ["a", "b", "c"]
+    assert table.columns == {"title": ['1/4" NPT', '1/4" NPT', None]}
+
+
+def test_quotes_stay_where_not_every_cell_has_them(write: Write) -> None:
+    assert read_items(write('"a"\t"so"\nb\t"no"\n')).columns == {"title": ['"so"', '"no"']}
+    numbers = read_items(write('"item"\t"title"\n1\t"A lamp"\n2\tNA\n'))
+    assert numbers.names == ["1", "2"] and numbers.columns == {"title": ["A lamp", "NA"]}
 
 
 def test_missing_path_and_folder(tmp_path: Path) -> None:
