@@ -103,6 +103,35 @@ def test_bad_files_are_named_with_their_line(write: Write, content: str | bytes,
         read_items(write(content))
 
 
+@pytest.mark.parametrize(
+    ("content", "title"),
+    [
+        ("1;A lamp, brass\n2;A rug\n", "A lamp, brass"),
+        ("1,A lamp; brass\n2,A rug\n", "A lamp; brass"),
+        ("1;A lamp, old, brass\n2;A rug\n", "A lamp, old, brass"),
+        ('1,"A lamp; brass; old"\n2,"A; rug"\n', "A lamp; brass; old"),
+        ('"1";"A lamp, brass"\n2;"A, rug"\n', "A lamp, brass"),
+        ("id;title (a,b)\n1;A lamp, brass\n2;A, rug\n", "A lamp, brass"),
+        ("title,a;b,id\nA lamp;x,,1\nA rug;,y,2\n", "A lamp;x"),
+    ],
+)
+def test_what_separates_columns_does_so_in_every_line(write: Write, content: str, title: str) -> None:
+    table = read_items(write(content))
+    assert table.names == ["1", "2"] and title in [cells[0] for cells in table.columns.values()]
+
+
+def test_one_column_in_quotes_is_one_column(write: Write) -> None:
+    assert read_items(write('"item"\n"a, b; c"\n"d"\n')).names == ["a, b; c", "d"]
+
+
+def test_commas_and_semicolons_alike_are_refused(write: Write) -> None:
+    message = r"items: .*line 1: expected commas or semicolons between columns, got as many of one as of"
+    with pytest.raises(ValueError, match=message):
+        read_items(write("1;A lamp, brass\n2;A rug, wool\n"))
+    table = read_items(write("id;title\n1;A lamp, brass\n2;A rug, wool\n"))
+    assert table.columns == {"title": ["A lamp, brass", "A rug, wool"]}
+
+
 def test_numbered_columns_are_of_files_without_a_header(write: Write) -> None:
     path = write("item\ttitle\na\tA lamp\n")
     with pytest.raises(
