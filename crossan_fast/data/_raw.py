@@ -19,6 +19,7 @@ from crossan_fast.data._values import (
     Numbers,
     TimeUnit,
     as_list,
+    is_text,
     of_other_units,
     parse_labels,
     parse_numbers,
@@ -32,6 +33,7 @@ from crossan_fast.data.columns import NAMES, Columns
 Ints = npt.NDArray[np.int64]
 
 _BY_ITEM = ("time", "rating", "label")
+_NO_TEXT = "expected items' names in UTF-8, got bytes that are not"
 _KNOWN = {name for names in NAMES.values() for name in names}
 _FORMS = "expected `user<TAB>item item item ...` or a header with the columns user, item, timestamp"
 _WHICH = (
@@ -280,7 +282,7 @@ class RawBuilder:
                         "interaction, say which column is which with columns=)",
                     )
             rows = list(map(_names if by_item else parse_sequence, as_list(cells["items"])))
-            codes = np.fromiter(map(self._items.code, chain.from_iterable(rows)), dtype=np.int64)
+            codes = self._codes_of(rows, complain)
             lengths, kept = [len(row) for row in rows], codes >= 0
             entries = {role: _flat(cells[role], lengths, role, complain) for role in by_item}
             of_item = _complain(table, Chunk(np.repeat(chunk.lines, lengths).tolist(), []))
@@ -309,14 +311,23 @@ class RawBuilder:
             if label:
                 self._extend(owners, [[target] for target in targets], label)
                 continue
-            for owner, cell, target in zip(owners, as_list(chunk.cells[1]), targets, strict=True):
-                row = self._row(cell)
+            rows = zip(chunk.lines, owners, as_list(chunk.cells[1]), targets, strict=True)
+            for line, owner, cell, target in rows:
+                try:
+                    row = [code for code in map(self._items.code, parse_sequence(cell)) if code >= 0]
+                except UnicodeDecodeError:
+                    raise table.error(line, _NO_TEXT) from None
                 if len(row) >= len(longest.get(owner, ())):
                     longest[owner] = [*row, target]
         self._extend(list(longest), list(longest.values()), label)
 
-    def _row(self, cell: Any) -> list[int]:
-        return [code for code in map(self._items.code, parse_sequence(cell)) if code >= 0]
+    def _codes_of(self, rows: Sequence[Sequence[Any]], complain: Complain) -> Ints:
+        """Codes of all rows' items, one behind the other; −1 for an empty name."""
+        try:
+            return np.fromiter(map(self._items.code, chain.from_iterable(rows)), dtype=np.int64)
+        except UnicodeDecodeError:
+            place = next(i for i, row in enumerate(rows) if not all(map(is_text, row)))
+            raise complain(place, _NO_TEXT) from None
 
     def _extend(self, owners: Sequence[int], rows: Sequence[Sequence[int]], label: int | None) -> None:
         """`rows[i]` for `owners[i]`."""
@@ -350,7 +361,7 @@ def _complain(table: Table, chunk: Chunk) -> Complain:
 def _names(cell: Any) -> Sequence[Any]:
     """The names in one cell; of a text without the empty ones, which are spaces that stand together."""
     found = parse_sequence(cell)
-    return [name for name in found if name.strip()] if isinstance(cell, str) else found
+    return [name for name in found if name.strip()] if isinstance(cell, (str, bytes)) else found
 
 
 def _entries(cell: Any) -> int:

@@ -416,6 +416,50 @@ def test_items_that_pandas_wrote(tmp_path: Path) -> None:
         assert table.columns == {"title": titles, "tags": ["a b", None, None, "c", "d"]}
 
 
+def test_names_in_bytes_are_text(tmp_path: Path) -> None:
+    need_pandas()
+    import pyarrow
+
+    def events(item: bytes, kind: Any = None) -> Any:
+        columns = {"user": [b"u", b"u"], "item": pyarrow.array([b"b", item], kind), "time": [2, 1]}
+        return pyarrow.table(columns)
+
+    for kind in (
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+    ):
+        from pyarrow import parquet
+
+        parquet.write_table(events("é".encode(), kind), tmp_path / "events.parquet")
+        found = read_interactions(tmp_path / "events.parquet", None, min_items=1)
+        assert named(found) == {"u": ["é", "b"]}, kind
+    with pytest.raises(ValueError, match=r"row 2: expected the item's name in UTF-8, got b'\\xe9'"):
+        read_interactions(events(b"\xe9"), None)
+    lists = pyarrow.table({"user": ["u", "v"], "items": [[b"a", b"b"], [b"c"]]})
+    assert named(read_interactions(lists, None, min_items=1)) == {"u": ["a", "b"], "v": ["c"]}
+    texts = pyarrow.table({"user": ["u"], "items": [b"a b"], "n": [1]}).select(["user", "items"])
+    assert named(read_interactions(texts, None, min_items=1)) == {"u": ["a", "b"]}
+    wrong = pyarrow.table({"user": ["u", "v"], "items": [[b"a"], [b"c", b"\xe9"]]})
+    with pytest.raises(ValueError, match=r"row 2: expected items' names in UTF-8, got bytes that are not"):
+        read_interactions(wrong, None)
+    histories = wrong.append_column("item", pyarrow.array(["x", "y"]))
+    with pytest.raises(ValueError, match=r"row 2: expected items' names in UTF-8, got bytes that are not"):
+        read_interactions(histories, None)
+
+
+def test_items_in_bytes_are_text_and_pictures_are_left_out() -> None:
+    need_pandas()
+    import pyarrow
+
+    table = pyarrow.table({"item": [b"a", b"b"], "title": [b"A &amp; B", None], "png": [b"text", b"\x89PNG"]})
+    with pytest.warns(UserWarning, match=r"items: .*: left out png: bytes that are no text in UTF-8"):
+        found = read_items(table)
+    assert found.names == ["a", "b"] and found.columns == {"title": ["A & B", None]}
+    with pytest.raises(ValueError, match=r"row 1: expected the item's name in UTF-8, got b'\\xe9'"):
+        read_items(pyarrow.table({"item": [b"\xe9"], "title": ["A"]}))
+
+
 def test_times_stay_exact_in_every_form(write: Write) -> None:
     """Two times that differ in the lowest of 63 bits: as floats they would tie."""
     late = 2**63 - 1
