@@ -62,7 +62,8 @@ Make a cache of states that exist already. Each SOURCE is a .npy, .safetensors o
 files, one an item); .pt files are read as tensors alone. Run again with more items, it appends.
 
 ids: which item each row is: MMRec's i_id_mapping.csv (a column of names, one of row numbers), an items file
-  in the order of the rows, or a name a line; without --ids rows are in the order of --items
+  in the order of the rows, or a name a line; of two columns that could both be row numbers the one called
+  row counts, else the one that counts the lines; without --ids rows are in the order of --items
   without --items the cache gets all items that are named, or rows called 0, 1, ... as in MMRec's .inter
 """
 

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             min_items=1,
             columns=columns_of(args, USERS_COLUMNS) or (None if args.users else config.columns),
             min_rating=config.min_rating,
+            labels=False,
         )
         write_embeddings(paths[1], read.user_names, user_embeddings(model, items, read.ids, read.offsets))
         print(f"{paths[1]}: {read.num_users:,} users after their whole histories; left out: {read.dropped}")

@@ -222,7 +222,9 @@ def _read(args: argparse.Namespace, min_rating: float | None) -> Interactions:
 
     columns = columns_of(args, USERS_COLUMNS)
     try:
-        return read_interactions(args.histories, None, min_items=1, columns=columns, min_rating=min_rating)
+        return read_interactions(
+            args.histories, None, min_items=1, columns=columns, min_rating=min_rating, labels=False
+        )
     except ValueError as error:
         if not str(error).startswith("min_rating: expected a column of ratings"):
             raise
@@ -231,4 +233,4 @@ def _read(args: argparse.Namespace, min_rating: float | None) -> Interactions:
         f"at least {min_rating}",
         file=sys.stderr,
     )
-    return read_interactions(args.histories, None, min_items=1, columns=columns)
+    return read_interactions(args.histories, None, min_items=1, columns=columns, labels=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
@@ -13,17 +14,20 @@ from crossan_fast.data.columns import normal, untyped
 
 # From so many characters on pyarrow is asked; and what it splits at once.
 _WORTH_IT, _BLOCK = 1 << 20, 4 << 20
+# A cell of its own in quotes, for RFC 4180; and so many characters tell what separates columns.
+_IN_QUOTES, _SAMPLE = re.compile(r'(?:(?<=[,;\n])|(?<![^\n]))"(?:[^"]|"")*"'), 1 << 16
 _SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon"}
 
 
 class Delimited(Table):
     """One delimited text: a `header` where its first line is one, and `rows()` with their line numbers.
 
-    Tab-separated where the first line holds a tab; else comma-separated, or by semicolons where it holds more
-    of them than of commas. Tabs separate plainly, with no quoting (titles hold inches: `1/4" NPT`) but for a
-    cell that a CSV writer quoted for the quotes in it (`"1/4"" NPT"`); the others follow RFC 4180. The first
-    line is a header if one of its cells is in `key_names`, or all are typed as RecBole's. Blank lines are
-    passed over.
+    Tab-separated where the first line holds a tab; else by commas or semicolons: the one that it holds, of
+    both the one that stands as often in every line, else the more frequent. Tabs separate plainly, with no
+    quoting (titles hold inches: `1/4" NPT`) but for a cell that a CSV writer quoted for the quotes in it
+    (`"1/4"" NPT"`), and for a file whose every cell, or whose whole header, is in quotes, as R writes them;
+    the others follow RFC 4180. The first line is a header if one of its cells is in `key_names`, or all are
+    typed as RecBole's. Blank lines are passed over.
 
     Raises ValueError for two columns of one name and for a row of another width than the first, each naming
     the argument, the path and the line.
@@ -32,10 +36,9 @@ class Delimited(Table):
     def __init__(self, text: str, argument: str, source: str, key_names: Collection[str]) -> None:
         self._text = text
         first_line = next((line for line in io.StringIO(text, newline=None) if line.strip()), "")
-        self.delimiter = "\t"
-        if "\t" not in first_line:
-            self.delimiter = ";" if first_line.count(";") > first_line.count(",") else ","
         self.argument, self.source = argument, source
+        self.delimiter = "\t" if "\t" in first_line else self._comma_or_semicolon(key_names)
+        self._quoted = self.delimiter == "\t" and self._is_quoted(first_line, key_names)
         line, cells = next(self._cells())
         typed = untyped(cells)
         names = [normal(cell) for cell in (typed[0] if typed else cells)]
@@ -110,13 +113,51 @@ class Delimited(Table):
                 pass
             raise ValueError(f"{self.where}: {error}") from error
 
+    def _comma_or_semicolon(self, key_names: Collection[str]) -> str:
+        """Raises ValueError for a text that either would split alike."""
+        sample = _IN_QUOTES.sub('""', self._text[:_SAMPLE])
+        lines = [line for line in io.StringIO(sample, newline=None) if line.strip()]
+        if len(self._text) > _SAMPLE:
+            lines = lines[:-1] or lines  # the last may be cut
+        commas, semicolons = ([line.count(separator) for line in lines] for separator in ",;")
+        if not (commas[0] and semicolons[0]):
+            return ";" if semicolons[0] else ","
+        by_comma, by_semicolon = (len(set(counts)) == 1 for counts in (commas, semicolons))
+        if by_comma != by_semicolon:
+            return "," if by_comma else ";"
+        if commas[0] != semicolons[0]:
+            return ";" if semicolons[0] > commas[0] else ","
+        for separator in ",;":
+            if any(normal(cell) in key_names for cell in lines[0].split(separator)):
+                return separator
+        raise self.error(
+            1,
+            "expected commas or semicolons between columns, got as many of one as of the other; put cells "
+            "that hold one in quotes, or begin with a line that names the columns (item,title)",
+        )
+
+    def _is_quoted(self, first_line: str, key_names: Collection[str]) -> bool:
+        """Whether quotes stand around the cells of a tab-separated text, and are none of theirs."""
+        first = first_line.rstrip("\r\n").split("\t")
+        if not all(map(_in_quotes, first)):
+            return False
+        names = [_inner(cell) for cell in first]
+        if untyped(names) or any(normal(name) in key_names for name in names):
+            return True
+        lines = (line.rstrip("\r\n") for line in io.StringIO(self._text, newline="\n") if line.strip())
+        return all(_in_quotes(cell) for line in lines for cell in line.split("\t"))
+
     def _cells(self) -> Iterator[tuple[int, list[str]]]:
         if self.delimiter == "\t":
             # Only "\n" ends a line: a title may hold the other characters that str.splitlines breaks at.
             for number, text in enumerate(io.StringIO(self._text, newline="\n"), start=1):
                 if text.strip():
                     cells = text.rstrip("\r\n").split("\t")
-                    yield number, [_unquoted(cell) for cell in cells] if '""' in text else cells
+                    if self._quoted:
+                        cells = [_inner(cell) if _in_quotes(cell) else cell for cell in cells]
+                    elif '""' in text:
+                        cells = [_unquoted(cell) for cell in cells]
+                    yield number, cells
             return
         reader = csv.reader(io.StringIO(self._text, newline=""), delimiter=self.delimiter, strict=True)
         while True:
@@ -128,6 +169,15 @@ class Delimited(Table):
                 raise self.error(reader.line_num, f"not valid CSV ({error})") from error
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, cells
+
+
+def _in_quotes(cell: str) -> bool:
+    return len(cell) > 1 and cell[0] == cell[-1] == '"'
+
+
+def _inner(cell: str) -> str:
+    """What is in the quotes; those within are doubled, or escaped as R does it."""
+    return cell[1:-1].replace('""', '"').replace('\\"', '"')
 
 
 def _unquoted(cell: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,21 @@ from crossan_fast.data._values import (
     Numbers,
     TimeUnit,
     as_list,
+    is_text,
+    of_other_units,
     parse_labels,
     parse_numbers,
     parse_sequence,
     parse_times,
+    tells_the_day,
     unit_of,
 )
 from crossan_fast.data.columns import NAMES, Columns
 
 Ints = npt.NDArray[np.int64]
 
+_BY_ITEM = ("time", "rating", "label")
+_NO_TEXT = "expected items' names in UTF-8, got bytes that are not"
 _KNOWN = {name for names in NAMES.values() for name in names}
 _FORMS = "expected `user<TAB>item item item ...` or a header with the columns user, item, timestamp"
 _WHICH = (
@@ -70,10 +75,11 @@ class RawBuilder:
     Args:
         columns: the caller's wishes.
         min_rating: interactions rated lower are left out and counted.
+        labels: read a column of a given split, which then orders before times do.
     """
 
-    def __init__(self, columns: Columns, min_rating: float | None) -> None:
-        self._columns, self._min_rating = columns, min_rating
+    def __init__(self, columns: Columns, min_rating: float | None, labels: bool = False) -> None:
+        self._columns, self._min_rating, self._labels = columns, min_rating, labels
         self._users, self._items = Names(), Names()
         self._part = _Part()
         self._units: set[TimeUnit | None] = set()
@@ -96,17 +102,27 @@ class RawBuilder:
             raise ValueError(f"min_rating: expected a column of ratings in {table.source}, found none")
         if roles is not None and self._min_rating is None:
             roles.pop("rating", None)
+        if roles is not None and (label is not None or not self._labels):
+            roles.pop("label", None)
         if roles is None:
-            self._add_lines(table, 0, 1, label)
+            self._add_lines(table, {"user": 0, "items": 1}, label)
             said = f"{table.kind}, a user and their items a line"
         elif "item" not in roles:
-            self._add_lines(table, roles["user"], roles["items"], label)
+            roles = self._by_item(table, roles)
+            self._add_lines(table, roles, label)
             said = f"{table.kind}, a user and their items a row ({self._named(table, roles)})"
         elif "items" in roles and "time" not in roles:
+            if unread := roles.keys() & {"rating", "label"}:
+                raise ValueError(
+                    f"{table.where}: expected ratings and splits with an interaction a row, got "
+                    f"{self._named(table, {role: roles[role] for role in sorted(unread)})} with histories "
+                    "and their next item (min_rating and labels cannot tell a history's items apart)"
+                )
             self._add_prefixes(table, roles, label)
             said = f"{table.kind}, histories with their next item ({self._named(table, roles)})"
         else:
             roles.pop("items", None)
+            self._refuse_time_of_day(table, roles)
             self._add_events(table, roles, label)
             order = "" if "time" in roles else ", in file order"
             said = f"{table.kind}, an interaction a row ({self._named(table, roles)}){order}"
@@ -131,7 +147,7 @@ class RawBuilder:
             times = None if times is None else times[order]
             labels = None if labels is None else labels[order]
         lengths = np.bincount(owner, minlength=len(self._users.vocabulary))
-        unit = None if times is None else next(iter(self._units)) or unit_of(times)
+        unit = None if times is None else next(iter(self._units)) or self._unit_of(times)
         return Raw(
             list(self._users.vocabulary),
             list(self._items.vocabulary),
@@ -144,12 +160,24 @@ class RawBuilder:
             "; ".join(self._said) + (f"; times in {unit}" if unit else ""),
         )
 
+    def _unit_of(self, times: Numbers) -> TimeUnit:
+        unit = unit_of(times)
+        if others := of_other_units(times, unit):
+            counts = " and ".join(f"{count:,} look like {other}" for other, count in others.items())
+            sources = ", ".join(said.partition(": taken for")[0] for said in self._said)
+            warnings.warn(
+                f"users: {sources}: expected times of one unit, got {times.size:,} that are ordered as "
+                f"{unit}, of which {counts}: those come first, whenever they were",
+                stacklevel=4,
+            )
+        return unit
+
     def _roles(self, table: Table) -> dict[str, int] | None:
         """The place of each role's column; None for IISAN's layout, which has no header."""
         columns = self._columns
         if table.header is None:
             if columns.by_place:
-                places = {r: columns.place(r, table.width, table.where) for r in NAMES}
+                places = {r: columns.place(r, table.width, table.where, table.first) for r in NAMES}
                 return self._complete(table, {r: p for r, p in places.items() if p is not None})
             lacking, pairs = columns.lacking(table.first), _is_tabbed(table) and table.width == 2
             # A user's name may resemble a column's, but no header names several items.
@@ -190,6 +218,19 @@ class RawBuilder:
         shown = {r: f"column {p + 1}" if header is None else repr(header[p]) for r, p in roles.items()}
         return ", ".join(f"{role} {name}" for role, name in shown.items())
 
+    def _refuse_time_of_day(self, table: Table, roles: Mapping[str, int]) -> None:
+        """Where a column `date` stands beside the one taken for times, that has to tell the day, too."""
+        header, place = table.header or [], roles.get("time")
+        if place is None or "date" not in header or header[place] == "date" or self._columns.wished("time"):
+            return
+        cells = [cell for chunk in islice(table.chunks([place]), 1) for cell in as_list(chunk.cells[0])]
+        if cells and not any(map(tells_the_day, cells)):
+            raise ValueError(
+                f"{table.where}: expected Unix times or ISO 8601 times in column {header[place]!r}, since a "
+                f"column 'date' stands beside it, got values such as {cells[0]!r}; columns={{'time': NAME}} "
+                f"(--time-column NAME) says which counts: 'date', {header[place]!r}, or a column of both"
+            )
+
     def _add_events(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
         names = [role for role in ("user", "item", "time", "rating", "label") if role in roles]
         for chunk in table.chunks([roles[role] for role in names]):
@@ -210,12 +251,31 @@ class RawBuilder:
             self._part.owner.append(user[kept])
             self._part.codes.append(item[kept])
 
-    def _add_lines(self, table: Table, user: int, items: int, label: int | None) -> None:
-        """A user's whole sequence in one row."""
+    def _by_item(self, table: Table, roles: Mapping[str, int]) -> dict[str, int]:
+        """The roles without those of a row as a whole: of what goes with items, a list of items has as many.
+
+        The first row of several items decides; what the caller asked for by name or by `min_rating` stays.
+        """
+        kept = dict(roles)
+        for role in _BY_ITEM:
+            asked = self._columns.wished(role) or (role == "rating" and self._min_rating is not None)
+            if role in roles and not asked:
+                rows = (
+                    zip(*map(as_list, chunk.cells), strict=True)
+                    for chunk in table.chunks([roles["items"], roles[role]])
+                )
+                counts = (tuple(map(_entries, cells)) for cells in chain.from_iterable(rows))
+                if next((of_role for of_items, of_role in counts if of_items > 1), 2) < 2:
+                    del kept[role]
+        return kept
+
+    def _add_lines(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
+        """A user's whole sequence in one row, with as many times, ratings and labels where it has them."""
         first_line: dict[int, int] = {}
-        for chunk in table.chunks([user, items]):
-            complain = _complain(table, chunk)
-            owners = self._users.codes(chunk.cells[0], complain, "user").tolist()
+        by_item = [role for role in _BY_ITEM if role in roles]
+        for chunk in table.chunks(list(roles.values())):
+            complain, cells = _complain(table, chunk), dict(zip(roles, chunk.cells, strict=True))
+            owners = self._users.codes(cells["user"], complain, "user").tolist()
             for line, owner in zip(chunk.lines, owners, strict=True):
                 if first_line.setdefault(owner, line) != line:
                     name = list(self._users.vocabulary)[owner]
@@ -224,10 +284,22 @@ class RawBuilder:
                         f"user {name!r} is already on line {first_line[owner]} (where each line is one "
                         "interaction, say which column is which with columns=)",
                     )
-            rows = [parse_sequence(cell) for cell in as_list(chunk.cells[1])]
-            codes = np.fromiter(map(self._items.code, chain.from_iterable(rows)), dtype=np.int64)
-            owner = np.repeat(np.array(owners, dtype=np.int64), [len(row) for row in rows])
-            self._append(owner[codes >= 0], codes[codes >= 0], label)
+            rows = list(map(_names if by_item else parse_sequence, as_list(cells["items"])))
+            codes = self._codes_of(rows, complain)
+            lengths, kept = [len(row) for row in rows], codes >= 0
+            entries = {role: _flat(cells[role], lengths, role, complain) for role in by_item}
+            of_item = _complain(table, Chunk(np.repeat(chunk.lines, lengths).tolist(), []))
+            if "rating" in entries:
+                high = parse_numbers(entries["rating"], of_item, "rating") >= self._min_rating
+                self._low += int((kept & ~high).sum())
+                kept &= high
+            if "time" in entries:
+                times, unit = parse_times(entries["time"], of_item)
+                self._part.times.append(times[kept])
+                self._units.add(unit)
+            if "label" in entries:
+                self._part.labels.append(parse_labels(entries["label"], of_item)[kept])
+            self._append(np.repeat(np.array(owners, dtype=np.int64), lengths)[kept], codes[kept], label)
 
     def _add_prefixes(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
         """RecBole's rows of a history and the item behind it: a user's longest row is their sequence.
@@ -242,14 +314,23 @@ class RawBuilder:
             if label:
                 self._extend(owners, [[target] for target in targets], label)
                 continue
-            for owner, cell, target in zip(owners, as_list(chunk.cells[1]), targets, strict=True):
-                row = self._row(cell)
+            rows = zip(chunk.lines, owners, as_list(chunk.cells[1]), targets, strict=True)
+            for line, owner, cell, target in rows:
+                try:
+                    row = [code for code in map(self._items.code, parse_sequence(cell)) if code >= 0]
+                except UnicodeDecodeError:
+                    raise table.error(line, _NO_TEXT) from None
                 if len(row) >= len(longest.get(owner, ())):
                     longest[owner] = [*row, target]
         self._extend(list(longest), list(longest.values()), label)
 
-    def _row(self, cell: Any) -> list[int]:
-        return [code for code in map(self._items.code, parse_sequence(cell)) if code >= 0]
+    def _codes_of(self, rows: Sequence[Sequence[Any]], complain: Complain) -> Ints:
+        """Codes of all rows' items, one behind the other; −1 for an empty name."""
+        try:
+            return np.fromiter(map(self._items.code, chain.from_iterable(rows)), dtype=np.int64)
+        except UnicodeDecodeError:
+            place = next(i for i, row in enumerate(rows) if not all(map(is_text, row)))
+            raise complain(place, _NO_TEXT) from None
 
     def _extend(self, owners: Sequence[int], rows: Sequence[Sequence[int]], label: int | None) -> None:
         """`rows[i]` for `owners[i]`."""
@@ -278,6 +359,25 @@ def _joined(arrays: Sequence[Ints]) -> Ints:
 
 def _complain(table: Table, chunk: Chunk) -> Complain:
     return lambda place, what: table.error(chunk.lines[place], what)
+
+
+def _names(cell: Any) -> Sequence[Any]:
+    """The names in one cell; of a text without the empty ones, which are spaces that stand together."""
+    found = parse_sequence(cell)
+    return [name for name in found if name.strip()] if isinstance(cell, (str, bytes)) else found
+
+
+def _entries(cell: Any) -> int:
+    return len(_names(cell))
+
+
+def _flat(cells: Any, lengths: Sequence[int], role: str, complain: Complain) -> list[Any]:
+    """What goes with each item, row by row."""
+    found = [_names(cell) for cell in as_list(cells)]
+    for place, (length, entries) in enumerate(zip(lengths, found, strict=True)):
+        if length != len(entries):
+            raise complain(place, f"expected {length} {role}s, one for each of the items, got {len(entries)}")
+    return list(chain.from_iterable(found))
 
 
 def _is_tabbed(table: Table) -> bool:

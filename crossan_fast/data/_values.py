@@ -37,9 +37,16 @@ class Names:
             except TypeError:
                 place = next(i for i, cell in enumerate(cells) if isinstance(cell, (list, dict)))
                 raise complain(place, f"expected one {what}'s name, got {cells[place]!r:.60}") from None
+            except UnicodeDecodeError:
+                place = next(i for i, cell in enumerate(cells) if not is_text(cell))
+                raise complain(
+                    place, f"expected the {what}'s name in UTF-8, got {cells[place]!r:.60}"
+                ) from None
         else:
             if str(cells.type).startswith(("list", "large_list", "struct", "map")):
                 raise complain(0, f"expected one {what}'s name, got a {cells.type}")
+            if "binary" in str(cells.type):
+                return self.codes(as_list(cells), complain, what)
             encoded = cells.dictionary_encode()
             table = np.array([*map(self.code, encoded.dictionary.to_pylist()), -1], dtype=np.int64)
             codes = table[encoded.indices.fill_null(len(table) - 1).to_numpy(zero_copy_only=False)]
@@ -62,7 +69,13 @@ class _Codes(dict[Any, int]):
 
 
 def name_of(cell: Any) -> str:
-    """A name as text: what tables hold as numbers are names too; '' for an empty cell."""
+    """A name as text: what tables hold as numbers are names too, and bytes in UTF-8; '' for an empty cell.
+
+    Raises:
+        UnicodeDecodeError: bytes that are not UTF-8.
+    """
+    if isinstance(cell, bytes):
+        cell = cell.decode()
     if isinstance(cell, str):
         return cell.strip()
     if cell is None or cell != cell:  # None and NaN
@@ -70,6 +83,16 @@ def name_of(cell: Any) -> str:
     if isinstance(cell, float) and cell.is_integer():  # pandas' integers in a column with gaps
         return str(int(cell))
     return str(cell)
+
+
+def is_text(cell: Any) -> bool:
+    """Whether a cell is no bytes, or bytes that are text."""
+    if isinstance(cell, bytes):
+        try:
+            cell.decode()
+        except UnicodeDecodeError:
+            return False
+    return True
 
 
 def as_list(cells: Any) -> list[Any]:
@@ -143,11 +166,27 @@ def parse_moment(value: Any) -> int | None:
     return ((passed.days * 86_400 + passed.seconds) * 10**6 + passed.microseconds) * 1000
 
 
+def tells_the_day(cell: Any) -> bool:
+    """Whether a time is more than a time of day: a date, or a number as large as Unix times since 1973."""
+    return abs(float(cell)) >= 1e8 if _is_number(cell) else parse_moment(cell) is not None
+
+
 def unit_of(times: Numbers) -> TimeUnit:
     """The unit of Unix times, by their size: seconds up to the year 5138, and so on by thousands."""
     largest = float(np.abs(times).max(initial=0))
     units: tuple[TimeUnit, ...] = ("s", "ms", "us")
     return next((unit for unit in units if largest < 1e11 * _PER_SECOND[unit]), "ns")
+
+
+def of_other_units(times: Numbers, unit: TimeUnit) -> dict[TimeUnit, int]:
+    """How many of Unix times in `unit` are likely in one of fewer a second, in which they are since 1973."""
+    sizes = np.abs(times.astype(np.float64))
+    smaller = [other for other in _PER_SECOND if _PER_SECOND[other] < _PER_SECOND[unit]]
+    counts = {
+        other: int(((sizes >= 1e8 * _PER_SECOND[other]) & (sizes < 1e11 * _PER_SECOND[other])).sum())
+        for other in smaller
+    }
+    return {other: count for other, count in counts.items() if count}
 
 
 def cut_in(unit: TimeUnit, moment: int) -> float | int:
@@ -171,6 +210,8 @@ def parse_labels(cells: Any, complain: Complain) -> npt.NDArray[np.int8]:
 
 def parse_sequence(cell: Any) -> Sequence[Any]:
     """The names in one cell: a list, or text with spaces between them; some may be empty."""
+    if isinstance(cell, bytes) and is_text(cell):
+        cell = cell.decode()
     if isinstance(cell, str):
         return cell.split(" ")
     return [] if cell is None else list(cell) if isinstance(cell, (list, tuple)) else [cell]

@@ -87,6 +87,10 @@ class Columns:
         """Whether every wish is a number."""
         return bool(self._wishes) and all(name.isdecimal() for name in self._wishes.values())
 
+    def wished(self, role: str) -> bool:
+        """Whether the caller says which column takes `role`."""
+        return role in self._wishes
+
     def lacking(self, first: Sequence[str]) -> str:
         """What to say of a table without a header where columns are wished for by name; empty where none is.
 
@@ -125,11 +129,20 @@ class Columns:
             )
         return header.index(normal(wish))
 
-    def place(self, role: str, width: int, where: str) -> int | None:
-        """As `find`, in a table without a header."""
+    def place(self, role: str, width: int, where: str, first: Sequence[str]) -> int | None:
+        """As `find`, in a table without a header.
+
+        Raises:
+            ValueError: no such column, or its cell in the `first` line is what such columns are called.
+        """
         wish = self._wishes.get(role)
         if wish is None:
             return None
         if not 1 <= int(wish) <= width:
             raise ValueError(f"{where}: expected a column from 1 to {width} for {role}s, got {wish}")
+        if (name := first[int(wish) - 1]) in NAMES[role]:
+            raise ValueError(
+                f"{where}: expected no header where columns are numbers, got a first line with {name!r} in "
+                f"column {wish}, for {role}s; give columns' names in place of numbers"
+            )
         return int(wish) - 1

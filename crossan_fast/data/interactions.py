@@ -13,12 +13,15 @@ unit or ISO 8601; without a column of times rows are in the file's order:
     user,item,timestamp              user_id:token<TAB>item_id:token<TAB>timestamp:float
     36121,9580,1584904502112         36121<TAB>9580<TAB>1584904502
 
-Any table with a user's sequence a row: a column of lists, or of names with spaces between them; RecBole's
+Any table with a user's sequence a row: a column of lists, or of names with spaces between them, in time order
+unless a column holds as many times as there are items (likewise ratings and a split's labels; one time for
+a whole row says nothing of its items and is passed over). RecBole's
 rows of a history and the item behind it (`item_id_list:token_seq`, `item_id:token`), of which a user's
 longest counts.
 
 A split that comes with the data is read from its column (`x_label`, `split`: 0, 1, 2 or train, validation,
-test), or from files or frames of its own, `{"train": …, "validation": …, "test": …}`.
+test) with `labels=True`, and else passed over; or from files or frames of its own,
+`{"train": …, "validation": …, "test": …}`.
 
 What comes out are `Interactions`: catalogue rows (row 0 is padding) in time order, with the names both ways.
 """
@@ -166,6 +169,7 @@ def read_interactions(
     strict: bool = False,
     columns: Mapping[str, str | int] | None = None,
     min_rating: float | None = None,
+    labels: bool | None = None,
     bare: Sequence[int] = (),
 ) -> Interactions:
     """Read users' interactions from a file or a frame in any layout above.
@@ -184,6 +188,10 @@ def read_interactions(
     given split); numbers are places, from 1, in a file without a header. Interactions rated below
     `min_rating` are left out.
 
+    With `labels` a column of a given split is read, for `as_given`: a user's training items then come first,
+    validation and test items behind them, each in time order. Without it sequences are in time order alone.
+    None: where `columns` says which column it is.
+
     Interactions with unknown items are dropped with a counted warning before `min_items` is applied, or are
     an error with `strict`; likewise those with the items at the rows `bare` (from 1, in `items`), of which
     nothing is known that a model could read (`HiddenStateCache.bare_mask`). Users keep the order in which
@@ -194,7 +202,8 @@ def read_interactions(
     on two lines of an IISAN file, an empty name and a time or rating that cannot be read; ValueError for an
     empty file, a column that is not there, repeated names in `items`, and when no user is left.
     """
-    builder = RawBuilder(wishes := Columns(columns, USERS_ROLES), min_rating)
+    wishes = Columns(columns, USERS_ROLES)
+    builder = RawBuilder(wishes, min_rating, wishes.wished("label") if labels is None else labels)
     parts = _labelled(source) if isinstance(source, Mapping) else [(None, source)]
     for label, part in parts:
         table = open_table(part, "users", wishes.keys("user"))

@@ -36,7 +36,7 @@ from typing import Any
 
 from crossan_fast.data._open import Source, open_table
 from crossan_fast.data._table import Table
-from crossan_fast.data._values import as_list, name_of
+from crossan_fast.data._values import as_list, is_text, name_of
 from crossan_fast.data.columns import ITEMS_ROLES, Columns
 
 
@@ -106,9 +106,13 @@ def read_items(
     rows: dict[str, list[str | None]] = {}
     first_line: dict[str, int] = {}
     repeated = 0
+    no_text: dict[str, None] = {}
     for chunk in table.chunks(range(table.width)):
         for line, *raw in zip(chunk.lines, *map(as_list, chunk.cells), strict=True):
-            cells = [_clean(column, cell) for column, cell in zip(header, raw, strict=True)]
+            if not is_text(raw[key]):
+                raise table.error(line, f"expected the item's name in UTF-8, got {raw[key]!r:.60}")
+            no_text.update((c, None) for c, cell in zip(header, raw, strict=True) if not is_text(cell))
+            cells = [None if c in no_text else _clean(c, cell) for c, cell in zip(header, raw, strict=True)]
             name = cells[key]
             if name is None:
                 raise table.error(line, "the item's name is empty")
@@ -122,7 +126,15 @@ def read_items(
         raise ValueError(f"{table.where} has a header but no items")
     if repeated:
         warnings.warn(f"{table.where}: {repeated} repeated lines dropped", stacklevel=2)
-    kept = {c: [cells[j] for cells in rows.values()] for j, c in enumerate(header) if c and j != key}
+    if no_text:
+        warnings.warn(
+            f"{table.where}: left out {', '.join(no_text)}: bytes that are no text in UTF-8", stacklevel=2
+        )
+    kept = {
+        c: [cells[j] for cells in rows.values()]
+        for j, c in enumerate(header)
+        if c and j != key and c not in no_text
+    }
     folder = Path(source).parent if isinstance(source, (str, os.PathLike)) else Path()
     read = f"item {header[key]!r}, " if table.header else ""
     taken_for = f"{table.source}: taken for {table.kind} ({read}others {', '.join(kept)})"
@@ -136,7 +148,7 @@ def _header(table: Table, columns: Columns) -> tuple[list[str], int]:
             raise ValueError(f"{table.where}: {lacking}")
         if columns.by_place:
             header = [f"column_{place}" for place in range(1, table.width + 1)]
-            key, title = (columns.place(role, table.width, table.where) for role in ITEMS_ROLES)
+            key, title = (columns.place(r, table.width, table.where, table.first) for r in ITEMS_ROLES)
         elif table.width == 2:
             header, key, title = ["item", "title"], 0, None
         else:

@@ -198,8 +198,8 @@ def as_given(interactions: Interactions, window: int, *, stride: Stride = None) 
     """
     if interactions.labels is None:
         raise ValueError(
-            "interactions: expected a source with a split of its own: a column x_label or split, or a file "
-            "for each part (X.train.inter, X.valid.inter, X.test.inter); got none"
+            "interactions: expected a source with a split of its own: a column x_label or split, read with "
+            "labels=True, or a file for each part (X.train.inter, X.valid.inter, X.test.inter); got none"
         )
     return _by_labels(interactions, interactions.labels, window, stride, "as given")
 

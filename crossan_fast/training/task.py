@@ -184,6 +184,7 @@ def _read(
         strict=config.strict,
         columns=config.columns,
         min_rating=config.min_rating,
+        labels=split.by == "given",
         bare=bare,
     )
 

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -177,8 +178,8 @@ def test_splits_that_come_with_the_data(write: Write, tmp_path: Path) -> None:
     text = "userID\titemID\trating\ttimestamp\tx_label\n" + "".join(
         f"{u}\t{i}\t5.0\t{t}\t{x}\n" for u, i, t, x in rows
     )
-    found = read_interactions(write(text, "baby.inter"), None, min_items=1)
-    assert named(found) == {"7": ["4", "1", "3", "2"], "8": ["1"]}
+    found = read_interactions(write(text, "baby.inter"), None, min_items=1, labels=True)
+    assert named(found) == {"7": ["4", "1", "3", "2"], "8": ["1"]} and "label 'x_label'" in found.taken_for
     assert found.labels is not None and found.labels.tolist() == [0, 0, 1, 2, 0]
     header = "user_id:token\titem_id:token\ttimestamp:float\n"
     for part, label in (("train", 0), ("valid", 1), ("test", 2)):
@@ -193,7 +194,24 @@ def test_splits_that_come_with_the_data(write: Write, tmp_path: Path) -> None:
     ):
         read_interactions({"tset": files["test"]}, None)
     with pytest.raises(ValueError, match=r"line 2: expected a split 0, 1, 2 or train, .* got '5'"):
-        read_interactions(write("user,item,split\na,b,5\n", "bad.csv"), None)
+        read_interactions(write("user,item,split\na,b,5\n", "bad.csv"), None, labels=True)
+
+
+@pytest.mark.parametrize("name", ["x_label", "split"])
+def test_a_split_that_nobody_asked_for_orders_nothing(write: Write, name: str) -> None:
+    """The last item is the last in time, not the one that some split tests with."""
+    rows = "u,a,1,0\nu,b,3,2\nu,c,2,1\nu,d,4,0\n"
+    path = write(f"user,item,timestamp,{name}\n{rows}", "log.csv")
+    found = read_interactions(path, None, min_items=1)
+    assert named(found) == {"u": ["a", "c", "b", "d"]} and found.labels is None
+    assert "label" not in found.taken_for and "time 'timestamp'" in found.taken_for
+    for wish in ({"labels": True}, {"columns": {"label": name}}):
+        given = read_interactions(path, None, min_items=1, **wish)
+        assert named(given) == {"u": ["a", "d", "c", "b"]} and f"label '{name}'" in given.taken_for
+    columns: dict[str, str | int] = {"label": name}
+    assert named(read_interactions(path, None, min_items=1, columns=columns, labels=False)) == named(found)
+    parts = read_interactions({"train": path}, None, min_items=1)
+    assert "label" not in parts.taken_for, "files say which part they are"
 
 
 def test_histories_with_their_next_item(write: Write, tmp_path: Path) -> None:
@@ -206,6 +224,51 @@ def test_histories_with_their_next_item(write: Write, tmp_path: Path) -> None:
     assert named(found) == {"u": ["a", "b", "c", "f", "h"], "v": ["d", "e", "g"]}
     assert found.labels is not None and found.labels.tolist() == [0, 0, 0, 1, 2, 0, 0, 1]
     assert "histories with their next item" in found.taken_for
+
+
+LISTS = {
+    "json": '{"user": "u", "items": ["c", "a", "b"], "timestamp": [3, 1, 2], "rating": [5, 2, 4]}\n'
+    '{"user": "v", "items": ["a"], "timestamp": [7], "rating": [4]}\n',
+    "csv": "user,items,timestamp,rating\nv,a,7,4\nu,c a  b, 3 1 2,5 2 4\n",
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_lists_of_times_and_ratings_go_with_lists_of_items(write: Write, form: str) -> None:
+    path = write(LISTS[form], "lists")
+    found = read_interactions(path, None, min_items=1)
+    assert named(found) == {"v": ["a"], "u": ["a", "b", "c"]}
+    assert found.times is not None and sorted(found.times.tolist()) == [1, 2, 3, 7]
+    assert "time 'timestamp')" in found.taken_for
+    found = read_interactions(path, None, min_items=1, min_rating=4)
+    assert named(found) == {"v": ["a"], "u": ["b", "c"]} and found.dropped.low_ratings == 1
+    assert "rating 'rating'" in found.taken_for
+
+
+def test_a_time_for_a_whole_row_is_none_of_its_items(write: Write) -> None:
+    rows = '{"user": "v", "items": ["a"], "time": 5}\n{"user": "u", "items": ["c", "a"], "time": 3}\n'
+    found = read_interactions(write(rows, "a.jsonl"), None, min_items=1)
+    assert named(found) == {"v": ["a"], "u": ["c", "a"]} and found.times is None
+    assert "(user 'user', items 'items')" in found.taken_for
+    with pytest.raises(ValueError, match=r"line 2: expected 2 times, one for each of the items, got 1"):
+        read_interactions(write(rows, "a.jsonl"), None, columns={"time": "time"})
+    with pytest.raises(ValueError, match=r"line 1: expected 3 times, one for each of the items, got 2"):
+        read_interactions(write('{"user": "u", "items": ["c", "a", "b"], "time": [3, 1]}\n', "b.jsonl"), None)
+    rated = write('{"user": "u", "items": ["c", "a"], "rating": 3}\n', "c.jsonl")
+    with pytest.raises(ValueError, match=r"line 1: expected 2 ratings, one for each of the items, got 1"):
+        read_interactions(rated, None, min_rating=4)
+    parted = write('{"user": "u", "items": ["c", "a", "b"], "split": [1, 0, 2]}\n', "d.jsonl")
+    found = read_interactions(parted, None, min_items=1, labels=True)
+    assert named(found) == {"u": ["a", "c", "b"]} and "label 'split'" in found.taken_for
+
+
+def test_histories_with_their_next_item_have_no_ratings(write: Write) -> None:
+    header = "user_id:token\titem_id_list:token_seq\titem_id:token\trating:float\n"
+    path = write(header + "u\ta\tb\t5\nu\ta b\tc\t1\n", "x.inter")
+    found = read_interactions(path, None, min_items=1)
+    assert named(found) == {"u": ["a", "b", "c"]} and "rating" not in found.taken_for
+    with pytest.raises(ValueError, match=r"expected ratings .* got rating 'rating' with histories"):
+        read_interactions(path, None, min_rating=4)
 
 
 def test_columns_are_settable_and_misspellings_get_a_suggestion(write: Write) -> None:
@@ -227,6 +290,43 @@ def test_columns_are_settable_and_misspellings_get_a_suggestion(write: Write) ->
             read_interactions(path, None, columns=columns)
     with pytest.raises(ValueError, match=r"expected a column from 1 to 4 for times, got 5"):
         read_interactions(ratings, None, columns={**places, "time": 5})
+
+
+@pytest.mark.parametrize("times", [("900", "1400"), ("090000", "140000"), ("09:00", "14:00")])
+def test_a_time_of_day_beside_a_date_orders_nothing(write: Write, times: tuple[str, str]) -> None:
+    text = f"user,item,date,time\nu,a,2020-01-02,{times[0]}\nu,b,2020-01-01,{times[1]}\n"
+    path = write(text, "log.csv")
+    with pytest.raises(ValueError, match=r"in column 'time', since a column 'date' stands .*--time-column"):
+        read_interactions(path, None)
+    found = read_interactions(path, None, min_items=1, columns={"time": "date"})
+    assert named(found) == {"u": ["b", "a"]}
+
+
+@pytest.mark.parametrize("times", [("1577836900", "1577836800"), ("2020-01-02T09:00", "2020-01-01 14:00")])
+def test_a_full_time_beside_a_date_is_one(write: Write, times: tuple[str, str]) -> None:
+    text = f"user,item,date,time\nu,a,2020-01-02,{times[0]}\nu,b,2020-01-01,{times[1]}\n"
+    found = read_interactions(write(text, "log.csv"), None, min_items=1)
+    assert named(found) == {"u": ["b", "a"]} and "time 'time'" in found.taken_for
+
+
+def test_times_of_two_units_are_counted(write: Write) -> None:
+    text = "user,item,timestamp\n" + "".join(
+        f"u,i{k},{(START + k) * (1000 if k % 3 else 1)}\n" for k in range(9)
+    )
+    message = (
+        r"log.csv: expected times of one unit, got 9 that are ordered as ms, of which 3 look like s: those"
+    )
+    with pytest.warns(UserWarning, match=message):
+        found = read_interactions(write(text, "log.csv"), None, min_items=1)
+    assert found.time_unit == "ms"
+
+
+@pytest.mark.parametrize("times", [(0, 1_577_836_800_000), (5, 2**62), (86_400, 1_577_836_800)])
+def test_few_times_near_1970_are_of_the_unit_of_the_others(write: Write, times: tuple[int, int]) -> None:
+    path = write(f"user,item,timestamp\nu,b,{times[1]}\nu,a,{times[0]}\n", "log.csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert named(read_interactions(path, None, min_items=1)) == {"u": ["a", "b"]}
 
 
 def test_without_times_rows_are_in_file_order(write: Write) -> None:
@@ -314,6 +414,50 @@ def test_items_that_pandas_wrote(tmp_path: Path) -> None:
         table = read_items(source)
         assert table.names == list("01234")
         assert table.columns == {"title": titles, "tags": ["a b", None, None, "c", "d"]}
+
+
+def test_names_in_bytes_are_text(tmp_path: Path) -> None:
+    need_pandas()
+    import pyarrow
+
+    def events(item: bytes, kind: Any = None) -> Any:
+        columns = {"user": [b"u", b"u"], "item": pyarrow.array([b"b", item], kind), "time": [2, 1]}
+        return pyarrow.table(columns)
+
+    for kind in (
+        pyarrow.binary(),
+        pyarrow.large_binary(),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+    ):
+        from pyarrow import parquet
+
+        parquet.write_table(events("é".encode(), kind), tmp_path / "events.parquet")
+        found = read_interactions(tmp_path / "events.parquet", None, min_items=1)
+        assert named(found) == {"u": ["é", "b"]}, kind
+    with pytest.raises(ValueError, match=r"row 2: expected the item's name in UTF-8, got b'\\xe9'"):
+        read_interactions(events(b"\xe9"), None)
+    lists = pyarrow.table({"user": ["u", "v"], "items": [[b"a", b"b"], [b"c"]]})
+    assert named(read_interactions(lists, None, min_items=1)) == {"u": ["a", "b"], "v": ["c"]}
+    texts = pyarrow.table({"user": ["u"], "items": [b"a b"], "n": [1]}).select(["user", "items"])
+    assert named(read_interactions(texts, None, min_items=1)) == {"u": ["a", "b"]}
+    wrong = pyarrow.table({"user": ["u", "v"], "items": [[b"a"], [b"c", b"\xe9"]]})
+    with pytest.raises(ValueError, match=r"row 2: expected items' names in UTF-8, got bytes that are not"):
+        read_interactions(wrong, None)
+    histories = wrong.append_column("item", pyarrow.array(["x", "y"]))
+    with pytest.raises(ValueError, match=r"row 2: expected items' names in UTF-8, got bytes that are not"):
+        read_interactions(histories, None)
+
+
+def test_items_in_bytes_are_text_and_pictures_are_left_out() -> None:
+    need_pandas()
+    import pyarrow
+
+    table = pyarrow.table({"item": [b"a", b"b"], "title": [b"A &amp; B", None], "png": [b"text", b"\x89PNG"]})
+    with pytest.warns(UserWarning, match=r"items: .*: left out png: bytes that are no text in UTF-8"):
+        found = read_items(table)
+    assert found.names == ["a", "b"] and found.columns == {"title": ["A & B", None]}
+    with pytest.raises(ValueError, match=r"row 1: expected the item's name in UTF-8, got b'\\xe9'"):
+        read_items(pyarrow.table({"item": [b"\xe9"], "title": ["A"]}))
 
 
 def test_times_stay_exact_in_every_form(write: Write) -> None:

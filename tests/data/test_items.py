@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crossan_fast.data import ItemTable, read_items
+from crossan_fast.data import ItemTable, read_interactions, read_items
 
 Write = Callable[..., Path]
 
@@ -101,6 +101,62 @@ def test_repeated_lines_are_dropped_with_a_count_or_an_error_with_strict(write: 
 def test_bad_files_are_named_with_their_line(write: Write, content: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_items(write(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "title"),
+    [
+        ("1;A lamp, brass\n2;A rug\n", "A lamp, brass"),
+        ("1,A lamp; brass\n2,A rug\n", "A lamp; brass"),
+        ("1;A lamp, old, brass\n2;A rug\n", "A lamp, old, brass"),
+        ('1,"A lamp; brass; old"\n2,"A; rug"\n', "A lamp; brass; old"),
+        ('"1";"A lamp, brass"\n2;"A, rug"\n', "A lamp, brass"),
+        ("id;title (a,b)\n1;A lamp, brass\n2;A, rug\n", "A lamp, brass"),
+        ("title,a;b,id\nA lamp;x,,1\nA rug;,y,2\n", "A lamp;x"),
+    ],
+)
+def test_what_separates_columns_does_so_in_every_line(write: Write, content: str, title: str) -> None:
+    table = read_items(write(content))
+    assert table.names == ["1", "2"] and title in [cells[0] for cells in table.columns.values()]
+
+
+def test_one_column_in_quotes_is_one_column(write: Write) -> None:
+    assert read_items(write('"item"\n"a, b; c"\n"d"\n')).names == ["a, b; c", "d"]
+
+
+def test_commas_and_semicolons_alike_are_refused(write: Write) -> None:
+    message = r"items: .*line 1: expected commas or semicolons between columns, got as many of one as of"
+    with pytest.raises(ValueError, match=message):
+        read_items(write("1;A lamp, brass\n2;A rug, wool\n"))
+    table = read_items(write("id;title\n1;A lamp, brass\n2;A rug, wool\n"))
+    assert table.columns == {"title": ["A lamp, brass", "A rug, wool"]}
+
+
+def test_numbered_columns_are_of_files_without_a_header(write: Write) -> None:
+    path = write("item\ttitle\na\tA lamp\n")
+    with pytest.raises(
+        ValueError, match=r"items: .*expected no header where columns are numbers, got .* 'item' in column 1"
+    ):
+        read_items(path, columns={"item": 1, "title": 2})
+    with pytest.raises(ValueError, match=r"expected no header .* 'title' in column 2, for titles"):
+        read_items(write("nr\ttitle\na\tA lamp\n"), columns={"item": 1, "title": 2})
+    users = write("user\titem\tn\nu\ta\t1\n", "users.tsv")
+    with pytest.raises(ValueError, match=r"users: .*expected no header .* 'user' in column 1, for users"):
+        read_interactions(users, None, columns={"user": 1, "item": 2})
+
+
+@pytest.mark.parametrize("header", ["", '"item"\t"title"\n'])
+def test_a_file_in_quotes_holds_what_is_in_them(write: Write, header: str) -> None:
+    """R's write.table, with its way of quotes and with pandas'."""
+    table = read_items(write(header + '"a"\t"1/4\\" NPT"\n"b"\t"1/4"" NPT"\r\n"c"\t""\n'))
+    assert table.names == ["a", "b", "c"]
+    assert table.columns == {"title": ['1/4" NPT', '1/4" NPT', None]}
+
+
+def test_quotes_stay_where_not_every_cell_has_them(write: Write) -> None:
+    assert read_items(write('"a"\t"so"\nb\t"no"\n')).columns == {"title": ['"so"', '"no"']}
+    numbers = read_items(write('"item"\t"title"\n1\t"A lamp"\n2\tNA\n'))
+    assert numbers.names == ["1", "2"] and numbers.columns == {"title": ["A lamp", "NA"]}
 
 
 def test_missing_path_and_folder(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def log(
         ]
     path = tmp_path / "log.csv"
     path.write_text(header + "\n" + "".join(",".join(map(str, event)) + "\n" for event in events))
-    return read_interactions(path, None, min_items=1), events
+    return read_interactions(path, None, min_items=1, labels=True), events
 
 
 def check(

@@ -61,6 +61,19 @@ def test_splits(make: Make, settings: dict[str, Any], rows: int, targets: int, s
     assert said in described and "user 'who'" in described and "left out: " in described
 
 
+def test_a_column_of_labels_orders_a_given_split_alone(make: Make, tmp_path: Path) -> None:
+    """Labels against time: the first event of each user tests where the split is given, else the last."""
+    log = (tmp_path / "log.csv").read_text().splitlines()
+    labels = [2, 1, *[0] * 10] * 20
+    rows = [f"{line.rpartition(',')[0]},{label}" for line, label in zip(log[1:], labels, strict=True)]
+    (tmp_path / "log.csv").write_text("\n".join([log[0], *rows]) + "\n")
+    in_time, given = (open_task(make(split={"by": by})) for by in ("leave_one_out", "given"))
+    first = [u % ITEMS + 1 for u in range(20)]
+    assert given.split.test_target.tolist() == first and "label 'x_label'" in given.describe()
+    assert in_time.split.test_target.tolist() == [(row + 10) % ITEMS + 1 for row in first]
+    assert "label 'x_label'" not in in_time.describe()
+
+
 def test_given_files_and_users_apart(make: Make, tmp_path: Path) -> None:
     lines = (tmp_path / "log.csv").read_text().splitlines(keepends=True)
     for part, label in (("train", 0), ("valid", 1), ("test", 2)):

@@ -12,7 +12,7 @@ numbers, from 0 or from 1), an items file in the order of the rows, or a name a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Features:
         shape: L, D.
         dtype: for messages.
         names: of the rows; None where nothing says which item is which.
+        ids: what the ids file was taken for; empty where there is none.
         read: floats `[L, D]` of a row. Raises `BrokenInput`.
     """
 
@@ -55,6 +56,7 @@ class Features:
     dtype: str
     names: list[str] | None
     read: Callable[[int], Array]
+    ids: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,33 +108,34 @@ def open_features(source: Path, ids: Path | None, where: str) -> Features:
     if ids is not None:
         if found.names is not None:
             raise ValueError(f"{where}: {source} has names of its own, expected no ids file, got {ids}")
-        names = read_ids(ids, found.rows, where)
-        found = Features(found.source, found.rows, found.shape, found.dtype, names, found.read)
+        names, taken_for = read_ids(ids, found.rows, where)
+        found = replace(found, names=names, ids=taken_for)
     if found.names is not None and len(set(found.names)) < len(found.names):
         twice = next(name for name in found.names if found.names.count(name) > 1)
         raise ValueError(f"{where}: item {twice!r} has more than one row of {source}")
     return found
 
 
-def read_ids(path: Path, rows: int, where: str) -> list[str]:
-    """The name of each of so many rows of features, from an ids file.
+def read_ids(path: Path, rows: int, where: str) -> tuple[list[str], str]:
+    """The name of each of so many rows of features, from an ids file, and what that was taken for.
 
     Raises:
-        ValueError: it names another number of rows.
+        ValueError: it names another number of rows, or two of its columns could number them and disagree.
     """
     table = open_table(path, "ids", {*NAMES["item"], *_NUMBERS})
     if table.width == 1:
         cells = [cell for chunk in table.chunks([0]) for cell in as_list(chunk.cells[0])]
-        names = [name_of(cell) for cell in cells]
-    elif (mapped := _mapping(table, rows)) is not None:
-        names = mapped
+        names, said = [name_of(cell) for cell in cells], "names in the order of the rows"
+    elif (mapped := _mapping(table, rows, where)) is not None:
+        names, said = mapped
     else:
-        names = read_items(path).names
+        items = read_items(path)
+        names, said = items.names, f"items in the order of the rows, {items.taken_for.partition(': ')[2]}"
     if len(names) != rows:
         raise ValueError(
             f"{where}: expected {rows} items in {path}, one a row of the features, got {len(names)}"
         )
-    return names
+    return names, f"{path}: {said}"
 
 
 def match(features: Features, names: Sequence[str], where: str) -> Matched:
@@ -161,26 +164,65 @@ def match(features: Features, names: Sequence[str], where: str) -> Matched:
     return Matched(rows, "name", without, [name for name in features.names if name not in known])
 
 
-def _mapping(table: Table, rows: int) -> list[str] | None:
-    """Names by row of a table that has a column of each; None where no column numbers the rows."""
-    if table.header is None or table.width < 2:
+@dataclass(frozen=True)
+class _Reading:
+    """One way to read a table of names and row numbers."""
+
+    number: str
+    name: str
+    names: list[str]
+    in_file_order: bool
+    first: int
+
+
+def _mapping(table: Table, rows: int, where: str) -> tuple[list[str], str] | None:
+    """Names by row of a table with a column of each, and which is which; None where none numbers the rows.
+
+    Where two columns could: the one called row, index or number; else the one that counts the file's lines,
+    as an index does that was written with a frame.
+    """
+    found = _readings(table, rows)
+    if not found:
         return None
+    for rule in (
+        lambda reading: reading.number in _NUMBERS,
+        lambda reading: reading.in_file_order and reading.first == 0,
+        lambda reading: reading.in_file_order,
+    ):
+        if len({tuple(reading.names) for reading in found}) > 1:
+            found = [reading for reading in found if rule(reading)] or found
+    best = found[-1]  # of equals; MMRec's are `asin, itemID`
+    if any(reading.names != best.names for reading in found):
+        either = " or ".join(repr(reading.number) for reading in found)
+        raise ValueError(
+            f"{where}: {table.source}: expected one column of row numbers, got {either}, which both number "
+            f"the {rows} rows and disagree; call the right one 'row' in the file's header"
+        )
+    return best.names, f"row numbers in column {best.number!r}, names in {best.name!r}"
+
+
+def _readings(table: Table, rows: int) -> list[_Reading]:
+    """Every column that holds each of the rows' numbers once, from 0 or from 1, beside one of names."""
+    if table.header is None or table.width < 2:
+        return []
     columns: list[list[Any]] = [[] for _ in range(table.width)]
     for chunk in table.chunks(range(table.width)):
         for column, cells in zip(columns, chunk.cells, strict=True):
             column.extend(map(name_of, as_list(cells)))
-    # The last of two such columns: MMRec's are `asin, itemID`.
-    for place in reversed(range(table.width)):
+    found = []
+    for place in range(table.width):
         named = [o for o in range(table.width) if o != place and table.header[o] in NAMES["item"]]
         if not named and table.header[place] in _NUMBERS:
             named = [o for o in range(table.width) if o != place]
         if not named or not columns[place] or not all(cell.isdecimal() for cell in columns[place]):
             continue
         numbers = np.array(columns[place], dtype=np.int64)
-        first = int(numbers.min())
-        if first in (0, 1) and np.array_equal(np.sort(numbers), np.arange(first, first + rows)):
-            return [columns[named[0]][row] for row in np.argsort(numbers).tolist()]
-    return None
+        order, first = np.argsort(numbers), int(numbers.min())
+        if first in (0, 1) and np.array_equal(numbers[order], np.arange(first, first + rows)):
+            names = [columns[named[0]][row] for row in order.tolist()]
+            in_file_order = bool((np.diff(order) > 0).all())
+            found.append(_Reading(table.header[place], table.header[named[0]], names, in_file_order, first))
+    return found
 
 
 def _open_array(source: Path, where: str) -> Features:

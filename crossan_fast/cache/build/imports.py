@@ -22,13 +22,15 @@ class ImportReport:
     """Attributes:
     matched: by modality, how items and rows found each other.
     built: what was written.
+    ids: what the ids file was taken for, where there is one.
     """
 
     matched: Mapping[str, Matched]
     built: BuildReport
+    ids: str = ""
 
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {found}" for name, found in self.matched.items())
+        return "\n".join(filter(None, [self.ids, *(f"{name}: {m}" for name, m in self.matched.items())]))
 
 
 def import_features(
@@ -86,4 +88,4 @@ def import_features(
         for name in opened
     ]
     built = build_cache(items, specs, out, dtype=dtype, strict=strict, progress=progress)
-    return ImportReport(matched, built)
+    return ImportReport(matched, built, next((found.ids for found in opened.values() if found.ids), ""))

@@ -84,6 +84,50 @@ def test_ids_files(tmp_path: Path, kind: str) -> None:
         assert np.array_equal(found.read(row), STATES[row].numpy())
 
 
+ORDER = (3, 0, 6, 1, 2, 5, 4)
+TWO_NUMBERS = {
+    "an index and names": (
+        "id,item_id",
+        enumerate(ORDER),
+        [str(k) for k in ORDER],
+        "'id', names in 'item_id'",
+    ),
+    "names and an index": (
+        "item_id,id",
+        ((k, n) for n, k in enumerate(ORDER)),
+        [str(k) for k in ORDER],
+        "'id'",
+    ),
+    "from one": ("asin,id", ((k, n) for n, k in enumerate(ORDER, 1)), [str(k) for k in ORDER], "'id'"),
+    "two from one": ("id,item_id", ((n, n + 1) for n in range(7)), list("1234567"), "'id'"),
+    "called so": ("item_id,row", ((n, k) for n, k in enumerate(ORDER)), list("1340652"), "'row'"),
+    "alike": ("id,item_id", ((n, n) for n in range(7)), list("0123456"), "'item_id'"),
+}
+
+
+@pytest.mark.parametrize("kind", TWO_NUMBERS)
+def test_of_two_columns_of_numbers_the_index_numbers_the_rows(tmp_path: Path, kind: str) -> None:
+    header, rows, names, said = TWO_NUMBERS[kind]
+    ids = tmp_path / "ids.csv"
+    ids.write_text("".join(f"{line}\n" for line in [header, *(f"{a},{b}" for a, b in rows)]))
+    found = open_features(write(tmp_path, "array.npy"), ids, "here")
+    assert found.names == names and f"row numbers in column {said}" in found.ids
+
+
+def test_two_columns_that_could_number_the_rows_are_refused(tmp_path: Path) -> None:
+    ids = tmp_path / "ids.csv"
+    ids.write_text("id,item_id\n" + "".join(f"{k},{(k + 2) % 7}\n" for k in ORDER))
+    message = (
+        r"here: .*ids.csv: expected one column of row numbers, got 'id' or 'item_id'.*call the right one"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_features(write(tmp_path, "array.npy"), ids, "here")
+    features = write(tmp_path, "array.npy")
+    ids.write_text(ids.read_text().replace("id,item_id", "row,item_id"))
+    report = import_features({"image": features}, tmp_path / "c", ids=ids, progress=False)
+    assert str(report).startswith(f"{ids}: row numbers in column 'row', names in 'item_id'\nimage: 7 of 7")
+
+
 def test_mmrec_features_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its .npy with its mapping, for items of which some have no features, and more added later."""
     features, ids = write(tmp_path, "array.npy"), tmp_path / "i_id_mapping.csv"
@@ -104,6 +148,7 @@ def test_mmrec_features_from_the_command_line(tmp_path: Path, capsys: pytest.Cap
     items.write_text("".join(f"{name}\tTitle\n" for name in ("B05", "new", "B01", "B00")))
     assert main(command) == 0
     said = capsys.readouterr().out
+    assert "i_id_mapping.csv: row numbers in column 'itemid', names in 'asin'" in said
     assert "3 of 4 items matched by name; 1 items without features, such as 'new'" in said
     assert "4 rows of no item, such as 'B02', 'B03', 'B04'" in said and "4 items added" in said
     cache = HiddenStateCache.open(out)
