@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 import yaml
 
 MAX_BYTES = 64 * 1024
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_MISLEADING = re.compile(r"[^:]*:|[-+]?0_*[0-9]")
 MAX_DEPTH = 32
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+# Sixties and eights of YAML 1.1.
+_MISLEADING = re.compile(r"[^:]*:|[-+]?0_*[0-9]")
 
 
 def read_settings(path: Path, name: str) -> str:
@@ -130,8 +131,8 @@ class _Loader(yaml.SafeLoader):
         if node.tag in _NUMBERS and _MISLEADING.match(node.value):
             problem = (
                 "expected a number without a colon and without a leading zero (YAML reads 1:30 as 90 and "
+                f"010 as 8), got {node.value:.80}; in quotes it is text"
             )
-            problem += f"010 as 8), got {node.value:.80}; in quotes it is text"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return node
 

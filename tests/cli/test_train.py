@@ -17,6 +17,7 @@ from crossan_fast import cli
 from crossan_fast.cli import COMMANDS, main
 from crossan_fast.cli.train import refuse_repeated
 from crossan_fast.ops import _registration
+from crossan_fast.training import load_config
 
 PACKAGE = Path(crossan_fast.__file__).parent
 
@@ -56,9 +57,12 @@ def test_an_override_that_undoes_another_is_refused(
     assert f"override: expected each field once, got {named}" in capsys.readouterr().err
 
 
-def test_overrides_of_different_fields_go_together() -> None:
-    refuse_repeated(["model={blocks: 1}", "model.dropout=0.2", "model.drop=1", "seed=1", "min_items=3"])
-    refuse_repeated(["columns={}", "columns.user=who", "columns.item=what"])
+def test_overrides_of_different_fields_go_together(run_folder: Path) -> None:
+    overrides = ["model={blocks: 1}", "model.dropout=0.2", "seed=3"]
+    refuse_repeated(overrides)
+    refuse_repeated(["model.drop=1", "model.dropout=0.2"])  # a name that begins as another
+    config = load_config(run_folder / "config.yaml", overrides)
+    assert (config.model["blocks"], config.model["dropout"], config.seed) == (1, 0.2, 3)
 
 
 def id_road() -> list[str]:
