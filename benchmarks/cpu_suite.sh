@@ -39,6 +39,7 @@ set_of compiled 100 "item_encoder/N=704,M=4,D=768,L" --only eager,compiled,cpp
 set_of compiled 150 "step/B=64,*loss=in_batch" --only eager,compiled,cpp --dtypes fp32
 set_of compiled 100 "*_loss/rows=640,*" --only eager,compiled,cpp --dtypes fp32
 set_of large-step 120 "step/B=*" --only cpp
+set_of basis 60 "side_network/N=704,M=2,*" --tag basis --only eager,cpp --dtypes fp32
 set_of axes "$total" --tag paper --tag recipe --tag gather --only eager,cpp
 set_of axes "$total" --tag batch --tag modalities --tag width --only eager,cpp
 finish

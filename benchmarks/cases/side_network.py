@@ -270,6 +270,8 @@ for count in (1, 2, 8):
     _register(Shape(PAPER_ITEMS, modalities=count), 40, "modalities")
 for width in (384, 1_024, 4_096):
     _register(Shape(PAPER_ITEMS, width=width), 42, "width")
+for width in (64, 128):  # states in a basis; the CPU's op makes h itself at such widths
+    _register(Shape(PAPER_ITEMS, modalities=2, width=width), 38, "basis")
 _register(Shape(PAPER_ITEMS, modalities=2, width=384), 20, "recipe", compiled=True)
 _ARCHITECTURES: tuple[Literal["crossan", "iisan"], ...] = ("crossan", "iisan")
 for architecture in _ARCHITECTURES:
