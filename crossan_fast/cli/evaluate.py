@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
     folder = RunFolder(args.run)
     config = own = dataclasses.replace(folder.read_config(), **_given(args, "cache", "device", "verify"))
     if columns := columns_of(args, USERS_COLUMNS):
-        config = dataclasses.replace(config, columns=columns)
+        # Of the run's own file those not named stay what they were; another's columns may have any names.
+        config = dataclasses.replace(config, columns=columns if args.users else {**config.columns, **columns})
     if args.users:
         alone = dataclasses.replace(config.evaluation, users=args.users)
         config = dataclasses.replace(config, split=SplitConfig(), evaluation=alone)

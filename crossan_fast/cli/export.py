@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             args.users or users_files(config, config.path("users")),
             cache.item_names,
             min_items=1,
-            columns=columns_of(args, USERS_COLUMNS) or (None if args.users else config.columns),
+            columns={**({} if args.users else config.columns), **columns_of(args, USERS_COLUMNS)},
             min_rating=config.min_rating,
             labels=False,
         )

@@ -80,7 +80,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         help="items files with more titles than the run's, such as of new items",
     )
-    parser.add_argument("--batch-size", type=int, default=1024, help="users at once (default 1024)")
+    parser.add_argument("--batch-size", type=int, help="of --histories, users at once (default 1024)")
     parser.add_argument("--verify", choices=("open", "lazy", "off"), help=VERIFY)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …")
     add_json(parser)
@@ -94,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
     from crossan_fast.training import RunFolder
     from crossan_fast.training.task import item_titles, resolve_device
 
-    if args.history is not None and (idle := columns_of(args, USERS_COLUMNS)):
-        options = ", ".join(f"--{role}-column" for role in idle)
-        raise ValueError(f"{options}: expected --histories beside it, got --history")
+    idle = [f"--{role}-column" for role in columns_of(args, USERS_COLUMNS)]
+    idle += ["--batch-size"] if args.batch_size is not None else []
+    if args.history is not None and idle:
+        raise ValueError(f"{', '.join(idle)}: expected --histories beside it, got --history")
     folder = RunFolder(args.run)
     config = folder.read_config()
     device = resolve_device(args.device or config.device)
@@ -184,8 +185,9 @@ def _many(
 
     from crossan_fast.cli._recommended import Row, open_writer
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    at_once = 1024 if args.batch_size is None else args.batch_size
+    if at_once < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {at_once}")
     read = _read(args, min_rating)
     rows = np.array([0, *map(recommender.row, read.item_names[1:])])
     ids = rows[read.ids]
@@ -193,7 +195,7 @@ def _many(
     offsets = np.concatenate([[0], np.cumsum(known)])[read.offsets]
     names, begun = recommender.cache.item_names, time.perf_counter()
     with open_writer(args.out) as write:
-        for users, top in recommender.batches(ids[known], offsets, args.batch_size):
+        for users, top in recommender.batches(ids[known], offsets, at_once):
             best = zip(users.tolist(), top.ids.tolist(), top.scores.tolist(), strict=True)
             write(
                 [

@@ -70,7 +70,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _fields() -> str:
     """Every field with its default, for the help."""
     from crossan_fast.config import CrossanConfig, Modality
-    from crossan_fast.training.train_config import TrainConfig, flatten
+    from crossan_fast.training.overrides import flatten
+    from crossan_fast.training.train_config import TrainConfig
 
     values = TrainConfig(cache="(required)", users="(required)", run="(required)").to_dict()
     values["model"] = CrossanConfig((Modality("unused", 1, 1),)).to_dict()
@@ -85,7 +86,7 @@ def refuse_repeated(overrides: Sequence[str]) -> None:
     `load_config` lays one over the other, as programs need it; on a command line it is a mistake.
     """
     from crossan_fast._untrusted import parse_yaml
-    from crossan_fast.training.train_config import flatten
+    from crossan_fast.training.overrides import flatten
 
     whose: dict[str, str] = {}
     for override in overrides:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from crossan_fast.training.overrides import flatten
 from crossan_fast.training.population import Population
 from crossan_fast.training.task import Task
-from crossan_fast.training.train_config import TrainConfig, flatten
+from crossan_fast.training.train_config import TrainConfig
 
 _RESULTS = ("best_epoch", "epochs", "precision", "parameters", "validation", "test", "versions")
 # Where files lie on the machine that trained is nobody else's business.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from crossan_fast._digests import digest_of
+from crossan_fast.training.overrides import flatten
 from crossan_fast.training.population import Population
 from crossan_fast.training.task import Task
-from crossan_fast.training.train_config import TrainConfig, flatten
+from crossan_fast.training.train_config import TrainConfig
 
 # What may differ between a run and its continuation: none of it changes the numbers of an epoch.
 _FREE = (

@@ -17,7 +17,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin
@@ -30,6 +30,7 @@ from crossan_fast.cache.opening import Verify
 from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.data.columns import ITEMS_ROLES, USERS_ROLES, Columns
 from crossan_fast.training.keys import nearest_of_all
+from crossan_fast.training.overrides import laid_over
 
 DATA_VARIABLE = "CROSSAN_FAST_DATA"
 
@@ -307,6 +308,8 @@ class TrainConfig:
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and lay `key=value` overrides over it, nested ones as `model.dropout=0.2`.
 
+    Another `model.architecture` than the file's brings its defaults in place of those of the file's.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError, TypeError: no YAML mapping, one with aliases or larger than settings are, an unknown key
@@ -318,36 +321,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     values = parse_yaml(read_settings(path, "config"), "config", str(path))
     if not isinstance(values, dict):
         raise ValueError(f"config: expected a mapping in {path}, got {type(values).__name__}")
-    return TrainConfig.from_dict(apply_overrides(values, overrides))
-
-
-def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested `values` with each `a.b=value` set; values are read as YAML."""
-    result = dict(values)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"override: expected key=value, got {override!r}")
-        value = parse_yaml(text, "override", f"the value of {override!r}")
-        *parents, last = key.split(".")
-        place = result
-        for parent in parents:
-            inner = place.get(parent)
-            if inner is not None and not isinstance(inner, Mapping):
-                raise ValueError(f"override: {parent!r} in {override!r} has no fields")
-            place[parent] = dict(inner or {})
-            place = place[parent]
-        place[last] = value
-    return result
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested values."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return TrainConfig.from_dict(laid_over(values, overrides))
 
 
 def _build(cls: type, values: object, prefix: str) -> Any:

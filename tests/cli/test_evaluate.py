@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from crossan_fast import HiddenStateCache
 from crossan_fast.cache.convert import convert_cache
@@ -67,6 +70,33 @@ def test_users_that_the_run_never_saw(
     assert main(["evaluate", "--run", str(run_folder / "run"), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "user 'client'" in printed and "1 users of the evaluation file who are trained on" in printed
+
+
+def test_a_column_that_is_named_leaves_the_run_s_others_as_they_were(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's users in a table whose times the run took from `seen`, which `--time-column` replaces."""
+    run = tmp_path / "run"
+    shutil.copytree(run_folder / "run", run)
+    rows = ["who,what,seen,later"]
+    for line in (run_folder / "users.tsv").read_text().splitlines():
+        user, items = line.split("\t")
+        rows += [f"{user},{item},{99 - step},{step}" for step, item in enumerate(items.split())]
+    (tmp_path / "users.csv").write_text("\n".join(rows) + "\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {
+        "users": str(tmp_path / "users.csv"),
+        "columns": {"user": "who", "item": "what", "time": "seen"},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    own = evaluate(capsys, run_folder / "run")
+    assert evaluate(capsys, run)["metrics"] != own["metrics"], "the histories are read backwards"
+    assert evaluate(capsys, run, "--time-column", "later")["metrics"] == own["metrics"]
+    exported = [str(tmp_path / name) for name in ("items.npy", "users.npy")]
+    assert main(["export", str(run), "--embeddings", *exported, "--time-column", "later"]) == 0
+    expected = [str(tmp_path / name) for name in ("items0.npy", "users0.npy")]
+    assert main(["export", str(run_folder / "run"), "--embeddings", *expected]) == 0
+    assert np.array_equal(np.load(exported[1]), np.load(expected[1]))
 
 
 def test_lists_and_baselines_share_table_and_protocol(

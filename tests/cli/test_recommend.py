@@ -150,6 +150,7 @@ def test_titles_of_items_added_later_and_csv_to_stdout(
             ["--user-column", "u", "--time-column", "t"],
             "--user-column, --time-column: expected --histories beside it, got --history",
         ),
+        (["--batch-size", "64"], "--batch-size: expected --histories beside it, got --history"),
     ],
 )
 def test_bad_arguments_are_named(

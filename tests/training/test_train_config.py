@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from crossan_fast import CrossanConfig
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.training import TrainConfig, load_config
-from crossan_fast.training.train_config import apply_overrides
+from crossan_fast.training.overrides import apply_overrides
 
 
 def test_a_file_with_overrides(values: dict[str, Any], tmp_path: Path) -> None:
@@ -86,6 +87,26 @@ def test_a_wrong_value_is_named(values: dict[str, Any], override: str, message: 
     with pytest.raises((ValueError, TypeError)) as raised:
         TrainConfig.from_dict(apply_overrides(values, [override]))
     assert message in str(raised.value)
+
+
+def test_another_architecture_brings_its_defaults_to_a_resolved_config(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """A run's config.yaml has every field, and would keep CROSSAN's activation and head in IISAN's towers."""
+    file = tmp_path / "config.yaml"
+
+    def model_of(held: dict[str, Any], *overrides: str) -> dict[str, Any]:
+        file.write_text(yaml.safe_dump(TrainConfig.from_dict({**values, "model": held}).to_dict()))
+        return dict(load_config(file, overrides).model)
+
+    iisan = {**CrossanConfig.defaults({"architecture": "iisan"}), "dropout": 0.3}
+    assert model_of({"dropout": 0.3}, "model.architecture=iisan") == iisan
+    assert model_of(iisan, "model.architecture=crossan") == {**CrossanConfig.defaults({}), "dropout": 0.3}
+    # What the file or an override says beyond defaults stays, and so does all where nothing changes.
+    assert model_of({"activation": "relu", "head": "two"}, "model.architecture=iisan")["head"] == "two"
+    named = model_of({}, "model.architecture=iisan", "model.head=one", "model.activation=gelu")
+    assert named == {**iisan, "dropout": 0.1, "head": "one", "activation": "gelu"}
+    assert model_of(iisan, "model.dropout=0.2") == {**iisan, "dropout": 0.2}
 
 
 def test_files_that_hold_no_config(tmp_path: Path) -> None:
