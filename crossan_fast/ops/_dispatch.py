@@ -34,6 +34,7 @@ _CPU_RESULTS = {
     "Intel with AVX-512": "intel-xeon-2-cores-avx512.csv",
     "Intel with AVX-512 and AMX": "intel-xeon-2-cores-avx512-amx.csv",
     "AMD with AVX-512": "amd-epyc-2-cores-avx512.csv",
+    "AMD with AVX2": "amd-epyc-2-cores-avx2.csv",
 }
 
 
