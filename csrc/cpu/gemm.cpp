@@ -1,5 +1,10 @@
 #include "gemm.h"
 
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#include <bit>
 #include <cmath>
 #include <type_traits>
 
@@ -15,12 +20,28 @@ struct Fetch {
   int64_t step;  // bytes
 };
 
-// sum + left · right, rounded once where the CPU can: of a lone number, too, whose loop a compiler may turn into
-// products and then sums, so that a row's result would depend on how many rows are beside it.
+// sum + left · right, rounded once where the CPU can, in every loop: left to a compiler, lone numbers become products
+// and then sums, and so do chains of few vectors where g++ tunes for AMD's Zen; a row's result would then depend on
+// how many rows are beside it.
 template <class V>
 inline __attribute__((always_inline)) V plus_product(V sum, V left, V right) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   if constexpr (std::is_floating_point_v<V>) return std::fma(left, right, sum);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return std::bit_cast<V>(
+        _mm512_fmadd_ps(std::bit_cast<__m512>(left), std::bit_cast<__m512>(right), std::bit_cast<__m512>(sum)));
+  if constexpr (std::is_same_v<V, Vec<double>>)
+    return std::bit_cast<V>(
+        _mm512_fmadd_pd(std::bit_cast<__m512d>(left), std::bit_cast<__m512d>(right), std::bit_cast<__m512d>(sum)));
+#elif defined(__FMA__)
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return std::bit_cast<V>(
+        _mm256_fmadd_ps(std::bit_cast<__m256>(left), std::bit_cast<__m256>(right), std::bit_cast<__m256>(sum)));
+  if constexpr (std::is_same_v<V, Vec<double>>)
+    return std::bit_cast<V>(
+        _mm256_fmadd_pd(std::bit_cast<__m256d>(left), std::bit_cast<__m256d>(right), std::bit_cast<__m256d>(sum)));
 #endif
   return sum + left * right;
 }

@@ -129,6 +129,7 @@ def test_no_cpu_measured_gains_much_in_bf16_but_for_some_steps() -> None:
     """Which is why fp32 is the CPU's default: our steps and epochs, of each case the least of its rows, as a
     machine's pace changes between runs; where the CPU doesn't multiply bf16 no gain that a repeated run would
     not take back, else a sixth at most. docs/training.md names what gains more."""
+    measured = 0
     for path in RESULTS.glob("*cores*.csv"):
         amx = "amx" in path.name
         multiplies = amx or (path.name.startswith("amd") and "avx512" in path.name)
@@ -141,4 +142,6 @@ def test_no_cpu_measured_gains_much_in_bf16_but_for_some_steps() -> None:
                     found[case, row["dtype"]] = min(time, found.get((case, row["dtype"]), time))
         pairs = [(time, found[case, "fp32"]) for (case, kind), time in found.items() if kind == "bf16"]
         least = 0.82 if multiplies else 0.9
-        assert pairs and all(bf16 > least * fp32 for bf16, fp32 in pairs), path.name
+        assert all(bf16 > least * fp32 for bf16, fp32 in pairs), path.name
+        measured += bool(pairs)
+    assert measured >= 3
