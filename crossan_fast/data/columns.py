@@ -50,6 +50,21 @@ def normal(cell: str) -> str:
     return "_".join(cell.lower().replace("-", " ").split())
 
 
+def alike(cells: Sequence[str], names: Sequence[str]) -> str:
+    """What to say where two columns of a header, `cells`, have one of the `names`; empty where none have.
+
+    Either could be the one that a role means. Columns without a name are none's.
+    """
+    found: dict[str, str] = {}
+    for cell, name in zip(cells, names, strict=True):
+        if name in found:
+            two = f"{found[name]!r} and {cell!r}"
+            return f"expected different column names, got {two}, which are both read as {name!r}"
+        if name:
+            found[name] = cell
+    return ""
+
+
 def untyped(cells: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """Names and types of RecBole's header (`user_id:token`), None where a cell has no such type."""
     matches = [_TYPED.fullmatch(cell.strip()) for cell in cells]

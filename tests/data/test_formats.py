@@ -127,6 +127,33 @@ def test_frames_parquet_and_datasets(tmp_path: Path) -> None:
         read_interactions(frame, None)
 
 
+@pytest.mark.parametrize("form", ["frame", "table", "parquet", "jsonl", "json", "csv"])
+@pytest.mark.parametrize("names", [("User_ID", "user id"), ("Note", "note")], ids=["a role", "none"])
+def test_two_columns_of_one_name_are_refused(form: str, names: tuple[str, str], tmp_path: Path) -> None:
+    """Also where no role asks for them: what an items file's columns are called is what encoders read."""
+    frame = pandas_frame().rename(columns={"user": "client"})
+    frame[names[0]], frame[names[1]] = "a", "b"
+    path, source = tmp_path / f"events.{form}", frame
+    if form == "table":
+        source = pytest.importorskip("pyarrow").Table.from_pandas(frame)
+    elif form != "frame":
+        source = path
+        kinds = {"csv": {"index": False}, "json": {"orient": "records"}}
+        kinds["jsonl"] = kinds["json"] | {"lines": True}
+        getattr(frame, f"to_{form.removesuffix('l')}")(path, **kinds.get(form, {}))
+    both = f"got {names[0]!r} and {names[1]!r}, which are both read as {names[1].replace(' ', '_')!r}"
+    with pytest.raises(ValueError, match=f"users: .*expected different column names, {both}"):
+        read_interactions(source, None, columns={"user": "client"})
+    with pytest.raises(ValueError, match=f"items: .*expected different column names, {both}"):
+        read_items(source)
+
+
+def test_keys_of_one_name_in_different_objects_are_refused(write: Write) -> None:
+    path = write('{"user": "u", "Item": "a"}\n{"user": "u", "item": "b"}\n', "users.jsonl")
+    with pytest.raises(ValueError, match=r"users\.jsonl: expected different .* 'Item' and 'item', which are"):
+        read_interactions(path, None)
+
+
 @pytest.mark.parametrize("library", ["polars", "datasets"])
 def test_frames_of_other_libraries(library: str) -> None:
     frame = pandas_frame()
