@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from crossan_fast._checks import nearest
 
-# In order of preference: Amazon's metadata are by `parent_asin`; `id` may be a row's own number.
+# In order of preference: Amazon's metadata are by `parent_asin`; `id` may be a row's own number; a `date`
+# says least of when.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "user": (
         *("user", "user_id", "userid", "uid", "reviewer_id", "reviewerid", "customer", "customer_id"),
@@ -29,10 +30,10 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "unixreviewtime",
         "unix_time",
         "datetime",
-        "date",
         "event_time",
         "created_at",
         "ts",
+        "date",
     ),
     "rating": ("rating", "overall", "stars", "score"),
     "label": ("x_label", "split"),

@@ -336,6 +336,74 @@ def test_a_full_time_beside_a_date_is_one(write: Write, times: tuple[str, str]) 
     assert named(found) == {"u": ["b", "a"]} and "time 'time'" in found.taken_for
 
 
+@pytest.mark.parametrize("other", ["event_time", "created_at", "ts"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_moment_counts_before_its_date(write: Write, other: str, first: bool) -> None:
+    """In whichever order the columns stand; by the date alone all three would stay as the file has them."""
+    header, cells = ("date", other), [("2020-01-01", f"2020-01-01T{hour}:00:00") for hour in (12, 10, 11)]
+    order = 1 if first else -1
+    rows = [",".join(("u", item, *pair[::order])) for item, pair in zip("cab", cells, strict=True)]
+    path = write("\n".join([",".join(("user", "item", *header[::order])), *rows]) + "\n", "log.csv")
+    found = read_interactions(path, None, min_items=1)
+    assert named(found) == {"u": ["a", "b", "c"]} and f"time '{other}'" in found.taken_for
+    assert named(read_interactions(path, None, min_items=1, columns={"time": "date"})) == {"u": list("cab")}
+
+
+def two_times(write: Write, pairs: list[tuple[str, str]], users: str = "uuu") -> Path:
+    """Items a, b, c with times in two columns."""
+    rows = [f"{user},{item},{a},{b}\n" for user, item, (a, b) in zip(users, "abc", pairs, strict=True)]
+    return write("user,item,created_at,timestamp\n" + "".join(rows), "log.csv")
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(str(START + 3), str(START + 1)), (str(START + 2), str(START + 2)), (str(START), str(START + 3))],
+        [("2020-01-03", str(START)), ("2020-01-02", str(START)), ("2020-01-01", str(START))],  # all at once
+        [("3", "7"), ("1", "8"), ("2", "9")],
+    ],
+    ids=["two orders", "ties in one, but another order in the other", "counters"],
+)
+def test_two_columns_of_times_in_two_orders_are_refused(write: Write, pairs: list[tuple[str, str]]) -> None:
+    path = two_times(write, pairs)
+    message = r"one by column 'timestamp' and another by 'created_at', such as for user 'u'; .*--time-column"
+    with pytest.raises(ValueError, match=message):
+        read_interactions(path, None, min_items=1)
+    for name, place in (("created_at", 0), ("timestamp", 1)):
+        found = read_interactions(path, None, min_items=1, columns={"time": name})
+        by_hand = [
+            item for _, item in sorted(zip((p[place] for p in pairs), "abc", strict=True), key=lambda p: p[0])
+        ]
+        assert named(found) == {"u": by_hand}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "users"),
+    [
+        (
+            [
+                ("2020-01-03T01:00", str(START + 3)),
+                ("2020-01-01", str(START)),
+                ("2020-01-02", str(START + 1)),
+            ],
+            "uuu",
+        ),
+        ([("2020-01-01", str(START + 3)), ("2020-01-01", str(START)), ("2020-01-01", str(START + 1))], "uuu"),
+        ([("1500", str(START + 3)), ("1600", str(START)), ("1700", str(START + 1))], "uuu"),
+        ([("gone", str(START + 3)), ("", str(START)), ("3", str(START + 1))], "uuu"),
+        ([("2020-01-01", str(START + 3)), ("2020-01-02", str(START)), ("2020-01-03", str(START + 1))], "uvw"),
+    ],
+    ids=["one order", "coarser", "of day", "no times", "of different users"],
+)
+def test_a_column_of_times_that_says_nothing_else_is_no_matter(
+    write: Write, pairs: list[tuple[str, str]], users: str
+) -> None:
+    found = read_interactions(two_times(write, pairs, users), None, min_items=1)
+    of_one = {"u": ["b", "c", "a"]}
+    assert named(found) == (of_one if users == "uuu" else {"u": ["a"], "v": ["b"], "w": ["c"]})
+    assert "time 'timestamp'" in found.taken_for
+
+
 def test_times_of_two_units_are_counted(write: Write) -> None:
     text = "user,item,timestamp\n" + "".join(
         f"u,i{k},{(START + k) * (1000 if k % 3 else 1)}\n" for k in range(9)
