@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crossan_fast.data._table import CHUNK, Chunk, Table
-from crossan_fast.data.columns import normal
+from crossan_fast.data.columns import alike, normal
 
 Batches = Callable[[list[str]], Iterator[Any]]
 
@@ -15,8 +15,8 @@ Batches = Callable[[list[str]], Iterator[Any]]
 class ArrowTable(Table):
     """Columns that pyarrow reads; `lines` are rows, counted from 1.
 
-    Raises ImportError, naming what to install, without pyarrow; ValueError for a damaged file and for a
-    column of several types.
+    Raises ImportError, naming what to install, without pyarrow; ValueError for two columns of one name, for a
+    damaged file and for a column of several types.
     """
 
     def __init__(self, argument: str, source: str, kind: str, names: Sequence[Any], batches: Batches) -> None:
@@ -24,6 +24,8 @@ class ArrowTable(Table):
         self._names, self._batches = [str(name) for name in names], batches
         self.header = [normal(name) for name in self._names]
         self.width = len(self._names)
+        if wrong := alike(self._names, self.header):
+            raise ValueError(f"{self.where}: {wrong}")
 
     def error(self, line: int, what: str) -> ValueError:
         return ValueError(f"{self.where}, row {line}: {what}")

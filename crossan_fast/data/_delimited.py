@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 
 from crossan_fast.data._table import CHUNK, Chunk, Table
-from crossan_fast.data.columns import normal, untyped
+from crossan_fast.data.columns import alike, normal, untyped
 
 # From so many characters on pyarrow is asked; and what it splits at once.
 _WORTH_IT, _BLOCK = 1 << 20, 4 << 20
@@ -43,8 +43,8 @@ class Delimited(Table):
         typed = untyped(cells)
         names = [normal(cell) for cell in (typed[0] if typed else cells)]
         is_header = typed is not None or any(name in key_names for name in names)
-        if is_header and (twice := next((name for name in names if name and names.count(name) > 1), None)):
-            raise self.error(line, f"expected different column names, got {twice!r} twice")
+        if is_header and (wrong := alike(cells, names)):
+            raise self.error(line, wrong)
         self.header, self.first = names if is_header else None, names
         self.types = typed[1] if typed else None
         self._header_line = line if is_header else 0

@@ -9,13 +9,14 @@ from itertools import islice
 from typing import Any
 
 from crossan_fast.data._table import CHUNK, Chunk, Table
-from crossan_fast.data.columns import normal
+from crossan_fast.data.columns import alike, normal
 
 
 class JsonLines(Table):
     """Objects as rows; the columns are the keys of all of them, in order of first appearance.
 
-    Raises ValueError naming the line for what is no JSON object.
+    Raises ValueError for two keys of one name, also in different objects, and naming the line for what is no
+    JSON object.
     """
 
     def __init__(self, text: str, argument: str, source: str) -> None:
@@ -29,6 +30,8 @@ class JsonLines(Table):
         self._keys = list(keys)
         self.header = [normal(key) for key in self._keys]
         self.width = len(self._keys)
+        if wrong := alike(self._keys, self.header):
+            raise ValueError(f"{self.where}: {wrong}")
 
     @staticmethod
     def fits(text: str) -> bool:

@@ -123,6 +123,7 @@ class RawBuilder:
         else:
             roles.pop("items", None)
             self._refuse_time_of_day(table, roles)
+            self._refuse_other_order(table, roles)
             self._add_events(table, roles, label)
             order = "" if "time" in roles else ", in file order"
             said = f"{table.kind}, an interaction a row ({self._named(table, roles)}){order}"
@@ -223,13 +224,42 @@ class RawBuilder:
         header, place = table.header or [], roles.get("time")
         if place is None or "date" not in header or header[place] == "date" or self._columns.wished("time"):
             return
-        cells = [cell for chunk in islice(table.chunks([place]), 1) for cell in as_list(chunk.cells[0])]
+        cells = _first_cells(table, place)
         if cells and not any(map(tells_the_day, cells)):
             raise ValueError(
                 f"{table.where}: expected Unix times or ISO 8601 times in column {header[place]!r}, since a "
                 f"column 'date' stands beside it, got values such as {cells[0]!r}; columns={{'time': NAME}} "
                 f"(--time-column NAME) says which counts: 'date', {header[place]!r}, or a column of both"
             )
+
+    def _refuse_other_order(self, table: Table, roles: Mapping[str, int]) -> None:
+        """Where a further column of times, of which the caller chose none, contradicts the order of the one
+        that is taken. A time of day is no rival of a time."""
+        header, place = table.header or [], roles.get("time")
+        others = [header.index(name) for name in NAMES["time"] if name in header]
+        if place is None or others == [place] or self._columns.wished("time"):
+            return
+        taken, has_day = _times_in(table, place), any(map(tells_the_day, _first_cells(table, place)))
+        if taken is None:
+            return
+        chunks = table.chunks([roles["user"]])
+        owner = _joined([self._users.codes(c.cells[0], _complain(table, c), "user") for c in chunks])
+        order = np.lexsort((taken, owner))  # stable, as sequences are sorted
+        owner = owner[order]
+        for other in others:
+            if has_day and not any(map(tells_the_day, _first_cells(table, other))):
+                continue
+            if (found := _times_in(table, other)) is None:
+                continue
+            found = found[order]
+            back = np.flatnonzero((found[1:] < found[:-1]) & (owner[1:] == owner[:-1]))
+            if back.size:
+                user = list(self._users.vocabulary)[owner[back[0]]]
+                raise ValueError(
+                    f"{table.where}: expected one order of times, got one by column {header[place]!r} and "
+                    f"another by {header[other]!r}, such as for user {user!r}; columns={{'time': NAME}} "
+                    "(--time-column NAME) says which counts"
+                )
 
     def _add_events(self, table: Table, roles: Mapping[str, int], label: int | None) -> None:
         names = [role for role in ("user", "item", "time", "rating", "label") if role in roles]
@@ -359,6 +389,19 @@ def _joined(arrays: Sequence[Ints]) -> Ints:
 
 def _complain(table: Table, chunk: Chunk) -> Complain:
     return lambda place, what: table.error(chunk.lines[place], what)
+
+
+def _first_cells(table: Table, place: int) -> list[Any]:
+    return [cell for chunk in islice(table.chunks([place]), 1) for cell in as_list(chunk.cells[0])]
+
+
+def _times_in(table: Table, place: int) -> Numbers | None:
+    """A column as times, in file order; None where a cell is none."""
+    try:
+        chunks = table.chunks([place])
+        return np.concatenate([parse_times(c.cells[0], _complain(table, c))[0] for c in chunks])
+    except ValueError:
+        return None
 
 
 def _names(cell: Any) -> Sequence[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, timezone
 from typing import Any, Literal
@@ -16,6 +17,8 @@ TimeUnit = Literal["s", "ms", "us", "ns"]
 
 _PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 LABELS = {"train": 0, "training": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
+
+_WHOLE = re.compile(r"(-?[0-9]+)\.0+")
 
 Complain = Callable[[int, str], ValueError]
 """Gives the error of the cell at a place of a chunk."""
@@ -83,6 +86,15 @@ def name_of(cell: Any) -> str:
     if isinstance(cell, float) and cell.is_integer():  # pandas' integers in a column with gaps
         return str(int(cell))
     return str(cell)
+
+
+def as_number(name: str) -> str:
+    """`7` of `7.0`, what `name_of` makes of the number itself; other names as they are.
+
+    Text keeps its names, so that files of before keep their rows: this is for comparing those of two files.
+    """
+    found = _WHOLE.fullmatch(name)
+    return found[1] if found else name
 
 
 def is_text(cell: Any) -> bool:

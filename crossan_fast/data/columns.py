@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from crossan_fast._checks import nearest
 
-# In order of preference: Amazon's metadata are by `parent_asin`; `id` may be a row's own number.
+# In order of preference: Amazon's metadata are by `parent_asin`; `id` may be a row's own number; a `date`
+# says least of when.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "user": (
         *("user", "user_id", "userid", "uid", "reviewer_id", "reviewerid", "customer", "customer_id"),
@@ -29,10 +30,10 @@ NAMES: Mapping[str, tuple[str, ...]] = {
         "unixreviewtime",
         "unix_time",
         "datetime",
-        "date",
         "event_time",
         "created_at",
         "ts",
+        "date",
     ),
     "rating": ("rating", "overall", "stars", "score"),
     "label": ("x_label", "split"),
@@ -48,6 +49,21 @@ _TYPED = re.compile(r"(.+):(token|token_seq|float|float_seq)")
 def normal(cell: str) -> str:
     """A header cell as it is compared: `Image path` is `image_path`."""
     return "_".join(cell.lower().replace("-", " ").split())
+
+
+def alike(cells: Sequence[str], names: Sequence[str]) -> str:
+    """What to say where two columns of a header, `cells`, have one of the `names`; empty where none have.
+
+    Either could be the one that a role means. Columns without a name are none's.
+    """
+    found: dict[str, str] = {}
+    for cell, name in zip(cells, names, strict=True):
+        if name in found:
+            two = f"{found[name]!r} and {cell!r}"
+            return f"expected different column names, got {two}, which are both read as {name!r}"
+        if name:
+            found[name] = cell
+    return ""
 
 
 def untyped(cells: Sequence[str]) -> tuple[list[str], list[str]] | None:

@@ -8,7 +8,8 @@ tab-separated, items in time order, no header:
 
 Any table with an interaction a row, in any order (MicroLens, Amazon Reviews 2023, MMRec's and RecBole's
 `.inter`, …): tabs, commas or semicolons with a header, JSON lines, Parquet, a frame. Times are numbers of any
-unit or ISO 8601; without a column of times rows are in the file's order:
+unit or ISO 8601; without a column of times rows are in the file's order. Of several columns of times the
+first known name counts (`crossan_fast.data.columns`) where the others agree with its order:
 
     user,item,timestamp              user_id:token<TAB>item_id:token<TAB>timestamp:float
     36121,9580,1584904502112         36121<TAB>9580<TAB>1584904502

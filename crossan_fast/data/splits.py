@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from crossan_fast.data._values import cut_in, parse_moment
+from crossan_fast.data._values import as_number, cut_in, parse_moment
 from crossan_fast.data.catalogue import Catalogue
 from crossan_fast.data.interactions import Interactions
 
@@ -210,7 +210,8 @@ def hold_out_users(
     """Train on everything of some users, and evaluate on others, whose last item tests and the one before
     validates.
 
-    Users who are in both are left out of evaluation and counted, as are those of fewer than 3 items.
+    Users who are in both are left out of evaluation and counted, as are those of fewer than 3 items. `7.0` is
+    user `7`: pandas writes a column of whole numbers so where a value is missing.
 
     Raises:
         ValueError: other rows in one than in the other, or nobody left to evaluate.
@@ -219,8 +220,8 @@ def hold_out_users(
         raise ValueError(
             "evaluated: expected interactions over the same items as those trained on, got others"
         )
-    known = set(trained.user_names)
-    is_known = np.array([name in known for name in evaluated.user_names], dtype=bool)
+    known = set(map(as_number, trained.user_names))
+    is_known = np.array([as_number(name) in known for name in evaluated.user_names], dtype=bool)
     short = evaluated.lengths < 3
     kept = np.flatnonzero(~is_known & ~short)
     left_out = {

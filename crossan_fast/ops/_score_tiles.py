@@ -20,7 +20,11 @@ BLOCK = 2**18
 
 
 def dot_products(users: Tensor, items: Tensor) -> Tensor:
-    """users `[B, d]` times items `[n, d]` or `[B, n, d]`: `[B, n]`, summed in fp32 at least, rounded once."""
+    """users `[B, d]` times items `[n, d]` or `[B, n, d]`: `[B, n]`, summed in fp32 at least, rounded once.
+
+    −inf where the sum is no number. NaN compares with nothing, so that a target with it would stand before
+    the first, and a sort puts it on top.
+    """
     wide = torch.promote_types(users.dtype, torch.float32)
     rows = max(1, users.shape[0])
     if users.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses them itself
@@ -38,7 +42,7 @@ def _summed(users: Tensor, items: Tensor) -> Tensor:
     for feature in range(users.shape[1]):
         # Not addcmul: a fused product would round once where the vectors end and twice where they do not.
         scores += users[:, feature, None] * features[feature]
-    return scores
+    return scores.masked_fill_(scores.isnan(), float("-inf"))
 
 
 def score_tiles(users: Tensor, items: Tensor, exclude: Tensor | None) -> Iterator[tuple[int, Tensor]]:

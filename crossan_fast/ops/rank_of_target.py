@@ -1,6 +1,7 @@
 """rank_of_target: where a user's target stands in the full ranking (docs/mathematics.md, "Evaluation").
 
 rank = 1 + #{j ≠ t : score_j ≥ score_t}: ties count against the target, so a constant scorer gets nothing.
+A score that is NaN counts as −inf, so a target with it has the last rank.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def rank_of_target_reference(
             has score −inf itself, and so the last rank, I.
 
     Returns:
-        int64 `[B]`, 1 … I.
+        int64 `[B]`, 1 … I; I also where the target's score is −inf or, by NaN or inf in the user or in the
+        item, no number. An item whose score is no number stands ahead of no other.
     """
     target_score = dot_products(users, items[targets][:, None])
     if exclude is not None:

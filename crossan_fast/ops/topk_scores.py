@@ -31,6 +31,9 @@ def topk_scores_reference(users: Tensor, items: Tensor, k: int, exclude: Tensor 
         items: `[I + 1, d]`; row 0 is padding and no candidate.
         k: at least 1; what is more than the catalogue's I gives I.
         exclude: int64 `[B, H]`, ids that are no candidates for the row; 0 stands for none.
+
+    An item whose score is NaN, by NaN or inf in the user or in the item, is no candidate, nor is one of
+    score −inf: a user with NaN gets no items.
     """
     batch = users.shape[0]
     scores = users.new_full((batch, 0), float("-inf"))

@@ -48,18 +48,18 @@ void rank_of_target(const Ranking<T>& ranking, const int64_t* targets, int64_t* 
     }
     count_ahead(block, begin, end, bar, counts);
     for (int64_t i = 0; i < block.count(); ++i) {
-      if (ranking.exclude) {
-        const auto excluded = block.excluded(i);
-        // −inf is ahead of a target only where the target is excluded itself, and then everything is.
-        if (std::binary_search(excluded.begin(), excluded.end(), targets[block.first() + i]))
-          counts[i] = end - begin;
-        else
-          for (auto id = std::upper_bound(excluded.begin(), excluded.end(), begin); id != excluded.end() && *id <= end;
-               ++id) {
-            block.score_one(*id - 1, scores);
-            counts[i] -= scores[i] >= bar[i];
-          }
-      }
+      const auto excluded = ranking.exclude ? block.excluded(i) : std::vector<int64_t>();
+      // A target that is excluded scores −inf, as one whose score is no number does: everything is ahead of it,
+      // the excluded, too.
+      if (!(bar[i] > -std::numeric_limits<T>::infinity()) ||
+          std::binary_search(excluded.begin(), excluded.end(), targets[block.first() + i]))
+        counts[i] = end - begin;
+      else
+        for (auto id = std::upper_bound(excluded.begin(), excluded.end(), begin); id != excluded.end() && *id <= end;
+             ++id) {
+          block.score_one(*id - 1, scores);
+          counts[i] -= scores[i] >= bar[i];
+        }
       ahead[static_cast<size_t>(block.first() + i)] += counts[i];
     }
   });

@@ -127,6 +127,33 @@ def test_frames_parquet_and_datasets(tmp_path: Path) -> None:
         read_interactions(frame, None)
 
 
+@pytest.mark.parametrize("form", ["frame", "table", "parquet", "jsonl", "json", "csv"])
+@pytest.mark.parametrize("names", [("User_ID", "user id"), ("Note", "note")], ids=["a role", "none"])
+def test_two_columns_of_one_name_are_refused(form: str, names: tuple[str, str], tmp_path: Path) -> None:
+    """Also where no role asks for them: what an items file's columns are called is what encoders read."""
+    frame = pandas_frame().rename(columns={"user": "client"})
+    frame[names[0]], frame[names[1]] = "a", "b"
+    path, source = tmp_path / f"events.{form}", frame
+    if form == "table":
+        source = pytest.importorskip("pyarrow").Table.from_pandas(frame)
+    elif form != "frame":
+        source = path
+        kinds = {"csv": {"index": False}, "json": {"orient": "records"}}
+        kinds["jsonl"] = kinds["json"] | {"lines": True}
+        getattr(frame, f"to_{form.removesuffix('l')}")(path, **kinds.get(form, {}))
+    both = f"got {names[0]!r} and {names[1]!r}, which are both read as {names[1].replace(' ', '_')!r}"
+    with pytest.raises(ValueError, match=f"users: .*expected different column names, {both}"):
+        read_interactions(source, None, columns={"user": "client"})
+    with pytest.raises(ValueError, match=f"items: .*expected different column names, {both}"):
+        read_items(source)
+
+
+def test_keys_of_one_name_in_different_objects_are_refused(write: Write) -> None:
+    path = write('{"user": "u", "Item": "a"}\n{"user": "u", "item": "b"}\n', "users.jsonl")
+    with pytest.raises(ValueError, match=r"users\.jsonl: expected different .* 'Item' and 'item', which are"):
+        read_interactions(path, None)
+
+
 @pytest.mark.parametrize("library", ["polars", "datasets"])
 def test_frames_of_other_libraries(library: str) -> None:
     frame = pandas_frame()
@@ -307,6 +334,74 @@ def test_a_full_time_beside_a_date_is_one(write: Write, times: tuple[str, str]) 
     text = f"user,item,date,time\nu,a,2020-01-02,{times[0]}\nu,b,2020-01-01,{times[1]}\n"
     found = read_interactions(write(text, "log.csv"), None, min_items=1)
     assert named(found) == {"u": ["b", "a"]} and "time 'time'" in found.taken_for
+
+
+@pytest.mark.parametrize("other", ["event_time", "created_at", "ts"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_moment_counts_before_its_date(write: Write, other: str, first: bool) -> None:
+    """In whichever order the columns stand; by the date alone all three would stay as the file has them."""
+    header, cells = ("date", other), [("2020-01-01", f"2020-01-01T{hour}:00:00") for hour in (12, 10, 11)]
+    order = 1 if first else -1
+    rows = [",".join(("u", item, *pair[::order])) for item, pair in zip("cab", cells, strict=True)]
+    path = write("\n".join([",".join(("user", "item", *header[::order])), *rows]) + "\n", "log.csv")
+    found = read_interactions(path, None, min_items=1)
+    assert named(found) == {"u": ["a", "b", "c"]} and f"time '{other}'" in found.taken_for
+    assert named(read_interactions(path, None, min_items=1, columns={"time": "date"})) == {"u": list("cab")}
+
+
+def two_times(write: Write, pairs: list[tuple[str, str]], users: str = "uuu") -> Path:
+    """Items a, b, c with times in two columns."""
+    rows = [f"{user},{item},{a},{b}\n" for user, item, (a, b) in zip(users, "abc", pairs, strict=True)]
+    return write("user,item,created_at,timestamp\n" + "".join(rows), "log.csv")
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(str(START + 3), str(START + 1)), (str(START + 2), str(START + 2)), (str(START), str(START + 3))],
+        [("2020-01-03", str(START)), ("2020-01-02", str(START)), ("2020-01-01", str(START))],  # all at once
+        [("3", "7"), ("1", "8"), ("2", "9")],
+    ],
+    ids=["two orders", "ties in one, but another order in the other", "counters"],
+)
+def test_two_columns_of_times_in_two_orders_are_refused(write: Write, pairs: list[tuple[str, str]]) -> None:
+    path = two_times(write, pairs)
+    message = r"one by column 'timestamp' and another by 'created_at', such as for user 'u'; .*--time-column"
+    with pytest.raises(ValueError, match=message):
+        read_interactions(path, None, min_items=1)
+    for name, place in (("created_at", 0), ("timestamp", 1)):
+        found = read_interactions(path, None, min_items=1, columns={"time": name})
+        by_hand = [
+            item for _, item in sorted(zip((p[place] for p in pairs), "abc", strict=True), key=lambda p: p[0])
+        ]
+        assert named(found) == {"u": by_hand}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "users"),
+    [
+        (
+            [
+                ("2020-01-03T01:00", str(START + 3)),
+                ("2020-01-01", str(START)),
+                ("2020-01-02", str(START + 1)),
+            ],
+            "uuu",
+        ),
+        ([("2020-01-01", str(START + 3)), ("2020-01-01", str(START)), ("2020-01-01", str(START + 1))], "uuu"),
+        ([("1500", str(START + 3)), ("1600", str(START)), ("1700", str(START + 1))], "uuu"),
+        ([("gone", str(START + 3)), ("", str(START)), ("3", str(START + 1))], "uuu"),
+        ([("2020-01-01", str(START + 3)), ("2020-01-02", str(START)), ("2020-01-03", str(START + 1))], "uvw"),
+    ],
+    ids=["one order", "coarser", "of day", "no times", "of different users"],
+)
+def test_a_column_of_times_that_says_nothing_else_is_no_matter(
+    write: Write, pairs: list[tuple[str, str]], users: str
+) -> None:
+    found = read_interactions(two_times(write, pairs, users), None, min_items=1)
+    of_one = {"u": ["b", "c", "a"]}
+    assert named(found) == (of_one if users == "uuu" else {"u": ["a"], "v": ["b"], "w": ["c"]})
+    assert "time 'timestamp'" in found.taken_for
 
 
 def test_times_of_two_units_are_counted(write: Write) -> None:

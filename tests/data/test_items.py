@@ -89,7 +89,7 @@ def test_repeated_lines_are_dropped_with_a_count_or_an_error_with_strict(write: 
         ("", r"items: .*items\.tsv is empty"),
         (" \n\n", r"items\.tsv is empty"),
         ("item\ttitle\n", r"has a header but no items"),
-        ("item\ttitle\tTitle \n", r"line 1: expected different column names, got 'title' twice"),
+        ("item\ttitle\tTitle \n", r"line 1: expected different column names, got 'title' and 'Title '"),
         ("a\tx\nb\n", r"line 2: expected 2 tab-separated columns, got 1"),
         ("a\tx\n\nb\ty\tz\n", r"line 3: expected 2 tab-separated columns, got 3"),
         ('id,title\n1,"a\nb"\n2,c,d\n', r"line 4: expected 2 comma-separated columns, got 3"),

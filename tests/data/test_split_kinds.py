@@ -184,6 +184,23 @@ def test_users_held_out(tmp_path: Path) -> None:
         hold_out_users(build_interactions(trained, items, min_items=1), others, 3)
 
 
+@pytest.mark.parametrize("trained_as", [int, float])
+def test_a_user_of_both_files_is_told_in_a_column_of_floats(
+    trained_as: Callable[[int], float], tmp_path: Path
+) -> None:
+    evaluated_as = {int: float, float: int}[trained_as]
+
+    def read(name: str, users: list[int], written: Callable[[int], float]) -> Interactions:
+        rows = [f"{written(user)},i{item},{item}\n" for user in users for item in range(4)]
+        (tmp_path / name).write_text("user,item,time\n" + "".join(rows))
+        return read_interactions(tmp_path / name, [f"i{item}" for item in range(4)], min_items=1)
+
+    trained = read("trained.csv", [1, 7, 10], trained_as)
+    split = hold_out_users(trained, read("evaluated.csv", [7, 8, 10, 100], evaluated_as), 3)
+    assert split.left_out["users of the evaluation file who are trained on"] == 2
+    assert split.num_users == 5 and len(split.test_target) == 2
+
+
 def test_bad_splits_are_named(tmp_path: Path) -> None:
     timed, _ = log(tmp_path)
     plain = build_interactions({"u": list("abcdefgh")})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from compiled_ops import random
 from torch import Tensor
@@ -48,3 +50,42 @@ def whole_numbers(batch=6, items=40, d=3, history=5):
     exclude = torch.randint(0, items + 1, (batch, history))
     targets = torch.randint(1, items + 1, (batch,))
     return users, table, exclude, targets
+
+
+def no_numbers(dtype=torch.float32, items=120):
+    """users, table, exclude and targets like these, with NaN and inf among users and items."""
+    users, table, exclude, targets = whole_numbers(9, items)
+    users[0], users[1, 2], users[2, 0], users[3] = math.nan, math.nan, math.inf, -math.inf
+    table[5], table[6, 1], table[7, 0], table[8] = math.nan, math.nan, math.inf, -math.inf
+    targets[4:8] = torch.tensor([5, 6, 7, 8])
+    exclude[4, 0] = 6  # of which none stands ahead of the target
+    exclude[5] = 5
+    return users.to(dtype), table.to(dtype), exclude, targets
+
+
+def scores_by_hand(users, table, exclude) -> list[dict[int, float]]:
+    """A dict of every item's score for each user, in Python: −inf of what is excluded, or is no number."""
+    found = []
+    for user, banned in zip(users.tolist(), exclude.tolist(), strict=True):
+        scores = {
+            j: sum(a * b for a, b in zip(user, item, strict=True)) for j, item in enumerate(table.tolist())
+        }
+        gone = {j for j, score in scores.items() if j in banned or math.isnan(score)}
+        found.append({j: -math.inf if j in gone else score for j, score in scores.items() if j})
+    return found
+
+
+def ranks_by_hand(users, table, targets, exclude) -> list[int]:
+    return [
+        1 + sum(score >= scores[target] for j, score in scores.items() if j != target)
+        for scores, target in zip(scores_by_hand(users, table, exclude), targets.tolist(), strict=True)
+    ]
+
+
+def best_by_hand(users, table, k, exclude) -> list[list[int]]:
+    """Ids of the k best, 0 where there are fewer."""
+    found = []
+    for scores in scores_by_hand(users, table, exclude):
+        kept = sorted((-score, j) for j, score in scores.items() if score > -math.inf)[:k]
+        found.append([j for _, j in kept] + [0] * (k - len(kept)))
+    return found

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from scoring import no_numbers, ranks_by_hand
 
 from crossan_fast.kernels import rank_of_target
 from crossan_fast.ops.rank_of_target import rank_of_target_reference
@@ -69,13 +70,12 @@ def test_inner_products_that_round(dtype):
     assert (ranks <= (truth >= score - near).sum(1)).all()
 
 
-def test_a_target_whose_score_is_no_number_ranks_last():
-    users, items = torch.randn(2, 3), torch.randn(40, 3)
-    items[5] = float("nan")
-    ranks = kernel(users, items, torch.tensor([5, 6]))
-    assert ranks[0] == 39
-    kept = torch.cat([items[:5], items[6:]])
-    assert ranks[1] == rank_of_target_reference(users, kept, torch.tensor([5, 5]))[1]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_score_that_is_no_number_ranks_last(dtype):
+    users, items, exclude, targets = no_numbers(dtype)
+    nothing = torch.zeros_like(exclude)
+    for excluded, given in ((exclude, exclude), (nothing, None)):
+        assert kernel(users, items, targets, given).tolist() == ranks_by_hand(users, items, targets, excluded)
 
 
 def test_no_users_and_strided_inputs():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from scoring import best_by_hand, no_numbers
 from triton.runtime import interpreter
 
 from crossan_fast.kernels import topk_scores
@@ -96,6 +97,14 @@ def test_a_score_that_is_no_number_is_never_recommended():
     scores, ids = kernel(users, items, 38, None)
     assert ids[0].tolist() == [6, *(i for i in range(1, 40) if i not in (5, 6, 7)), 0]
     assert scores[0, 0] == float("inf") and scores[0, -1] == float("-inf")
+
+
+@pytest.mark.parametrize("k", [1, 10, 120])
+def test_users_and_items_with_no_numbers(k):
+    users, items, exclude, _ = no_numbers()
+    scores, ids = kernel(users, items, k, exclude)
+    assert ids.tolist() == best_by_hand(users, items, k, exclude)
+    assert not scores.isnan().any() and (scores[:2] == float("-inf")).all()
 
 
 def test_negative_zero_ties_with_zero():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compiled_ops import library, needs_cpp, random
-from scoring import RANKINGS, ranking
+from scoring import RANKINGS, no_numbers, ranking, ranks_by_hand
 
 from crossan_fast.ops.rank_of_target import rank_of_target, rank_of_target_reference
 
@@ -19,6 +19,16 @@ def test_ranks_equal_the_definition(sizes, dtype):
     for excluded in (exclude, None):
         got = rank_of_target(users, items, targets, excluded, backend="cpp")
         assert torch.equal(got, rank_of_target_reference(users, items, targets, excluded))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("items", [60, 9000])
+def test_a_score_that_is_no_number_ranks_last(items, dtype):
+    users, table, exclude, targets = no_numbers(dtype, items)
+    nothing = torch.zeros_like(exclude)
+    for excluded, given in ((exclude, exclude), (nothing, None)):
+        got = rank_of_target(users, table, targets, given, backend="cpp")
+        assert got.tolist() == ranks_by_hand(users, table, targets, excluded)
 
 
 @pytest.mark.parametrize("width", [1, 5, 64, 129, 300])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scoring import whole_numbers
+from scoring import no_numbers, ranks_by_hand, whole_numbers
 
 from crossan_fast.ops import _score_tiles as tiles
 from crossan_fast.ops import rank_of_target, rank_of_target_reference
@@ -30,6 +30,14 @@ def test_rank_counts_ties_against_the_target(filtered):
 def test_constant_scorer_gets_the_last_rank():
     ranks = rank_of_target_reference(torch.ones(3, 2), torch.ones(21, 2), torch.tensor([1, 10, 20]))
     assert ranks.tolist() == [20, 20, 20]
+
+
+@pytest.mark.usefixtures("tile")
+def test_a_score_that_is_no_number_ranks_last():
+    users, table, exclude, targets = no_numbers()
+    ranks = rank_of_target_reference(users, table, targets, exclude)
+    assert ranks.tolist() == ranks_by_hand(users, table, targets, exclude)
+    assert ranks[[0, 1, 4, 5]].tolist() == [len(table) - 1] * 4  # NaN in the user, or in the target
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compiled_ops import library, needs_cpp
-from scoring import RANKINGS, ranking
+from scoring import RANKINGS, best_by_hand, no_numbers, ranking
 
 from crossan_fast.ops.topk_scores import topk_scores, topk_scores_reference
 
@@ -21,6 +21,15 @@ def test_best_items_equal_the_definition(sizes, dtype, k):
         scores, ids = topk_scores(users, items, k, excluded, backend="cpp")
         expected_scores, expected_ids = topk_scores_reference(users, items, k, excluded)
         assert torch.equal(scores, expected_scores) and torch.equal(ids, expected_ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("items", "k"), [(60, 1), (60, 60), (9000, 200)])
+def test_a_score_that_is_no_number_is_never_among_the_best(items, k, dtype):
+    users, table, exclude, _ = no_numbers(dtype, items)
+    scores, ids = topk_scores(users, table, k, exclude, backend="cpp")
+    assert ids.tolist() == best_by_hand(users, table, k, exclude)
+    assert not scores.isnan().any() and (scores[:2] == float("-inf")).all()
 
 
 def test_an_empty_catalogue_has_no_best_items():

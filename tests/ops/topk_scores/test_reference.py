@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scoring import whole_numbers
+from scoring import best_by_hand, no_numbers, whole_numbers
 
 from crossan_fast.ops import topk_scores, topk_scores_reference
 
@@ -23,6 +23,15 @@ def test_topk_orders_ties_by_id(k, filtered):
         found = [(s, i) for s, i in zip(top.scores[b].tolist(), top.ids[b].tolist(), strict=True) if i]
         assert found == pairs
         assert (top.scores[b, len(pairs) :] == float("-inf")).all()
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("k", [1, 10, 120])
+def test_a_score_that_is_no_number_is_never_among_the_best(k):
+    users, table, exclude, _ = no_numbers()
+    top = topk_scores_reference(users, table, k, exclude)
+    assert top.ids.tolist() == best_by_hand(users, table, k, exclude)
+    assert not top.scores.isnan().any() and (top.scores[:2] == float("-inf")).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
