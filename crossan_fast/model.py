@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crossan_fast import _losses, _scores, _sources, iisan, ops
-from crossan_fast._checks import check_range, check_tensor, describe
+from crossan_fast._checks import check_integer, check_range, check_tensor, describe
 from crossan_fast._finite import first_of_step
 from crossan_fast._growing import SHARE, extend, remove
 from crossan_fast._modes import evaluating
@@ -18,6 +18,7 @@ from crossan_fast._popularity import Popularity
 from crossan_fast._profiling import span
 from crossan_fast._sampling import Sampler
 from crossan_fast._sources import CATALOGUE_CHUNK, Encoder, Gathered, ReadAhead, Source
+from crossan_fast.cache.validate import check_ids
 from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.explain import explain
 from crossan_fast.hub import Pretrained
@@ -148,8 +149,10 @@ class CrossanModel(Popularity, Pretrained):
         """
         device = self._device()
         self._require_rows(cache)
+        check_integer("batch_size", batch_size, 1)
         if ids is None:
             ids = torch.arange(cache.num_items + 1, device=device)
+        check_ids(ids, cache.num_items)
         with evaluating(self), torch.no_grad():
             chunks = [self._encode_ids(cache, *part) for part in self._in_parts(cache, ids, batch_size)]
         if not chunks:

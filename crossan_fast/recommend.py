@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import ops
-from crossan_fast._checks import FLOATS, check_tensor, nearest
+from crossan_fast._checks import FLOATS, check_integer, check_tensor, nearest
 from crossan_fast._finite import refuse_nonfinite_items
 from crossan_fast._modes import evaluating
 from crossan_fast._sources import bare_in
@@ -144,11 +144,7 @@ class Recommender:
         if row not in self._bare:
             return row
         if self._unknown == "error":
-            name = self.cache.item_names[row]
-            names = list(self.model.config.modality_names)
-            raise ValueError(
-                f"item {name!r} (row {row}) has no modality at all, expected at least one of {names}"
-            )
+            raise ValueError(self._said_bare(row))
         self.skipped += 1
         return 0
 
@@ -181,12 +177,16 @@ class Recommender:
             scores `[B, k]`, descending, and rows of the cache `[B, k]`; −inf and 0 where fewer are left.
 
         Raises:
-            ValueError: an item's or a user's embedding that is not finite: it has no order.
+            ValueError: an empty history, what is no row of the cache or has none of the model's modalities,
+                an item's or a user's embedding that is not finite: it has no order.
         """
+        if len(empty := np.flatnonzero(np.diff(offsets) < 1)):
+            raise ValueError(f"offsets: expected at least one item a history, got none in {empty[0]}")
         return self._rank(ids, offsets, np.arange(len(offsets) - 1))
 
     def _rank(self, ids: Ints, offsets: Ints, numbers: Ints) -> TopK:
         """`rank`, of histories that an error calls by these numbers."""
+        self._refuse_wrong_rows(ids)
         starts, ends = offsets[:-1], offsets[1:]
         ranked, rows, place = self._ranked
         device = ranked.device
@@ -206,8 +206,22 @@ class Recommender:
         top = ops.topk_scores(users, ranked, self.k, exclude, backend=backend)
         return top if rows is None else TopK(top.scores, rows[top.ids])
 
+    def _refuse_wrong_rows(self, ids: Ints) -> None:
+        """Before they index: numpy and torch would count a negative one from the end."""
+        wrong = ids[(ids < 1) | (ids > self.cache.num_items)]
+        if wrong.size:
+            raise ValueError(f"ids: expected rows 1 to {self.cache.num_items}, got {wrong[0]}")
+        if self._bare and (bare := ids[np.isin(ids, list(self._bare))]).size:
+            raise ValueError(self._said_bare(int(bare[0])))
+
+    def _said_bare(self, row: int) -> str:
+        names = list(self.model.config.modality_names)
+        name = self.cache.item_names[row]
+        return f"item {name!r} (row {row}) has no modality at all, expected at least one of {names}"
+
     def batches(self, ids: Ints, offsets: Ints, batch_size: int = BATCH) -> Iterator[tuple[Ints, TopK]]:
         """`rank` for any number of histories, some at once, with their numbers; empty ones are left out."""
+        check_integer("batch_size", batch_size, 1)
         full = np.flatnonzero(np.diff(offsets))
         for start in range(0, len(full), batch_size):
             users = full[start : start + batch_size]

@@ -108,6 +108,8 @@ def test_batches_are_as_one_by_one_and_frames_hold_the_same():
             assert [item for item in items if item] == [r.item for r in alone]
             seen.append(user)
     assert seen == [u for u, row in enumerate(rows) if len(row)]
+    with pytest.raises(ValueError, match="batch_size: expected an integer of at least 1, got -1"):
+        list(recommender.batches(np.concatenate(rows), offsets, batch_size=-1))
     frame = model.recommend([["n1"], ["n2"]], cache, k=3).to_frame()
     assert isinstance(frame, pandas.DataFrame) and frame["rank"].tolist() == [1, 2, 3, 1, 2, 3]
     assert frame["item"][3] == model.recommend([["n2"]], cache, k=1)[0][0].name
@@ -179,3 +181,21 @@ def test_a_model_that_is_not_finite_does_not_rank():
         model.heads["text"].weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"model: the embedding of item 'n1' \(row 1\) is not finite"):
         model.recommend([["n1"]], cache, k=2)
+
+
+def test_histories_of_rows_are_checked():
+    """A negative row was counted from the end, and an empty history ranked."""
+    model, cache = setup()
+    recommender = Recommender(model, cache, k=2)
+    for row in (-2, 0, ITEMS + 1):
+        for ranked in (recommender.rank, lambda *rows: list(recommender.batches(*rows))):
+            with pytest.raises(ValueError, match=f"ids: expected rows 1 to {ITEMS}, got {row}"):
+                ranked(np.array([1, row]), np.array([0, 2]))
+    with pytest.raises(ValueError, match="offsets: expected at least one item a history, got none in 1"):
+        recommender.rank(np.array([1, 2]), np.array([0, 2, 2]))
+    present = torch.ones(ITEMS + 1, 1, dtype=torch.bool)
+    present[[0, 3]] = False
+    states = {"text": cache.gather(torch.arange(ITEMS + 1))["text"] * present[:, :, None]}
+    bare = HiddenStateCache.from_tensors(states, present, cache.item_names)
+    with pytest.raises(ValueError, match=r"item 'n3' \(row 3\) has no modality at all"):
+        Recommender(model, bare, k=2).rank(np.array([1, 3]), np.array([0, 2]))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_tensor
+from crossan_fast._checks import check_integer, check_tensor
 
 # Of an epoch, when distinct ids are counted.
 _BATCHES_AT_ONCE = 1024
@@ -32,13 +32,14 @@ class Batches:
             shape, so a part of the last batch may be all padding.
 
     Raises:
-        ValueError: no row with a target.
+        ValueError, TypeError: no row with a target, or a `batch_size` that is no integer of at least 1.
     """
 
     def __init__(
         self, sequences: Tensor, batch_size: int, seed: int, *, rank: int = 0, size: int = 1
     ) -> None:
         check_tensor("sequences", sequences, (None, None), dtypes=(torch.int64,))
+        check_integer("batch_size", batch_size, 1)
         if sequences.shape[1] < 2:
             raise ValueError(f"sequences: expected at least 2 places, got {list(sequences.shape)}")
         kept = sequences[sequences[:, -2] != 0]

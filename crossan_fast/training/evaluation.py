@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import _sources
-from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast._checks import check_integer, check_tensor, describe, nearest
 from crossan_fast._finite import refuse_nonfinite_items
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
@@ -49,6 +49,7 @@ class Protocol:
         held_out(self.split, self.part)
         self.cache.catalogue.require(self.split.catalogue, "split", _HINT)
         check_cutoffs(self.k, self.total)
+        check_integer("batch_size", self.batch_size, 1)
 
     @property
     def total(self) -> int:
@@ -59,7 +60,7 @@ class Protocol:
         if self.split.test_input.device != (wanted := model.item_popularity.device):
             got = describe(self.split.test_input)
             raise ValueError(f"split: expected device {wanted} as the model, got {got}")
-        last = _last_row(self.cache, self.split, self.candidates)
+        last = _last_row(self.split, self.candidates)
         items = _catalogue(model, self.cache, last, self.processes)
         refuse_nonfinite_items(items, self.cache.item_names)
         return items
@@ -161,7 +162,8 @@ def candidates_for(
     """What the targets of a part are ranked among: see `evaluate`.
 
     Raises:
-        ValueError: an item of the part, or a candidate, that the config's model cannot embed.
+        ValueError, TypeError: an item of the part, or a candidate, that the config's model cannot embed;
+            candidates that are no rows of the cache, or not distinct.
     """
     cache.catalogue.require(split.catalogue, "split", _HINT)
     inputs, targets, _ = held_out(split, part)
@@ -169,8 +171,23 @@ def candidates_for(
         _sources.refuse_bare(config, cache, ids, "split")
     if candidates is None:
         return embeddable(config, cache, split.num_items, inputs.device)
+    check_tensor("candidates", candidates, (None,), dtypes=(torch.int64,), device=inputs.device)
+    _refuse_wrong_rows(candidates, cache.num_items)
     _sources.refuse_bare(config, cache, candidates, "candidates")
     return candidates
+
+
+def _refuse_wrong_rows(candidates: Tensor, held: int) -> None:
+    """Raise for what is no row, or for a row that is there twice: either would count beside the targets."""
+    rows, counts = candidates.unique(return_counts=True)
+    wrong = rows[(rows < 1) | (rows > held)]
+    if len(wrong):
+        raise ValueError(f"candidates: expected rows 1 to {held} of the cache, got {int(wrong[-1])}")
+    again = rows[counts > 1]
+    if len(again):
+        raise ValueError(
+            f"candidates: expected each row once, got {len(again):,} more than once, such as {int(again[0])}"
+        )
 
 
 def embeddable(
@@ -203,12 +220,9 @@ def held_out(split: Split, part: Part) -> tuple[Tensor, Tensor, Tensor]:
     return split.test_input, split.test_target, split.history_test
 
 
-def _last_row(cache: HiddenStateCache, split: Split, candidates: Tensor | None) -> int:
+def _last_row(split: Split, candidates: Tensor | None) -> int:
     """The last item that has to be encoded."""
-    last = split.num_items if candidates is None else max(split.num_items, int(candidates.max()))
-    if last > cache.num_items:
-        raise ValueError(f"candidates: expected rows 1 to {cache.num_items} of the cache, got {last}")
-    return last
+    return split.num_items if candidates is None else max(split.num_items, int(candidates.max()))
 
 
 def _catalogue(model: CrossanModel, cache: HiddenStateCache, known: int, processes: Processes) -> Tensor:
@@ -263,8 +277,12 @@ def fitting_cutoffs(k: Sequence[int], candidates: int) -> tuple[int, ...]:
 
 
 def check_cutoffs(k: Sequence[int], candidates: int) -> None:
-    """Raise ValueError unless each of `k` is below the number of candidates."""
+    """Raise unless `k` is one integer or more, each below the number of candidates."""
+    if not k:
+        raise ValueError("k: expected at least one cut-off, got none")
     for cutoff in k:
+        if isinstance(cutoff, bool) or not hasattr(cutoff, "__index__"):
+            raise TypeError(f"k: expected integers, got {cutoff!r}")
         if not 1 <= cutoff < candidates:
             raise ValueError(
                 f"k: expected 1 to {candidates - 1}, below the number of candidates, got {cutoff}"

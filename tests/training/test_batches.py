@@ -72,3 +72,9 @@ def test_wrong_sequences_are_named() -> None:
         Batches(ROWS[:, :1], 2, seed=0)
     with pytest.raises(TypeError, match="sequences: expected dtype int64"):
         Batches(ROWS.float(), 2, seed=0)
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_batch_has_a_row(size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size: expected an integer of at least 1, got {size}"):
+        Batches(ROWS, size, seed=0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from crossan_fast.training import TrainConfig, Trainer, evaluate, open_task
+from crossan_fast.training import TrainConfig, Trainer, evaluate, evaluate_baselines, open_task
 from crossan_fast.training.evaluation import excluded, metrics_of
 from crossan_fast.training.ranking import rank_targets
 
@@ -170,3 +170,37 @@ def test_a_task_reports_what_it_holds(config: TrainConfig, sizes: SimpleNamespac
     task = open_task(config)
     assert task.candidates(config.evaluation) is task.used
     assert f"{sizes.users} users, {sizes.items} items" in task.describe()
+
+
+def test_candidates_are_distinct_rows(trainer: Trainer, sizes: SimpleNamespace) -> None:
+    """One that stands twice counted twice, padding and rows from the end counted as items."""
+    model, cache, split = trainer.model, trainer.task.cache, trainer.task.split
+    rows = torch.arange(1, sizes.items + 1)
+    for wrong, message in (
+        (rows.repeat(2), f"candidates: expected each row once, got {sizes.items} more than once, such as 1$"),
+        (torch.cat([rows, torch.tensor([0])]), rf"candidates: expected rows 1 to {sizes.items} .*, got 0$"),
+        (torch.cat([rows, torch.tensor([-1])]), rf"candidates: expected rows 1 to {sizes.items} .*, got -1$"),
+    ):
+        for judge in (evaluate, evaluate_baselines):
+            with pytest.raises(ValueError, match=message):
+                judge(model, cache, split, candidates=wrong)
+    with pytest.raises(TypeError, match=r"candidates: expected a tensor \[\?\], got list"):
+        evaluate(model, cache, split, candidates=rows.tolist())  # type: ignore[arg-type]
+    shuffled = evaluate(model, cache, split, candidates=rows.flip(0))
+    assert shuffled.metrics == evaluate(model, cache, split, candidates=rows).metrics
+
+
+def test_batches_of_users_and_cutoffs_are_integers(trainer: Trainer) -> None:
+    """With a batch of -5 users nobody was ranked, and every rank was 0: HR 100 %."""
+    model, cache, split = trainer.model, trainer.task.cache, trainer.task.split
+    for size in (-5, 0):
+        with pytest.raises(ValueError, match=f"batch_size: expected an integer of at least 1, got {size}"):
+            evaluate(model, cache, split, batch_size=size)
+        with pytest.raises(ValueError, match=f"batch_size: expected an integer of at least 1, got {size}"):
+            model.encode_catalogue(cache, batch_size=size)
+    with pytest.raises(TypeError, match=r"k: expected integers, got 2\.5"):
+        evaluate(model, cache, split, k=(2.5,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k: expected at least one cut-off, got none"):
+        evaluate(model, cache, split, k=(), lists=True)
+    with pytest.raises(IndexError, match=f"ids: expected rows 0 to {cache.num_items}, got 999"):
+        model.encode_catalogue(cache, ids=torch.tensor([999]))
