@@ -20,8 +20,9 @@ from torch import Tensor
 
 from crossan_fast.ops._kept import power_of_two as power_of_two
 
-# Device classes whose products wait for their operands in registers: tiles that fit Hopper spill there.
-BEFORE_HOPPER = frozenset({"sm_80", "sm_86", "sm_87", "sm_89"})
+# Device classes whose products wait for their operands in registers: tiles that fit Hopper spill there. RTX
+# 50s come after it, with the instructions and the shared memory of those before.
+BEFORE_HOPPER = frozenset({"sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121"})
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)

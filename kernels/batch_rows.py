@@ -179,7 +179,7 @@ def _by_sorting(
     shape: tuple[int, int],
 ) -> Tensor:
     """The same in fp32 by torch's own ops, which repeat bit for bit, too."""
-    total = torch.zeros(shape, device=slots.device)
+    total = torch.zeros(shape, device=slots.device, dtype=torch.float32)
     if grad_columns is not None:
         total += grad_columns
     for index, grad in ((slots[:, :-1], grad_histories), (slots, grad_by_place)):

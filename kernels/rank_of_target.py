@@ -87,6 +87,7 @@ def rank_kernel(
     for place in range(part, history, tl.num_programs(1)):
         excluded = tl.load(pointer + place, mask=mask_u, other=0)
         own_excluded = tl.load(own_pointer + place, mask=own_mask, other=0)
+        own_excluded = tl.where(own_excluded < 0, columns, own_excluded)  # no id: not read, either
         score = scores_of_own(user, items, own_excluded, columns, width, PRECISION, BLOCK_U, BLOCK_I, BLOCK_D)
         counted = finite & (excluded > 0) & (excluded < columns) & (score >= bar)
         for earlier in range(place):

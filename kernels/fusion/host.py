@@ -294,8 +294,9 @@ def _backward(
 
 
 def _sum(of_router: Tensor, of_experts: Tensor, weights: FusionWeights, sizes: list[int]) -> list[Tensor]:
-    """The weights' gradients from their parts, in the first weight's dtype."""
-    kind = weights[0].dtype
+    """The weights' gradients from their parts, in the weights' dtype, or fp32 where they differ."""
+    kinds = {w.dtype for w in weights}
+    kind = kinds.pop() if len(kinds) == 1 else torch.float32
     grads = [torch.empty_like(w, dtype=kind, memory_format=torch.contiguous_format) for w in weights]
     launch(
         backward_kernels.sum_kernel,

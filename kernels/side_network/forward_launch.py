@@ -79,7 +79,7 @@ def _forward_group(
         options: dict[str, Any] = {"BLOCK_N": config.items, "num_warps": config.warps}
         launch(kernels.fused_kernel, (towers, blocks), **common, **down, **walk, **options)
         return
-    partial = torch.empty(config.splits, towers, n, p.row, device=p.device)
+    partial = torch.empty(config.splits, towers, n, p.row, **p.wide)
     for first in range(0, p.levels, config.levels):
         launch(
             kernels.down_kernel,

@@ -25,11 +25,10 @@ class GroupGradient:
         self.towers, self.width, self.p, self.config = group.towers, group.width, p, config
         towers, splits = len(group.towers), config.splits
         self.chunks = cdiv(group.width, config.columns)
-        new: dict[str, Any] = {"device": p.device, "dtype": torch.float32}
-        self.products = torch.empty(config.mixing_splits, towers, p.row, p.levels * p.block_r, **new)
-        self.sums = torch.empty(config.mixing_splits, towers, p.row, **new)
-        self.partial = torch.empty(splits, towers, p.levels * p.rank + p.embedding, group.width, **new)
-        self.gate_partial = torch.empty(splits, self.chunks, towers, p.levels, p.sources + 1, **new)
+        self.products = torch.empty(config.mixing_splits, towers, p.row, p.levels * p.block_r, **p.wide)
+        self.sums = torch.empty(config.mixing_splits, towers, p.row, **p.wide)
+        self.partial = torch.empty(splits, towers, p.levels * p.rank + p.embedding, group.width, **p.wide)
+        self.gate_partial = torch.empty(splits, self.chunks, towers, p.levels, p.sources + 1, **p.wide)
         self.started = False
 
     @classmethod
@@ -152,7 +151,7 @@ class GroupGradient:
         p, config, group = self.p, self.config, Group(self.towers)
         columns = min(config.combine_columns, power_of_two(self.width))
         chunks = cdiv(self.width, columns)
-        gate_products = torch.empty(p.levels, chunks, len(self.towers), p.levels, device=p.device)
+        gate_products = torch.empty(p.levels, chunks, len(self.towers), p.levels, **p.wide)
         launch(
             finish_kernels.combine_kernel,
             (len(self.towers), 2 * p.levels + 1, chunks),

@@ -28,7 +28,7 @@ class Gradients:
         self.dense = [_zeros(group) for group in (w.cross_down, w.cross_up, w.pair_weight, w.pair_bias)]
         # Groups of towers cover it; only cross="side" adds to it.
         make = torch.zeros if p.structure.cross == "side" else torch.empty
-        self.gate_sum = make(len(p.gate), p.levels, p.sources + 1, device=p.device)
+        self.gate_sum = make(len(p.gate), p.levels, p.sources + 1, **p.wide)
 
     def flatten(self) -> list[Tensor]:
         """In the order and the types of the weights."""
@@ -40,7 +40,7 @@ class Gradients:
 
 
 def _zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros(t.shape, device=t.device) for t in tensors]
+    return [torch.zeros(t.shape, device=t.device, dtype=torch.float32) for t in tensors]
 
 
 def _like(tensors: Sequence[Tensor]) -> list[Tensor]:

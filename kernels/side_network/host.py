@@ -65,7 +65,8 @@ def forward(
         layout, towers = Layout.of(structure, own, dtype), len(structure.sources)
         # The interpreter's results are compared whole, gaps included; on a GPU zeros are a launch.
         make = torch.zeros if states[0].device.type == "cpu" else torch.empty
-        links = make(towers, layout.size if layout else 0, device=states[0].device)
+        size = layout.size if layout else 0
+        links = make(towers, size, device=states[0].device, dtype=torch.float32)
         p = Parameters(own, structure, dtype, Kept(layout, links.view(-1), filled=False) if layout else None)
         data = Data.of(states, scales or None, ids, present)
         new: dict[str, Any] = {"device": p.device, "dtype": dtype}

@@ -63,6 +63,8 @@ class Parameters:
         self.embedding = self.head_weight[0].shape[0]
         self.block_r, self.block_e = power_of_two(self.rank), power_of_two(self.embedding)
         self.device = self.down_weight[0].device
+        # Of what is added up; torch's default dtype is its caller's.
+        self.wide: dict[str, Any] = {"device": self.device, "dtype": torch.float32}
         self.precision = dot_precision(self.dtype)
         self.gelu = self.structure.activation == "gelu"
 
@@ -122,8 +124,8 @@ class Parameters:
         """coef `[T, L, K]` and carry `[T, L]`, fp32."""
         towers = len(self.gate)
         if self.kept is None:
-            coef = torch.empty(towers, self.levels, self.sources, device=self.device)
-            carry = torch.empty(towers, self.levels, device=self.device)
+            coef = torch.empty(towers, self.levels, self.sources, **self.wide)
+            carry = torch.empty(towers, self.levels, **self.wide)
         else:
             coef = self.kept.view(self.kept.layout.coef, towers, self.levels, self.sources)
             carry = self.kept.view(self.kept.layout.carry, towers, self.levels)
@@ -174,7 +176,7 @@ class Parameters:
             mixing = self.kept.view(self.kept.layout.mixing, towers, size, dtype=self.dtype)
             if self.kept.filled:
                 return mixing, None
-        constants = torch.empty(towers, self.row, device=self.device)
+        constants = torch.empty(towers, self.row, **self.wide)
         rows, columns = min(64, br, be), min(64, br)
         launch(
             gate_kernels.mixing_kernel,

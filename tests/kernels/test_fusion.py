@@ -59,6 +59,16 @@ def reference(embeddings, weights, grad, *, dtype, grad_balance=0.5, **options):
 NAMES = ("items", "balance", "embeddings", *FusionWeights._fields)
 
 
+def test_gradients_of_weights_of_several_types_are_not_rounded_to_the_first_ones():
+    e, weights = make(5, 2, 8, 16, torch.float32)
+    grad = torch.randn(5, 8, device=DEVICE)
+    mixed = weights._replace(router_weight=weights.router_weight.to(torch.bfloat16))
+    got = kernel(e, mixed, grad, dtype=torch.float32)[3:]
+    wide = weights._replace(router_weight=mixed.router_weight.float())
+    for a, b, weight in zip(got, kernel(e, wide, grad, dtype=torch.float32)[3:], mixed, strict=True):
+        assert a.dtype == weight.dtype and torch.equal(a, b.to(weight.dtype))
+
+
 def compare(embeddings, weights, dtype, **options):
     """One choice for all: the experts that float64 picks, which a margin keeps from rounding away."""
     grad = torch.randn(len(embeddings), weights.w1.shape[2], generator=torch.Generator().manual_seed(5))

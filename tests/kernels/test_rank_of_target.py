@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,6 +56,24 @@ def test_an_excluded_id_no_longer_stands_ahead():
     assert kernel(users, items, target, torch.tensor([[1, 1, 0]])).tolist() == [2]
     assert kernel(users, items, target, torch.tensor([[1, 2, 4]])).tolist() == [1]
     assert kernel(users, items, target, torch.tensor([[3, 1, 0]])).tolist() == [4]
+
+
+# In a process of its own: what it must not do ends one.
+FAR = """
+import torch
+from crossan_fast.kernels import rank_of_target
+exclude = torch.tensor([[1, -1, -(2**40), 2**40]])
+users, items = torch.ones(1, 1), torch.tensor([[0.0], [5.0], [4.0], [3.0]])
+print(rank_of_target.forward(users, items, torch.tensor([3]), exclude).tolist())
+"""
+
+
+def test_excluded_ids_that_are_none_are_not_read():
+    """−1 pads the histories of other libraries; the plain reference passes over all that are no ids."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", FAR], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n")[-2] == "[2]"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

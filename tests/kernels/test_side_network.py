@@ -10,6 +10,7 @@ from judging import judge_all
 from torch import Tensor
 
 from crossan_fast.cache.quantize import quantize
+from crossan_fast.kernels import _streaming_loss, fusion
 from crossan_fast.kernels import side_network as kernel
 from crossan_fast.kernels.side_network import forward_launch, host, plan
 from crossan_fast.ops.side_network import (
@@ -414,3 +415,19 @@ def test_nothing_is_kept_where_levels_read_each_others_h(device):
     weights, states, scales, ids, present, _ = case.build(device)
     call = (states, scales or [], ids, present, weights.flatten(), *case.structure.static, case.dtype)
     assert kernel.forward(*call)[2].shape == (2, 0)
+
+
+@pytest.mark.parametrize("device", ["sm_120", "sm_121"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_after_hopper_without_its_instructions_gets_the_tiles_of_those_before(device, dtype):
+    """Hopper's spill there (448 bytes in *combine*), and take all but 3 kB of its shared memory."""
+
+    def configs(device):
+        problem = plan.Problem(device, 170, 32_768, 4, 7, 4, 768, 64, 64, dtype, (2,))
+        fusion_and_loss = (
+            fusion.host.config(device, dtype, False, 64, 20_314),
+            *(_streaming_loss.config(device, dtype, False, 64, backward) for backward in (False, True)),
+        )
+        return plan.forward_config(problem), plan.gradient_config(problem), fusion_and_loss
+
+    assert configs(device) == configs("sm_89")
