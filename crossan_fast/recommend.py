@@ -67,7 +67,8 @@ class Recommendations(list[list[Recommendation]]):
 
 
 class Recommender:
-    """Ranks a cache's items for batches of histories; the catalogue is encoded once, here.
+    """Ranks a cache's items for batches of histories; the catalogue is encoded once, here, and again where
+    the model's weights have changed since.
 
     Args:
         model: put in evaluation mode for each call.
@@ -87,7 +88,8 @@ class Recommender:
     Raises:
         ValueError: k below 1 or above the number of candidates, no candidates, a wrong row, an item without
             any modality in a history or in `allow`, `items` of another size or device; when it ranks, an
-            item's or a user's embedding that is not finite.
+            item's or a user's embedding that is not finite, weights that have changed since `items` were
+            given.
         KeyError: an unknown name, with the nearest known one.
     """
 
@@ -119,11 +121,24 @@ class Recommender:
         if items is not None:
             shape = (cache.num_items + 1, model.config.embedding_dim)
             check_tensor("items", items, shape, dtypes=FLOATS, device=model.item_popularity.device)
-        self._given = items
+        self._given, self._weights = items, _present_weights(model)
+
+    @property
+    def items(self) -> Tensor:
+        """`[I + 1, d]`, encoded when first needed, and by the weights that users are encoded by."""
+        if (present := _present_weights(self.model)) != self._weights:
+            if self._given is not None:
+                raise ValueError(
+                    "items: expected a model that is as it was when they were given, got other "
+                    "weights since: encode them again, and make another Recommender"
+                )
+            self._weights = present
+            for made in ("_items", "_ranked"):
+                self.__dict__.pop(made, None)
+        return self._items
 
     @cached_property
-    def items(self) -> Tensor:
-        """`[I + 1, d]`, encoded when first needed."""
+    def _items(self) -> Tensor:
         items = self.model.encode_catalogue(self.cache) if self._given is None else self._given
         refuse_nonfinite_items(items, self.cache.item_names)
         return items
@@ -131,12 +146,13 @@ class Recommender:
     @cached_property
     def _ranked(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Candidates `[C + 1, d]`; and where they are not all items, each one's row and each row's place."""
+        items = self._items
         if self._candidates is None:
-            return self.items, None, None
-        rows = torch.from_numpy(np.concatenate([[0], self._candidates])).to(self.items.device)
-        place = torch.zeros(len(self.items), dtype=torch.int64, device=rows.device)
+            return items, None, None
+        rows = torch.from_numpy(np.concatenate([[0], self._candidates])).to(items.device)
+        place = torch.zeros(len(items), dtype=torch.int64, device=rows.device)
         place[rows] = torch.arange(len(rows), device=rows.device)
-        return self.items[rows], rows, place
+        return items[rows], rows, place
 
     def row(self, item: str | int) -> int:
         """The cache's row of an item, 0 for one that is skipped: unknown, or without any modality."""
@@ -188,11 +204,12 @@ class Recommender:
         """`rank`, of histories that an error calls by these numbers."""
         self._refuse_wrong_rows(ids)
         starts, ends = offsets[:-1], offsets[1:]
+        items = self.items
         ranked, rows, place = self._ranked
         device = ranked.device
         recent = torch.from_numpy(last_items(ids, starts, ends, self.model.config.window)).to(device)
         with evaluating(self.model):
-            users = self.model.encode_users(self.items[recent], recent != 0)[:, -1].contiguous()
+            users = self.model.encode_users(items[recent], recent != 0)[:, -1].contiguous()
         finite = torch.isfinite(users).all(dim=1)
         if not bool(finite.all()):
             number = int(numbers[int((~finite).nonzero()[0])])
@@ -244,6 +261,13 @@ class Recommender:
         if not kept.any():
             raise ValueError("allow, deny: expected a candidate, got none")
         return np.flatnonzero(kept)
+
+
+def _present_weights(model: CrossanModel) -> list[tuple[int, int]]:
+    """What differs once weights have changed: where each lies, and how often it was written to."""
+    held = (*model.parameters(), *model.buffers())
+    # Inference tensors keep no count: they do not train.
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in held]
 
 
 def recommend(

@@ -199,3 +199,22 @@ def test_histories_of_rows_are_checked():
     bare = HiddenStateCache.from_tensors(states, present, cache.item_names)
     with pytest.raises(ValueError, match=r"item 'n3' \(row 3\) has no modality at all"):
         Recommender(model, bare, k=2).rank(np.array([1, 3]), np.array([0, 2]))
+
+
+def test_items_are_encoded_again_once_the_weights_have_changed():
+    model, cache = setup()
+    ids, offsets = np.array([2, 5]), np.array([0, 2])
+    kept = Recommender(model, cache, k=4)
+    given = Recommender(model, cache, k=4, items=model.encode_catalogue(cache))
+    before = kept.rank(ids, offsets)
+    assert kept.items is kept.items
+    assert torch.equal(given.rank(ids, offsets).scores, before.scores)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
+    after, fresh = kept.rank(ids, offsets), Recommender(model, cache, k=4).rank(ids, offsets)
+    assert not torch.equal(after.scores, before.scores)
+    assert torch.equal(after.scores, fresh.scores)
+    assert torch.equal(after.ids, fresh.ids)
+    with pytest.raises(ValueError, match=r"items: expected a model .* got other weights since"):
+        given.rank(ids, offsets)
