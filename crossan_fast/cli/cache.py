@@ -430,7 +430,7 @@ def _print_hits(run: Path, before: Path, after: Path) -> None:
         task = open_task(
             dataclasses.replace(config, cache=str(cache)), None if held is None else held.catalogue
         )
-        if held is not None:
+        if held is not None and cache == before:  # what was made of it may have lost more than a dtype does
             held.require_states(task.cache, model.config.modality_names)
         for split, values in found.items():
             result = task.evaluate(model.to(task.device), split, config.evaluation, k=(10,))
