@@ -130,7 +130,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="+",
         default=[],
         metavar="NAME",
-        help="encode these items again whatever their inputs are, or `all`",
+        help="encode these items again whatever their inputs are, or `all`; other weights are refused",
     )
     build.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
