@@ -130,7 +130,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="+",
         default=[],
         metavar="NAME",
-        help="encode these items again whatever their inputs are, or `all`",
+        help="encode these items again whatever their inputs are, or `all`; other weights are refused",
     )
     build.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
@@ -430,7 +430,7 @@ def _print_hits(run: Path, before: Path, after: Path) -> None:
         task = open_task(
             dataclasses.replace(config, cache=str(cache)), None if held is None else held.catalogue
         )
-        if held is not None:
+        if held is not None and cache == before:  # what was made of it may have lost more than a dtype does
             held.require_states(task.cache, model.config.modality_names)
         for split, values in found.items():
             result = task.evaluate(model.to(task.device), split, config.evaluation, k=(10,))

@@ -18,7 +18,7 @@ from crossan_fast._files import write_whole
 from crossan_fast._untrusted import MAX_BYTES, read_json
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Catalogue
-from crossan_fast.training.states import check_specs, refuse_other_specs, specs_of
+from crossan_fast.training.states import check_specs, refuse_other_samples, refuse_other_specs, specs_of
 from crossan_fast.training.task import Task
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -46,7 +46,7 @@ class Population:
         kept. It holds users without a test target, too.
     validation: as `sequences`, of those that end in a validation target; '' in runs of before it was kept.
     sources: by name, what of its making tells a modality from others of the same items and widths; of those
-        that the cache does not say it of, and in runs of before it was kept, nothing.
+        that the cache does not say it of, what some rows are like. In runs of before it was kept, nothing.
     """
 
     items: int
@@ -104,7 +104,7 @@ class Population:
 
     def require_states(self, cache: HiddenStateCache, names: Sequence[str]) -> None:
         """Raise where a cache has modalities `names` in another frame than the run's model was trained on, or
-        of another encoder, pooling or levels.
+        of another encoder, pooling or levels, or imported ones that are others.
 
         Numbers of the same shape, which mean other states.
         """
@@ -117,6 +117,8 @@ class Population:
                     f"got {_said(found)}"
                 )
         refuse_other_specs(self.sources, cache, names)
+        if cache.catalogue.starts_with(self.catalogue):  # rows of other items say nothing
+            refuse_other_samples(self.sources, cache, names)
 
     def appended(self, cache: Catalogue) -> str:
         """How a cache's items differ from the run's, in words; empty where nothing does."""

@@ -64,13 +64,13 @@ def build_cache(
         strict: raise at the first input that cannot be used; otherwise the item goes without the modality.
         restart: forget what a stopped build did.
         re_encode: names of items to encode again though nothing shows that their inputs changed, or `all`:
-            for caches that do not say what their rows were made from.
+            for caches that do not say what their rows were made from. Other weights are refused.
         progress: show a bar with rate and time left, where the output is a terminal.
         journal_every: seconds of work that a kill may cost.
 
     Raises:
         BrokenItemError: with `strict`; and without, if no item at all has a usable input.
-        CacheError: `out` holds a cache, or a stopped build, of other settings.
+        CacheError: `out` holds a cache, or a stopped build, of other settings, or of other weights.
         FileExistsError: `out` holds something else.
         FileNotFoundError, ValueError, KeyError: an encoder, an option, a column or an item is not there;
             before anything is written.

@@ -14,7 +14,7 @@ from crossan_fast.cache.ahead import read_ahead
 from crossan_fast.cache.build.digests import EMPTY, HALF, UNREADABLE
 from crossan_fast.cache.build.passes import Items, Pass
 from crossan_fast.cache.contents import read_names, read_present, read_records
-from crossan_fast.cache.format import RECORD_BYTES, CacheMeta, Records
+from crossan_fast.cache.format import RECORD_BYTES, CacheError, CacheMeta, Records
 from crossan_fast.config import Modality
 
 ALL = "all"
@@ -87,6 +87,7 @@ def find_changes(
 
     Raises:
         KeyError: a name in `re_encode` that the items file lacks.
+        CacheError: precomputed states of one modality are those that the cache has of another.
     """
     forced = _forced(items.names, re_encode)
     old_items = len(before.present) - 1
@@ -104,6 +105,8 @@ def find_changes(
         unreadable, needs = _is(now, UNREADABLE), new.copy()
         for column in columns:
             known, same, had, changed = _compare(now, before, place, column)
+            if "precomputed" in work.records[modalities[column].name]:
+                _refuse_swapped(now, before, place, column, changed & ~new, modalities)
             changed = (changed | forced) & ~new
             lost = changed & unreadable & had
             unread += [(items.names[i], modalities[column].name) for i in lost.nonzero()[0].tolist()]
@@ -161,6 +164,27 @@ def _compare(now: Records, before: Before, place: npt.NDArray[np.int64], column:
     empty = _is(now, EMPTY)
     changed = np.where(known, ~same, np.where(had, empty, ~empty & ~_is(now, UNREADABLE)))
     return known, same, had, changed
+
+
+def _refuse_swapped(
+    now: Records,
+    before: Before,
+    place: npt.NDArray[np.int64],
+    column: int,
+    changed: Flags,
+    modalities: Sequence[Modality],
+) -> None:
+    """Raise where most of what changed is what the cache has of the same items in another column."""
+    changed = changed & ~_is(now, EMPTY) & ~_is(now, UNREADABLE)
+    for other, modality in enumerate(modalities):
+        alike = int((before.records[place, other, :HALF] == now[:, :HALF]).all(axis=1)[changed].sum())
+        if 2 * alike > changed.sum():
+            name = modalities[column].name
+            raise CacheError(
+                f"modality {name!r}: source: expected its own states, got those that the cache has of "
+                f"{modality.name!r} in {alike} of {int(changed.sum())} rows that changed; files of one width "
+                "may have been swapped"
+            )
 
 
 def _is(records: Records, record: bytes) -> Flags:

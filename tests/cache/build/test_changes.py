@@ -15,6 +15,7 @@ import pytest
 import torch
 from cache_building import build, count_encodings, specs_of, subset
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crossan_fast._digests import digest_of
@@ -189,6 +190,27 @@ def test_a_cache_without_digests_says_so_and_can_be_told(
         build(later, modalities, folder, re_encode=["item77"])
     with pytest.raises(ValueError, match="re_encode: expected names of items or 'all', got 'item1'"):
         build(later, modalities, folder, re_encode="item1")
+
+
+def test_no_row_is_encoded_again_by_other_weights(
+    encoders: dict[str, Path], own: ItemTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an encoder whose weights changed in its folder: rows of two makings would stand in one cache."""
+    weights = shutil.copytree(encoders["bert"], tmp_path / "bert") / "model.safetensors"
+    kept, folder = weights.read_bytes(), tmp_path / "c"
+    build(subset(own, list(range(13))), [f"text={weights.parent}:levels=3"], folder)
+    before, meta = rows_of(folder), (folder / "meta.json").read_bytes()
+    tensors = load_file(weights)
+    tensors["embeddings.word_embeddings.weight"][7, 3] += 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+    encoded, corrected = count_encodings(monkeypatch), subset(own, list(range(13)), title={1: "a red lamp"})
+    for items, re_encode in ((own, "all"), (own, ["item2"]), (own, ()), (corrected, ())):
+        with pytest.raises(CacheError, match=r"the encoder's weights differ .*, or build a new cache"):
+            build(items, None, folder, re_encode=re_encode)
+    assert not encoded and (folder / "meta.json").read_bytes() == meta
+    assert torch.equal(rows_of(folder)["text"], before["text"])
+    weights.write_bytes(kept)
+    assert build(own, None, folder, re_encode="all").re_encoded["text"] == 13
 
 
 def test_inputs_that_change_between_a_stop_and_going_on(
