@@ -49,6 +49,11 @@ def _all_finite(tensor: Tensor) -> bool:
     return all(bool(bound.isfinite()) for bound in wide.aminmax())
 
 
+def digest_of_weights(model: CrossanModel) -> str:
+    """Of all that `save_model` writes of the model but its config."""
+    return digest_of_tensors({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+
+
 def save_model(model: CrossanModel, folder: Path, run: str = "") -> None:
     """The config first: weights without their config are of no use to anyone.
 

@@ -35,7 +35,7 @@ from crossan_fast._files import locked, remove_abandoned, write_whole
 from crossan_fast._untrusted import parse_yaml, read_settings
 from crossan_fast.card import CARD, RECORD
 from crossan_fast.model import CrossanModel
-from crossan_fast.serialization import CONFIG, WEIGHTS, load_model
+from crossan_fast.serialization import CONFIG, WEIGHTS, digest_of_weights, load_model
 from crossan_fast.training.checkpoint import load_weights
 from crossan_fast.training.population import Population
 from crossan_fast.training.train_config import ComputePrecision, TrainConfig, load_config
@@ -128,6 +128,24 @@ class RunFolder:
         if not self.best.is_dir():
             raise FileNotFoundError(f"run: expected a folder best/ in {self.path}, found none")
         return load_model(CrossanModel, self.best, backend, self.run())
+
+    def load_best(self, best: Mapping[str, Any], *, backend: str = "auto") -> CrossanModel:
+        """The model of the best epoch, on the CPU.
+
+        Args:
+            best: what a trainer kept of that epoch: its number `epoch` and, but in runs of before, the digest
+                of its `weights`.
+
+        Raises:
+            ValueError: best/ has other weights; and as `load_model`.
+        """
+        model = self.load_model("best", backend=backend)
+        if best.get("weights") not in (None, digest_of_weights(model)):
+            raise ValueError(
+                f"run: expected the weights of epoch {best['epoch']}, the best, in {self.best}, got others: "
+                "of a later epoch, if the run was cut off as it kept that one; resumed to there it ends well"
+            )
+        return model
 
 
 def _as_it_began(config: TrainConfig, text: str, place: str) -> TrainConfig:

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from crossan_fast._sources import ReadAhead
-from crossan_fast.serialization import record_training, save_model
+from crossan_fast.serialization import digest_of_weights, record_training, save_model
 from crossan_fast.training.batches import Batches
 from crossan_fast.training.callbacks import (
     Callback,
@@ -359,8 +359,9 @@ class Trainer:
             if metrics[self.monitor] > self._best[self.monitor]:
                 self._best = {"epoch": entry["epoch"], self.monitor: metrics[self.monitor]}
                 self._stale = 0
-                if self.processes.first:
-                    with self.step.averaged():
+                with self.step.averaged():
+                    self._best["weights"] = digest_of_weights(self.model)
+                    if self.processes.first:
                         save_model(self.model, self.folder.best, self._run_id)
             else:
                 self._stale += 1
@@ -380,7 +381,7 @@ class Trainer:
 
     def _finish(self, stopped: str) -> dict[str, Any]:
         self.processes.wait()
-        best = self.folder.load_model("best", backend=self.config.backend)
+        best = self.folder.load_best(self._best, backend=self.config.backend)
         self.model.load_state_dict(best.state_dict())
         results = {
             "best_epoch": self._best["epoch"],

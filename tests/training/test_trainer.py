@@ -14,7 +14,7 @@ import yaml
 from crossan_fast._digests import KEY, load_tensors, save_tensors, unsealed
 from crossan_fast._files import write_whole
 from crossan_fast.training import RunFolder, TrainConfig, Trainer, TrainingError, TrainStep, train
-from crossan_fast.training.checkpoint import load_checkpoint
+from crossan_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def quiet(config: TrainConfig, **options: Any) -> Trainer:
@@ -115,6 +115,30 @@ def test_an_epoch_that_was_cut_off_is_repeated(
         quiet(cut)
     assert len(RunFolder(cut.run).log.read_text().splitlines()) == 1
     quiet(cut, resume=True)
+    assert_same_run(RunFolder(straight.run), RunFolder(cut.run), straight)
+
+
+def test_the_best_epoch_is_the_one_whose_weights_are_kept(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was cut off between best/ and last.safetensors may be resumed to end before that epoch."""
+    cut = with_values(values, epochs=3, run=str(tmp_path / "cut"))
+    kept = []
+
+    def failing(*args: Any, **options: Any) -> None:
+        kept.append(args)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        save_checkpoint(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("crossan_fast.training.trainer.save_checkpoint", failing)
+        quiet(cut)
+    with pytest.raises(ValueError, match=r"expected the weights of epoch 1, the best, in .*best, got others"):
+        quiet(with_values(values, epochs=1, run=cut.run), resume=True)
+    quiet(cut, resume=True)
+    straight = with_values(values, epochs=3, run=str(tmp_path / "straight"))
+    quiet(straight)
     assert_same_run(RunFolder(straight.run), RunFolder(cut.run), straight)
 
 
