@@ -133,8 +133,8 @@ class RunFolder:
         """The model of the best epoch, on the CPU.
 
         Args:
-            best: what a trainer kept of that epoch: its number `epoch` and, but in runs of before, the digest
-                of its `weights`.
+            best: what a trainer kept of that epoch: its number `epoch` and the digest of its `weights`, which
+                runs of before and processes that save nothing lack.
 
         Raises:
             ValueError: best/ has other weights; and as `load_model`.

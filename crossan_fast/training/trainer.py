@@ -359,9 +359,10 @@ class Trainer:
             if metrics[self.monitor] > self._best[self.monitor]:
                 self._best = {"epoch": entry["epoch"], self.monitor: metrics[self.monitor]}
                 self._stale = 0
-                with self.step.averaged():
-                    self._best["weights"] = digest_of_weights(self.model)
-                    if self.processes.first:
+                # The first process's alone: on unlike devices those of others may differ in a last bit.
+                if self.processes.first:
+                    with self.step.averaged():
+                        self._best["weights"] = digest_of_weights(self.model)
                         save_model(self.model, self.folder.best, self._run_id)
             else:
                 self._stale += 1
