@@ -138,7 +138,7 @@ def test_a_failure_is_a_reason_that_is_kept(probe, caplog):
 
 @needs_compiler
 @pytest.mark.slow
-def test_eight_first_uses_at_once_wait_for_one_build(tmp_path):
+def test_four_first_uses_at_once_wait_for_one_build(tmp_path):
     script = f"""
 import sys
 from pathlib import Path
@@ -153,10 +153,10 @@ assert _build.torch.ops.crossan_fast_probe.answer() == 42
     environment = {**os.environ, "CROSSAN_FAST_BUILD_DIR": str(tmp_path / "built")}
     processes = [
         subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
-        for _ in range(8)
+        for _ in range(4)
     ]
     said = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 8, said
+    assert [process.returncode for process in processes] == [0] * 4, said
     assert sum("building" in text for text in said) == 1, said
     assert all("building" in text or "waiting for process" in text or not text for text in said), said
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import kill_points
 import pytest
 
-OFTEN = {"change", "train"}  # these hold a kill at every kind of call
+OFTEN = {"change"}  # it holds a kill at every kind of call
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def batches():
     yield torch.zeros(0, 4, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("spare", [0, 1, 300])
+@pytest.mark.parametrize("spare", [0, 300, pytest.param(1, marks=pytest.mark.long)])
 def test_matches_the_definition(device, spare):
     for item_ids in batches():
         check(item_ids, item_ids.numel() + 1 + spare, device)

@@ -99,8 +99,15 @@ def test_matches_float64(options, dtype, few, monkeypatch):
     compare(embeddings, weights, dtype, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("modalities", "width", "inner"), [(1, 70, 40), (5, 132, 300)])
+@pytest.mark.parametrize(
+    ("modalities", "width", "inner", "dtype"),
+    [
+        (1, 70, 40, torch.float32),
+        (1, 70, 40, torch.bfloat16),
+        (5, 132, 300, torch.bfloat16),
+        pytest.param(5, 132, 300, torch.float32, marks=pytest.mark.long),
+    ],
+)
 def test_other_numbers_of_modalities_and_wide_embeddings(modalities, width, inner, dtype):
     embeddings, weights = make(19, modalities, width, inner, dtype)
     compare(embeddings, weights, dtype)

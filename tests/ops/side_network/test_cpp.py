@@ -69,7 +69,7 @@ def test_narrow_towers_walk_with_h(width, walk):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank", [8, 17, 40])
+@pytest.mark.parametrize("rank", [17, *(pytest.param(rank, marks=pytest.mark.long) for rank in (8, 40))])
 @pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "low rank", "low rank, side", "pairs"])
 def test_error_is_no_worse_than_eagers(name, rank, dtype):
     structure, levels = STRUCTURES[name], 4

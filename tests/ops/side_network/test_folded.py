@@ -110,7 +110,14 @@ def test_each_case_walks_as_it_is_named(name):
     assert (kept.numel() == 0) == name.startswith(("narrow", "side"))
 
 
-@pytest.mark.parametrize("name", ["the papers' levels", "thirteen levels", "equal pairs", "narrow", "side"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "the papers' levels",
+        "side",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("thirteen levels", "equal pairs", "narrow")),
+    ],
+)
 def test_error_at_open_and_closed_gates_is_no_worse_than_eagers(name):
     structure, levels, rank, embedding = CASES[name]
     weights = in_dtype(with_gates(make_weights(structure, levels, rank, embedding)), torch.float32)
