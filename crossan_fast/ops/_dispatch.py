@@ -13,6 +13,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -309,4 +310,11 @@ def _with_backward(request: Request, choice: Choice, passes: _passes.Passes) -> 
 
 def compute_dtype(device: str, default: torch.dtype) -> torch.dtype:
     """The type an op computes in: autocast's where it is on, else its parameters'."""
+    if device == "meta":  # nothing is computed there, and torch raises for a question about its autocast
+        return default
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else default
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Within the block nothing is cast on a device of this type."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
