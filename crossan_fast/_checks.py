@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -53,6 +54,17 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
         raise TypeError(f"{name}: expected an integer {range_}, got {describe(value)}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name}: expected an integer {range_}, got {value}")
+
+
+def cutoffs_of(name: str, k: object) -> tuple[int, ...]:
+    """One cut-off or several as integers; raise TypeError for anything else."""
+    several = tuple(k) if isinstance(k, Iterable) and not isinstance(k, (str, bytes, Tensor)) else (k,)
+    if wrong := [each for each in several if isinstance(each, bool) or not hasattr(each, "__index__")]:
+        raise TypeError(f"{name}: expected an integer or a list of integers, got {wrong[0]!r}")
+    try:
+        return tuple(map(operator.index, several))
+    except TypeError as error:  # a tensor of several numbers
+        raise TypeError(f"{name}: expected an integer or a list of integers, got {k!r}") from error
 
 
 def check_tensors(name: str, tensors: object, count: int) -> None:

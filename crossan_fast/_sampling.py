@@ -34,7 +34,7 @@ class Sampler:
     """Draws what a model's config says, uniformly or by popularity, of items that have some modality."""
 
     def __init__(self) -> None:
-        self._bounds = torch.empty(0, dtype=torch.float64)  # item i is from bound i - 1 to bound i
+        self._bounds = torch.empty(0, dtype=torch.int64)  # item i is from bound i - 1 to below bound i
         # What they were made of; while the popularity is kept, no other has its id.
         self._of: Callable[[], HiddenStateCache | None] = lambda: None
         self._popularity: Tensor | None = None
@@ -46,7 +46,7 @@ class Sampler:
     def draw(
         self, model: CrossanModel, item_ids: Tensor, cache: HiddenStateCache, known: int, ahead: ReadAhead
     ) -> Drawn:
-        """Negatives for a batch `[B, S + 1]`, of items 1 to `known`; a GPU is waited for once.
+        """Negatives for a batch `[B, S + 1]`, of items 1 to `known`.
 
         Args:
             ahead: its `capacity` counts; rows that were read ahead lack those of the draws.
@@ -68,28 +68,41 @@ class Sampler:
 
     def ids(self, model: CrossanModel, cache: HiddenStateCache, known: int, device: torch.device) -> Tensor:
         """int64 `[N]`."""
-        popularity = model.item_popularity
-        if self._of() is not cache or self._key != (id(popularity), popularity._version, known, device):
-            # The sums are the host's, in order: a device's would differ from run to run.
-            self._bounds = _weights(model, cache, known).cumsum(0).to(device)
-            self._of, self._popularity = weakref.ref(cache), popularity
-            self._key = (id(popularity), popularity._version, known, device)
-        total = self._bounds[-1]
+        bounds = self._bounds_for(model, cache, known, device)
+        total = bounds[-1]
         where = torch.rand(model.config.negatives, device=device, dtype=torch.float64) * total
         # A product may round up to the total itself, which is beyond the last item.
-        where = torch.minimum(where, total * (1 - 2**-52))
-        return torch.searchsorted(self._bounds, where, right=True)
+        where = torch.minimum(where.to(torch.int64), total - 1)
+        return torch.searchsorted(bounds, where, right=True)
+
+    def _bounds_for(
+        self, model: CrossanModel, cache: HiddenStateCache, known: int, device: torch.device
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            # No trace can tell whether kept ones still hold: a compiled step makes them, in its graph.
+            return _bounds(model, cache, known, device)
+        popularity = model.item_popularity
+        key = (id(popularity), popularity._version, known, device)
+        if self._of() is not cache or self._key != key:
+            self._bounds = _bounds(model, cache, known, device)
+            self._of, self._popularity, self._key = weakref.ref(cache), popularity, key
+        return self._bounds
 
 
-def _weights(model: CrossanModel, cache: HiddenStateCache, known: int) -> Tensor:
-    """float64 `[known + 1]` on the host: what draws are in proportion to; 0 at padding and at bare items."""
-    weights = torch.ones(known + 1, dtype=torch.float64)
+def _bounds(model: CrossanModel, cache: HiddenStateCache, known: int, device: torch.device) -> Tensor:
+    """int64 `[known + 1]`: running sums of what draws are in proportion to; 0 for padding and bare items.
+
+    Whole numbers: their sums are exact, so that every device has the same ones in every run.
+    """
+    weights = torch.ones(known + 1, dtype=torch.float64, device=device)
     if model.config.negative_sampling == "popularity":
         if not model.item_popularity.numel():
             raise ValueError(
                 "item_popularity: negative_sampling='popularity' needs set_popularity(counts) first"
             )
-        weights = model.item_popularity[: known + 1].to("cpu", torch.float64, copy=True)
-    weights[0] = 0
-    bare = _sources.bare_in(model.config, cache, torch.device("cpu"))
-    return weights if bare is None else weights.masked_fill(bare[: known + 1], 0)
+        weights = model.item_popularity[: known + 1].to(device, torch.float64)
+    bare = _sources.bare_in(model.config, cache, device)
+    left_out = torch.arange(known + 1, device=device) == 0
+    weights = weights.masked_fill(left_out if bare is None else left_out | bare[: known + 1], 0)
+    # As large as leaves the sum of all below 2^63; up, so that the rarest of items is drawn, too.
+    return (weights / weights.max() * (2**62 // (known + 1))).ceil().to(torch.int64).cumsum(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,7 +68,8 @@ def read_json(path: Path, name: str, most: int) -> Any:
     """The plain values of a JSON file of at most `most` bytes.
 
     Raises:
-        ValueError: larger, no UTF-8, no JSON, or nested too deep; `name` and `path` are in the message.
+        ValueError: larger, no UTF-8, no JSON, a key twice in one object, or nested too deep; `name` and
+            `path` are in the message.
     """
     with path.open("rb") as file:
         content = file.read(most + 1)
@@ -78,11 +80,24 @@ def read_json(path: Path, name: str, most: int) -> Any:
 
 def _json_values(content: str | bytes, where: str) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=once_each)
     except RecursionError:
         raise ValueError(f"{where}: expected JSON of a few levels, got it nested too deep to read") from None
     except ValueError as error:
         raise ValueError(f"{where}: expected JSON, got {error}") from error
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its keys and values, for `json.loads`, which would keep the last of two in silence.
+
+    Raises:
+        ValueError: a key that is there twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        again, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {again!r:.80} twice in one object")
+    return values
 
 
 def is_whole(value: object, low: int, high: int) -> bool:

@@ -109,15 +109,16 @@ class Recommender:
             raise ValueError(
                 f"unknown: expected one of {known}, got {unknown!r}{nearest(str(unknown), known)}"
             )
-        self.model, self.cache, self.k = model, cache, k
+        self.model, self.cache = model, cache
         self.skipped = 0
         self._filter, self._unknown = filter_history, unknown
         bare = bare_in(model.config, cache, torch.device("cpu"))
         self._bare = frozenset() if bare is None else frozenset(bare.nonzero().flatten().tolist())
         self._candidates = self._chosen(allow, deny)
         total = cache.num_items if self._candidates is None else len(self._candidates)
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= total:
+        if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= operator.index(k) <= total:
             raise ValueError(f"k: expected 1 to {total}, the number of candidates, got {k!r}")
+        self.k = operator.index(k)
         if items is not None:
             shape = (cache.num_items + 1, model.config.embedding_dim)
             check_tensor("items", items, shape, dtypes=FLOATS, device=model.item_popularity.device)

@@ -3,7 +3,8 @@
 A score and its id travel as one int64: the score's bits on top, in an order-preserving form, and the id's
 complement below, so that sorting integers sorts by score and, among equal scores, by id. Most tiles hold
 nothing better than a list's last entry: one comparison skips them, sorting and history filter included. Parts
-of the catalogue run side by side where users are few; a second kernel merges their lists.
+of the catalogue run side by side where users are few; a second kernel merges their lists. Longer lists than a
+tile can be are merged by torch's sort, a tile of torch's scores after another.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from torch import Tensor
 from crossan_fast.kernels._blocks import cdiv, load_block, on_device, split
 from crossan_fast.kernels._common import dot_precision, launch, power_of_two
 from crossan_fast.kernels._ranking import Tile, best_tile, scores
+from crossan_fast.ops.topk_scores import topk_scores_reference
+
+# Entries of the longest list that is merged with a tile: of items of 64 numbers in bf16 that takes 70 KiB of a
+# GPU's shared memory, twice as many 134 KiB, more than most have, and minutes of compiling.
+MOST = 512
 
 # The key of no candidate, below every other: −2^63 is no score's, whose top half is at least −(2^31 − 1).
 EMPTY = tl.constexpr(-(2**63))
@@ -121,6 +127,8 @@ def forward(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None)
 
     A score that is NaN makes its item no candidate.
     """
+    if k > MOST:
+        return tuple(topk_scores_reference(users, items, k, exclude))
     first = tile(users.dtype, dot_precision(users.dtype) == "tf32", k)
     choices = [first, first._replace(users=32), first._replace(warps=8 if first.warps == 4 else 4)]
     history = 0 if exclude is None else exclude.shape[1]

@@ -230,10 +230,10 @@ def test_a_compiled_step_compares_while_it_is_traced(loss):
     model, cache, grown = make_model(loss), make_cache(), make_cache(GROWN)
     model.set_popularity(split_of(cache))
     expected = model(IDS, cache=cache).loss
-    grown.present_mask("cpu", (0, 1))
+    grown.warm(wait=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IDS, cache=grown).loss, expected)
     other = make_cache(names=NAMES[::-1])
-    other.present_mask("cpu", (0, 1))
+    other.warm(wait=True)
     with pytest.raises(Exception, match="require"):
         compiled(IDS, cache=other)

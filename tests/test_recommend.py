@@ -67,6 +67,11 @@ def test_bad_histories_are_named(histories, message):
         model.recommend(histories, cache, k=3)
 
 
+def test_k_may_be_numpys():
+    model, cache = setup()
+    assert model.recommend([["n2"]], cache, k=np.int64(3)) == model.recommend([["n2"]], cache, k=3)
+
+
 def test_allow_deny_and_what_is_left():
     model, cache = setup()
     everything = model.recommend([["n2"], ["n5", "n1"]], cache, k=ITEMS, filter_history=False)

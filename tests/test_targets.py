@@ -146,6 +146,27 @@ def test_bounds_follow_what_they_are_made_of():
     assert copy.deepcopy(model)(IDS, cache=caches[0]).loss.isfinite()
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_a_step_with_draws_compiles_in_one_graph(sampling):
+    model, cache = make_model(loss="sampled", negative_sampling=sampling), make_cache((12,))
+    cache.warm(wait=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    once = torch.ones(ITEMS + 1)
+    once[3] = 1e12
+    for counts in (torch.arange(ITEMS + 1), once):  # a graph that is there already draws by the new ones
+        model.set_popularity(counts)
+        torch.manual_seed(0)
+        loss = compiled(IDS, cache=cache).loss
+        torch.manual_seed(0)
+        same_gradients(model, loss, model(IDS, cache=cache).loss)
+
+
+def test_tracing_says_what_it_cannot_look_up():
+    compiled = torch.compile(make_model(loss="sampled"), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"cache: which items have .* on cpu yet.*call cache\.present_mask"):
+        compiled(IDS, cache=make_cache((12,)))
+
+
 def test_many_draws_approach_the_full_softmax():
     """Uniform draws of every item alike: what sampling leaves out of the full loss is the row's own items."""
     cache, model = make_cache(), make_model(loss="sampled", negatives=400_000, targets="last")

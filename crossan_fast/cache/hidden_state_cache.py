@@ -16,6 +16,7 @@ from crossan_fast.cache.folders import at_one_moment
 from crossan_fast.cache.format import CacheMeta, dtype_name
 from crossan_fast.cache.frame import framed
 from crossan_fast.cache.loading import load
+from crossan_fast.cache.masks import masks_of
 from crossan_fast.cache.names import ItemNames
 from crossan_fast.cache.opening import Mapped, Verify, checked_verify, map_folder
 from crossan_fast.cache.pages import PageReader
@@ -266,12 +267,7 @@ class HiddenStateCache:
         chosen = tuple(range(len(self.modalities)) if modalities is None else modalities)
         key = (exact_device(device), chosen)
         if key not in self._masks:
-            rows = self.present[:, list(chosen)]
-            bare = ~rows[1:].any(dim=1)
-            self._masks[key] = (
-                None if bool(rows[1:].all()) else rows.to(key[0]),
-                torch.nn.functional.pad(bare, (1, 0)).to(key[0]) if bool(bare.any()) else None,
-            )
+            self._masks[key] = masks_of(self.present, *key)
         return self._masks[key]
 
     def _finite_at(
@@ -396,7 +392,7 @@ class HiddenStateCache:
 
         Args:
             wait: return when all is read; raises for NaN or inf, and for what is not what was written, as
-                else a row's first use does.
+                else a row's first use does. Either way the masks of all modalities are made on `device`.
 
         Returns:
             Whether they are, or will be, in memory.
@@ -404,6 +400,7 @@ class HiddenStateCache:
         Raises:
             CorruptCacheError: a file is shorter than when it was opened.
         """
+        self._looked_at(self.device, None)  # for `torch.compile`, which cannot make them
         if self._pages is None:
             return True
         self._pages.require_whole()

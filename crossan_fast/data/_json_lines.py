@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from crossan_fast._untrusted import once_each
 from crossan_fast.data._table import CHUNK, Chunk, Table
 from crossan_fast.data.columns import alike, normal
 
@@ -16,7 +17,7 @@ class JsonLines(Table):
     """Objects as rows; the columns are the keys of all of them, in order of first appearance.
 
     Raises ValueError for two keys of one name, also in different objects, and naming the line for what is no
-    JSON object.
+    JSON object or has a key twice.
     """
 
     def __init__(self, text: str, argument: str, source: str) -> None:
@@ -62,7 +63,7 @@ class JsonLines(Table):
 
     def _parse(self, line: int, text: str) -> Any:
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=once_each)
         except (ValueError, RecursionError) as error:
             raise self.error(line, f"not valid JSON ({error})") from error
 

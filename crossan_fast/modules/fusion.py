@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.linear import bias_of, own, refuse_hooked, unwrapped, weight_of
 from crossan_fast.ops._contracts import FusionWeights
+from crossan_fast.ops._dispatch import without_autocast
 from crossan_fast.ops.fusion import FusionOutput, fusion
 
 
@@ -38,7 +39,7 @@ def folded(head: nn.Module) -> tuple[Tensor, Tensor]:
     refuse_hooked(deep)
     weight, bias = weight_of(deep.inner), bias_of(deep.inner)
     # One product a call serves every item: not the place to save by computing in 16 bits.
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         return deep.weight @ weight, F.linear(bias, deep.weight, deep.bias)
 
 

@@ -13,6 +13,7 @@ import os
 import pkgutil
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ REFERENCE_CALLS = {
     ("deduplicate", "cpu"): "without a capacity under torch.compile, which has to know the size",
     ("deduplicate", "cuda"): "without a capacity: the GPU has to be asked for the size then; "
     "item_ids.numel() + 1 always fits. By triton more than 16,384 places go to torch's sort",
+    ("topk_scores", "cuda"): "by triton for k above 512, lists that no GPU's shared memory holds",
 }
 
 # Where a backend's implementations are found: `find(op)` of a module that is imported when first asked.
@@ -309,4 +311,11 @@ def _with_backward(request: Request, choice: Choice, passes: _passes.Passes) -> 
 
 def compute_dtype(device: str, default: torch.dtype) -> torch.dtype:
     """The type an op computes in: autocast's where it is on, else its parameters'."""
+    if device == "meta":  # nothing is computed there, and torch raises for a question about its autocast
+        return default
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else default
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Within the block nothing is cast on a device of this type."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

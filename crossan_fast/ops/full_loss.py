@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import FLOATS, check_range, check_tensor, describe
-from crossan_fast.ops._dispatch import choose, compute_dtype
+from crossan_fast.ops._dispatch import choose, compute_dtype, without_autocast
 from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 
@@ -59,7 +59,7 @@ def full_loss(users: Tensor, items: Tensor, targets: Tensor, *, backend: str = "
         users = users.to(dtype)
     if choice.backend == "eager":
         wide = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device.type):
             return full_loss_reference(users.to(wide), items.to(wide), targets)
     return _full_loss(users, items, targets.reshape(-1), choice.backend)[0]
 

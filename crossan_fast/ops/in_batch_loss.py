@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast._checks import FLOATS, check_range, check_tensor, describe, refuse_gradient
-from crossan_fast.ops._dispatch import choose, compute_dtype
+from crossan_fast.ops._dispatch import choose, compute_dtype, without_autocast
 from crossan_fast.ops._registration import define, differentiate, on_one_device
 from crossan_fast.ops.deduplicate import Deduplicated
 
@@ -133,7 +133,7 @@ def in_batch_loss(
         users = users.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     if choice.backend == "eager":
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device.type):
             return in_batch_loss_reference(users.to(wide), items.to(wide), slots, counts, log_popularity)
     return _in_batch_loss(users, items, slots, counts, log_popularity.to(wide), choice.backend)[0]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from crossan_fast._checks import FLOATS, check_integer, check_tensor, check_weights, describe
 from crossan_fast.ops._contracts import SequenceEncoderBlock, SequenceEncoderWeights
-from crossan_fast.ops._dispatch import choose
+from crossan_fast.ops._dispatch import choose, without_autocast
 from crossan_fast.ops._registration import define, differentiate, on_one_device
 
 EPS = 1e-6
@@ -151,7 +151,7 @@ def sequence_encoder(
     choice = choose("sequence_encoder", items.device.type, dtype, sizes, backend)
     if choice.backend == "eager":
         own = SequenceEncoderWeights.unflatten([weight.to(dtype) for weight in weights.flatten()])
-        with torch.autocast(items.device.type, enabled=False):
+        with without_autocast(items.device.type):
             return sequence_encoder_reference(items.to(dtype), mask, own, heads, dropout=dropout, seed=seed)
     if dropout and seed is None:
         # From torch's own generator: a run repeats under torch.manual_seed, and no two steps drop the same.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import nearest
+from crossan_fast._checks import cutoffs_of, nearest
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
 from crossan_fast.data import Split
@@ -36,7 +36,7 @@ def evaluate_baselines(
     *,
     names: Sequence[str] = UNTRAINED,
     sasrec: SasRec | None = None,
-    k: Sequence[int] = (5, 10, 20),
+    k: int | Sequence[int] = (5, 10, 20),
     filter_history: FilterHistory = "all_except_target",
     candidates: Tensor | None = None,
     batch_size: int = 1024,
@@ -69,7 +69,7 @@ def evaluate_baselines(
         raise ValueError(f"sasrec: goes with 'sasrec' among names, got {list(names)}")
     candidates = candidates_for(model.config, cache, split, part, candidates)
     protocol = Protocol(
-        cache, split, part, tuple(k), filter_history, candidates, batch_size, lists, Processes()
+        cache, split, part, cutoffs_of("k", k), filter_history, candidates, batch_size, lists, Processes()
     )
     with evaluating(model):
         items = protocol.embedded(model)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import _sources
-from crossan_fast._checks import check_integer, check_tensor, describe, nearest
+from crossan_fast._checks import check_integer, check_tensor, cutoffs_of, describe, nearest
 from crossan_fast._finite import refuse_nonfinite_items
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
@@ -111,7 +111,7 @@ def evaluate(
     split: Split,
     part: Part = "test",
     *,
-    k: Sequence[int] = (5, 10, 20),
+    k: int | Sequence[int] = (5, 10, 20),
     filter_history: FilterHistory = "all_except_target",
     candidates: Tensor | None = None,
     batch_size: int = 1024,
@@ -127,7 +127,7 @@ def evaluate(
             unless `candidates` names them, and the result's note says so.
         split: on the model's device.
         part: `validation` or `test`.
-        k: cut-offs, each below the number of candidates, so that the last rank never is a hit.
+        k: a cut-off or several, each below the number of candidates, so that the last rank never is a hit.
         filter_history: `all` removes every item of the user's history, as IISAN does: a target that repeats
             one can never be hit; `all_except_target` keeps the target; `none` removes nothing.
         candidates: int64 `[C]`, distinct ids to rank among, the targets included; None: all that the split
@@ -145,7 +145,7 @@ def evaluate(
     candidates = candidates_for(model.config, cache, split, part, candidates)
     processes = processes or Processes()
     protocol = Protocol(
-        cache, split, part, tuple(k), filter_history, candidates, batch_size, lists, processes
+        cache, split, part, cutoffs_of("k", k), filter_history, candidates, batch_size, lists, processes
     )
     items = protocol.embedded(model)
     with evaluating(model):
@@ -280,9 +280,7 @@ def check_cutoffs(k: Sequence[int], candidates: int) -> None:
     """Raise unless `k` is one integer or more, each below the number of candidates."""
     if not k:
         raise ValueError("k: expected at least one cut-off, got none")
-    for cutoff in k:
-        if isinstance(cutoff, bool) or not hasattr(cutoff, "__index__"):
-            raise TypeError(f"k: expected integers, got {cutoff!r}")
+    for cutoff in cutoffs_of("k", k):
         if not 1 <= cutoff < candidates:
             raise ValueError(
                 f"k: expected 1 to {candidates - 1}, below the number of candidates, got {cutoff}"

@@ -93,7 +93,7 @@ def train_sasrec(
     epochs: int = EPOCHS,
     patience: int | None = None,
     seed: int | None = None,
-    learning_rates: Sequence[float] | None = None,
+    learning_rates: float | Sequence[float] | None = None,
     say: Callable[[str], None] = _logger.info,
 ) -> TrainedSasRec:
     """Train SASRec by ids on what a run was trained on.
@@ -106,8 +106,8 @@ def train_sasrec(
         patience: evaluations without a better validation metric before it stops; None: the run's, or 5 where
             that has none.
         seed: of weights, batches and dropout; None: the run's. torch's own generators are as before.
-        learning_rates: a training with each, of which the best on validation is kept; None: the run's, and a
-            third of it.
+        learning_rates: one or several, a training with each, of which the best on validation is kept; None:
+            the run's, and a third of it.
         say: called with what begins, what it will take, and what came of it.
 
     Raises:
@@ -116,6 +116,8 @@ def train_sasrec(
     """
     check_integer("epochs", epochs, 1)
     own = config.optimizer.learning_rate
+    if isinstance(learning_rates, (int, float)):
+        learning_rates = (learning_rates,)
     rates = tuple(dict.fromkeys((own, own / 3) if learning_rates is None else learning_rates))
     if not rates:
         raise ValueError("learning_rates: expected at least one, got none")

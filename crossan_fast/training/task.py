@@ -73,7 +73,7 @@ class Task:
         part: Part,
         protocol: EvaluationConfig,
         *,
-        k: Sequence[int] | None = None,
+        k: int | Sequence[int] | None = None,
         lists: bool = False,
         processes: Processes | None = None,
     ) -> Result:
@@ -98,14 +98,16 @@ class Task:
         *,
         names: Sequence[str] = UNTRAINED,
         sasrec: SasRec | None = None,
-        k: Sequence[int] | None = None,
+        k: int | Sequence[int] | None = None,
         lists: bool = False,
     ) -> dict[str, Result]:
         """See `crossan_fast.training.evaluate_baselines`; other arguments as those of `evaluate`."""
         options = self._options(protocol, k, lists)
         return evaluate_baselines(model, self.cache, self.split, part, names=names, sasrec=sasrec, **options)
 
-    def _options(self, protocol: EvaluationConfig, k: Sequence[int] | None, lists: bool) -> dict[str, Any]:
+    def _options(
+        self, protocol: EvaluationConfig, k: int | Sequence[int] | None, lists: bool
+    ) -> dict[str, Any]:
         return {
             "k": fitting_cutoffs(protocol.k, self.num_candidates(protocol)) if k is None else k,
             "filter_history": protocol.filter_history,

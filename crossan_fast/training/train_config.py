@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
-from crossan_fast._checks import nearest
+from crossan_fast._checks import cutoffs_of, nearest
 from crossan_fast._suggest import suggesting
 from crossan_fast._untrusted import parse_yaml, read_settings
 from crossan_fast.cache import HiddenStateCache
@@ -88,8 +88,9 @@ class OptimizerConfig:
         if self.id_weight_decay is not None:
             right = 0 <= self.id_weight_decay < math.inf
             _check(right, "optimizer.id_weight_decay", "at least 0 and finite, or null", self.id_weight_decay)
-        for beta in self.betas:
-            _check(0 <= beta < 1, "optimizer.betas", "two numbers in [0, 1)", self.betas)
+        betas = self.betas if isinstance(self.betas, (tuple, list)) else ()
+        right = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        _check(right, "optimizer.betas", "two numbers in [0, 1)", self.betas)
         if self.clip_norm is not None:
             right = 0 < self.clip_norm < math.inf
             _check(right, "optimizer.clip_norm", "a positive number or null", self.clip_norm)
@@ -160,8 +161,9 @@ class EvaluationConfig:
     users: str | None = None
 
     def __post_init__(self) -> None:
-        _check(len(self.k) > 0 and min(self.k) >= 1, "evaluation.k", "integers of at least 1", self.k)
-        object.__setattr__(self, "k", tuple(sorted({*self.k, 10})))
+        k = cutoffs_of("evaluation.k", self.k)
+        _check(len(k) > 0 and min(k) >= 1, "evaluation.k", "integers of at least 1", k)
+        object.__setattr__(self, "k", tuple(sorted({*k, 10})))
         _check(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
 
 

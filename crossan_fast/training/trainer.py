@@ -118,6 +118,8 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._best: dict[str, Any] = {"epoch": 0, self.monitor: -1.0}
         self._stale = 0
+        # Of the whole run: one that goes on has it from its checkpoint.
+        self._precision = {"name": self.precision.name, "reason": self.precision.reason}
 
     def fit(
         self,
@@ -241,7 +243,8 @@ class Trainer:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """A checkpoint's progress."""
-        kinds = {"history": list, "best": dict, "stale": int, "steps": int}
+        kinds = {"history": list, "best": dict, "stale": int, "steps": int, "precision": dict}
+        state.setdefault("precision", self._precision)  # checkpoints of before have none
         for entry, kind in kinds.items():
             if not isinstance(state.get(entry), kind):
                 raise ValueError(
@@ -250,6 +253,7 @@ class Trainer:
                 )
         self.history, self._best, self._stale = state["history"], state["best"], state["stale"]
         self.step.steps = state["steps"]
+        self._precision = state["precision"]
         self.step.skipped.fill_(self._skipped())
 
     def _stated(self, config: TrainConfig) -> TrainConfig:
@@ -369,12 +373,8 @@ class Trainer:
         entry["best_epoch"] = self._best["epoch"]
         if not self.processes.first:
             return
-        progress = {
-            "history": self.history,
-            "best": self._best,
-            "stale": self._stale,
-            "steps": self.step.steps,
-        }
+        progress = {"history": self.history, "best": self._best, "stale": self._stale}
+        progress |= {"steps": self.step.steps, "precision": self._precision}
         save_checkpoint(
             self.folder.last, self.model, self.optimizer, progress, self.step.average, self._run_id
         )
@@ -391,7 +391,7 @@ class Trainer:
             "diverged": diverged(self.history, self.columns),
             "skipped_steps": self._skipped(),
             "train_seconds": sum(entry["train_seconds"] for entry in self.history),
-            "precision": {"name": self.precision.name, "reason": self.precision.reason},
+            "precision": self._precision,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "validation": self.evaluate("validation").to_dict(),
             "test": self.evaluate("test").to_dict(),

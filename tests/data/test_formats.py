@@ -441,6 +441,11 @@ def test_without_times_rows_are_in_file_order(write: Write) -> None:
         ("user,item,time\nu,a,2020-13-01\n", "a.csv", r"line 2: .* got '2020-13-01', which is no ISO 8601"),
         ('{"user": "u", "item": "a"}\n{"user": \n', "a.jsonl", r"line 2: not valid JSON"),
         (
+            '{"user": "u", "item": "a"}\n{"user": "u", "item": "a", "user": "v"}\n',
+            "a.jsonl",
+            r"line 2: not valid JSON \(the key 'user' twice in one object\)",
+        ),
+        (
             '{"user": "u", "item": ["a"], "time": 1}\n',
             "a.jsonl",
             r"line 1: expected one item's name, got \['a'\]",

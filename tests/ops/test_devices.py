@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crossan_fast import CrossanConfig, CrossanModel, Modality, ops
+from crossan_fast import CrossanConfig, CrossanModel, Modality, _build, ops
 from crossan_fast.modules.sequence_encoder import SequenceEncoder
-from crossan_fast.ops import _cuda, _registration
+from crossan_fast.ops import _cuda, _dispatch, _registration
 
 META = torch.device("meta")
 WIDTHS = (6, 9)
@@ -225,3 +225,38 @@ def test_implementations_run_without_autocast(probe: Any) -> None:
         given = probe(states, weight, None)
         assert F.linear(states[0], weight).dtype == torch.bfloat16, "on again behind the op"
     assert torch.equal(given, F.linear(states[0], weight))
+
+
+def test_a_model_on_meta_gives_shapes_and_gradients():
+    """What is asked for before a large model is allocated; torch knows no autocast there."""
+    width, levels = 6, 2
+    modalities = [Modality(name, width, levels) for name in ("text", "image")]
+    with META:
+        model = CrossanModel(CrossanConfig(modalities, bottleneck=4, embedding_dim=8))
+        items = model.encode_items({m.name: torch.empty(5, levels, width) for m in modalities})
+        users = model.encode_users(torch.empty(2, 3, 8), torch.empty(2, 3, dtype=torch.bool))
+        loss = ops.full_loss(users, items, torch.empty(2, 3, dtype=torch.int64))
+        in_batch = ops.in_batch_loss(
+            users,
+            items,
+            torch.empty(2, 4, dtype=torch.int64),
+            torch.empty(5, dtype=torch.int64),
+            torch.empty(5),
+        )
+    assert items.shape == (5, 8) and users.shape == (2, 3, 8)
+    assert loss.device == in_batch.device == META and loss.shape == in_batch.shape == ()
+    (loss + in_batch).backward()
+    assert model.towers["text"].up.weight.grad.device == META
+
+
+def test_every_gpu_is_asked_what_the_kernels_need(monkeypatch):
+    """A choice holds for a device type: the current GPU says nothing of where a tensor lies."""
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capabilities[device])
+    monkeypatch.setattr(_build, "problem", lambda part: None)
+    request = _dispatch.Request("fusion", "cuda", torch.bfloat16)
+    assert "8.0 or later, got 7.5 of cuda:1" in _cuda.refuses(request)
+    capabilities.pop()
+    assert _cuda.refuses(request) is None

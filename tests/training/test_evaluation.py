@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from crossan_fast.training import TrainConfig, Trainer, evaluate, evaluate_baselines, open_task
+from crossan_fast.training import (
+    EvaluationConfig,
+    OptimizerConfig,
+    TrainConfig,
+    Trainer,
+    evaluate,
+    evaluate_baselines,
+    open_task,
+)
 from crossan_fast.training.evaluation import excluded, metrics_of
 from crossan_fast.training.ranking import rank_targets
 
@@ -198,9 +206,37 @@ def test_batches_of_users_and_cutoffs_are_integers(trainer: Trainer) -> None:
             evaluate(model, cache, split, batch_size=size)
         with pytest.raises(ValueError, match=f"batch_size: expected an integer of at least 1, got {size}"):
             model.encode_catalogue(cache, batch_size=size)
-    with pytest.raises(TypeError, match=r"k: expected integers, got 2\.5"):
+    with pytest.raises(TypeError, match=r"k: expected an integer or a list of integers, got 2\.5"):
         evaluate(model, cache, split, k=(2.5,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k: expected at least one cut-off, got none"):
         evaluate(model, cache, split, k=(), lists=True)
     with pytest.raises(IndexError, match=f"ids: expected rows 0 to {cache.num_items}, got 999"):
         model.encode_catalogue(cache, ids=torch.tensor([999]))
+
+
+@pytest.mark.parametrize("one", [7, np.int64(7)])
+def test_one_cutoff_is_a_list_of_one(trainer: Trainer, one: Any) -> None:
+    task, protocol = trainer.task, EvaluationConfig(k=one)
+    where = trainer.model, task.cache, task.split
+    assert evaluate(*where, k=one) == evaluate(*where, k=(7,))
+    assert evaluate_baselines(*where, k=one) == evaluate_baselines(*where, k=[7])
+    assert task.evaluate(trainer.model, "test", protocol, k=one).metrics.keys() == {"hr@7", "ndcg@7", "mrr"}
+    assert protocol.k == (7, 10) and {type(k) for k in protocol.k} == {int}
+
+
+@pytest.mark.parametrize("wrong", ["10", None, 2.5, True, ["5"], [True], torch.tensor([1, 2])])
+def test_what_is_no_cutoff_is_named(trainer: Trainer, wrong: Any) -> None:
+    expected = "k: expected an integer or a list of integers, got "
+    with pytest.raises(TypeError, match=f"^evaluation.{expected}"):
+        EvaluationConfig(k=wrong)
+    where = trainer.model, trainer.task.cache, trainer.task.split
+    with pytest.raises(TypeError, match=f"^{expected}"):
+        evaluate(*where, k=wrong)
+    with pytest.raises(TypeError, match=f"^{expected}"):
+        evaluate_baselines(*where, k=wrong)
+
+
+def test_one_beta_is_named() -> None:
+    for wrong in (0.9, (0.9,)):
+        with pytest.raises(ValueError, match=r"optimizer\.betas: expected two numbers in \[0, 1\), got "):
+            OptimizerConfig(betas=wrong)  # type: ignore[arg-type]

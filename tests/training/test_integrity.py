@@ -275,6 +275,25 @@ def test_populations_that_are_none_are_named(run: RunFolder, content: str) -> No
         run.read_population()
 
 
+def twice(path: Path, key: str) -> None:
+    """The key once more, in front and with the same value: what was read before this was refused."""
+    body = path.read_text(encoding="utf-8")
+    value = json.dumps(json.loads(body)[key])
+    path.write_text(f'{{"{key}": {value}, {body.lstrip()[1:]}', encoding="utf-8")
+
+
+def test_a_key_twice_in_a_file_is_named(run: RunFolder) -> None:
+    twice(run.best / "config.json", "bottleneck")
+    with pytest.raises(ValueError, match=r"config\.json: .*the key 'bottleneck' twice in one object"):
+        run.load_model("best")
+    twice(run.results, "epochs")
+    (_, problem) = verify_run(run.path).problems  # beside the config's
+    assert "results.json: expected JSON, got the key 'epochs' twice in one object" in problem
+    twice(run.population, "items")
+    with pytest.raises(ValueError, match=r"population\.json: .*the key 'items' twice in one object"):
+        run.read_population()
+
+
 # -- two trainings at once, and what killed ones left -------------------------------------------------------
 
 HOLD = """

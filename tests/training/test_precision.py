@@ -125,6 +125,16 @@ def test_a_resumed_run_computes_as_it_began(values: dict[str, Any]) -> None:
         train(changed, resume=True, progress=False)
 
 
+@pytest.mark.parametrize("again", [{}, {"precision": "fp32"}])
+def test_a_resumed_runs_results_give_the_reason_that_it_began_by(
+    values: dict[str, Any], again: dict[str, Any]
+) -> None:
+    began = train(TrainConfig.from_dict({**values, "epochs": 1}), progress=False)
+    for epochs in (2, 3):
+        config = TrainConfig.from_dict({**values, **again, "epochs": epochs})
+        assert train(config, resume=True, progress=False)["precision"] == began["precision"]
+
+
 def test_no_cpu_measured_gains_much_in_bf16_but_for_some_steps() -> None:
     """Which is why fp32 is the CPU's default: our steps and epochs, of each case the least of its rows, as a
     machine's pace changes between runs; where the CPU doesn't multiply bf16 no gain that a repeated run would

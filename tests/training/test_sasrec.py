@@ -62,6 +62,7 @@ def test_the_learning_rate_is_chosen_on_validation(config: TrainConfig, task: Ta
     assert "id_weight_decay 5.0" in str(chosen)
     own = train_sasrec(config, task, epochs=1)
     assert list(own.tried) == [0.01, 0.01 / 3]
+    assert list(train_sasrec(config, task, epochs=1, learning_rates=rates[0]).tried) == [rates[0]]
     with pytest.raises(ValueError, match="learning_rates: expected at least one, got none"):
         train_sasrec(config, task, learning_rates=[])
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: expected a positive number, got 0"):

@@ -55,6 +55,11 @@ def refuses(request: Request) -> str | None:
         return f"computes in {names}, not in {str(request.dtype).removeprefix('torch.')}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "needs a GPU of compute capability 8.0 or later"
+    # Of all, not the current one: a choice holds for every tensor of a device type.
+    for number in range(torch.cuda.device_count()):
+        if (found := torch.cuda.get_device_capability(number)) < (8, 0):
+            return (
+                f"needs GPUs of compute capability 8.0 or later, got {found[0]}.{found[1]} of cuda:{number} "
+                "(CUDA_VISIBLE_DEVICES leaves one out)"
+            )
     return _build.problem("cuda")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from compiled_ops import library, needs_cpp
@@ -51,3 +54,33 @@ USERS, ITEMS = torch.randn(2, 4), torch.randn(6, 4)
 def test_bad_arguments_raise_with_the_argument_named(call, message):
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         call(library())
+
+
+# Long lists of many users: 512 MiB of candidates, where each segment's 8,192 best wait for all others.
+MEASURED = """
+import resource, torch
+from crossan_fast import ops
+torch.manual_seed(0)
+users, items = torch.randn(512, 4), torch.randn(8 * 8192 + 1, 4)
+ops.topk_scores(users[:1], items[:100], 5, backend="cpp")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scores, ids = ops.topk_scores(users, items, 8192, backend="cpp")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+wanted = (users[::101] @ items[1:].T).topk(8192).values
+torch.testing.assert_close(scores[::101], wanted)
+"""
+
+
+def test_candidates_take_bounded_memory():
+    """Beside the result's 48 MiB, and two workers' 16 MiB each."""
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 300, "MiB"
+
+
+@pytest.mark.parametrize("k", [3, 20_000])
+def test_rounds_agree_with_one(k):
+    """More segments than one round takes, with a last one of few items, and more users than a group."""
+    users, items, _, exclude = ranking(70, 9 * 8192 + 5, 3, 4, torch.float64)
+    scores, ids = topk_scores(users, items, k, exclude, backend="cpp")
+    wanted = topk_scores_reference(users, items, k, exclude)
+    assert torch.equal(scores, wanted.scores) and torch.equal(ids, wanted.ids)
