@@ -56,6 +56,9 @@ ABLATIONS: dict[str, Ablation] = {
     "ids added, decay 10": Ablation((*_ADDED, "optimizer.id_weight_decay=10")),
     "ids added, decay 30": Ablation((*_ADDED, "optimizer.id_weight_decay=30")),
     "128 dimensions": Ablation(("model.embedding_dim=128",)),
+    "128 dimensions, learning rate 1e-3": Ablation(
+        ("model.embedding_dim=128", "optimizer.learning_rate=1e-3")
+    ),
     "modality dropout by item": Ablation(_ITEM),
     "modality dropout by history": Ablation(_HISTORY),
     "cosine, temperature 0.1": Ablation(("model.scores=cosine", "model.temperature=0.1")),

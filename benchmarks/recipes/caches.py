@@ -64,7 +64,7 @@ RECIPES = {
     for recipe in (
         Recipe("scientific", _VIEWS, variants=(_FULL,)),
         # A title there is followed by categories and brand, up to 143 words.
-        Recipe("scientific4k", _VIEWS, tokens=128, centred=True, basis=128, variants=(_FULL,)),
+        Recipe("scientific4k", _VIEWS, tokens=128, centred=True, basis=128),
         Recipe(
             "scientific2k",
             ("minilm={encoder}:pool=mean:levels=1:column=title", *_CLIP),

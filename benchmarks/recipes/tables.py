@@ -34,6 +34,12 @@ def spread(values: Sequence[float], signed: bool = False) -> str:
     return f"{mean:{sign}.2f}{deviation}"
 
 
+def dated(data: str) -> tuple[str, str]:
+    """A recipe's name, and what rows of one of before say: " (recipe of 2026-11-29)", or nothing."""
+    name, _, before = data.partition(" (")
+    return name, before and f" ({before}"
+
+
 def of(rows: Iterable[Row], metric: str, part: str = "test") -> list[float]:
     return [float(row[f"{part}_{metric}"]) for row in rows]
 
@@ -88,7 +94,8 @@ def ablations_table(rows: Sequence[Row], retention: Sequence[Row] = ()) -> str:
         named = ["setting", "cache", "seeds", "epochs", "validation HR@10", "NDCG@10", "less the recipe's"]
         lines += [head([*named, "test HR@10", "NDCG@10", *ties])]
         groups = grouped(own, "setting", "cache")
-        recipe = (PLAIN, data + RECIPES[data].suffix)
+        name, _ = dated(data)
+        recipe = (PLAIN, name + RECIPES[name].suffix)
         plain = groups.get(recipe, [])
         every = [row for row in own if (row["setting"], row["cache"]) == recipe]  # of older machines, too
         best_first = sorted(
@@ -119,10 +126,11 @@ def retention_table(rows: Sequence[Row]) -> str:
     """Markdown: what is left of test HR@10 where every item lacks a modality, means over seeds."""
     lines = ["", "## Without a modality at test time", ""]
     lines += [head(["cache", "setting", "seeds", "HR@10", "without", "HR@10", "retained"])]
-    for (cache, setting, missing), group in grouped(rows, "cache", "setting", "without").items():
+    groups = grouped(rows, "data", "cache", "setting", "without")
+    for (data, cache, setting, missing), group in groups.items():
         retained = statistics.fmean(float(row["retention_hr@10"]) for row in group)
         cells = [
-            cache,
+            cache + dated(data)[1],
             setting if setting == PLAIN else f"`{setting}`",
             " ".join(sorted(row["seed"] for row in group)),
             spread([float(row["whole_hr@10"]) for row in group]),

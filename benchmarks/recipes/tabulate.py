@@ -206,8 +206,9 @@ def main() -> None:
             print(path.read_text(encoding="utf-8"))
 
 
-def _recipe(row: Row) -> int:
-    return list(RECIPES).index(row["data"])
+def _recipe(row: Row) -> tuple[int, str]:
+    name, before = tables.dated(row["data"])
+    return list(RECIPES).index(name), before
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Kernels compile for GPUs that are not here: no spills, shared memory within limits, matrix instructions.
 
-Really compiled, in processes of their own (this one's kernels are the interpreter's): the hot kernels of every
-op in bf16 for sm_90, with the configs that the host functions choose for the paper's size; in `.ci/long` those
-for wider towers (D = 1,024 and 4,096), one in fp32 under torch's switch for TF32, and all for sm_80. The full
+Really compiled, in processes of their own (this one's kernels are the interpreter's): the hot kernels of each
+op in bf16 for sm_90, with the configs that host functions choose for the paper's size; in `.ci/long` those of
+wider towers (D = 1,024 and 4,096), one in fp32 under torch's switch for TF32, and all for sm_80. The full
 table (sm_89, 8-bit caches, fp32, more items, other kinds of network, kernels that are not hot) is made by
 `benchmarks/aot.sh`, and its rows are what the figures here are compared with. Where it has none by the
 installed Triton, limits alone are checked. `.ci/triton` compiles networks of kinds that the paper's is not.
