@@ -20,7 +20,7 @@ from crossan_fast.kernels._ranking import Tile, best_tile, scores
 from crossan_fast.ops.topk_scores import topk_scores_reference
 
 # Entries of the longest list that is merged with a tile: of items of 64 numbers in bf16 that takes 70 KiB of
-# a GPU's shared memory, twice as many 134 KiB, more than most have, and minutes of compiling.
+# shared memory, for twice as many 134 KiB, more than most GPUs have, and minutes of compiling.
 MOST = 512
 
 # The key of no candidate, below every other: −2^63 is no score's, whose top half is at least −(2^31 − 1).

@@ -10,6 +10,7 @@
 #if defined(CROSSAN_EMULATE_CUDA)
 #include <c10/core/DeviceGuard.h>
 #else
+#include <ATen/core/CachingHostAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -40,6 +41,7 @@ inline Tensor dense_and_aligned(const Tensor& tensor) {
 constexpr auto kDeviceType = at::kCPU;
 using DeviceGuard = c10::DeviceGuard;
 inline void* current_stream(const Tensor&) { return nullptr; }
+inline void keep_until_read(const Tensor&, const Tensor&) {}
 #else
 #define CROSSAN_DISPATCH_KEY CUDA
 #define CROSSAN_NAMESPACE crossan_fast_cuda
@@ -47,6 +49,14 @@ constexpr auto kDeviceType = at::kCUDA;
 using DeviceGuard = c10::cuda::CUDAGuard;
 inline void* current_stream(const Tensor& tensor) {
   return c10::cuda::getCurrentCUDAStream(tensor.get_device()).stream();
+}
+// Page-locked host memory that a kernel reads on the stream of `output`: were `host` freed while the kernel runs, torch
+// would give its block to the next who asks, as of torch's own copies it is told not to.
+inline void keep_until_read(const Tensor& host, const Tensor& output) {
+  if (!host.is_cpu()) return;
+  at::getHostAllocator(at::kCUDA)->record_event(const_cast<void*>(host.const_data_ptr()),
+                                                host.storage().data_ptr().get_context(),
+                                                c10::cuda::getCurrentCUDAStream(output.get_device()).unwrap());
 }
 #endif
 

@@ -33,6 +33,8 @@ Tensor gather_convert(const Tensor& states, const OptionalTensor& scales, const 
                                     is_wide(rows), states.size(0), count, states.size(1), states.size(2), kind,
                                     output.mutable_data_ptr(), output_kind, current_stream(output)),
              "gather_convert");
+  keep_until_read(states, output);
+  if (scales) keep_until_read(*scales, output);
   return output;
 }
 

@@ -241,3 +241,16 @@ def test_gather_convert(gpu, ops, stored, pinned):
     factors = None if scales is None else place(scales)
     got = ops.gather_convert(place(states), factors, ids, torch.bfloat16)
     assert torch.equal(got, want[ids].bfloat16())
+
+
+def test_pinned_rows_are_kept_until_they_are_read(gpu, ops):
+    """Freed at once, while the stream still waits: the next pinned tensor must not get their memory."""
+    states = torch.randn(64, 7, 768).pin_memory()
+    place, want = states.data_ptr(), states.clone()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)
+    got = ops.gather_convert(states, None, torch.arange(64, device=gpu), torch.float32)
+    del states
+    other = torch.zeros(64, 7, 768, pin_memory=True)
+    assert other.data_ptr() != place
+    assert torch.equal(got.cpu(), want)
