@@ -128,7 +128,8 @@ def forward(users: Tensor, items: Tensor, k: int, exclude: Tensor | None = None)
     A score that is NaN makes its item no candidate.
     """
     if k > MOST:
-        return tuple(topk_scores_reference(users, items, k, exclude))
+        found = topk_scores_reference(users, items, k, exclude)
+        return found.scores, found.ids
     first = tile(users.dtype, dot_precision(users.dtype) == "tf32", k)
     choices = [first, first._replace(users=32), first._replace(warps=8 if first.warps == 4 else 4)]
     history = 0 if exclude is None else exclude.shape[1]

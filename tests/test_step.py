@@ -414,3 +414,25 @@ def test_the_learning_rate_follows_a_step_that_was_resumed(cache: HiddenStateCac
     for _ in range(4):
         step(draw())
     assert {group["lr"] for group in step.optimizer.param_groups} == {1e-2}
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("skip", [0, 3])
+def test_norms_that_a_gpu_keeps_are_of_the_gradients_type(
+    cache: HiddenStateCache, monkeypatch: pytest.MonkeyPatch, kind: torch.dtype, skip: int
+) -> None:
+    """What torch makes by default is the user's, and may have changed since the model was made."""
+    model, settings = make_model(), OptimizerConfig(skip_nonfinite=skip)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        step = TrainStep(model, cache, make_optimizer(model, settings), settings)
+        monkeypatch.setattr(step, "device", torch.device("cuda"))  # its judgement, on these tensors' device
+        norms = torch.arange(1.0, len(step._parameters) + 1, dtype=torch.float32) / 3
+        if skip:
+            norms[2] = torch.nan
+        step._judge(torch.ones((), dtype=torch.float32), torch.linalg.vector_norm(norms), norms)
+    finally:
+        torch.set_default_dtype(before)
+    assert step._norms.dtype == torch.float32
+    torch.testing.assert_close(step._norms, norms, rtol=0, atol=0, equal_nan=True)

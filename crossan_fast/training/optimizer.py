@@ -39,6 +39,10 @@ def is_id_table(name: str) -> bool:
     return name in ("id_embedding.weight", "items.weight")
 
 
+class DecayTooLarge(ValueError):
+    """Items' own vectors would be gone after one step of their decay."""
+
+
 def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups for an optimizer, each with `names` beside `params` and its `base_lr`.
 
@@ -46,7 +50,7 @@ def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[
     small model's step feels.
 
     Raises:
-        ValueError: a learning rate that would take all of items' own vectors away in one step of their decay.
+        DecayTooLarge: a learning rate that would take all of items' own vectors away in one step.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -57,7 +61,7 @@ def parameter_groups(model: CrossanModel, config: OptimizerConfig) -> list[dict[
         if is_id_table(name) and config.id_weight_decay is not None:
             decay = config.id_weight_decay
             if rate * decay >= 1:
-                raise ValueError(
+                raise DecayTooLarge(
                     f"optimizer.id_weight_decay: expected below 1 / learning rate = {1 / rate:g}, got {decay}"
                 )
         group = groups.setdefault(

@@ -21,7 +21,7 @@ from crossan_fast._sources import ReadAhead
 from crossan_fast.config import CrossanConfig
 from crossan_fast.sasrec import SasRec, by_ids
 from crossan_fast.training.batches import Batches
-from crossan_fast.training.optimizer import make_optimizer
+from crossan_fast.training.optimizer import DecayTooLarge, make_optimizer
 from crossan_fast.training.precision import choose_precision
 from crossan_fast.training.step import REMEDY, TrainingError, TrainStep
 from crossan_fast.training.task import Task
@@ -111,17 +111,12 @@ def train_sasrec(
         say: called with what begins, what it will take, and what came of it.
 
     Raises:
-        TrainingError: a loss or gradient is not finite.
-        ValueError: the run's precision is `tf32`, on a device without it; no learning rate, or a wrong one.
+        TrainingError: a loss or gradient is not finite, with every learning rate.
+        ValueError: the run's precision is `tf32`, on a device without it; no learning rate, or a wrong one;
+            all of them too large for `optimizer.id_weight_decay`, which a run without ids has by default.
     """
     check_integer("epochs", epochs, 1)
-    own = config.optimizer.learning_rate
-    if isinstance(learning_rates, (int, float)):
-        learning_rates = (learning_rates,)
-    rates = tuple(dict.fromkeys((own, own / 3) if learning_rates is None else learning_rates))
-    if not rates:
-        raise ValueError("learning_rates: expected at least one, got none")
-    optimizers = [replace(config.optimizer, learning_rate=rate) for rate in rates]
+    optimizers = _with_each(config.optimizer, learning_rates)
     patience = config.patience or PATIENCE if patience is None else patience
     check_integer("patience", patience, 1)
     config = replace(config, epochs=epochs, patience=patience, seed=config.seed if seed is None else seed)
@@ -130,15 +125,15 @@ def train_sasrec(
     tried: dict[float, float | None] = {}
     seconds = 0.0
     for number, optimizer in enumerate(optimizers, 1):
-        of = "" if len(rates) == 1 else f" ({number} of {len(rates)})"
+        of = "" if len(optimizers) == 1 else f" ({number} of {len(optimizers)})"
         one, begun = replace(config, optimizer=optimizer), time.perf_counter()
         tried[optimizer.learning_rate] = None
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(config.seed)
                 trained = _Training(one, task, say, of).run()
-        except TrainingError as error:
-            if best is None and number == len(rates):
+        except (TrainingError, DecayTooLarge) as error:
+            if best is None and number == len(optimizers):
                 raise
             say(f"{error}; this learning rate is left out")
         else:
@@ -148,6 +143,17 @@ def train_sasrec(
         seconds += time.perf_counter() - begun
     assert best is not None
     return replace(best, tried=tried, seconds=seconds)
+
+
+def _with_each(config: OptimizerConfig, rates: float | Sequence[float] | None) -> list[OptimizerConfig]:
+    """The optimizer with each learning rate: see `train_sasrec`."""
+    own = config.learning_rate
+    if rates is None:
+        rates = (own, own / 3)
+    distinct = dict.fromkeys((rates,) if isinstance(rates, (int, float)) else rates)
+    if not distinct:
+        raise ValueError("learning_rates: expected at least one, got none")
+    return [replace(config, learning_rate=rate) for rate in distinct]
 
 
 class _Training:

@@ -108,9 +108,10 @@ class TrainStep:
         # On a GPU: whether a gradient was not finite, and each one's norm up to that step, or in the last one
         # that was left out.
         self._stopped = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._norms = torch.zeros(len(self._parameters), device=self.device)
+        kind = self._parameters[0].dtype  # of gradients' norms, whatever torch makes by default
+        self._norms = torch.zeros(len(self._parameters), device=self.device, dtype=kind)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.gradient_norm = torch.zeros((), device=self.device)
+        self.gradient_norm = torch.zeros((), device=self.device, dtype=kind)
         self._clipped: ClippedByStep | None = None
         if self.device.type == "cuda" and config.clip_norm is not None:
             self._clipped = ClippedByStep(config.clip_norm, self.device)

@@ -292,7 +292,8 @@ class Trainer:
         """Train an epoch; gives each step's loss and gradient norm, `[steps, 2]` on the host."""
         steps = len(self.batches)
         # They stay on the device until they are logged: reading one would make every step wait.
-        values = torch.zeros(steps, 2, device=self.device)
+        kind = torch.promote_types(self.step.gradient_norm.dtype, torch.float32)
+        values = torch.zeros(steps, 2, device=self.device, dtype=kind)
         rates: list[float] = []
         bar = tqdm(
             self.feed(epoch),

@@ -91,6 +91,19 @@ def test_a_learning_rate_that_diverges_is_left_out(
         train_sasrec(config, task, epochs=1, learning_rates=[0.3, 0.2])
 
 
+def test_a_learning_rate_that_decays_ids_to_nothing_is_left_out(config: TrainConfig, task: Task) -> None:
+    """By default it is 5 a unit of learning rate: a run over states alone may well have trained with 0.3."""
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=0.3, id_weight_decay=5.0))
+    said: list[str] = []
+    trained = train_sasrec(config, task, epochs=1, say=said.append)
+    assert trained.tried[0.3] is None and trained.settings["learning_rate"] == 0.3 / 3
+    assert any("id_weight_decay: expected below 1 / learning rate" in line for line in said)
+    with pytest.raises(
+        ValueError, match=r"optimizer\.id_weight_decay: expected below 1 / learning rate = 1, "
+    ):
+        train_sasrec(config, task, epochs=1, learning_rates=[3.0, 1.0])
+
+
 def test_the_loss_is_that_of_its_definition(config: TrainConfig) -> None:
     """Full softmax over all items' vectors, in float64, one place at a time."""
     config = changed(config, loss="full", dropout=0.0)
