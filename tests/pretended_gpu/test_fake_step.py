@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import crossan_fast._losses
-from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality, _sampling
+from crossan_fast import CrossanConfig, CrossanModel, HiddenStateCache, Modality
 from crossan_fast.kernels import _streaming_loss
 from crossan_fast.kernels.side_network.data import Data
 from crossan_fast.output import CrossanOutput
@@ -59,10 +59,6 @@ def step(
             OPTIMIZER,
             precision,
         )
-        if config.loss == "sampled":  # a first step brings what it draws by from the host
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_sampling, "_weights", lambda *_: torch.ones(ITEMS + 1, dtype=torch.float64))
-                model._sampler.ids(model, train.cache, ITEMS, GPU)
         with Watch():
             loss = train(item_ids)
     assert (loss.shape, loss.dtype, loss.device) == ((), torch.float32, GPU)
