@@ -15,6 +15,26 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`sweep(keep)`: the default run holds `keep` cases spread over a test's own, `.ci/long` the others.
+
+    Where there is a GPU, emulated kernels are real ones, and the default run holds all.
+    """
+    if torch.cuda.is_available():
+        return
+    sweeps: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sweep") and not item.get_closest_marker("long"):
+            sweeps.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in sweeps.values():
+        (keep,) = cases[0].get_closest_marker("sweep").args
+        kept = {place * len(cases) // keep for place in range(keep)}
+        for place, item in enumerate(cases):
+            if place not in kept:
+                item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

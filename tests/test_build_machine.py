@@ -172,6 +172,7 @@ def test_processes_that_waited_for_a_failed_build_do_not_repeat_it(probe, monkey
     assert [path.name for path in folder.iterdir()] == ["trouble.txt"]
 
 
+@pytest.mark.sweep(1)
 @needs_compiler
 @pytest.mark.parametrize("left", [0.0, 0.5, None], ids=["empty", "cut short", "changed"])
 def test_a_damaged_library_is_built_anew(probe, tmp_path, left):

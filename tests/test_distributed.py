@@ -53,6 +53,7 @@ def worker(rank, port, loss, folder):
         torch.save((total / WORLD, gradients), Path(folder) / f"{rank}.pt")
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("loss", ["in_batch", "full"])
 def test_two_processes_equal_one_on_the_joined_batch(loss, tmp_path):
     with socket.socket() as free:

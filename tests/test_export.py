@@ -54,6 +54,7 @@ def histories(model: CrossanModel) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(users, places, config.embedding_dim), mask
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_torch_exports_is_the_model_at_any_size(config: str) -> None:
     model = make_model(config).train()
@@ -82,6 +83,7 @@ def test_items_by_states_alone_have_no_vectors_of_their_own() -> None:
         torch.testing.assert_close(items.module()(*inputs), model.encode_items(*inputs))
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("backend", ["cpp", "eager", "triton", "cuda"])
 def test_it_is_plain_torch_under_any_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, model = make_model("momef", "eager"), make_model("momef", backend)

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+
+from crossan_fast._compiling import constant_in_graphs
 
 
 class Catalogue:
@@ -44,8 +45,7 @@ class Catalogue:
         assert digest is not None
         return digest
 
-    # A compiled step takes the answer as it is while it is being traced.
-    @torch.compiler.assume_constant_result
+    @constant_in_graphs
     def digest_of(self, num_items: int) -> str | None:
         """The digest of the first `num_items` rows alone, made once; None where the names are not known."""
         if num_items not in self._digests:

@@ -22,6 +22,7 @@ import torch
 
 from crossan_fast import _build
 from crossan_fast._checks import nearest
+from crossan_fast._compiling import constant_in_graphs
 from crossan_fast.ops import _passes
 
 BACKENDS = ("eager", "cpp", "triton", "cuda")
@@ -208,7 +209,7 @@ def check_backend(backend: str) -> None:
     _wanted(backend)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def has_kernel(op: str, backend: str) -> bool:
     """Whether a backend offers `op` at all; `auto` and `eager` offer every op.
 
@@ -222,7 +223,7 @@ def _passed_over(request: Request, backend: str) -> str | None:
     return found.not_by_default if isinstance(found, Implementation) else None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def choose(
     op: str, device: str, dtype: torch.dtype, features: tuple[str, ...] = (), backend: str = "auto"
 ) -> Choice:

@@ -44,6 +44,7 @@ def test_a_hostile_file_is_read_as_it_was_or_named(form: str, tmp_path: Path) ->
     assert survived(hostile_files.attack(form, tmp_path, 1, 0, 150, lambda index: None))
 
 
+@pytest.mark.sweep(1)
 @needs_cc
 @pytest.mark.parametrize("kind", ["EIO", "SHORT", "SIGKILL"])
 def test_any_failing_call_of_a_save_leaves_the_old_model_or_the_new(kind: str) -> None:

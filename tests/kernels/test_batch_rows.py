@@ -54,6 +54,7 @@ def kernel(inputs, grads):
     return [columns, histories, by_place, log_popularity, gradient]
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("most", [batch_rows.MOST, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(

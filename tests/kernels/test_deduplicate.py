@@ -32,6 +32,7 @@ def batches():
     yield torch.zeros(0, 4, dtype=torch.int64)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("spare", [0, 300, pytest.param(1, marks=pytest.mark.long)])
 def test_matches_the_definition(device, spare):
     for item_ids in batches():

@@ -39,6 +39,7 @@ def far(tmp_path, device):
     return cache, near
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
 def test_side_network_gathers_far_rows(fused, ids_dtype, far, monkeypatch):

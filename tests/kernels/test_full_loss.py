@@ -44,6 +44,7 @@ def kernel(*inputs):
     return [out.cpu() for out in (loss, *gradients)]
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "shape",

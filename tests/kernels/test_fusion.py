@@ -78,6 +78,7 @@ def compare(embeddings, weights, dtype, **options):
     judge_all(NAMES, actual, lambda: reference(embeddings, weights, grad, dtype=dtype, **options), truth)
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ def test_matches_float64(options, dtype, few, monkeypatch):
     compare(embeddings, weights, dtype, **options)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("modalities", "width", "inner", "dtype"),
     [
@@ -113,6 +115,7 @@ def test_other_numbers_of_modalities_and_wide_embeddings(modalities, width, inne
     compare(embeddings, weights, dtype)
 
 
+@pytest.mark.long
 def test_other_tiles_give_the_same(monkeypatch):
     """All that may be searched, of any device: one expert a program or all, other tiles and parts."""
     embeddings, weights = make(37, 2, 8, 40, torch.float32)
@@ -208,6 +211,7 @@ def test_full_precision_weights_under_half_precision_compute():
     judge_all(NAMES, out, lambda: reference(halves, rounded, grad, dtype=torch.bfloat16), truth)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
 def test_what_all_items_count_is_added_up_by_torch_or_by_programs(missing, counted, monkeypatch):
@@ -232,6 +236,7 @@ def test_the_balance_is_left_out_where_it_is_not_asked_for():
         assert left_out.balance is None and torch.equal(left_out.items, asked.items)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("count", [21, 41])
 def test_without_a_gradient_of_the_balance_it_is_that_of_zeros(count, monkeypatch):
     monkeypatch.setattr(host, "_FEW", 30)

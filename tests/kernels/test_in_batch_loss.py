@@ -77,6 +77,7 @@ def test_one_program_or_several_write_the_same_loss(monkeypatch):
         torch.testing.assert_close(several, alone)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
@@ -103,6 +104,7 @@ def test_matches_float64(shape, dtype):
         assert loss.dtype == torch.float32 and grad_users.dtype == grad_items.dtype == dtype
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("few", [4096, 7])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_wider_users_are_narrowed_as_they_are_read(dtype, few, monkeypatch):

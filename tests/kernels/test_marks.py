@@ -12,6 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("interpreted", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_gpus_tests_are_the_kernels_where_they_run_on_it(interpreted: bool) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpreted))}

@@ -48,6 +48,7 @@ def compare(items, mask, flat, heads, **kwargs):
     judge_all(range(len(have)), have, eager, truth)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(shape):
     batch, places, width, heads, inner, blocks, window = shape
@@ -55,6 +56,7 @@ def test_matches_float64(shape):
     compare(*drawn, heads, dropout=0.3, seed=SEED)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("shape", [(3, 37, 48, 3, 50, 1, 40), (7, 11, 6, 2, 70, 2, 11)], ids=str)
 def test_sums_in_parts_match_float64(monkeypatch, shape):
     """Of so many places that a program no longer sums all of them: 4 and 3 parts."""
@@ -72,6 +74,7 @@ def test_sums_in_parts_match_float64(monkeypatch, shape):
     assert launched[-1][0] is sum_kernel
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("dtype", "width"), [(torch.bfloat16, 32), (torch.bfloat16, 128), (torch.float16, 32)], ids=str
 )

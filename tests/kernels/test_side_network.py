@@ -143,6 +143,7 @@ BACKBONE = SideNetworkStructure((40, 40, 40), TRIPLE, "backbone", "gelu")
 UNEQUAL = SideNetworkStructure((40, 24), PAIR, "backbone", "gelu")
 
 
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize(
     "case",
     [
@@ -201,6 +202,7 @@ def test_matches_the_float64_reference(case: Case, device: torch.device) -> None
     check(case, device)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights_dtype", [None, torch.float32], ids=["cast", "autocast"])
 def test_half_precision_accumulates_in_fp32(dtype, weights_dtype, device: torch.device) -> None:
@@ -299,6 +301,7 @@ def test_runs_repeat_bit_for_bit(device: torch.device) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("structure", [UNEQUAL, replace(UNEQUAL, widths=(24, 24))], ids=["dense", "direct"])
 def test_chunks_of_items_add_up(structure, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "CHUNK", 8)
@@ -306,6 +309,7 @@ def test_chunks_of_items_add_up(structure, device: torch.device, monkeypatch: py
     check(Case(structure, items=19), device)
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("fused", [True, False])
 def test_one_launch_and_two_agree_with_the_reference(fused, device, monkeypatch) -> None:
     """Which of the two serves is a matter of size; here both do, the split one along D as well."""
@@ -396,6 +400,7 @@ KEPT = {
 }
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("name", KEPT)
 def test_a_backward_reads_what_the_forward_made_of_the_weights_or_makes_it_itself(name, device):
     """The same bits either way: where another backend's forward kept nothing, there is nothing to read."""

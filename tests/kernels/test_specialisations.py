@@ -78,6 +78,7 @@ def test_sizes_of_one_bucket_share_every_kernel(tmp_path):
         assert count <= shared.get(name, 1), (name, count)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_all_sizes_share_few_kernels(tmp_path):
     """From one item to 40,000: split or fused, first or later chunk of items, and nothing else."""

@@ -55,6 +55,7 @@ def assert_same(users, items, k, exclude):
     assert torch.equal(ids, expected.ids)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 10, 17])
 def test_matches_the_reference_exactly(k, dtype):
@@ -75,6 +76,7 @@ def test_fewer_candidates_than_k():
     assert not ids[0].any(), "nothing is left to recommend"
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inner_products_that_round(dtype):
     # Scores of random vectors: a different order of summation may exchange near ties, so scores are judged.

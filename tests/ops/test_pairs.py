@@ -91,6 +91,7 @@ int main() {
 """
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("march", ["native", "x86-64-v3", "x86-64"])
 @pytest.mark.skipif(shutil.which(_build.compiler()) is None, reason="no C++ compiler")
 def test_operands_are_rounded_and_laid_out_as_defined(march: str, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ print(faults(5))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_a_step_reuses_what_the_one_before_freed() -> None:
     def faults(how: str) -> int:

@@ -123,6 +123,7 @@ def test_parts_make_up_the_batch(size: int) -> None:
         assert sorted(joined[joined[:, 0] != 0].tolist()) == sorted(batch[batch[:, 0] != 0].tolist())
 
 
+@pytest.mark.long
 def test_torchrun(values: dict[str, Any], tmp_path: Path) -> None:
     """The command as README says it; one process speaks."""
     values |= {"epochs": 1, "device": "cpu"}

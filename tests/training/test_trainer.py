@@ -27,6 +27,7 @@ def with_values(values: dict[str, Any], **changes: Any) -> TrainConfig:
     return TrainConfig.from_dict({**values, **changes})
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("loss", ["in_batch", "full", "sampled", "prefixes"])
 def test_training_learns_the_ring(values: dict[str, Any], loss: str) -> None:
     values["model"] |= {"loss": "in_batch" if loss == "prefixes" else loss, "dropout": 0.0}

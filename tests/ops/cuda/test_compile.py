@@ -1,5 +1,5 @@
-"""nvcc compiles every kernel for every target without spills (sm_80 in `.ci/long`); Hopper's path holds its
-instructions; the bindings compile as they would for a GPU. About a minute of one core."""
+"""nvcc compiles every kernel for every target without spills; Hopper's path holds its instructions; the
+bindings compile as they would for a GPU. In `.ci/long`, but for one of the bindings."""
 
 import functools
 import os
@@ -93,12 +93,10 @@ def cubins(tmp_path_factory):
     return tmp_path_factory.mktemp("cubins")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        pytest.param(source, target, marks=pytest.mark.long if target == "80" else ())
-        for source, target in JOBS
-    ],
+    "source, target",
+    JOBS,
     ids=lambda part: _name(part) if isinstance(part, Path) else part,
 )
 def test_compiles_without_spills(cubins, source, target):
@@ -111,6 +109,7 @@ def test_compiles_without_spills(cubins, source, target):
     assert "Performance Loss" not in messages, messages[-4000:]
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("source", sorted((CSRC / "cuda").rglob("*.cpp")), ids=_name)
 def test_bindings_compile_for_a_gpu(tmp_path, source):
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -133,6 +132,7 @@ def test_bindings_compile_for_a_gpu(tmp_path, source):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "source, kernel, count, instructions",
     [

@@ -68,6 +68,7 @@ def test_narrow_towers_walk_with_h(width, walk):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [17, *(pytest.param(rank, marks=pytest.mark.long) for rank in (8, 40))])
 @pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "low rank", "low rank, side", "pairs"])
@@ -84,6 +85,7 @@ def need_brgemm():
         pytest.skip("torch has no bf16 brgemm on this CPU: oneDNN may use no bf16 of AVX-512 or AMX")
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])  # the second takes bf16, and finds no code for it
 def test_a_way_of_bf16_that_cannot_be_is_refused(isa):
     """In a process whose oneDNN may use no bf16 of the CPU, where `auto` has to serve."""
@@ -161,6 +163,7 @@ def test_brgemm_rounds_where_fp32_does_not_and_nowhere_else(monkeypatch):
     assert not all(torch.equal(x, y) for x, y in zip(results["fp32"][1], results["brgemm"][1], strict=True))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_at_the_papers_size(dtype):
     """In bf16 by the way that this CPU takes."""

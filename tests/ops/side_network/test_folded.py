@@ -110,6 +110,7 @@ def test_each_case_walks_as_it_is_named(name):
     assert (kept.numel() == 0) == name.startswith(("narrow", "side"))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     "name",
     [
@@ -174,6 +175,7 @@ def test_bits_do_not_depend_on_threads_and_repeat(name, missing):
     )
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("rank", [6, 40], ids=["by links", "with h"])
 @pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs"])
 def test_compiles_whole_and_keeps_its_schema(name, rank):
@@ -197,6 +199,7 @@ def test_compiles_whole_and_keeps_its_schema(name, rank):
         assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
+@pytest.mark.sweep(1)
 # Of 2 towers and modalities in float64 and blocks of 75 items: slices of 64, 192 and 256 columns.
 @pytest.mark.parametrize("kilobytes", ["1", "256", "1024"])
 def test_every_size_of_l2_gives_the_definition(kilobytes):
