@@ -81,6 +81,7 @@ def test_builds_once_says_so_and_clears_a_stale_lock(probe, caplog):
     assert not caplog.records
 
 
+@pytest.mark.long
 @needs_compiler
 def test_folders_of_ops_may_hold_files_of_one_name(probe):
     include = '#include <torch/library.h>\n#include "value.h"\n'

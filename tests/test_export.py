@@ -54,7 +54,7 @@ def histories(model: CrossanModel) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.randn(users, places, config.embedding_dim), mask
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_torch_exports_is_the_model_at_any_size(config: str) -> None:
     model = make_model(config).train()

@@ -62,6 +62,7 @@ def test_ops_and_rows_have_the_same_bits_from_anywhere(methods: tuple[str, ...])
     assert survived(Tally.from_json(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.long
 def test_a_process_that_grows_is_found() -> None:
     files: list[int] = []
     assert soak.watched("nothing", 20, lambda index: None).survived == 20

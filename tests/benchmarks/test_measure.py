@@ -127,6 +127,7 @@ def test_no_case_begins_past_the_budget(tmp_path):
     assert not outcome.rows and "the budget of 0 s" in outcome.skipped[0]
 
 
+@pytest.mark.long
 def test_what_this_commit_has_rows_of_is_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "commit", lambda: "one")
     results.environment.cache_clear()

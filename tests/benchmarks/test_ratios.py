@@ -17,6 +17,7 @@ from crossan_fast.ops import BackendUnavailable
 ASKED, TRIES = 1.5, 3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_compiled_side_network_is_faster_than_the_plain_one():
     cpu = torch.device("cpu")

@@ -255,6 +255,7 @@ def test_wrong_wishes_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "scientific4k" in capsys.readouterr().err and not (tmp_path / "work" / "minilm").exists()
 
 
+@pytest.mark.long
 def test_a_method_that_fails_in_its_own_process_is_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,7 @@ print(sorted(triton_cache.compile_case(case, "bf16", 90, only=frozenset())))
 """
 
 
+@pytest.mark.long
 def test_a_step_reaches_the_host_functions_of_both_passes_without_a_gpu() -> None:
     """Under autocast, with the weights, ids and caches of training; nothing is compiled here."""
     called = eval(compiling("-c", STEP).splitlines()[-1])

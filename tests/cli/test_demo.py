@@ -11,7 +11,7 @@ import pytest
 from crossan_fast.cli import demo, main
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_each_modality_adds_and_all_beat_popularity_threefold(seed, tmp_path):
     said: list[str] = []

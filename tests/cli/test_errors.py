@@ -134,7 +134,7 @@ def test_names_and_paths_in_unicode_need_no_unicode_terminal(run_folder: Path, t
     assert told.returncode == 0 and rb"\u03a4\u03af\u03c4\u03bb\u03bf\u03c2 b00" in told.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_keeps_the_last_epoch(run_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"

@@ -179,7 +179,7 @@ def _rank(count):
     return [rank_of_target.forward(_normal(count, 8), _normal(30, 8, seed=1), targets)]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("call", "ops"),
     [

@@ -143,7 +143,7 @@ BACKBONE = SideNetworkStructure((40, 40, 40), TRIPLE, "backbone", "gelu")
 UNEQUAL = SideNetworkStructure((40, 24), PAIR, "backbone", "gelu")
 
 
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(
     "case",
     [
@@ -293,6 +293,7 @@ def test_no_items(device: torch.device) -> None:
     assert not any(g.any() for g in gradients)
 
 
+@pytest.mark.long
 def test_runs_repeat_bit_for_bit(device: torch.device) -> None:
     case = Case(BACKBONE, items=40, dtype=torch.bfloat16)
     built = case.build(device)
@@ -368,6 +369,7 @@ def test_registered_op_passes_opcheck(device: torch.device) -> None:
     )
 
 
+@pytest.mark.long
 def test_compiles_whole_with_dynamic_sizes_under_autocast(device: torch.device) -> None:
     """Half precision from fp32 weights, only some of which need a gradient, and a tower nobody uses."""
     structure = SideNetworkStructure((24, 24), PAIR, "none", "gelu")

@@ -25,6 +25,7 @@ def changed(config: TrainConfig, **model: Any) -> TrainConfig:
     return replace(config, model={**config.model, **model})
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("model", [{}, {"loss": "full"}, {"scores": "cosine", "temperature": 0.1}])
 def test_it_learns_who_follows_whom(config: TrainConfig, model: dict[str, Any]) -> None:
     """Item i follows item i - 1, from the ids alone: popularity and random states know nothing of it."""

@@ -56,6 +56,14 @@ def _run(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The library takes two minutes to build, its cases seconds each: `.ci/long` runs them."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and "library" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned_memory: None) -> None:
     """Fresh memory holds NaNs (bytes of ones in workspaces), so that what nothing wrote shows."""

@@ -1,5 +1,5 @@
 """nvcc compiles every kernel for every target without spills; Hopper's path holds its instructions; the
-bindings compile as they would for a GPU. In `.ci/long`, but for one of the bindings."""
+bindings compile as they would for a GPU. Minutes: all in `.ci/long`."""
 
 import functools
 import os
@@ -48,7 +48,7 @@ def _jobs() -> list[tuple[Path, str]]:
 JOBS = _jobs()
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH, nor under CUDA_HOME or /usr/local/cuda"),
 ]
 
@@ -93,7 +93,6 @@ def cubins(tmp_path_factory):
     return tmp_path_factory.mktemp("cubins")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "source, target",
     JOBS,
@@ -109,7 +108,6 @@ def test_compiles_without_spills(cubins, source, target):
     assert "Performance Loss" not in messages, messages[-4000:]
 
 
-@pytest.mark.sweep(1)
 @pytest.mark.parametrize("source", sorted((CSRC / "cuda").rglob("*.cpp")), ids=_name)
 def test_bindings_compile_for_a_gpu(tmp_path, source):
     compiler = shutil.which("g++") or shutil.which("clang++")
@@ -132,7 +130,6 @@ def test_bindings_compile_for_a_gpu(tmp_path, source):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "source, kernel, count, instructions",
     [

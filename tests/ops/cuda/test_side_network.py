@@ -61,7 +61,7 @@ PRESENCE = [
 ]
 
 
-@pytest.fixture(params=[MMA, pytest.param(HOPPER, marks=pytest.mark.long)], ids=["mma", "hopper"])
+@pytest.fixture(params=[MMA, HOPPER], ids=["mma", "hopper"])
 def path(request, emulate):
     emulate(architecture=80 if request.param == MMA else 90, shared=227 * 1024)
     return request.param

@@ -163,7 +163,7 @@ def test_brgemm_rounds_where_fp32_does_not_and_nowhere_else(monkeypatch):
     assert not all(torch.equal(x, y) for x, y in zip(results["fp32"][1], results["brgemm"][1], strict=True))
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_at_the_papers_size(dtype):
     """In bf16 by the way that this CPU takes."""

@@ -175,7 +175,7 @@ def test_bits_do_not_depend_on_threads_and_repeat(name, missing):
     )
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize("rank", [6, 40], ids=["by links", "with h"])
 @pytest.mark.parametrize("name", ["backbone", "unequal widths, side", "pairs"])
 def test_compiles_whole_and_keeps_its_schema(name, rank):
