@@ -54,7 +54,9 @@ ABLATIONS: dict[str, Ablation] = {
     "ids, decay 10": Ablation(("model.id_embedding=true", "optimizer.id_weight_decay=10")),
     "ids added": Ablation(_ADDED),
     "ids added, decay 10": Ablation((*_ADDED, "optimizer.id_weight_decay=10")),
+    "ids added, decay 20": Ablation((*_ADDED, "optimizer.id_weight_decay=20")),
     "ids added, decay 30": Ablation((*_ADDED, "optimizer.id_weight_decay=30")),
+    "ids added, decay 150": Ablation((*_ADDED, "optimizer.id_weight_decay=150")),
     "128 dimensions": Ablation(("model.embedding_dim=128",)),
     "128 dimensions, learning rate 1e-3": Ablation(
         ("model.embedding_dim=128", "optimizer.learning_rate=1e-3")
