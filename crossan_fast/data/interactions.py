@@ -40,7 +40,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from crossan_fast._checks import nearest
+from crossan_fast._checks import check_integer, nearest
 from crossan_fast.data._open import Source, open_table
 from crossan_fast.data._raw import Raw, RawBuilder
 from crossan_fast.data._values import LABELS, Numbers, TimeUnit
@@ -322,8 +322,8 @@ def _assemble(
     stacklevel: int,
     bare: Sequence[int] = (),
 ) -> Interactions:
-    if min_items < 1 or (max_items is not None and max_items < min_items):
-        raise ValueError(f"min_items, max_items: expected 1 <= min <= max, got {min_items} and {max_items}")
+    check_integer("min_items", min_items, 1)
+    check_integer("max_items", 1 if max_items is None else max_items, 1)
     if catalogue not in ("all", "used"):
         raise ValueError(f"catalogue: expected 'all' or 'used', got {catalogue!r}")
     names = list(raw.vocabulary if items is None else items[1:] if items and items[0] == "" else items)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from crossan_fast.config import CrossanConfig
 from crossan_fast.modules.linear import bias_of, own, refuse_hooked, unwrapped, weight_of
 from crossan_fast.ops._contracts import FusionWeights
-from crossan_fast.ops._dispatch import without_autocast
+from crossan_fast.ops._dispatch import exporting, without_autocast
 from crossan_fast.ops.fusion import FusionOutput, fusion
 
 
@@ -104,6 +104,17 @@ def make_concat(config: CrossanConfig) -> nn.Linear:
 
 
 def concat(linear: nn.Module, embeddings: Tensor) -> Tensor:
-    """`[N, T, d]` to `[N, d]`."""
-    weight = weight_of(linear)
-    return F.linear(embeddings.flatten(1).to(weight.dtype), weight, bias_of(linear))
+    """`[N, T, d]` to `[N, d]`; without gradient on a CPU, equal items become equal ones."""
+    weight, bias = weight_of(linear), bias_of(linear)
+    towers = embeddings.flatten(1).to(weight.dtype)
+    if _ranks(towers):
+        # BLAS sums a row in another order where fewer stand beside it: in float64, below what fp32 keeps.
+        return F.linear(towers.double(), weight.double(), bias.double()).to(weight.dtype)
+    return F.linear(towers, weight, bias)
+
+
+def _ranks(towers: Tensor) -> bool:
+    """Whether embeddings are made to be compared: no step trains on them, and no program is written of it."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or exporting():
+        return False
+    return towers.device.type == "cpu"

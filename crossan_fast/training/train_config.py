@@ -250,7 +250,8 @@ class TrainConfig:
         for name in ("batch_size", "epochs", "evaluate_every", "log_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         if self.split.by == "leave_one_out" and self.evaluation.users is None:
-            _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)
+            for name, most in (("min_items", self.min_items), ("max_items", self.max_items)):
+                _check(most is None or most >= 3, name, "at least 3 (two targets and a history)", most)
         if self.evaluation.users is not None:
             kind = self.split.by
             _check(kind == "leave_one_out", "split.by", "leave_one_out, with evaluation.users", kind)

@@ -107,12 +107,11 @@ names = st.sampled_from([f"i{k}" for k in range(12)])
     ),
     known=st.lists(names, unique=True, max_size=12),
     min_items=st.integers(1, 4),
-    extra=st.integers(0, 4),
+    max_items=st.integers(1, 8),
 )
 def test_equals_a_loop_over_users(
-    sequences: dict[str, list[str]], known: list[str], min_items: int, extra: int
+    sequences: dict[str, list[str]], known: list[str], min_items: int, max_items: int
 ) -> None:
-    max_items = min_items + extra
     kept = {user: [n for n in seq if n in known] for user, seq in sequences.items()}
     expected = {user: seq[-max_items:] for user, seq in kept.items() if len(seq) >= min_items}
     used = [n for n in known if any(n in seq for seq in expected.values())]
@@ -208,8 +207,10 @@ def test_bad_arguments() -> None:
     sequences = {"u": ["a", "b", "c"]}
     with pytest.raises(ValueError, match=r"items: 'a' occurs more than once among 3 names"):
         build_interactions(sequences, ["a", "b", "a"])
-    with pytest.raises(ValueError, match=r"expected 1 <= min <= max, got 5 and 4"):
-        build_interactions(sequences, max_items=4)
+    with pytest.raises(ValueError, match=r"^min_items: expected an integer of at least 1, got 0"):
+        build_interactions(sequences, min_items=0)
+    with pytest.raises(ValueError, match=r"^max_items: expected an integer of at least 1, got -4"):
+        build_interactions(sequences, max_items=-4)
     with pytest.raises(ValueError, match=r"catalogue: expected 'all' or 'used', got 'some'"):
         build_interactions(sequences, catalogue="some")  # type: ignore[arg-type]
 

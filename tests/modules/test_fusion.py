@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from crossan_fast.modules.fusion import folded, make_head
+from crossan_fast.modules.fusion import concat, folded, make_head
 
 
 def test_one_layer_is_itself() -> None:
@@ -31,3 +33,14 @@ def test_autocast_does_not_round_the_product() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         cast = folded(head)
     assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
+
+
+@pytest.mark.parametrize("width", [6, 33, 64])
+def test_what_is_concatenated_does_not_depend_on_the_items_beside_it(width: int) -> None:
+    """Equal items have to tie: those of a catalogue's last, short chunk with those of the others, too."""
+    linear, item = nn.Linear(3 * width, width), torch.randn(1, 3, width)
+    with torch.no_grad():
+        alone = concat(linear, item)
+        for count in (2, 3, 7, 50, 300):
+            items = concat(linear, item.repeat(count, 1, 1))
+            assert torch.equal(items, alone.expand_as(items))

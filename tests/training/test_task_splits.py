@@ -61,6 +61,14 @@ def test_splits(make: Make, settings: dict[str, Any], rows: int, targets: int, s
     assert said in described and "user 'who'" in described and "left out: " in described
 
 
+def test_a_window_may_need_less_of_a_history_than_its_user_has_to_have(make: Make) -> None:
+    task = open_task(make(min_items=9))
+    assert task.split.train.shape == (20, 4)
+    assert task.dropped.old_interactions == 20 * (12 - 6)
+    with pytest.raises(ValueError, match=r"none of 20 users has min_items = 13"):
+        open_task(make(min_items=13))
+
+
 def test_a_column_of_labels_orders_a_given_split_alone(make: Make, tmp_path: Path) -> None:
     """Labels against time: the first event of each user tests where the split is given, else the last."""
     log = (tmp_path / "log.csv").read_text().splitlines()

@@ -52,6 +52,7 @@ def test_a_file_with_overrides(values: dict[str, Any], tmp_path: Path) -> None:
         ("cache=7", "cache: expected text, got 7"),
         ("cache=null", "expected cache to be set"),
         ("min_items=2", "min_items: expected at least 3"),
+        ("max_items=2", "max_items: expected at least 3"),
         ("patience=0", "patience: expected at least 1 or null, got 0"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate: expected a number, got 'fast'"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate: expected a positive number, got 0.0"),
