@@ -58,12 +58,13 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
 
 def cutoffs_of(name: str, k: object) -> tuple[int, ...]:
     """One cut-off or several as integers; raise TypeError for anything else."""
-    several = tuple(k) if isinstance(k, Iterable) and not isinstance(k, (str, bytes, Tensor)) else (k,)
+    one = not isinstance(k, Iterable) or isinstance(k, (str, bytes, Tensor)) or getattr(k, "ndim", 1) == 0
+    several = (k,) if one else tuple(k)
     if wrong := [each for each in several if isinstance(each, bool) or not hasattr(each, "__index__")]:
         raise TypeError(f"{name}: expected an integer or a list of integers, got {wrong[0]!r}")
     try:
         return tuple(map(operator.index, several))
-    except TypeError as error:  # a tensor of several numbers
+    except TypeError as error:  # an array of several numbers, or of no integer
         raise TypeError(f"{name}: expected an integer or a list of integers, got {k!r}") from error
 
 

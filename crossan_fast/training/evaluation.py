@@ -280,7 +280,7 @@ def check_cutoffs(k: Sequence[int], candidates: int) -> None:
     """Raise unless `k` is one integer or more, each below the number of candidates."""
     if not k:
         raise ValueError("k: expected at least one cut-off, got none")
-    for cutoff in cutoffs_of("k", k):
+    for cutoff in k:
         if not 1 <= cutoff < candidates:
             raise ValueError(
                 f"k: expected 1 to {candidates - 1}, below the number of candidates, got {cutoff}"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -112,6 +113,7 @@ def train_sasrec(
 
     Raises:
         TrainingError: a loss or gradient is not finite, with every learning rate.
+        TypeError: a learning rate that is no number.
         ValueError: the run's precision is `tf32`, on a device without it; no learning rate, or a wrong one;
             all of them too large for `optimizer.id_weight_decay`, which a run without ids has by default.
     """
@@ -150,7 +152,12 @@ def _with_each(config: OptimizerConfig, rates: float | Sequence[float] | None) -
     own = config.learning_rate
     if rates is None:
         rates = (own, own / 3)
-    distinct = dict.fromkeys((rates,) if isinstance(rates, (int, float)) else rates)
+    one = not isinstance(rates, Iterable) or isinstance(rates, str) or getattr(rates, "ndim", 1) == 0
+    several: tuple[Any, ...] = (rates,) if one else tuple(rates)
+    for rate in several:
+        if isinstance(rate, bool) or not isinstance(rate, Real):
+            raise TypeError(f"learning_rates: expected a number or a list of numbers, got {rate!r}")
+    distinct = dict.fromkeys(map(float, several))
     if not distinct:
         raise ValueError("learning_rates: expected at least one, got none")
     return [replace(config, learning_rate=rate) for rate in distinct]

@@ -214,7 +214,7 @@ def test_batches_of_users_and_cutoffs_are_integers(trainer: Trainer) -> None:
         model.encode_catalogue(cache, ids=torch.tensor([999]))
 
 
-@pytest.mark.parametrize("one", [7, np.int64(7)])
+@pytest.mark.parametrize("one", [7, np.int64(7), np.array(7)])
 def test_one_cutoff_is_a_list_of_one(trainer: Trainer, one: Any) -> None:
     task, protocol = trainer.task, EvaluationConfig(k=one)
     where = trainer.model, task.cache, task.split
@@ -224,7 +224,7 @@ def test_one_cutoff_is_a_list_of_one(trainer: Trainer, one: Any) -> None:
     assert protocol.k == (7, 10) and {type(k) for k in protocol.k} == {int}
 
 
-@pytest.mark.parametrize("wrong", ["10", None, 2.5, True, ["5"], [True], torch.tensor([1, 2])])
+@pytest.mark.parametrize("wrong", ["10", None, 2.5, True, ["5"], [True], torch.tensor([1, 2]), np.array(5.0)])
 def test_what_is_no_cutoff_is_named(trainer: Trainer, wrong: Any) -> None:
     expected = "k: expected an integer or a list of integers, got "
     with pytest.raises(TypeError, match=f"^evaluation.{expected}"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,19 @@ def test_the_learning_rate_is_chosen_on_validation(config: TrainConfig, task: Ta
         train_sasrec(config, task, learning_rates=[])
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate: expected a positive number, got 0"):
         train_sasrec(config, task, learning_rates=[0.0])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["0.1", True, ["0.1"], [0.1, None], torch.tensor(0.1), np.array("a"), [[0.1]]], ids=str
+)
+def test_what_is_no_learning_rate_is_named(config: TrainConfig, task: Task, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^learning_rates: expected a number or a list of numbers, got "):
+        train_sasrec(config, task, learning_rates=wrong)
+
+
+def test_a_learning_rate_may_be_numpys(config: TrainConfig, task: Task) -> None:
+    for rates in (np.float32(0.125), np.array([0.125])):
+        assert list(train_sasrec(config, task, epochs=1, learning_rates=rates).tried) == [0.125]  # type: ignore[arg-type]
 
 
 def test_a_learning_rate_that_diverges_is_left_out(
