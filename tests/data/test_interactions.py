@@ -208,8 +208,6 @@ def test_bad_arguments() -> None:
     sequences = {"u": ["a", "b", "c"]}
     with pytest.raises(ValueError, match=r"items: 'a' occurs more than once among 3 names"):
         build_interactions(sequences, ["a", "b", "a"])
-    with pytest.raises(ValueError, match=r"expected 1 <= min <= max, got 5 and 4"):
-        build_interactions(sequences, max_items=4)
     with pytest.raises(ValueError, match=r"catalogue: expected 'all' or 'used', got 'some'"):
         build_interactions(sequences, catalogue="some")  # type: ignore[arg-type]
 
@@ -245,3 +243,17 @@ def test_scientific_has_the_counts_of_iisan(scientific: Path) -> None:
 def test_a_string_in_place_of_a_list_of_names_is_refused(names):
     with pytest.raises(ValueError, match=r"sequences\['b'\]: expected a list of item names, got b?'"):
         build_interactions({"a": ["x", "y", "z"], "b": names}, min_items=3)
+    with pytest.raises(TypeError, match="items: expected a list of item names, got 'xyz'"):
+        build_interactions({"a": ["x", "y", "z"]}, "xyz", min_items=3)
+
+
+def test_numbers_of_items_are_checked():
+    for name in ("min_items", "max_items"):
+        with pytest.raises(TypeError, match=f"{name}: expected an integer of at least 1, got .*2.5"):
+            build_interactions({"a": ["x", "y", "z"]}, **{name: 2.5})
+        with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 1, got 0"):
+            build_interactions({"a": ["x", "y", "z"]}, **{name: 0})
+    with pytest.raises(TypeError, match="sequences: expected item names by user, got list"):
+        build_interactions([["x", "y", "z"]])
+    found = build_interactions({"a": list("uvwxy"), "b": list("xyz")}, min_items=4, max_items=2)
+    assert named(found) == {"a": ["x", "y"]}

@@ -61,6 +61,22 @@ def test_splits(make: Make, settings: dict[str, Any], rows: int, targets: int, s
     assert said in described and "user 'who'" in described and "left out: " in described
 
 
+@pytest.mark.parametrize(("window", "min_items"), [(1, 5), (3, 8)])
+def test_users_may_need_more_items_than_count(make: Make, window: int, min_items: int) -> None:
+    """By default the last window + 3 items of a user count, fewer than the user may have to have."""
+    model = {"embedding_dim": 8, "bottleneck": 2, "window": window, "blocks": 1}
+    split = open_task(make(model=model, min_items=min_items)).split
+    last = [(u + day) % ITEMS + 1 for u in range(20) for day in (10, 11)]
+    assert split.validation_target.tolist() == last[::2] and split.test_target.tolist() == last[1::2]
+    assert split.train.tolist() == [
+        [(u + day) % ITEMS + 1 for day in range(9 - window, 10)] for u in range(20)
+    ]
+    with pytest.raises(ValueError, match=r"none of 20 users has min_items = 13 known items"):
+        open_task(make(model=model, min_items=13))
+    with pytest.raises(ValueError, match=r"max_items: expected at least 3 \(two targets and a history\)"):
+        make(max_items=2)
+
+
 def test_a_column_of_labels_orders_a_given_split_alone(make: Make, tmp_path: Path) -> None:
     """Labels against time: the first event of each user tests where the split is given, else the last."""
     log = (tmp_path / "log.csv").read_text().splitlines()
