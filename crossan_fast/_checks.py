@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
+import os
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -96,6 +97,12 @@ def check_range(name: str, numbers: Tensor, low: int, high: int | None = None) -
     if least < low or (high is not None and most > high):
         range_ = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name}: expected integers {range_}, got {least if least < low else most}")
+
+
+def refuse_path(cache: object) -> None:
+    """Raise TypeError for where a cache lies, in place of the cache."""
+    if isinstance(cache, str | os.PathLike):
+        raise TypeError(f"cache: expected a HiddenStateCache, as HiddenStateCache.open gives, got {cache!r}")
 
 
 def refuse_gradient(name: str, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from crossan_fast._checks import nearest
+from crossan_fast._checks import describe, nearest
 from crossan_fast.config import CrossanConfig, Modality
 from crossan_fast.modules.fusion import Momef
 
@@ -27,13 +27,15 @@ SHARE = 0.01
 @torch.no_grad()
 def extend(model: CrossanModel, modality: Modality, share: float, freeze: bool) -> CrossanModel:
     """See `CrossanModel.extend`."""
-    if not 0 < share < 1:
+    if not isinstance(share, float | int) or not 0 < share < 1:
         raise ValueError(f"share: expected a number between 0 and 1, got {share!r}")
     if model.config.top_k is not None:
         raise ValueError(
             f"top_k: an expert with next to no weight would never be chosen, expected None, got "
             f"{model.config.top_k}"
         )
+    if not isinstance(modality, Modality):
+        raise TypeError(f"modality: expected Modality, got {describe(modality)}")
     grown = _like(model, replace(model.config, modalities=(*model.config.modalities, modality)))
     kept = _carry(model, grown)
     fusion = grown.fusion
@@ -56,7 +58,7 @@ def remove(model: CrossanModel, name: str) -> CrossanModel:
     if name not in config.modality_names:
         raise ValueError(
             f"name: expected one of {list(config.modality_names)}, got {name!r}"
-            f"{nearest(name, config.modality_names)}"
+            f"{nearest(str(name), config.modality_names)}"
         )
     if config.architecture == "iisan":
         raise ValueError(

@@ -66,6 +66,8 @@ class Popularity(nn.Module):
         ◊ Of an id embedding an item without an interaction is absent. Called again, say with a catalogue that
         grew, rows keep their vectors.
         """
+        if catalogue is not None and not isinstance(catalogue, Catalogue):
+            raise TypeError(f"catalogue: expected a Catalogue, got {describe(catalogue)}")
         if isinstance(counts, Split):
             if catalogue is not None:
                 raise ValueError("catalogue: goes with plain counts; a split has its own")
@@ -156,7 +158,10 @@ class Popularity(nn.Module):
 
 
 def _shares(counts: Tensor | Sequence[int], catalogue: Catalogue | None) -> Tensor:
-    tensor = torch.as_tensor(counts, dtype=torch.float64)
+    try:
+        tensor = torch.as_tensor(counts, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"counts: expected a Split, or [I + 1] numbers, got {describe(counts)}") from error
     check_tensor("counts", tensor, (None,))
     if tensor.numel() < 2 or not torch.isfinite(tensor).all() or (tensor < 0).any():
         raise ValueError(f"counts: expected [I + 1] finite counts of at least 0, got {describe(tensor)}")

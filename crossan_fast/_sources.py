@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from crossan_fast._checks import check_tensor, describe, nearest
+from crossan_fast._checks import check_tensor, describe, nearest, refuse_path
 from crossan_fast.cache.staging import Rows
 from crossan_fast.cache.validate import FLOATS, first_bad_level, nonfinite_rows
 from crossan_fast.config import CrossanConfig
@@ -91,6 +91,8 @@ def dense(
         ValueError, TypeError: names, shapes, dtypes or devices that do not fit.
     """
     names = config.modality_names
+    if not isinstance(states, Mapping):
+        raise TypeError(f"states: expected tensors by modality name, {list(names)}, got {describe(states)}")
     for name in states:
         if name not in names:
             raise ValueError(f"states: unknown modality {name!r}{nearest(name, names)}")
@@ -239,6 +241,7 @@ def check_given(
     loss: str,
 ) -> None:
     """Raise unless the arguments of `CrossanModel.forward` say once where a batch's states are."""
+    refuse_path(cache)
     sources = {"states": states, "cache": cache, "encoders": encoders}
     if len(given := [name for name, source in sources.items() if source is not None]) != 1:
         raise ValueError(

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from crossan_fast._checks import describe
 from crossan_fast._finite import first_nonfinite
 from crossan_fast.config import CrossanConfig, Modality
 
@@ -91,6 +92,8 @@ def load_iisan(cls: type[CrossanModel], state_dict: Mapping[str, Tensor], backen
         ValueError: a missing name, adapter lists of unequal length, or a weight that is not finite, by its
             public name.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected tensors by name, got {describe(state_dict)}")
     source = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     counts = {tower: _levels(source, names[0]) for tower, names in _TOWERS.items()}
     if len(set(counts.values())) != 1 or not counts["image"]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crossan_fast import _losses, _scores, _sources, iisan, ops
-from crossan_fast._checks import check_integer, check_range, check_tensor, describe
+from crossan_fast._checks import check_integer, check_range, check_tensor, describe, refuse_path
 from crossan_fast._finite import first_of_step
 from crossan_fast._growing import SHARE, extend, remove
 from crossan_fast._modes import evaluating
@@ -148,6 +148,7 @@ class CrossanModel(Popularity, Pretrained):
         Zeros for row 0, and for an item with none of the model's modalities.
         """
         device = self._device()
+        refuse_path(cache)
         self._require_rows(cache)
         check_integer("batch_size", batch_size, 1)
         if ids is None:

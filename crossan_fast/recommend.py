@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import ops
-from crossan_fast._checks import FLOATS, check_integer, check_tensor, nearest
+from crossan_fast._checks import FLOATS, check_integer, check_tensor, nearest, refuse_path
 from crossan_fast._finite import refuse_nonfinite_items
 from crossan_fast._modes import evaluating
 from crossan_fast._sources import bare_in
@@ -109,6 +109,9 @@ class Recommender:
             raise ValueError(
                 f"unknown: expected one of {known}, got {unknown!r}{nearest(str(unknown), known)}"
             )
+        if not isinstance(filter_history, bool | np.bool_):  # as "none", which is an evaluation's
+            raise TypeError(f"filter_history: expected true or false, got {filter_history!r}")
+        refuse_path(cache)
         self.model, self.cache = model, cache
         self.skipped = 0
         self._filter, self._unknown = filter_history, unknown
@@ -199,6 +202,8 @@ class Recommender:
         """
         if len(empty := np.flatnonzero(np.diff(offsets) < 1)):
             raise ValueError(f"offsets: expected at least one item a history, got none in {empty[0]}")
+        if len(offsets) < 1 or offsets[0] < 0 or offsets[-1] > len(ids):
+            raise ValueError(f"offsets: expected places 0 to {len(ids)} of ids, got {offsets}"[:200])
         return self._rank(ids, offsets, np.arange(len(offsets) - 1))
 
     def _rank(self, ids: Ints, offsets: Ints, numbers: Ints) -> TopK:
@@ -250,7 +255,8 @@ class Recommender:
 
     def _chosen(self, allow: Collection[str | int] | None, deny: Collection[str | int] | None) -> Ints | None:
         for argument, given in (("allow", allow), ("deny", deny)):
-            if isinstance(given, str | bytes):  # its letters may be names
+            wrong = given is not None and not isinstance(given, Iterable)
+            if wrong or isinstance(given, str | bytes):  # its letters may be names
                 raise ValueError(f"{argument}: expected a list of item names or rows, got {given!r}")
         if allow is None and deny is None and not self._bare:
             return None

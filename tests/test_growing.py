@@ -99,5 +99,11 @@ def test_what_cannot_be_grown_is_named():
         make_model(("text", "image"), top_k=1).extend(Modality("sound", 6, LEVELS))
     with pytest.raises(ValueError, match="share: expected a number between 0 and 1, got 0"):
         model.extend(Modality("sound", 6, LEVELS), share=0)
+    with pytest.raises(ValueError, match="share: expected a number between 0 and 1, got 'x'"):
+        model.extend(Modality("sound", 6, LEVELS), share="x")
+    with pytest.raises(TypeError, match="modality: expected Modality, got str 'sound'"):
+        model.extend("sound")
+    with pytest.raises(ValueError, match=r"name: expected one of \['text', 'image'\], got 3"):
+        model.remove(3)
     with pytest.raises(ValueError, match="towers of pairs"):
         make_model(("text", "image"), iisan=True).remove("text")

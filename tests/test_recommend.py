@@ -147,6 +147,25 @@ def test_a_string_of_letters_that_are_names_is_no_list_of_items():
         with pytest.raises(ValueError, match=f"{option}: expected a list of item names or rows, got '12'"):
             model.recommend([["3"]], cache, k=1, **{option: "12"})
 
+    with pytest.raises(TypeError, match="names: expected a list of item names, got '12'"):
+        cache.rows_of("12")
+    with pytest.raises(TypeError, match="item_names: expected a list of names, got '123'"):
+        HiddenStateCache.from_tensors(states, item_names="123")
+
+
+def test_an_evaluations_filter_is_none_of_a_list():
+    """`"none"` removed the history: it is not empty, and so was true."""
+    model, cache = setup()
+    for wrong in ("none", "all", None, 0):
+        with pytest.raises(TypeError, match=f"filter_history: expected true or false, got {wrong!r}"):
+            model.recommend([["n1"]], cache, filter_history=wrong)
+    with pytest.raises(ValueError, match="allow: expected a list of item names or rows, got 3"):
+        model.recommend([["n1"]], cache, allow=3)
+    with pytest.raises(TypeError, match=r"cache: expected a HiddenStateCache, .* got 'cache'"):
+        model.recommend([["n1"]], "cache")
+    with pytest.raises(ValueError, match=r"offsets: expected places 0 to 1 of ids, got \[0 2\]"):
+        Recommender(model, cache, k=1).rank(np.array([1]), np.array([0, 2]))
+
 
 def test_histories_may_come_one_by_one():
     model, cache = setup()

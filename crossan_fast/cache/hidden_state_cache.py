@@ -167,8 +167,8 @@ class HiddenStateCache:
         return self._names.row_of(name)
 
     def rows_of(self, names: Sequence[str]) -> Tensor:
-        """Rows int64 `[n]` of item names; an unknown one raises as in `row_of`."""
-        return torch.tensor([self.row_of(name) for name in names], dtype=torch.int64)
+        """Rows int64 `[n]` of item names; an unknown one raises as in `row_of`, one string a TypeError."""
+        return torch.tensor(self._names.rows_of(names), dtype=torch.int64)
 
     # Placement
 

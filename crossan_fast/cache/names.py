@@ -72,6 +72,12 @@ class ItemNames(Sequence[str]):
             )
         return row
 
+    def rows_of(self, names: Sequence[str]) -> list[int]:
+        """See `HiddenStateCache.rows_of`."""
+        if isinstance(names, str | bytes):  # its letters may be names
+            raise TypeError(f"names: expected a list of item names, got {names!r}")
+        return [self.row_of(name) for name in names]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ItemNames, (self._num_items, list(self.by_row[1:]))
 

@@ -125,6 +125,8 @@ def checked_states(
     assert rows is not None
     if item_names is None:
         return tuple(modalities), [str(row) for row in range(1, rows)]
+    if isinstance(item_names, str | bytes):
+        raise TypeError(f"item_names: expected a list of names, got {item_names!r}")
     names = list(item_names)
     if len(names) == rows and names[0] == "":
         names = names[1:]

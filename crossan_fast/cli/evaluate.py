@@ -106,17 +106,18 @@ def run(args: argparse.Namespace) -> int:
     _refuse_idle_options(args)
     folder = RunFolder(args.run)
     config = own = dataclasses.replace(folder.read_config(), **_given(args, "cache", "device", "verify"))
-    if columns := columns_of(args, USERS_COLUMNS):
-        # Of the run's own file those not named stay what they were; another's columns may have any names.
-        config = dataclasses.replace(config, columns=columns if args.users else {**config.columns, **columns})
-    if args.users:
+    columns, theirs = columns_of(args, USERS_COLUMNS), None
+    if args.users:  # whose columns may have any names; the run's own file keeps its own
+        theirs = columns or None
         alone = dataclasses.replace(config.evaluation, users=args.users)
         config = dataclasses.replace(config, split=SplitConfig(), evaluation=alone)
+    elif columns:  # those not named stay what they were
+        config = dataclasses.replace(config, columns={**config.columns, **columns})
     protocol = dataclasses.replace(config.evaluation, **_given(args, "filter_history", "candidates"))
     model = folder.load_model(args.checkpoint, backend=config.backend)
     held = folder.read_population()
     catalogue = None if held is None else held.catalogue
-    task = open_task(config, catalogue if args.catalogue == "run" else None)
+    task = open_task(config, catalogue if args.catalogue == "run" else None, columns=theirs)
     if held is not None:
         held.require_states(task.cache, model.config.modality_names)
     model.to(task.device)

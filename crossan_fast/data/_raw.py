@@ -88,6 +88,8 @@ class RawBuilder:
 
     def add_sequences(self, sequences: Mapping[str, Sequence[str]]) -> None:
         """Sequences at hand, oldest first; ValueError for a string in place of one."""
+        if not isinstance(sequences, Mapping):
+            raise TypeError(f"sequences: expected item names by user, got {type(sequences).__name__}")
         for user, names in sequences.items():
             if isinstance(names, str | bytes):  # its letters would be taken for items
                 raise ValueError(f"sequences[{user!r}]: expected a list of item names, got {names!r}")

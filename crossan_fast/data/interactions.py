@@ -175,14 +175,14 @@ def read_interactions(
 ) -> Interactions:
     """Read users' interactions from a file or a frame in any layout above.
 
-    Users with fewer than `min_items` items are left out and of the others the last `max_items` items kept;
-    with None everything is kept here, and `leave_one_out` keeps what its window asks for (IISAN keeps 13, a
-    window of 10 with its training, validation and test targets). `items` are the known names
-    (`ItemTable.names`, or a cache's `item_names`; a leading '' for the padding row is allowed); with None
-    every name in the file is known, in order of first appearance. With `catalogue="all"` every one of `items`
-    has its row, so that rows are those of a cache whose names are given; with `"used"`, as IISAN has it, the
-    items that occur in what is kept get rows 1, 2, ... in the order of `items`: rows of a catalogue of their
-    own, which no cache of all `items` has.
+    Users with fewer than `min_items` items are left out and of the others the last `max_items` items kept,
+    which may be fewer; with None everything is kept here, and `leave_one_out` keeps what its window asks for
+    (IISAN keeps 13, a window of 10 with its training, validation and test targets). `items` are the known
+    names (`ItemTable.names`, or a cache's `item_names`; a leading '' for the padding row is allowed); with
+    None every name in the file is known, in order of first appearance. With `catalogue="all"` every one of
+    `items` has its row, so that rows are those of a cache whose names are given; with `"used"`, as IISAN has
+    it, the items that occur in what is kept get rows 1, 2, ... in the order of `items`: rows of a catalogue
+    of their own, which no cache of all `items` has.
 
     `columns` says which column is which where the names are none of the usual ones
     (`crossan_fast.data.columns`): of `user`, `item`, `items` (sequences), `time`, `rating` and `label` (a
@@ -311,6 +311,18 @@ def _find(
     return picked, unknown
 
 
+def _check_arguments(
+    items: Sequence[str] | None, min_items: int, max_items: int | None, catalogue: str
+) -> None:
+    check_integer("min_items", min_items, 1)
+    if max_items is not None:
+        check_integer("max_items", max_items, 1)
+    if isinstance(items, str | bytes):  # its letters would be taken for names
+        raise TypeError(f"items: expected a list of item names, got {items!r}")
+    if catalogue not in ("all", "used"):
+        raise ValueError(f"catalogue: expected 'all' or 'used', got {catalogue!r}")
+
+
 def _assemble(
     raw: Raw,
     items: Sequence[str] | None,
@@ -322,10 +334,7 @@ def _assemble(
     stacklevel: int,
     bare: Sequence[int] = (),
 ) -> Interactions:
-    check_integer("min_items", min_items, 1)
-    check_integer("max_items", 1 if max_items is None else max_items, 1)
-    if catalogue not in ("all", "used"):
-        raise ValueError(f"catalogue: expected 'all' or 'used', got {catalogue!r}")
+    _check_arguments(items, min_items, max_items, catalogue)
     names = list(raw.vocabulary if items is None else items[1:] if items and items[0] == "" else items)
     picked, unknown = _find(raw, names, source, strict, stacklevel + 1)
     picked, without = _without_bare(picked, bare, names, source, strict, stacklevel + 1)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from crossan_fast._checks import check_integer
 from crossan_fast.data._values import as_number, cut_in, parse_moment
 from crossan_fast.data.catalogue import Catalogue
 from crossan_fast.data.interactions import Interactions
@@ -105,6 +107,7 @@ def leave_one_out(interactions: Interactions, window: int, *, stride: Stride = N
     Raises:
         ValueError: a wrong window or stride, no users, or a user with fewer than 3 items (named).
     """
+    check_integer("window", window, 1)
     lengths = interactions.lengths
     if lengths.size and lengths.min() < 3:
         user = int(lengths.argmin())
@@ -169,9 +172,11 @@ def by_ratio(
     Raises:
         ValueError: shares that are not between 0 and 1 together, or a part without any interaction.
     """
-    if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
+    numbers = isinstance(validation, Real) and isinstance(test, Real)
+    if not (numbers and 0 < validation < 1 and 0 < test < 1 and validation + test < 1):
         raise ValueError(
-            f"validation, test: expected two shares above 0, together below 1, got {validation} and {test}"
+            f"validation, test: expected two shares above 0, together below 1, got {validation!r} and "
+            f"{test!r}"
         )
     lengths, ends = interactions.lengths, interactions.offsets[1:]
     # A hair is added, since 0.1 of 10 is one item also where the product rounds below it.
@@ -271,8 +276,7 @@ def _split(
     kind: str,
     left_out: Mapping[str, int],
 ) -> Split:
-    if window < 1:
-        raise ValueError(f"window: expected at least 1, got {window}")
+    check_integer("window", window, 1)
     if stride not in (None, "prefixes") and not (type(stride) is int and 1 <= stride <= window):
         raise ValueError(f"stride: expected 1 to the window's {window}, or 'prefixes', got {stride!r}")
     ids = interactions.ids

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crossan_fast import _sources
-from crossan_fast._checks import check_integer, check_tensor, cutoffs_of, describe, nearest
+from crossan_fast._checks import check_integer, check_tensor, cutoffs_of, describe, nearest, refuse_path
 from crossan_fast._finite import refuse_nonfinite_items
 from crossan_fast._modes import evaluating
 from crossan_fast.cache import HiddenStateCache
@@ -165,6 +165,9 @@ def candidates_for(
         ValueError, TypeError: an item of the part, or a candidate, that the config's model cannot embed;
             candidates that are no rows of the cache, or not distinct.
     """
+    refuse_path(cache)
+    if not isinstance(split, Split):
+        raise TypeError(f"split: expected a Split, as leave_one_out gives, got {type(split).__name__}")
     cache.catalogue.require(split.catalogue, "split", _HINT)
     inputs, targets, _ = held_out(split, part)
     for ids in (inputs, targets):

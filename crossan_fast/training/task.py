@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +128,15 @@ class Task:
         )
 
 
-def open_task(config: TrainConfig, catalogue: Catalogue | None = None) -> Task:
+def open_task(
+    config: TrainConfig, catalogue: Catalogue | None = None, *, columns: Mapping[str, Any] | None = None
+) -> Task:
     """Open the cache and read the users of a config.
 
     Args:
         catalogue: of a run, which the cache may have grown from: later items are unknown, as they were to
             it; None: every item of the cache is known.
+        columns: of `evaluation.users`, by role; None: called as those of the config's own users file.
 
     Raises:
         ValueError: a cache of other items than `catalogue`.
@@ -154,7 +157,8 @@ def open_task(config: TrainConfig, catalogue: Catalogue | None = None) -> Task:
     used, said = [found.ids], [found.taken_for]
     if config.evaluation.users is not None:
         file = config.resolve("evaluation.users", config.evaluation.users)
-        evaluated = _read(config, file, names, window, rows)
+        other = config if columns is None else replace(config, columns=columns)
+        evaluated = _read(other, file, names, window, rows)
         used, said = [*used, evaluated.ids], [*said, f"{evaluated.taken_for}; left out: {evaluated.dropped}"]
         split = hold_out_users(found, evaluated, window, stride=config.split.stride)
     else:

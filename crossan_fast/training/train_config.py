@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import operator
 import os
 import types
 import typing
@@ -78,6 +79,7 @@ class OptimizerConfig:
     skip_nonfinite: int = 0
 
     def __post_init__(self) -> None:
+        _fit_fields(self, "optimizer.", but="betas")
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
             _check(0 < value < math.inf, f"optimizer.{name}", "a positive number", value)
@@ -120,6 +122,7 @@ class SplitConfig:
     stride: int | str | None = None
 
     def __post_init__(self) -> None:
+        _fit_fields(self, "split.")
         given = [value for value in (self.validation, self.test) if value is not None]
         if self.by == "ratio":
             object.__setattr__(self, "validation", 0.1 if self.validation is None else self.validation)
@@ -161,6 +164,7 @@ class EvaluationConfig:
     users: str | None = None
 
     def __post_init__(self) -> None:
+        _fit_fields(self, "evaluation.", but="k")
         k = cutoffs_of("evaluation.k", self.k)
         _check(len(k) > 0 and min(k) >= 1, "evaluation.k", "integers of at least 1", k)
         object.__setattr__(self, "k", tuple(sorted({*k, 10})))
@@ -244,17 +248,20 @@ class TrainConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
+        _fit_fields(self, "")
         object.__setattr__(self, "model", {**CrossanConfig.defaults(self.model), **self.model})
         Columns(self.columns, USERS_ROLES)
         Columns(self.item_columns, ITEMS_ROLES, "item_columns")
         for name in ("batch_size", "epochs", "evaluate_every", "log_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         if self.split.by == "leave_one_out" and self.evaluation.users is None:
-            for name, most in (("min_items", self.min_items), ("max_items", self.max_items)):
-                _check(most is None or most >= 3, name, "at least 3 (two targets and a history)", most)
+            _check(self.min_items >= 3, "min_items", "at least 3 (two targets and a history)", self.min_items)
         if self.evaluation.users is not None:
             kind = self.split.by
             _check(kind == "leave_one_out", "split.by", "leave_one_out, with evaluation.users", kind)
+        if self.max_items is not None:
+            least, why = (3, " (two targets and a history)") if self.split.by == "leave_one_out" else (1, "")
+            _check(self.max_items >= least, "max_items", f"at least {least}{why} or null", self.max_items)
         if self.freeze is not None:
             _check(self.init_from is not None, "freeze", "null without init_from", self.freeze)
         _check(self.patience is None or self.patience >= 1, "patience", "at least 1 or null", self.patience)
@@ -402,6 +409,8 @@ def _fit(hint: Any, value: Any, name: str) -> Any:
         return value.isoformat()
     expected = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     if hint in expected:
+        if hint is int and not isinstance(value, bool) and hasattr(value, "__index__"):  # NumPy's, too
+            value = operator.index(value)
         right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
         if not right:
             raise TypeError(f"{name}: expected {expected[hint]}, got {value!r}")
@@ -411,6 +420,13 @@ def _fit(hint: Any, value: Any, name: str) -> Any:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name}: expected fields, got {value!r}")
     return dict(value)
+
+
+def _fit_fields(config: Any, prefix: str, but: str = "") -> None:
+    """Give a config's fields, `but` one, their types: Python's callers may have had others."""
+    hints = typing.get_type_hints(type(config))
+    for name in (f.name for f in fields(config) if f.name != but):
+        object.__setattr__(config, name, _fit(hints[name], getattr(config, name), f"{prefix}{name}"))
 
 
 def _plain(value: Any) -> Any:

@@ -73,6 +73,30 @@ def test_users_that_the_run_never_saw(
     assert "user 'client'" in printed and "1 users of the evaluation file who are trained on" in printed
 
 
+def test_columns_of_another_file_are_not_those_of_the_run_s_own(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's own file has a column of the name that the other's users stand in, of other people."""
+    run, own, other = tmp_path / "run", tmp_path / "own.csv", tmp_path / "other.csv"
+    shutil.copytree(run_folder / "run", run)
+    lines = [line.split("\t") for line in (run_folder / "users.tsv").read_text().splitlines()]
+    rows = [
+        f"{user},{number},{item},{step}"
+        for number, (user, items) in enumerate(lines)
+        for step, item in enumerate(items.split())
+    ]
+    own.write_text("\n".join(["buyer,client,item,timestamp", *rows]) + "\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {"users": str(own), "columns": {"user": "buyer"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    events = [f"{user},b{(3 + step):02},{step}\n" for user in ("new", lines[0][0]) for step in range(6)]
+    other.write_text("client,product,timestamp\n" + "".join(events))
+    found = evaluate(
+        capsys, run, "--users", str(other), "--user-column", "client", "--item-column", "product"
+    )
+    assert found["users"] == 1, "the other one was trained on"
+
+
 def test_a_column_that_is_named_leaves_the_run_s_others_as_they_were(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

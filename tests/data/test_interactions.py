@@ -246,3 +246,17 @@ def test_scientific_has_the_counts_of_iisan(scientific: Path) -> None:
 def test_a_string_in_place_of_a_list_of_names_is_refused(names):
     with pytest.raises(ValueError, match=r"sequences\['b'\]: expected a list of item names, got b?'"):
         build_interactions({"a": ["x", "y", "z"], "b": names}, min_items=3)
+    with pytest.raises(TypeError, match="items: expected a list of item names, got 'xyz'"):
+        build_interactions({"a": ["x", "y", "z"]}, "xyz", min_items=3)
+
+
+def test_numbers_of_items_are_checked():
+    for name in ("min_items", "max_items"):
+        with pytest.raises(TypeError, match=f"{name}: expected an integer of at least 1, got .*2.5"):
+            build_interactions({"a": ["x", "y", "z"]}, **{name: 2.5})
+        with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 1, got 0"):
+            build_interactions({"a": ["x", "y", "z"]}, **{name: 0})
+    with pytest.raises(TypeError, match="sequences: expected item names by user, got list"):
+        build_interactions([["x", "y", "z"]])
+    found = build_interactions({"a": list("uvwxy"), "b": list("xyz")}, min_items=4, max_items=2)
+    assert named(found) == {"a": ["x", "y"]}

@@ -220,6 +220,7 @@ def test_bad_splits_are_named(tmp_path: Path) -> None:
             lambda: by_ratio(plain, 3, 0.5, 0.5),
             r"expected two shares above 0, together below 1, got 0.5 and 0.5",
         ),
+        (lambda: by_ratio(plain, 3, "a", 0.1), r"expected two shares above 0, .*, got 'a' and 0.1"),
         (lambda: as_given(plain, 3), r"expected a source with a split of its own: a column x_label or split"),
         (lambda: leave_one_out(plain, 3, stride=0), r"stride: expected 1 to the window's 3, .* got 0"),
         (lambda: leave_one_out(plain, 3, stride="prefix"), r"stride: .*, or 'prefixes', got 'prefix'"),

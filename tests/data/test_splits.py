@@ -100,8 +100,11 @@ def test_to_moves_every_tensor() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"leave-one-out needs 3 items a user, 'v' has 2"):
         leave_one_out(build_interactions({"u": list("abc"), "v": list("ab")}, min_items=2), 3)
-    with pytest.raises(ValueError, match=r"window: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"window: expected an integer of at least 1, got 0"):
         leave_one_out(build_interactions({"u": list("abcde")}), 0)
+    for wrong in ("5", 2.5):
+        with pytest.raises(TypeError, match=rf"window: expected an integer .*{wrong}"):
+            leave_one_out(build_interactions({"u": list("abcde")}), wrong)  # type: ignore[arg-type]
     nobody = Interactions([], ["", "a"], np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
     with pytest.raises(ValueError, match=r"expected at least one user, got none"):
         leave_one_out(nobody, 3)

@@ -210,6 +210,10 @@ def test_batches_of_users_and_cutoffs_are_integers(trainer: Trainer) -> None:
         evaluate(model, cache, split, k=(2.5,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k: expected at least one cut-off, got none"):
         evaluate(model, cache, split, k=(), lists=True)
+    with pytest.raises(TypeError, match="split: expected a Split, as leave_one_out gives, got dict"):
+        evaluate(model, cache, {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"cache: expected a HiddenStateCache, .* got 'cache'"):
+        evaluate(model, "cache", split)  # type: ignore[arg-type]
     with pytest.raises(IndexError, match=f"ids: expected rows 0 to {cache.num_items}, got 999"):
         model.encode_catalogue(cache, ids=torch.tensor([999]))
 

@@ -61,12 +61,20 @@ def test_splits(make: Make, settings: dict[str, Any], rows: int, targets: int, s
     assert said in described and "user 'who'" in described and "left out: " in described
 
 
-def test_a_window_may_need_less_of_a_history_than_its_user_has_to_have(make: Make) -> None:
-    task = open_task(make(min_items=9))
-    assert task.split.train.shape == (20, 4)
-    assert task.dropped.old_interactions == 20 * (12 - 6)
-    with pytest.raises(ValueError, match=r"none of 20 users has min_items = 13"):
-        open_task(make(min_items=13))
+@pytest.mark.parametrize(("window", "min_items"), [(1, 5), (3, 8)])
+def test_users_may_need_more_items_than_count(make: Make, window: int, min_items: int) -> None:
+    """By default the last window + 3 items of a user count, fewer than the user may have to have."""
+    model = {"embedding_dim": 8, "bottleneck": 2, "window": window, "blocks": 1}
+    split = open_task(make(model=model, min_items=min_items)).split
+    last = [(u + day) % ITEMS + 1 for u in range(20) for day in (10, 11)]
+    assert split.validation_target.tolist() == last[::2] and split.test_target.tolist() == last[1::2]
+    assert split.train.tolist() == [
+        [(u + day) % ITEMS + 1 for day in range(9 - window, 10)] for u in range(20)
+    ]
+    with pytest.raises(ValueError, match=r"none of 20 users has min_items = 13 known items"):
+        open_task(make(model=model, min_items=13))
+    with pytest.raises(ValueError, match=r"max_items: expected at least 3 \(two targets and a history\)"):
+        make(max_items=2)
 
 
 def test_a_column_of_labels_orders_a_given_split_alone(make: Make, tmp_path: Path) -> None:

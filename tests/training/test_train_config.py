@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from crossan_fast import CrossanConfig
 from crossan_fast.cache import HiddenStateCache
-from crossan_fast.training import TrainConfig, load_config
+from crossan_fast.training import EvaluationConfig, OptimizerConfig, TrainConfig, load_config
 from crossan_fast.training.overrides import apply_overrides
+from crossan_fast.training.train_config import SplitConfig
 
 
 def test_a_file_with_overrides(values: dict[str, Any], tmp_path: Path) -> None:
@@ -88,6 +91,34 @@ def test_a_wrong_value_is_named(values: dict[str, Any], override: str, message: 
     with pytest.raises((ValueError, TypeError)) as raised:
         TrainConfig.from_dict(apply_overrides(values, [override]))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerConfig(learning_rate="fast"), "optimizer.learning_rate: expected a number, got 'f"),
+        (lambda: OptimizerConfig(warmup_steps=1.5), "optimizer.warmup_steps: expected an integer, got 1.5"),
+        (lambda: EvaluationConfig(candidates="usd"), "evaluation.candidates: expected one of .*'used'"),
+        (lambda: EvaluationConfig(filter_history="al"), "evaluation.filter_history: expected one of"),
+        (lambda: EvaluationConfig(batch_size="9"), "evaluation.batch_size: expected an integer, got '9'"),
+        (lambda: SplitConfig(by="tim"), "split.by: expected one of .*; did you mean 'time'"),
+        (lambda: TrainConfig("c", "u", "r", epochs="3"), "^epochs: expected an integer, got '3'"),
+        (lambda: TrainConfig("c", "u", "r", min_items="5"), "^min_items: expected an integer, got '5'"),
+    ],
+)
+def test_a_wrong_value_is_named_where_python_makes_the_config(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_numbers_of_numpy_are_plain_ones_in_a_config() -> None:
+    optimizer = OptimizerConfig(learning_rate=np.float32(0.5), warmup_steps=np.int64(3))
+    config = TrainConfig("c", "u", "r", optimizer=optimizer, epochs=np.int64(2))
+    text = yaml.safe_dump(config.to_dict())
+    assert TrainConfig.from_dict(yaml.safe_load(text)) == config
+    assert (config.epochs, optimizer.warmup_steps, optimizer.learning_rate) == (2, 3, 0.5)
 
 
 def test_another_architecture_brings_its_defaults_to_a_resolved_config(
