@@ -6,6 +6,7 @@ import difflib
 import operator
 import os
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,15 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
         raise ValueError(f"{name}: expected an integer {range_}, got {value}")
 
 
+def one_or_several(value: Any) -> tuple[Any, ...]:
+    """The values of a list or array; of anything else, text and an array of no dimension too, itself."""
+    one = not isinstance(value, Iterable) or isinstance(value, (str, bytes)) or getattr(value, "ndim", 1) == 0
+    return (value,) if one else tuple(value)
+
+
 def cutoffs_of(name: str, k: object) -> tuple[int, ...]:
     """One cut-off or several as integers; raise TypeError for anything else."""
-    one = not isinstance(k, Iterable) or isinstance(k, (str, bytes, Tensor)) or getattr(k, "ndim", 1) == 0
-    several = (k,) if one else tuple(k)
+    several = (k,) if isinstance(k, Tensor) else one_or_several(k)
     if wrong := [each for each in several if isinstance(each, bool) or not hasattr(each, "__index__")]:
         raise TypeError(f"{name}: expected an integer or a list of integers, got {wrong[0]!r}")
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from crossan_fast._checks import check_integer
+from crossan_fast._checks import check_integer, one_or_several
 from crossan_fast._sources import ReadAhead
 from crossan_fast.config import CrossanConfig
 from crossan_fast.sasrec import SasRec, by_ids
@@ -152,8 +152,7 @@ def _with_each(config: OptimizerConfig, rates: float | Sequence[float] | None) -
     own = config.learning_rate
     if rates is None:
         rates = (own, own / 3)
-    one = not isinstance(rates, Iterable) or isinstance(rates, str) or getattr(rates, "ndim", 1) == 0
-    several: tuple[Any, ...] = (rates,) if one else tuple(rates)
+    several = one_or_several(rates)
     for rate in several:
         if isinstance(rate, bool) or not isinstance(rate, Real):
             raise TypeError(f"learning_rates: expected a number or a list of numbers, got {rate!r}")
