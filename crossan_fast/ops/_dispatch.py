@@ -80,7 +80,7 @@ REFERENCE_CALLS = {
     ("deduplicate", "cpu"): "without a capacity under torch.compile, which has to know the size",
     ("deduplicate", "cuda"): "without a capacity: the GPU has to be asked for the size then; "
     "item_ids.numel() + 1 always fits. By triton more than 16,384 places go to torch's sort",
-    ("topk_scores", "cuda"): "by triton for k above 512, lists that most GPUs' shared memory is too small for",
+    ("topk_scores", "cuda"): "by triton for k above 512: few GPUs have shared memory for such lists",
 }
 
 # Where a backend's implementations are found: `find(op)` of a module that is imported when first asked.
